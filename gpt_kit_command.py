@@ -1,0 +1,5 @@
+"""The `gpt-kit` command."""
+
+
+def main() -> None:
+    """Run the command line."""

@@ -1,0 +1,1 @@
+"""A GPT of one's own, from raw text to a published model."""

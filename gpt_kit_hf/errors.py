@@ -1,0 +1,36 @@
+"""The one exception tree of the package, and the sentence that suggests a nearby name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class GPTKitError(Exception):
+    """Base of every exception that this package raises on purpose."""
+
+
+class UsageError(GPTKitError, ValueError):
+    """A mistake of the caller: the message names the argument, the value and the rule that it breaks."""
+
+
+class DataError(UsageError):
+    """A text, row or token that cannot be used: the message names the file and, where there is one, the line."""
+
+
+class CheckpointError(GPTKitError):
+    """A checkpoint or run folder that is missing, torn, altered or in use by another process."""
+
+
+class NonFiniteError(GPTKitError):
+    """Training met too many non-finite losses or gradients in a row; the weights are those before the first."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
+    """Return "unknown <kind> '<name>'; did you mean ...?", or the list of known names if none is near."""
+    names = list(known)
+    near = difflib.get_close_matches(name.lower(), [n.lower() for n in names], n=2, cutoff=0.5)
+    originals = [n for n in names if n.lower() in near]
+    if originals:
+        return f"unknown {kind} {name!r}; did you mean {' or '.join(repr(n) for n in originals)}?"
+    return f"unknown {kind} {name!r}; known: {', '.join(names)}"
