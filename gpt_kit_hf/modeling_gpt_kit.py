@@ -1,0 +1,423 @@
+"""The causal GPT and the blocks it is built of. This file travels into model repositories as remote code.
+
+Shapes: B rows, T tokens of a row, S tokens that attention can see (those in the cache included), D model width
+(`n_embd`), H heads, Dh width of a head, V vocabulary size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import GELU, LayerNorm
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_gpt_kit import GPTKitConfig
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[Tensor, Tensor]:
+    """Return attention's output (B, T, H, Dh) and weights (B, H, T, S), written out in plain tensor operations.
+
+    `query` is (B, H, T, Dh), `key` and `value` are (B, H, S, Dh), `attention_mask` is added to the scores.
+    Scaled dot-product attention: Vaswani et al. 2017, "Attention Is All You Need", eq. 1.
+    """
+    scores = query @ key.transpose(-2, -1) * scaling  # (B, H, T, Dh) @ (B, H, Dh, S) -> (B, H, T, S)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    # The softmax of a long row loses too much in half precision.
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    output = (weights @ value).transpose(1, 2).contiguous()  # (B, H, T, Dh) -> (B, T, H, Dh)
+    return output, weights
+
+
+class MultiHeadAttention(nn.Module):
+    """Causal self-attention in `n_head` heads; (B, T, D) -> (B, T, D) and the weights where the backend has them."""
+
+    def __init__(self, config: GPTKitConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.n_embd // config.n_head
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attn_pdrop
+        self.is_causal = True
+        self.q_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.use_bias)
+        self.k_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.use_bias)
+        self.v_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.use_bias)
+        self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.use_bias)
+        self.o_proj.adds_to_residual = True  # type: ignore[assignment]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from each token to itself and those before it, as `attention_mask` allows."""
+        leading = hidden_states.shape[:-1]
+        by_head = (*leading, -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(by_head).transpose(1, 2)  # (B, T, D) -> (B, H, T, Dh)
+        key = self.k_proj(hidden_states).view(by_head).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(by_head).transpose(1, 2)
+
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, T, Dh) -> (B, H, S, Dh)
+
+        attention_interface: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        output = output.reshape(*leading, -1).contiguous()  # (B, T, H, Dh) -> (B, T, D)
+        return self.o_proj(output), weights
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a GELU between them; (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, config: GPTKitConfig) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.n_embd, config.n_inner, bias=config.use_bias)
+        # GPT-2's "gelu_new" is the tanh approximation under another name (Hendrycks and Gimpel 2016, section 2).
+        self.act_fn = GELU(approximate="none" if config.hidden_act == "gelu" else "tanh")
+        self.down_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.use_bias)
+        self.down_proj.adds_to_residual = True  # type: ignore[assignment]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Transform each token by itself."""
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+class TransformerBlock(GradientCheckpointingLayer):
+    """Attention and feed-forward, each on a normalised input and added to the residual stream (pre-norm)."""
+
+    def __init__(self, config: GPTKitConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.input_layernorm = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.use_bias)
+        self.self_attn = MultiHeadAttention(config, layer_idx)
+        self.post_attention_layernorm = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.use_bias)
+        self.mlp = FeedForward(config)
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D); `position_ids` reach the attention backends that read packing from them."""
+        attended, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            **kwargs,
+        )
+        hidden_states = hidden_states + self.dropout(attended)
+        transformed = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + self.dropout(transformed)
+
+
+class SinusoidalPositions(nn.Module):
+    """Fixed position table; position ids (B, T) -> (B, T, D).
+
+    Entry (p, 2i) is sin(p / 10000^(2i/D)) and entry (p, 2i+1) the cosine of the same: Vaswani et al. 2017, sec. 3.5.
+    """
+
+    def __init__(self, positions: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.empty(positions, width), persistent=False)
+        self.weight: Tensor
+        self.weight.copy_(self.table())
+
+    def table(self) -> Tensor:
+        """Return the table (positions, D), on the CPU."""
+        positions, width = self.weight.shape
+        rates = torch.exp(torch.arange(0, width, 2, device="cpu") * (-math.log(10_000.0) / width))
+        angles = torch.arange(positions, device="cpu")[:, None] * rates  # (positions, D/2)
+        return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)  # -> (positions, D)
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        """Look the positions up."""
+        return nn.functional.embedding(position_ids, self.weight)
+
+
+class GPTKitPreTrainedModel(PreTrainedModel):
+    """What the GPT tells the transformers library about itself, and how its weights start."""
+
+    config: GPTKitConfig
+    config_class = GPTKitConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["TransformerBlock"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs: ClassVar[dict[str, type[nn.Module]]] = {
+        "hidden_states": TransformerBlock,
+        "attentions": MultiHeadAttention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Start as GPT-2 does: normal(0, 0.02), and residual projections at 0.02 / sqrt(2 n_layer).
+
+        Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3.
+        """
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear) and hasattr(module, "adds_to_residual"):
+            init.normal_(module.weight, std=self.config.initializer_range / math.sqrt(2 * self.config.n_layer))
+        elif isinstance(module, SinusoidalPositions):
+            # Models are built on the meta device: a buffer that is not in the checkpoint is filled here or never.
+            init.copy_(module.weight, module.table())
+        elif isinstance(module, GPTKitModel):
+            init.copy_(module.position_ids, torch.arange(module.position_ids.shape[1])[None])
+
+
+class GPTKitModel(GPTKitPreTrainedModel):
+    """The GPT without its output projection: token ids (B, T) -> hidden states (B, T, D)."""
+
+    def __init__(self, config: GPTKitConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embed_positions: nn.Module
+        if config.position_embedding == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.n_embd)
+        else:
+            self.embed_positions = SinusoidalPositions(config.max_position_embeddings, config.n_embd)
+        self.dropout = nn.Dropout(config.embd_pdrop)
+        self.layers = nn.ModuleList(TransformerBlock(config, index) for index in range(config.n_layer))
+        self.norm = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.use_bias)
+        self.register_buffer("position_ids", torch.arange(config.max_position_embeddings)[None], persistent=False)
+        self.position_ids: Tensor
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """Return the hidden states (B, T, D) after the last norm.
+
+        `position_ids` (B, T) that restart at 0 mark packed documents, which then do not see each other. If they are
+        not given, they are counted from `attention_mask` (B, S), so that a padded row gives what it gives alone.
+        Raises ValueError for ids outside the vocabulary and for positions beyond the table (on the CPU; on an
+        accelerator looking at ids would stop it, so only lengths are checked there).
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if input_ids is not None:
+            _check_range(input_ids, self.config.vocab_size, "input_ids", "vocab_size")
+            inputs_embeds = self.embed_tokens(input_ids)  # (B, T) -> (B, T, D)
+        assert inputs_embeds is not None
+
+        # The mask comes before the cache: transformers looks for packed documents only while there is no cache.
+        causal_mask = self._causal_mask(inputs_embeds, attention_mask, position_ids, past_key_values, past)
+        if position_ids is None:
+            position_ids = self._count_positions(inputs_embeds.shape[1], attention_mask, past)
+        else:
+            _check_range(position_ids, self.config.max_position_embeddings, "position_ids", "max_position_embeddings")
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        hidden_states = inputs_embeds
+        # With pipeline parallelism a later stage receives hidden states here: its first layer is another stage's.
+        if not isinstance(self.layers[0], nn.Identity):
+            positions = self.embed_positions(position_ids)  # (B, T) or (1, T) -> (B, T, D)
+            hidden_states = self.dropout(hidden_states + positions.to(hidden_states.dtype))
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _count_positions(self, length: int, attention_mask: Tensor | None, past: int | Tensor) -> Tensor:
+        """Return the positions (B, T), or (1, T) without padding, of `length` tokens after `past` cached ones."""
+        table = self.config.max_position_embeddings
+        if not is_tracing(past if isinstance(past, Tensor) else None):
+            known_past = past if isinstance(past, int) or past.device.type == "cpu" else 0
+            if length + int(known_past) > table:
+                raise ValueError(
+                    f"the sequence has {length + int(known_past)} tokens, more than max_position_embeddings={table}"
+                )
+        position_ids = self.position_ids[:, :length] + past  # (1, T)
+        if attention_mask is None or not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+            return position_ids
+        # Padding counts for nothing; a padded position itself is never looked at, whatever it holds.
+        counted = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)  # (B, S)
+        return counted.gather(1, position_ids.expand(counted.shape[0], -1))  # -> (B, T)
+
+    def _causal_mask(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        past: int | Tensor,
+    ) -> Any:
+        """Return the mask that the attention backend takes: causal, without padding, within each packed document."""
+        if past_key_values is not None and not past_key_values.is_compileable and isinstance(past, int) and past == 0:
+            past_key_values = None  # an empty growing cache is no cache
+        is_2d = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
+        overlay = None
+        if position_ids is not None and inputs_embeds.shape[1] > 1 and (attention_mask is None or is_2d):
+            if is_2d and not is_tracing(attention_mask) and bool(attention_mask.all()):  # type: ignore[union-attr]
+                attention_mask = None  # an all-ones mask is no mask
+            if attention_mask is not None or past_key_values is not None:
+                overlay = _same_document(position_ids.expand(inputs_embeds.shape[0], -1), attention_mask, past)
+        return create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            and_mask_function=overlay,
+        )
+
+
+class GPTKitForCausalLM(GPTKitPreTrainedModel, GenerationMixin):
+    """The complete GPT: token ids (B, T) -> `.logits` (B, T, V), where row t scores the token after token t."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
+    _pp_plan: ClassVar[dict[str, tuple[list[str], list[str]]]] = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan: ClassVar[dict[str, str]] = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: GPTKitConfig) -> None:
+        super().__init__(config)
+        self.model = GPTKitModel(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        shift_labels: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """Return the logits (B, T, V) and, if labels are given, the loss.
+
+        `labels` (B, T) are the input ids themselves with -100 where no loss is wanted; they are shifted in here.
+        `shift_labels` (B, T) are targets that are shifted already: target t is the token after token t. The loss is
+        the mean over trained tokens, or their sum divided by `num_items_in_batch`.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = self.lm_head(hidden_states)  # (B, T, D) -> (B, T, V)
+        loss = None
+        if labels is not None or shift_labels is not None:
+            loss = self.loss_function(
+                logits, labels, vocab_size=self.config.vocab_size, shift_labels=shift_labels, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def _check_range(ids: Tensor, size: int, name: str, limit: str) -> None:
+    """Refuse ids outside 0..size-1 with the numbers, where looking costs nothing and does not break a trace."""
+    if ids.device.type != "cpu" or ids.numel() == 0 or is_tracing(ids):
+        return
+    low, high = (int(bound) for bound in torch.aminmax(ids))
+    if low < 0 or high >= size:
+        raise ValueError(f"{name} must lie between 0 and {size - 1} ({limit}={size}), got {low if low < 0 else high}")
+
+
+def _same_document(position_ids: Tensor, attention_mask: Tensor | None, past: int | Tensor) -> Callable[..., Any] | None:
+    """Return a mask function that keeps packed documents apart, or None if no row holds more than one.
+
+    transformers finds packed documents only without padding and without a cache; this covers the rest.
+    """
+    if isinstance(past, Tensor) and is_tracing(past):
+        return None  # a compiled step into a static cache: whether it is still empty is not known
+    if int(past) > 0:
+        return None  # a continued row: which of the cached tokens belong to its document is not known
+    restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if attention_mask is not None:
+        real = attention_mask[:, -position_ids.shape[1] :].bool()
+        restarts = restarts & real[:, 1:] & real[:, :-1]  # where padding begins or ends is no new document
+    if not is_tracing(restarts) and not bool(restarts.any()):
+        return None
+    document = nn.functional.pad(restarts.long().cumsum(dim=-1), (1, 0))  # (B, T)
+    last = document.shape[1] - 1
+
+    def same_document(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        # A static cache has room beyond this row; causality hides it already, but the index must exist.
+        return document[batch_idx, q_idx] == document[batch_idx, kv_idx.clamp(max=last)]
+
+    return same_document
+
+
+__all__ = ["GPTKitForCausalLM", "GPTKitModel", "GPTKitPreTrainedModel"]

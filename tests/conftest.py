@@ -1,0 +1,42 @@
+"""Fixtures that several rooms' tests share."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+import tiktoken
+import torch
+
+# The name under which tiktoken caches GPT-2's merges: the SHA-1 of their address.
+_GPT2_MERGES = hashlib.sha1(
+    b"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
+).hexdigest()
+_SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real text beside the checkout; tests that need it skip where it is missing."""
+    folder = _SHARED / "data"
+    if not folder.is_dir():
+        pytest.skip("needs the folder of sample data beside the checkout, which is not on this machine")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gpt2_encoding() -> tiktoken.Encoding:
+    """GPT-2's encoding, from a cache only: no test downloads."""
+    for cache in (os.environ.get("TIKTOKEN_CACHE_DIR"), str(_SHARED / "tiktoken-cache")):
+        if cache and (Path(cache) / _GPT2_MERGES).is_file():
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("TIKTOKEN_CACHE_DIR", cache)
+                return tiktoken.get_encoding("gpt2")
+    pytest.skip("needs GPT-2's vocabulary: set TIKTOKEN_CACHE_DIR to a folder that holds it")
