@@ -19,9 +19,16 @@ _AUTO_MAP = {
 
 # What transformers itself passes or stores beside the fields. Anything else that is not a field is a mistake.
 _HANDLED_BY_TRANSFORMERS = frozenset(
-    "attn_implementation auto_map custom_pipelines distributed_config experts_implementation is_causal model_type "
-    "name_or_path num_labels output_attentions per_layer_config quantization_config tie_last_hidden_states "
-    "torch_dtype use_bidirectional_attention".split()
+    {
+        "attn_implementation",
+        "auto_map",
+        "custom_pipelines",
+        "distributed_config",
+        "experts_implementation",
+        "is_causal",
+    }
+    | {"model_type", "name_or_path", "num_labels", "output_attentions", "per_layer_config", "quantization_config"}
+    | {"tie_last_hidden_states", "torch_dtype", "use_bidirectional_attention"}
 )
 
 
@@ -168,7 +175,13 @@ def _own_names(cls: type) -> list[str]:
 
 
 def _not_fields() -> set[str]:
-    return {"model_type", "keys_to_ignore_at_inference", "attribute_map", "base_model_tp_plan", "base_model_pp_plan"}
+    return {
+        "model_type",
+        "keys_to_ignore_at_inference",
+        "attribute_map",
+        "base_model_tp_plan",
+        "base_model_pp_plan",
+    }
 
 
 def _known_names(cls: Any) -> set[str]:

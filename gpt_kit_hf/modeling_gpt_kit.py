@@ -395,7 +395,9 @@ def _check_range(ids: Tensor, size: int, name: str, limit: str) -> None:
         raise ValueError(f"{name} must lie between 0 and {size - 1} ({limit}={size}), got {low if low < 0 else high}")
 
 
-def _same_document(position_ids: Tensor, attention_mask: Tensor | None, past: int | Tensor) -> Callable[..., Any] | None:
+def _same_document(
+    position_ids: Tensor, attention_mask: Tensor | None, past: int | Tensor
+) -> Callable[..., Any] | None:
     """Return a mask function that keeps packed documents apart, or None if no row holds more than one.
 
     transformers finds packed documents only without padding and without a cache; this covers the rest.

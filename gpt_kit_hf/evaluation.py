@@ -1,0 +1,125 @@
+"""How well a model predicts held-out text: loss, perplexity, bits per byte, and what is easily reached without one."""
+
+from __future__ import annotations
+
+import gzip
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import tiktoken
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+from gpt_kit_hf.errors import UsageError
+from gpt_kit_hf.losses import evaluation_mode, summed_batch_loss
+from gpt_kit_hf.pretraining_data import IGNORED, TokenStream, TokenWindows
+from gpt_kit_hf.tokenization import END_OF_TEXT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What a model scored: `loss` in nats a token over `tokens` targets, which spell `text_bytes` bytes of UTF-8."""
+
+    loss: float
+    tokens: int
+    text_bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss): the number of equally likely tokens that would be as hard to guess."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits that the model needs for a byte of the text: comparable between vocabularies."""
+        return self.loss * self.tokens / math.log(2) / self.text_bytes
+
+
+def token_byte_lengths(encoding: tiktoken.Encoding) -> npt.NDArray[np.int64]:
+    """Return how many bytes of text each id spells, (n_vocab,); end of text spells none."""
+    lengths = np.zeros(encoding.n_vocab, dtype=np.int64)
+    end = encoding.encode_single_token(END_OF_TEXT)
+    for token in range(encoding.n_vocab):
+        if token != end:
+            lengths[token] = len(encoding.decode_single_token_bytes(token))
+    return lengths
+
+
+def evaluate_stream(
+    model: nn.Module,
+    stream: TokenStream,
+    byte_lengths: npt.NDArray[np.int64],
+    *,
+    max_length: int,
+    stride: int,
+    batch_size: int,
+    max_windows: int | None = None,
+    accelerator: Accelerator | None = None,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Evaluation:
+    """Score each token of a stream once, by windows of `max_length` tokens that start `stride` apart.
+
+    With a stride below max_length each token is seen with at least max_length - stride tokens before it. With
+    `max_windows` only so many windows, spread evenly, are scored. Processes share the windows and all get the
+    result. The model keeps its mode and torch's random state does not move. Raises UsageError for a text without
+    bytes to score.
+    """
+    windows = TokenWindows(stream, max_length, stride, score_once=True)
+    chosen = np.arange(len(windows))
+    if max_windows is not None and max_windows < len(windows):
+        chosen = np.linspace(0, len(windows) - 1, max_windows).round().astype(np.int64)
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    loader = DataLoader(
+        Subset(windows, chosen[rank::world].tolist()), batch_size=batch_size, generator=torch.Generator()
+    )
+    total, tokens, text_bytes = 0.0, 0, 0
+    with evaluation_mode(model), torch.no_grad():
+        for inputs, targets in loader:
+            with autocast():
+                total += float(summed_batch_loss(inputs, targets, model).loss_sum)
+            scored = targets[targets != IGNORED].numpy()
+            tokens += scored.size
+            text_bytes += int(byte_lengths[scored].sum())
+    if accelerator is not None and world > 1:
+        sums = torch.tensor([total, tokens, text_bytes], dtype=torch.float64, device=accelerator.device)
+        total, tokens, text_bytes = accelerator.reduce(sums, reduction="sum").tolist()
+    if text_bytes == 0:
+        raise UsageError("the held-out text spells no bytes: there is nothing to score")
+    return Evaluation(loss=total / tokens, tokens=int(tokens), text_bytes=int(text_bytes))
+
+
+def unigram_bits_per_byte(
+    train: npt.NDArray[np.int64], held_out: npt.NDArray[np.int64], encoding: tiktoken.Encoding
+) -> float:
+    """Return the bits per byte of guessing each byte by its share in the training text, one added to each count.
+
+    `train` and `held_out` are counts of ids, (n_vocab,).
+    """
+    seen = byte_counts(train, encoding) + 1.0
+    wanted = byte_counts(held_out, encoding)
+    return float(-(wanted * np.log2(seen / seen.sum())).sum() / wanted.sum())
+
+
+def byte_counts(counts: npt.NDArray[np.int64], encoding: tiktoken.Encoding) -> npt.NDArray[np.float64]:
+    """Return how often each byte occurs, (256,), in text whose ids occur `counts` times, (n_vocab,)."""
+    totals = np.zeros(256, dtype=np.float64)
+    end = encoding.encode_single_token(END_OF_TEXT)
+    for token in np.flatnonzero(counts):
+        if token != end:
+            spelled = np.frombuffer(encoding.decode_single_token_bytes(int(token)), dtype=np.uint8)
+            totals += np.bincount(spelled, minlength=256) * counts[token]
+    return totals
+
+
+def gzip_bits_per_byte(stream: TokenStream, encoding: tiktoken.Encoding) -> float:
+    """Return the bits per byte of the stream's text compressed by gzip at its strongest."""
+    end = encoding.encode_single_token(END_OF_TEXT)
+    ids = stream.read(0, len(stream))
+    text = encoding.decode_bytes(ids[ids != end].tolist())
+    return 8.0 * len(gzip.compress(text, compresslevel=9)) / len(text)

@@ -1,0 +1,92 @@
+"""Options from a YAML file and the command line, the latter winning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from gpt_kit_hf.corpus import EncodingOptions
+from gpt_kit_hf.errors import UsageError, unknown_name
+from gpt_kit_hf.optimization import OptimizerOptions
+from gpt_kit_hf.presets import ModelOptions
+from gpt_kit_hf.pretraining_data import WindowOptions
+from gpt_kit_hf.run_options import RunOptions, TrainingOptions
+from gpt_kit_hf.text_sources import TextOptions
+
+_ROOMS = (TrainingOptions, TextOptions, EncodingOptions, WindowOptions, ModelOptions, OptimizerOptions)
+
+
+class _Parser(HfArgumentParser):  # type: ignore[misc]
+    """Says what is wrong in one line, as the rest of the package does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def parse_run_options(arguments: Sequence[str], prog: str = "gpt-kit train") -> RunOptions:
+    """Return the options that `arguments` ask for: `--config FILE` and `--name value` for any of them.
+
+    `--help` prints every option with its default and exits. Raises UsageError for an unknown name, with the nearest
+    one, and for a value that is not allowed.
+    """
+    parser = _Parser(_ROOMS, prog=prog, allow_abbrev=False, description="Pretrain a GPT on text.")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line wins over it")
+    names = [action.dest for action in parser._actions if action.dest != "help"]
+    config = _config_argument(arguments)
+    from_file = _arguments_of_file(Path(config), names) if config else []
+    *rooms, rest, unknown = parser.parse_args_into_dataclasses(
+        [*from_file, *arguments], look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        first = unknown[0]
+        if first.startswith("--"):
+            raise UsageError(unknown_name("option", first.split("=")[0].lstrip("-").replace("-", "_"), names))
+        raise UsageError(f"unexpected argument {first!r}: options are given as --name value")
+    del rest  # the namespace of --config
+    training, text, encoding, windows, model, optimizer = rooms
+    return RunOptions(
+        training=training, text=text, encoding=encoding, windows=windows, model=model, optimizer=optimizer
+    )
+
+
+def _config_argument(arguments: Sequence[str]) -> str | None:
+    """Return the file that --config names: it must be read before the rest is parsed."""
+    found = None
+    for index, argument in enumerate(arguments):
+        if argument == "--config":
+            if index + 1 == len(arguments):
+                raise UsageError("argument --config: expected a file")
+            found = arguments[index + 1]
+        elif argument.startswith("--config="):
+            found = argument.removeprefix("--config=")
+    return found
+
+
+def _arguments_of_file(file: Path, names: Sequence[str]) -> list[str]:
+    """Return a YAML file's options as arguments, so that one parser checks both."""
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"config {str(file)!r} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"config {str(file)!r} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"config {str(file)!r} must hold 'name: value' lines")
+    arguments: list[str] = []
+    for name, value in values.items():
+        if name not in names or name == "config":
+            raise UsageError(f"config {str(file)!r}: {unknown_name('option', str(name), names)}")
+        arguments += _as_arguments(name, value)
+    return arguments
+
+
+def _as_arguments(name: str, value: Any) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}={str(value).lower() if isinstance(value, bool) else value}"]

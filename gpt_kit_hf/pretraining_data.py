@@ -1,0 +1,328 @@
+"""Token streams, the windows cut from them, and the order in which training meets the windows."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from gpt_kit_hf import tokenization
+from gpt_kit_hf.errors import DataError, UsageError
+
+# A target of this id is not trained: the default `ignore_index` of torch's cross-entropy.
+IGNORED = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowOptions:
+    """How windows are cut."""
+
+    max_length: int = dataclasses.field(default=256, metadata={"help": "tokens of a window, the model's context"})
+    stride: int | None = dataclasses.field(
+        default=None, metadata={"help": "tokens between the starts of two windows, if not max_length"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.max_length < 1:
+            raise UsageError(f"max_length must be at least 1, got {self.max_length}")
+        check_stride(self.step, self.max_length)
+
+    @property
+    def step(self) -> int:
+        """The stride, or max_length if none is given."""
+        return self.max_length if self.stride is None else self.stride
+
+
+def check_stride(stride: int, max_length: int) -> None:
+    """Raise UsageError for a stride that stands still or leaps over tokens."""
+    if not 1 <= stride <= max_length:
+        raise UsageError(f"stride must lie between 1 and max_length={max_length}, got {stride}: it would skip tokens")
+
+
+class TokenStream:
+    """Token ids of documents, end to end, read by position without a copy of the corpus.
+
+    `pieces` are integer arrays that follow each other; for a stored corpus they are views of memory-mapped files.
+    `document_starts` are the positions at which documents begin, ascending from 0.
+    """
+
+    def __init__(self, pieces: Sequence[npt.NDArray[Any]], document_starts: npt.NDArray[np.int64]) -> None:
+        self.pieces = [piece for piece in pieces if piece.size]
+        self.document_starts = document_starts
+        self._ends = np.cumsum([piece.size for piece in self.pieces], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if self.pieces else 0
+
+    def views(self, start: int, stop: int) -> list[npt.NDArray[Any]]:
+        """Return the ids at positions start..stop-1 as views, one for each piece that they lie in."""
+        assert 0 <= start <= stop <= len(self), (start, stop, len(self))
+        index = int(np.searchsorted(self._ends, start, side="right"))
+        found = []
+        while start < stop:
+            piece, end = self.pieces[index], int(self._ends[index])
+            first = end - piece.size
+            found.append(piece[start - first : stop - first])
+            start, index = end, index + 1
+        return found
+
+    def read(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Return the ids at positions start..stop-1 as one array."""
+        views = self.views(start, stop)
+        return np.concatenate(views).astype(np.int64) if views else np.empty(0, np.int64)
+
+    def counts(self, n_vocab: int) -> npt.NDArray[np.int64]:
+        """Return how often each id occurs, (n_vocab,)."""
+        totals = np.zeros(n_vocab, dtype=np.int64)
+        for piece in self.pieces:
+            totals += np.bincount(piece, minlength=n_vocab)
+        return totals
+
+    def fingerprint(self) -> str:
+        """Return a digest of the ids and the document boundaries, whatever pieces they lie in."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.document_starts, dtype="<i8"))
+        for piece in self.pieces:
+            for first in range(0, piece.size, 1 << 20):
+                digest.update(np.ascontiguousarray(piece[first : first + (1 << 20)], dtype="<u4"))
+        return digest.hexdigest()[:16]
+
+
+def stream_of(documents: datasets.Dataset) -> TokenStream:
+    """Return the stream of stored documents, rows of `input_ids`; its pieces are views of the Arrow file."""
+    pieces, lengths = [], []
+    for chunk in documents.data.column("input_ids").chunks:
+        bounds = chunk.offsets.to_numpy()
+        pieces.append(chunk.values.to_numpy(zero_copy_only=True)[bounds[0] : bounds[-1]])
+        lengths.append(np.diff(bounds))
+    return TokenStream(pieces, _starts(np.concatenate(lengths) if lengths else np.empty(0, np.int64)))
+
+
+def _starts(lengths: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    return np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)))[: len(lengths)]
+
+
+def held_out_split(stream: TokenStream, fraction: float, seed: int) -> tuple[TokenStream, TokenStream]:
+    """Cut a stream into one to train on and one to hold out, which gets `fraction` of the tokens.
+
+    Whole documents, drawn by the seed, are held out, and of the last one drawn only its end. A single document is so
+    cut where its last `fraction` begins. Both parts keep the documents' order.
+    """
+    starts = stream.document_starts
+    ends = np.append(starts[1:], len(stream))
+    wanted = round(len(stream) * fraction)
+    drawn = np.random.default_rng(seed).permutation(len(starts))
+    reached = np.cumsum((ends - starts)[drawn])
+    whole = int(np.searchsorted(reached, wanted, side="right"))
+    cuts = starts.copy()  # where the held-out end of each document begins
+    cuts[drawn[whole:]] = ends[drawn[whole:]]
+    missing = wanted - (int(reached[whole - 1]) if whole else 0)
+    if missing:
+        cuts[drawn[whole]] -= missing
+    return _select(stream, starts, cuts), _select(stream, cuts, ends)
+
+
+def _select(stream: TokenStream, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]) -> TokenStream:
+    """Return the stream of the spans starts[i]..stops[i]-1, a document each; empty spans are left out."""
+    filled = starts < stops
+    starts, stops = starts[filled], stops[filled]
+    # Spans that touch are read as one piece.
+    breaks = np.flatnonzero(starts[1:] != stops[:-1]) + 1
+    firsts = starts[np.concatenate(([0], breaks))] if len(starts) else starts
+    lasts = stops[np.concatenate((breaks - 1, [len(stops) - 1]))] if len(stops) else stops
+    pieces = [v for first, last in zip(firsts, lasts, strict=True) for v in stream.views(int(first), int(last))]
+    return TokenStream(pieces, _starts(stops - starts))
+
+
+class TokenWindows(Dataset[tuple[Tensor, Tensor]]):
+    """Windows of a stream: (input, target), both (max_length,) int64, where target t is the token after input t.
+
+    A window reads max_length + 1 ids, so that at stride = max_length each token but the first is a target exactly
+    once. The last window ends with the stream; targets that an earlier one had are ignored (-100) in it. With
+    `score_once` that holds for all windows: each target counts once, with the longest context that the stride allows.
+    Without `keep_tail` the tokens after the last regular window are left out.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        max_length: int,
+        stride: int,
+        *,
+        score_once: bool = False,
+        keep_tail: bool = True,
+    ) -> None:
+        if max_length < 1:
+            raise UsageError(f"max_length must be at least 1, got {max_length}")
+        check_stride(stride, max_length)
+        if len(stream) <= max_length:
+            raise DataError(
+                f"the text has {len(stream)} tokens, fewer than one window: "
+                f"max_length={max_length} needs {max_length + 1}"
+            )
+        self.stream, self.max_length, self.stride, self.score_once = stream, max_length, stride, score_once
+        targets = len(stream) - 1
+        self._regular = (targets - max_length) // stride + 1
+        self._tail = targets - (self._regular - 1) * stride - max_length if keep_tail else 0
+
+    def __len__(self) -> int:
+        return self._regular + (self._tail > 0)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        start, fresh = index * self.stride, self.max_length
+        if index == self._regular:
+            start, fresh = len(self.stream) - 1 - self.max_length, self._tail
+        elif self.score_once and index > 0:
+            fresh = self.stride
+        ids = torch.from_numpy(self.stream.read(start, start + self.max_length + 1))
+        target = ids[1:].clone()
+        target[: self.max_length - fresh] = IGNORED
+        return ids[:-1], target
+
+
+class GPTPretrainingDataset(TokenWindows):
+    """Sliding windows over one text: (input, target), both (max_length,) int64, the target shifted by one.
+
+    `tokenizer` is a tiktoken encoding or a tokenizer of transformers; "<|endoftext|>" in the text is the end of text.
+    """
+
+    def __init__(self, text: str, tokenizer: Any, max_length: int, stride: int, *, keep_tail: bool = False) -> None:
+        ids = tokenization.text_to_token_ids(text, tokenizer)[0].numpy()
+        super().__init__(TokenStream([ids], np.zeros(1, np.int64)), max_length, stride, keep_tail=keep_tail)
+
+
+def create_pretraining_dataloader(
+    text: str,
+    batch_size: int = 4,
+    max_length: int = 256,
+    stride: int = 128,
+    shuffle: bool = True,
+    drop_last: bool = True,
+    num_workers: int = 0,
+    *,
+    tokenizer: Any = None,
+    seed: int = 0,
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Return a loader of (input, target) pairs, both (batch_size, max_length) int64; the target is shifted by one.
+
+    `tokenizer` is GPT-2's encoding if not given. The order of a shuffled epoch follows from the seed alone: neither
+    reads nor moves torch's global random state. Raises DataError if the text gives fewer windows than one batch.
+    """
+    if tokenizer is None:
+        tokenizer = tokenization.get_encoding("gpt2")
+    windows = GPTPretrainingDataset(text, tokenizer, max_length, stride)
+    if batch_size < 1:
+        raise UsageError(f"batch_size must be at least 1, got {batch_size}")
+    if drop_last and len(windows) < batch_size:
+        raise DataError(
+            f"the text gives {len(windows)} windows, fewer than one batch of {batch_size}: "
+            "use a smaller batch_size, max_length or stride, or drop_last=False"
+        )
+    return DataLoader(
+        windows,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        drop_last=drop_last,
+        num_workers=num_workers,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def shuffled(positions: npt.NDArray[np.int64], size: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """Return where a pseudo-random permutation of 0..size-1, drawn by (seed, epoch), sends `positions`.
+
+    Needs no memory and no earlier position, so that a run continues anywhere at no cost. A Feistel network (Luby and
+    Rackoff 1988) over the next even power of two; values beyond `size` walk on until they fall inside.
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
+    keys = _mixed(np.uint64(seed % 2**64) ^ _mixed(np.arange(6, dtype=np.uint64) + np.uint64(6 * epoch + 1)))
+
+    def permuted(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        left, right = values >> shift, values & mask
+        for key in keys:
+            left, right = right, left ^ (_mixed(right ^ key) & mask)
+        return (left << shift) | right
+
+    values = permuted(positions.astype(np.uint64))
+    while (outside := values >= size).any():
+        values[outside] = permuted(values[outside])
+    return values.astype(np.int64)
+
+
+def _mixed(values: Any) -> Any:
+    """Return 64-bit values scrambled: the finaliser of SplitMix64 (Steele, Lea and Flood 2014)."""
+    with np.errstate(over="ignore"):
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchPlan:
+    """Which samples each step trains on: a function of the seed and the step alone.
+
+    Sample k of a run is sample k modulo `samples` of epoch k // samples; a step takes the next `batch_size`. The
+    processes share a step's batch in equal runs, and cut theirs into micro-batches: neither changes the batch.
+    """
+
+    samples: int
+    batch_size: int
+    micro_batch_size: int
+    seed: int
+    num_processes: int = 1
+    process_index: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "micro_batch_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size % self.num_processes:
+            raise UsageError(
+                f"batch_size={self.batch_size} must be divisible by the number of processes, {self.num_processes}"
+            )
+
+    @property
+    def micro_steps(self) -> int:
+        """How many micro-batches a process computes for a step."""
+        return -(-self.batch_size // self.num_processes // self.micro_batch_size)
+
+    def sample_ids(self, step: int) -> npt.NDArray[np.int64]:
+        """Return the ids (batch_size,) of the samples of step 0, 1, ..., over all processes."""
+        consumed = np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64)
+        epochs = consumed // self.samples
+        ids = np.empty_like(consumed)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            ids[chosen] = shuffled(consumed[chosen] % self.samples, self.samples, self.seed, int(epoch))
+        return ids
+
+    def micro_batches(self, step: int) -> list[list[int]]:
+        """Return the ids of this process's micro-batches of a step."""
+        share = self.batch_size // self.num_processes
+        own = self.sample_ids(step)[self.process_index * share : (self.process_index + 1) * share].tolist()
+        return [own[first : first + self.micro_batch_size] for first in range(0, share, self.micro_batch_size)]
+
+
+class PlannedBatches(Sampler[list[int]]):
+    """The micro-batches of the steps first_step..last_step-1, in their order."""
+
+    def __init__(self, plan: BatchPlan, first_step: int, last_step: int) -> None:
+        self.plan, self.first_step, self.last_step = plan, first_step, last_step
+
+    def __len__(self) -> int:
+        return (self.last_step - self.first_step) * self.plan.micro_steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first_step, self.last_step):
+            yield from self.plan.micro_batches(step)

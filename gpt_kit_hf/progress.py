@@ -1,0 +1,119 @@
+"""What a person sees of a run: lines, a progress bar on a terminal, and the picture of the loss."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from gpt_kit_hf.checkpointing import replace_file
+
+
+class Console:
+    """Writes a run's progress: lines, and on a terminal a bar below them. Without a stream it is silent."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+        self._interactive = stream is not None and stream.isatty()
+        self._bar: tqdm[Any] | None = None
+
+    def say(self, line: str = "") -> None:
+        """Write a line, above the bar if there is one."""
+        if self._bar is not None:
+            self._bar.write(line, file=self._stream)
+        elif self._stream is not None:
+            self._stream.write(line + "\n")
+            self._stream.flush()
+
+    def start(self, done: int, total: int) -> None:
+        """Show the bar of a run that has `done` of `total` steps behind it."""
+        if self._interactive:
+            layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+            self._bar = tqdm(
+                total=total, initial=done, file=self._stream, bar_format=layout, dynamic_ncols=True, leave=False
+            )
+
+    def step(self, done: int, total: int, loss: float, tokens_per_second: float, seconds_left: float) -> None:
+        """Show the state after a step: in the bar, or as a line where there is none."""
+        speed = f"{short(tokens_per_second)} tokens/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.3f}, {speed}", refresh=False)
+        else:
+            self.say(f"step {done}/{total}  loss {loss:.3f}  {speed}  {duration(seconds_left)} left")
+
+    def advance(self) -> None:
+        """Move the bar by a step."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def short(number: float) -> str:
+    """Return a count in at most four characters and a unit: 950, 12.3k, 124M, 1.56B."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= 0.9995 * size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time as a person says it: 40 s, 3 min 20 s, 2 h 5 min."""
+    if not math.isfinite(seconds):
+        return "unknown time"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def draw_curve(records: Sequence[dict[str, Any]], path: Path, title: str) -> bool:
+    """Write a picture of training and held-out loss over the steps; return False where matplotlib is missing.
+
+    `records` are the lines of metrics.jsonl.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    from matplotlib.figure import Figure
+
+    train = [(r["step"], r["loss"]) for r in records if r["kind"] == "train" and r["loss"] is not None]
+    held_out = [(r["step"], r["loss"]) for r in records if r["kind"] == "evaluation"]
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    if train:
+        steps, losses = zip(*train, strict=True)
+        axes.plot(steps, losses, color="#b8c4d6", linewidth=0.8, label="training, each step")
+        axes.plot(steps, _smooth(losses), color="#2b5c9e", linewidth=1.6, label="training, smoothed")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), color="#c8452d", marker="o", markersize=4, label="held-out")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if train or held_out:
+        axes.legend(frameon=False)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    replace_file(path, picture.getvalue())
+    return True
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Return the running mean with a half-life of a fiftieth of the curve, unbiased at its start."""
+    keep = 0.5 ** (50 / max(50, len(values)))
+    total = weight = 0.0
+    smoothed = []
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1.0
+        smoothed.append(total / weight)
+    return smoothed

@@ -1,0 +1,116 @@
+"""The folder of a run: what lies where in it, who may begin or continue there, and the model folders in it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+from transformers import GenerationConfig
+
+from gpt_kit_hf.checkpointing import latest_checkpoint, list_checkpoints, move_aside, sync_path
+from gpt_kit_hf.errors import CheckpointError, UsageError
+from gpt_kit_hf.modeling_gpt_kit import GPTKitForCausalLM
+from gpt_kit_hf.tokenization import END_OF_TEXT
+from gpt_kit_hf.tokenizer_twin import save_tokenizer
+
+OPTIONS_FILE = "options.json"
+RECORD_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+CURVE_FILE = "loss.png"
+LOCK_FILE = "run.lock"
+
+
+def check_run_folder(run: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raise UsageError, with nothing changed, if a run can neither begin nor continue in the folder."""
+    if resume and overwrite:
+        raise UsageError("resume and overwrite: give one of them; the first keeps the run, the second replaces it")
+    if holds_run(run) and not (resume or overwrite):
+        raise UsageError(f"output_dir {str(run)!r} already holds a run: use resume, overwrite or another folder")
+    existing = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UsageError(f"output_dir {str(run)!r} cannot be made: {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"output_dir {str(run)!r} is not writable")
+    if existing == run.absolute() and not holds_run(run):
+        others = sorted(path.name for path in run.iterdir() if path.name != LOCK_FILE)
+        if others:
+            raise UsageError(
+                f"output_dir {str(run)!r} holds other files ({', '.join(others[:3])}): name a new or empty folder"
+            )
+
+
+def make_run_folder(run: Path) -> str | None:
+    """Make an empty folder for a new run; return where a run that was there lies now, if one was."""
+    moved = str(move_aside(run)) if holds_run(run) else None
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"output_dir {str(run)!r} cannot be made: {error.strerror}") from None
+    return moved
+
+
+def holds_run(run: Path) -> bool:
+    """Return whether a run was begun in the folder."""
+    return (run / OPTIONS_FILE).is_file() or bool(list_checkpoints(run))
+
+
+def refuse_changes(stored: Mapping[str, Any], given: Mapping[str, Any], run: Path, free: frozenset[str]) -> None:
+    """Raise UsageError with each option that differs from the run's own, those in `free` aside."""
+    missing = object()
+    changed = [
+        f"{name} was {stored.get(name)!r}, is {given.get(name)!r}"
+        for name in sorted(stored.keys() | given.keys())
+        if name not in free and stored.get(name, missing) != given.get(name, missing)
+    ]
+    if changed:
+        raise UsageError(
+            f"cannot resume {str(run)!r} with other options ({'; '.join(changed)}): "
+            "give them as they were, or name another output_dir"
+        )
+
+
+def write_model_folder(folder: Path, model: GPTKitForCausalLM, encoding: tiktoken.Encoding) -> None:
+    """Write what `from_pretrained` loads: weights, configuration, remote code, generation defaults, tokenizer."""
+    end = encoding.encode_single_token(END_OF_TEXT)
+    # Padding has an id in generation only, where the attention mask hides it; the tokenizer has none (see there).
+    model.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end)
+    model.save_pretrained(str(folder))
+    save_tokenizer(encoding, folder, model_max_length=model.config.max_position_embeddings)
+
+
+def publish_in_run(run: Path, source: Path) -> None:
+    """Copy a checkpoint's model files into the run's root, each whole or not at all, so that the run loads itself."""
+    names = [path.name for path in source.iterdir() if path.suffix in (".json", ".py", ".safetensors", ".jinja")]
+    internal = {"manifest.json", "training_state.json", "optimizer.safetensors"}
+    for name in sorted(set(names) - internal, key=lambda name: (name == "config.json", name)):
+        target, stage = run / name, run / f".{name}.stage"
+        try:
+            shutil.copyfile(source / name, stage)
+            sync_path(stage)
+            stage.replace(target)
+        except OSError as error:
+            raise CheckpointError(f"{target} was not written: {error}") from error
+    sync_path(run)
+
+
+def find_model_folder(place: str) -> str:
+    """Return what `from_pretrained` takes for a run folder, a model folder or a Hub id.
+
+    A run that has not ended is read at its newest intact checkpoint. Raises UsageError for a folder with no model.
+    """
+    folder = Path(place)
+    if not folder.exists():
+        # A Hub id has a name and at most an owner before it.
+        if place.count("/") > 1 or place.startswith((".", "/", "~")):
+            raise UsageError(f"{place!r}: no such folder")
+        return place
+    if (folder / "config.json").is_file():
+        return str(folder)
+    checkpoint = latest_checkpoint(folder)
+    if checkpoint is None:
+        raise UsageError(f"{place!r} holds no model: neither a config.json nor a checkpoint")
+    return str(checkpoint)

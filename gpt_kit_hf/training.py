@@ -1,0 +1,444 @@
+"""Pretraining from options to a model folder: the loop, what it records, and how it continues."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from gpt_kit_hf import checkpointing, tokenization
+from gpt_kit_hf.amp import AMPTrainer, UpdateReport
+from gpt_kit_hf.corpus import Corpus, prepare_corpus
+from gpt_kit_hf.errors import CheckpointError, NonFiniteError, UsageError, unknown_name
+from gpt_kit_hf.evaluation import (
+    Evaluation,
+    evaluate_stream,
+    gzip_bits_per_byte,
+    token_byte_lengths,
+    unigram_bits_per_byte,
+)
+from gpt_kit_hf.generation import generate_text_autoregressive
+from gpt_kit_hf.modeling_gpt_kit import GPTKitForCausalLM
+from gpt_kit_hf.optimization import create_optimizer, learning_rate_at, set_learning_rate
+from gpt_kit_hf.pretraining_data import BatchPlan, PlannedBatches, TokenWindows
+from gpt_kit_hf.progress import Console, draw_curve, short
+from gpt_kit_hf.run_folder import (
+    CURVE_FILE,
+    METRICS_FILE,
+    OPTIONS_FILE,
+    RECORD_FILE,
+    check_run_folder,
+    holds_run,
+    make_run_folder,
+    publish_in_run,
+    refuse_changes,
+    write_model_folder,
+)
+from gpt_kit_hf.run_options import FREE_ON_RESUME, RunOptions
+from gpt_kit_hf.tokenizer_twin import load_encoding
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run came to: its folder, the steps done, and the score on all of the held-out text."""
+
+    folder: Path
+    steps: int
+    evaluation: Evaluation
+
+
+def train(options: RunOptions, *, stream: TextIO | None = sys.stdout) -> RunResult:
+    """Train a GPT as the options say, or continue to; progress goes to `stream`.
+
+    The folder then holds the model as `from_pretrained` loads it, its checkpoints, metrics.jsonl, loss.png and
+    run.json. Raises UsageError for options that do not fit each other, the data or the device, before anything is
+    written; NonFiniteError if too many updates in a row could not be made.
+    """
+    chosen = options.training
+    accelerator = Accelerator(
+        cpu=chosen.cpu,
+        mixed_precision="no",  # AMPTrainer does it
+        log_with=_trackers(chosen.report_to),
+        project_dir=chosen.output_dir,
+    )
+    folder = Path(chosen.output_dir)
+    console = Console(stream if accelerator.is_main_process else None)
+    facts = [False]
+    if accelerator.is_main_process:
+        check_run_folder(folder, resume=chosen.resume, overwrite=chosen.overwrite)
+        facts = [chosen.resume and holds_run(folder)]
+    continues = bool(broadcast_object_list(facts)[0])
+    with ExitStack() as stack:
+        stack.callback(accelerator.end_training)
+        stack.callback(console.close)
+        if continues and accelerator.is_main_process:
+            stack.enter_context(checkpointing.RunLock(folder))
+        run = _Run(options, accelerator, console, continues=continues)
+        if not continues and accelerator.is_main_process:
+            # Only now: options that do not fit have left everything as it was.
+            moved = make_run_folder(folder)
+            if moved is not None:
+                console.say(f"the run that was in {folder} lies now in {moved}")
+            stack.enter_context(checkpointing.RunLock(folder))
+        return run.go()
+
+
+def _trackers(names: list[str]) -> list[str]:
+    """Return the trackers that `report_to` names; UsageError for one that is unknown or not installed."""
+    if names == ["none"]:
+        return []
+    if names == ["auto"]:
+        return ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
+    installed = [str(tracker.value) for tracker in get_available_trackers()]
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise UsageError(unknown_name("report_to", name, ["auto", "none", *LOGGER_TYPE_TO_CLASS]))
+        if name not in installed:
+            raise UsageError(f"report_to {name!r} is not installed: pip install {name}, or use auto or none")
+    return names
+
+
+class _Run:
+    """The parts of a run, made once in the order in which they depend on each other, and the loop over its steps."""
+
+    def __init__(self, options: RunOptions, accelerator: Accelerator, console: Console, *, continues: bool) -> None:
+        self.options, self.accelerator, self.console = options, accelerator, console
+        self.chosen = options.training
+        self.folder = Path(self.chosen.output_dir)
+        self.checkpoint = self._checkpoint_to_continue() if continues else None
+        self.corpus = self._prepare_corpus()
+        self.model = self._build_model()
+        self.windows = TokenWindows(self.corpus.train, options.windows.max_length, options.windows.step)
+        TokenWindows(self.corpus.held_out, options.windows.max_length, options.windows.max_length)  # or say why not
+        share = -(-self.chosen.batch_size // accelerator.num_processes)
+        self.plan = BatchPlan(
+            samples=len(self.windows),
+            batch_size=self.chosen.batch_size,
+            micro_batch_size=self.chosen.micro_batch_size or share,
+            seed=self.chosen.seed,
+            num_processes=accelerator.num_processes,
+            process_index=accelerator.process_index,
+        )
+        epochs = self.chosen.epochs or 1.0
+        self.total_steps = self.chosen.max_steps or max(
+            1, math.ceil(epochs * len(self.windows) / self.plan.batch_size)
+        )
+        self.trainer = AMPTrainer(
+            self.model,
+            create_optimizer(self.model, options.optimizer),
+            mixed_precision=self.chosen.mixed_precision,
+            max_grad_norm=options.optimizer.grad_clip or None,
+            accelerator=accelerator,
+        )
+        self.byte_lengths = token_byte_lengths(self.corpus.encoding)
+        self.step = 0
+        self.skipped_in_a_row = 0
+
+    def go(self) -> RunResult:
+        """Train from the first step, or the one after the checkpoint, to the last."""
+        self._record_start()
+        if self.checkpoint is not None:
+            self._restore(self.checkpoint)
+        self._introduce()
+        if self.chosen.compile:
+            self.model.compile()
+        batches = self._batches()
+        self.console.start(self.step, self.total_steps)
+        started, first = time.perf_counter(), self.step
+        while self.step < self.total_steps:
+            micro_batches = [next(batches) for _ in range(self.plan.micro_steps)]
+            rate = learning_rate_at(self.step, self.total_steps, self.options.optimizer)
+            set_learning_rate(self.trainer.optimizer, rate)
+            report = self.trainer.update(micro_batches, before_micro_batch=self._seed_micro_batch)
+            self.step += 1
+            self._record_update(report, rate)
+            self.console.advance()
+            if self.step % self.chosen.log_every == 0 or self.step == self.total_steps:
+                self._log(report, rate, (time.perf_counter() - started) / (self.step - first))
+            if self.step < self.total_steps:
+                self._now_and_then()
+        self._save()
+        return self._finish()
+
+    # --- preparation
+
+    def _checkpoint_to_continue(self) -> Path | None:
+        stored = checkpointing.load_json(self.folder / OPTIONS_FILE)
+        refuse_changes(stored, json.loads(json.dumps(self.options.flat())), self.folder, FREE_ON_RESUME)
+        return checkpointing.latest_checkpoint(self.folder, report=self.console.say)
+
+    def _prepare_corpus(self) -> Corpus:
+        """Read and tokenise on the main process first; the others find what it stored."""
+        kept = load_encoding(self.checkpoint) if self.checkpoint is not None else None
+        with self.accelerator.main_process_first():
+            corpus = prepare_corpus(
+                self.options.text, self.options.encoding, seed=self.chosen.seed, stored_encoding=kept
+            )
+        if self.checkpoint is not None:
+            state = checkpointing.load_json(self.checkpoint / "training_state.json")
+            if state["corpus"] != corpus.fingerprint:
+                raise UsageError(
+                    f"cannot resume {str(self.folder)!r}: its text had the fingerprint {state['corpus']}, "
+                    f"the text named now has {corpus.fingerprint}"
+                )
+        return corpus
+
+    def _build_model(self) -> GPTKitForCausalLM:
+        encoding = self.corpus.encoding
+        end = encoding.encode_single_token(tokenization.END_OF_TEXT)
+        config = self.options.model.build(
+            vocab_size=encoding.n_vocab,
+            bos_token_id=end,
+            eos_token_id=end,
+            tokenizer_fingerprint=tokenization.fingerprint(encoding),
+        )
+        max_length = self.options.windows.max_length
+        if max_length > config.max_position_embeddings:
+            raise UsageError(
+                f"max_length={max_length} is above the position table, "
+                f"max_position_embeddings={config.max_position_embeddings}: raise that, or lower max_length"
+            )
+        if self.checkpoint is not None:
+            return GPTKitForCausalLM.from_pretrained(self.checkpoint, dtype=torch.float32)
+        torch.manual_seed(self.chosen.seed)
+        return GPTKitForCausalLM(config)
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(
+            DataLoader(
+                self.windows,
+                batch_sampler=PlannedBatches(self.plan, self.step, self.total_steps),
+                num_workers=self.chosen.num_workers,
+                pin_memory=self.accelerator.device.type == "cuda",
+                # Without its own generator a loader draws a seed from the global one.
+                generator=torch.Generator().manual_seed(self.chosen.seed),
+            )
+        )
+
+    def _seed_micro_batch(self, index: int) -> None:
+        """Make dropout a function of (seed, step, part of the batch): a resumed run needs no random state."""
+        part = self.accelerator.process_index * self.plan.micro_steps + index
+        digest = hashlib.sha256(f"{self.chosen.seed} {self.step} {part}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+    # --- the record
+
+    def _record_start(self) -> None:
+        """Write what the run is, on the main process, and open the trackers."""
+        self.facts = {
+            "options": self.options.flat(),
+            "parameters": self.model.num_parameters(),
+            "documents": self.corpus.documents,
+            "train_tokens": len(self.corpus.train),
+            "held_out_tokens": len(self.corpus.held_out),
+            "corpus_fingerprint": self.corpus.fingerprint,
+            "tokenizer_fingerprint": tokenization.fingerprint(self.corpus.encoding),
+            "precision": self.trainer.precision,
+            "device": str(self.accelerator.device),
+            "processes": self.accelerator.num_processes,
+            "steps": self.total_steps,
+            "versions": {name: version(name) for name in ("gpt-kit-hf", "torch", "transformers", "datasets")}
+            | {"python": platform.python_version()},
+        }
+        if self.accelerator.is_main_process:
+            checkpointing.save_json(self.folder / OPTIONS_FILE, self.options.flat())
+            checkpointing.save_json(self.folder / RECORD_FILE, self.facts)
+            if (self.folder / METRICS_FILE).exists():
+                done = 0 if self.checkpoint is None else checkpointing.checkpoint_step(self.checkpoint)
+                checkpointing.cut_jsonl(self.folder / METRICS_FILE, lambda record: record["step"] <= done)
+        self.accelerator.init_trackers("tensorboard")
+
+    def _introduce(self) -> None:
+        corpus, device = self.corpus, self.accelerator.device
+        where = "the CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
+        processes = self.accelerator.num_processes
+        say = self.console.say
+        say(
+            f"text     {corpus.documents:,} documents, {len(corpus.train):,} tokens to train on, "
+            f"{len(corpus.held_out):,} held out ({corpus.encoding.name}, {corpus.encoding.n_vocab:,} tokens)"
+        )
+        say(
+            f"model    {self.options.model.model}: {short(self.model.num_parameters())} parameters, "
+            f"{self.model.config.n_layer} layers, {self.model.config.n_head} heads, {self.model.config.n_embd} wide"
+        )
+        say(
+            f"training {self.total_steps:,} steps of {self.plan.batch_size} x {self.windows.max_length} tokens, "
+            f"{self.total_steps * self.plan.batch_size / len(self.windows):.2f} epochs, {self.trainer.precision} "
+            f"on {where}, {processes} process{'es' if processes > 1 else ''}"
+        )
+        if self.checkpoint is not None:
+            say(f"resumed  after step {self.step} ({self.checkpoint.name})")
+
+    def _write_metrics(self, record: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+            checkpointing.append_jsonl(self.folder / METRICS_FILE, finite)
+
+    def _record_update(self, report: UpdateReport, rate: float) -> None:
+        """Write the update's line; stop before the weights are in danger if too many in a row were skipped."""
+        record = {"kind": "train", "step": self.step, "loss": report.loss, "grad_norm": report.grad_norm}
+        record |= {"learning_rate": rate, "trained_tokens": report.trained_tokens}
+        if report.loss_scale is not None:
+            record["loss_scale"] = report.loss_scale
+        if report.skipped is not None:
+            record["skipped"] = report.skipped
+            self.console.say(f"step {self.step} left the weights as they were: {report.skipped}")
+        self._write_metrics(record)
+        self.skipped_in_a_row = 0 if report.skipped is None else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= self.chosen.max_skipped:
+            last = checkpointing.latest_checkpoint(self.folder, report=self.console.say)
+            raise NonFiniteError(
+                f"{self.skipped_in_a_row} updates in a row were skipped, the last at step {self.step}: "
+                f"{report.skipped}; the last checkpoint is {last.name if last else 'not written yet'}"
+            )
+
+    def _log(self, report: UpdateReport, rate: float, seconds_per_step: float) -> None:
+        speed = self.plan.batch_size * self.windows.max_length / seconds_per_step
+        left = (self.total_steps - self.step) * seconds_per_step
+        self.console.step(self.step, self.total_steps, report.loss, speed, left)
+        values = {
+            "loss": report.loss,
+            "learning_rate": rate,
+            "grad_norm": report.grad_norm,
+            "tokens_per_second": speed,
+        }
+        self.accelerator.log({f"train/{name}": value for name, value in values.items()}, step=self.step)
+
+    # --- now and then
+
+    def _now_and_then(self) -> None:
+        if self.step % self.chosen.eval_every == 0:
+            scored = self._evaluate(self.chosen.eval_windows)
+            self.console.say(
+                f"step {self.step}  held-out loss {scored.loss:.3f}, {scored.bits_per_byte:.3f} bits per byte"
+            )
+        if self.chosen.sample_every and self.step % self.chosen.sample_every == 0:
+            self.console.say(self._sample())
+        if self.step % self.chosen.save_every == 0:
+            self._save()
+
+    def _evaluate(self, max_windows: int | None) -> Evaluation:
+        scored = evaluate_stream(
+            self.trainer.model,
+            self.corpus.held_out,
+            self.byte_lengths,
+            max_length=self.windows.max_length,
+            stride=self.windows.max_length,
+            batch_size=self.plan.micro_batch_size,
+            max_windows=max_windows,
+            accelerator=self.accelerator,
+            autocast=self.trainer.autocast,
+        )
+        values = {"loss": scored.loss, "bits_per_byte": scored.bits_per_byte}
+        self._write_metrics({"kind": "evaluation", "step": self.step, **values, "tokens": scored.tokens})
+        self.accelerator.log({f"held_out/{name}": value for name, value in values.items()}, step=self.step)
+        return scored
+
+    def _sample(self) -> str:
+        """Return text that the model continues from the sample prompt, or from the start of a document."""
+        encoding = self.corpus.encoding
+        end = encoding.encode_single_token(tokenization.END_OF_TEXT)
+        prompt = torch.tensor([[end, *encoding.encode_ordinary(self.chosen.sample_prompt)]])
+        room = self.model.config.max_position_embeddings - prompt.shape[1]
+        if not self.accelerator.is_main_process or room < 1:
+            return ""
+        with torch.random.fork_rng(), self.trainer.autocast():
+            torch.manual_seed(self.chosen.seed)
+            ids = generate_text_autoregressive(
+                self.model, prompt, min(room, self.chosen.sample_tokens), temperature=0.8, top_k=50
+            )
+        text = encoding.decode([token for token in ids[0].tolist() if token != end])
+        return "\n".join(f"  | {line}" for line in text.splitlines())
+
+    # --- checkpoints
+
+    def _save(self) -> None:
+        """Write the checkpoint of this step; the other processes wait until it has its name."""
+        if self.accelerator.is_main_process:
+            self.checkpoint = checkpointing.save_checkpoint(
+                self.folder,
+                self.step,
+                self._write_checkpoint,
+                keep_last=self.chosen.keep_last,
+                report=self.console.say,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        write_model_folder(folder, self.model, self.corpus.encoding)
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        tensors, optimizer = checkpointing.flatten_optimizer_state(self.trainer.optimizer.optimizer, names)
+        checkpointing.save_tensors(folder / "optimizer.safetensors", tensors)
+        state = {"step": self.step, "corpus": self.corpus.fingerprint, "optimizer": optimizer}
+        state |= {"scaler": self.trainer.scaler.state_dict(), "skipped_in_a_row": self.skipped_in_a_row}
+        checkpointing.save_json(folder / "training_state.json", state)
+
+    def _restore(self, folder: Path) -> None:
+        """Take up where a checkpoint ended; the weights are in the model already."""
+        state = checkpointing.load_json(folder / "training_state.json")
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        try:
+            checkpointing.restore_optimizer_state(
+                self.trainer.optimizer.optimizer,
+                checkpointing.load_tensors(folder / "optimizer.safetensors"),
+                state["optimizer"],
+                names,
+            )
+            self.trainer.scaler.load_state_dict(state["scaler"])
+            self.step, self.skipped_in_a_row = state["step"], state["skipped_in_a_row"]
+        except KeyError as error:
+            raise CheckpointError(f"{folder} lacks {error} in training_state.json") from None
+
+    # --- the end
+
+    def _finish(self) -> RunResult:
+        """Score all held-out text, put the model where the run is, and say what there is now."""
+        scored = self._evaluate(None)
+        counts = self.corpus.train.counts(self.corpus.encoding.n_vocab)
+        held_out = self.corpus.held_out.counts(self.corpus.encoding.n_vocab)
+        beside = {
+            "gzip": gzip_bits_per_byte(self.corpus.held_out, self.corpus.encoding),
+            "unigram": unigram_bits_per_byte(counts, held_out, self.corpus.encoding),
+        }
+        if self.accelerator.is_main_process:
+            assert self.checkpoint is not None
+            publish_in_run(self.folder, self.checkpoint)
+            results = {"loss": scored.loss, "bits_per_byte": scored.bits_per_byte, "tokens": scored.tokens}
+            results |= {"text_bytes": scored.text_bytes, "steps": self.step, "beside_bits_per_byte": beside}
+            checkpointing.save_json(self.folder / RECORD_FILE, self.facts | {"results": results})
+            records = checkpointing.read_jsonl(self.folder / METRICS_FILE)
+            drawn = draw_curve(records, self.folder / CURVE_FILE, f"{self.folder.name}: loss")
+            self._conclude(scored, beside, drawn)
+        self.accelerator.wait_for_everyone()
+        return RunResult(folder=self.folder, steps=self.step, evaluation=scored)
+
+    def _conclude(self, scored: Evaluation, beside: dict[str, float], drawn: bool) -> None:
+        say = self.console.say
+        self.console.close()
+        say(
+            f"\nheld-out text ({scored.text_bytes:,} bytes): {scored.bits_per_byte:.3f} bits per byte; "
+            f"gzip -9 {beside['gzip']:.3f}, byte unigram {beside['unigram']:.3f}"
+        )
+        say(f"loss {scored.loss:.4f} nats per token, perplexity {scored.perplexity:.1f}")
+        say(self._sample())
+        say(f"model    {self.folder} (from_pretrained loads it)")
+        say(f"curve    {self.folder / CURVE_FILE if drawn else 'not drawn: pip install matplotlib'}")
+        say(f"metrics  {self.folder / METRICS_FILE}")
+        say(f'next     gpt-kit generate {self.folder} --prompt "{self.chosen.sample_prompt or "The"}"')
