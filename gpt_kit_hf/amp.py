@@ -61,7 +61,7 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
 
 def _computes_in_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
         # Without these instructions bf16 runs on a CPU too, but slower than fp32.
         abilities = torch.cpu.get_capabilities()
@@ -137,7 +137,7 @@ class AMPTrainer:
                     ).loss_sum
                 # Processes average their gradients: times their number is the sum that the division wants.
                 share = loss_sum * (self.accelerator.num_processes / max(tokens, 1))
-                self.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
+                self.scaler.scale(share).backward()
             total += loss_sum.detach()
         loss = float(self.accelerator.reduce(total, reduction="sum")) / max(tokens, 1)
         return self._step(loss, tokens)

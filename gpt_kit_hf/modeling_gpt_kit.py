@@ -110,6 +110,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: GPTKitConfig) -> None:
         super().__init__()
+        assert config.n_inner is not None  # the configuration fills it in
         self.up_proj = nn.Linear(config.n_embd, config.n_inner, bias=config.use_bias)
         # GPT-2's "gelu_new" is the tanh approximation under another name (Hendrycks and Gimpel 2016, section 2).
         self.act_fn = GELU(approximate="none" if config.hidden_act == "gelu" else "tanh")
@@ -118,7 +119,9 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Transform each token by itself."""
-        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+        widened: Tensor = self.act_fn(self.up_proj(hidden_states))  # (B, T, D) -> (B, T, n_inner)
+        narrowed: Tensor = self.down_proj(widened)  # -> (B, T, D)
+        return narrowed
 
 
 class TransformerBlock(GradientCheckpointingLayer):
@@ -150,7 +153,8 @@ class TransformerBlock(GradientCheckpointingLayer):
         )
         hidden_states = hidden_states + self.dropout(attended)
         transformed = self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states + self.dropout(transformed)
+        hidden_states = hidden_states + self.dropout(transformed)
+        return hidden_states
 
 
 class SinusoidalPositions(nn.Module):

@@ -89,10 +89,10 @@ class TokenStream:
 
     def fingerprint(self) -> str:
         """Return a digest of the ids and the document boundaries, whatever pieces they lie in."""
-        digest = hashlib.sha256(np.ascontiguousarray(self.document_starts, dtype="<i8"))
+        digest = hashlib.sha256(self.document_starts.astype("<i8").tobytes())
         for piece in self.pieces:
             for first in range(0, piece.size, 1 << 20):
-                digest.update(np.ascontiguousarray(piece[first : first + (1 << 20)], dtype="<u4"))
+                digest.update(piece[first : first + (1 << 20)].astype("<u4").tobytes())
         return digest.hexdigest()[:16]
 
 
@@ -252,7 +252,8 @@ def shuffled(positions: npt.NDArray[np.int64], size: int, seed: int, epoch: int)
         left, right = values >> shift, values & mask
         for key in keys:
             left, right = right, left ^ (_mixed(right ^ key) & mask)
-        return (left << shift) | right
+        joined: npt.NDArray[np.uint64] = (left << shift) | right
+        return joined
 
     values = permuted(positions.astype(np.uint64))
     while (outside := values >= size).any():

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from tqdm import tqdm
 
 from gpt_kit_hf.checkpointing import replace_file
+from gpt_kit_hf.errors import UsageError, unknown_name
 
 
 class Console:
@@ -117,3 +119,18 @@ def _smooth(values: Sequence[float]) -> list[float]:
         total, weight = keep * total + value, keep * weight + 1.0
         smoothed.append(total / weight)
     return smoothed
+
+
+def trackers(names: list[str]) -> list[str]:
+    """Return the trackers that `report_to` names; UsageError for one that is unknown or not installed."""
+    if names == ["none"]:
+        return []
+    if names == ["auto"]:
+        return ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
+    installed = [str(tracker.value) for tracker in get_available_trackers()]
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise UsageError(unknown_name("report_to", name, ["auto", "none", *LOGGER_TYPE_TO_CLASS]))
+        if name not in installed:
+            raise UsageError(f"report_to {name!r} is not installed: pip install {name}, or use auto or none")
+    return names

@@ -199,10 +199,8 @@ def _encoding(name: str, pattern: str, ranks: dict[bytes, int]) -> tiktoken.Enco
 def _fetch_gpt2() -> tiktoken.Encoding:
     try:
         return tiktoken.get_encoding("gpt2")
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # every exception of requests is an OSError, a bad hash a ValueError
+    except (OSError, ValueError) as error:
+        # Every exception of requests is an OSError; a file of the wrong hash is a ValueError.
         why = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
         raise UsageError(
             f"encoding 'gpt2' could not be fetched ({why}): set TIKTOKEN_CACHE_DIR to a folder that "

@@ -117,8 +117,7 @@ def build_twin(encoding: tiktoken.Encoding) -> Tokenizer:
     twin = Tokenizer(models.BPE(vocab=vocab, merges=_merges(ranks)))
     twin.pre_tokenizer = byte_level_split(pattern)
     twin.decoder = decoders.ByteLevel()
-    by_id = sorted(specials, key=lambda token: specials[token])
-    twin.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in by_id])
+    twin.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
     return twin
 
 

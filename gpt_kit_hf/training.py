@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import math
 import platform
@@ -18,7 +17,6 @@ from typing import Any, TextIO
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -26,7 +24,7 @@ from torch.utils.data import DataLoader
 from gpt_kit_hf import checkpointing, tokenization
 from gpt_kit_hf.amp import AMPTrainer, UpdateReport
 from gpt_kit_hf.corpus import Corpus, prepare_corpus
-from gpt_kit_hf.errors import CheckpointError, NonFiniteError, UsageError, unknown_name
+from gpt_kit_hf.errors import NonFiniteError, UsageError
 from gpt_kit_hf.evaluation import (
     Evaluation,
     evaluate_stream,
@@ -38,7 +36,7 @@ from gpt_kit_hf.generation import generate_text_autoregressive
 from gpt_kit_hf.modeling_gpt_kit import GPTKitForCausalLM
 from gpt_kit_hf.optimization import create_optimizer, learning_rate_at, set_learning_rate
 from gpt_kit_hf.pretraining_data import BatchPlan, PlannedBatches, TokenWindows
-from gpt_kit_hf.progress import Console, draw_curve, short
+from gpt_kit_hf.progress import Console, draw_curve, short, trackers
 from gpt_kit_hf.run_folder import (
     CURVE_FILE,
     METRICS_FILE,
@@ -53,6 +51,7 @@ from gpt_kit_hf.run_folder import (
 )
 from gpt_kit_hf.run_options import FREE_ON_RESUME, RunOptions
 from gpt_kit_hf.tokenizer_twin import load_encoding
+from gpt_kit_hf.training_state import read_position, restore_training_state, write_training_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +74,7 @@ def train(options: RunOptions, *, stream: TextIO | None = sys.stdout) -> RunResu
     accelerator = Accelerator(
         cpu=chosen.cpu,
         mixed_precision="no",  # AMPTrainer does it
-        log_with=_trackers(chosen.report_to),
+        log_with=trackers(chosen.report_to),
         project_dir=chosen.output_dir,
     )
     folder = Path(chosen.output_dir)
@@ -98,21 +97,6 @@ def train(options: RunOptions, *, stream: TextIO | None = sys.stdout) -> RunResu
                 console.say(f"the run that was in {folder} lies now in {moved}")
             stack.enter_context(checkpointing.RunLock(folder))
         return run.go()
-
-
-def _trackers(names: list[str]) -> list[str]:
-    """Return the trackers that `report_to` names; UsageError for one that is unknown or not installed."""
-    if names == ["none"]:
-        return []
-    if names == ["auto"]:
-        return ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
-    installed = [str(tracker.value) for tracker in get_available_trackers()]
-    for name in names:
-        if name not in LOGGER_TYPE_TO_CLASS:
-            raise UsageError(unknown_name("report_to", name, ["auto", "none", *LOGGER_TYPE_TO_CLASS]))
-        if name not in installed:
-            raise UsageError(f"report_to {name!r} is not installed: pip install {name}, or use auto or none")
-    return names
 
 
 class _Run:
@@ -192,10 +176,10 @@ class _Run:
                 self.options.text, self.options.encoding, seed=self.chosen.seed, stored_encoding=kept
             )
         if self.checkpoint is not None:
-            state = checkpointing.load_json(self.checkpoint / "training_state.json")
-            if state["corpus"] != corpus.fingerprint:
+            before = read_position(self.checkpoint)["corpus"]
+            if before != corpus.fingerprint:
                 raise UsageError(
-                    f"cannot resume {str(self.folder)!r}: its text had the fingerprint {state['corpus']}, "
+                    f"cannot resume {str(self.folder)!r}: its text had the fingerprint {before}, "
                     f"the text named now has {corpus.fingerprint}"
                 )
         return corpus
@@ -216,7 +200,8 @@ class _Run:
                 f"max_position_embeddings={config.max_position_embeddings}: raise that, or lower max_length"
             )
         if self.checkpoint is not None:
-            return GPTKitForCausalLM.from_pretrained(self.checkpoint, dtype=torch.float32)
+            kept: GPTKitForCausalLM = GPTKitForCausalLM.from_pretrained(self.checkpoint, dtype=torch.float32)
+            return kept
         torch.manual_seed(self.chosen.seed)
         return GPTKitForCausalLM(config)
 
@@ -263,7 +248,7 @@ class _Run:
             if (self.folder / METRICS_FILE).exists():
                 done = 0 if self.checkpoint is None else checkpointing.checkpoint_step(self.checkpoint)
                 checkpointing.cut_jsonl(self.folder / METRICS_FILE, lambda record: record["step"] <= done)
-        self.accelerator.init_trackers("tensorboard")
+        self.accelerator.inittrackers("tensorboard")
 
     def _introduce(self) -> None:
         corpus, device = self.corpus, self.accelerator.device
@@ -383,28 +368,17 @@ class _Run:
 
     def _write_checkpoint(self, folder: Path) -> None:
         write_model_folder(folder, self.model, self.corpus.encoding)
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-        tensors, optimizer = checkpointing.flatten_optimizer_state(self.trainer.optimizer.optimizer, names)
-        checkpointing.save_tensors(folder / "optimizer.safetensors", tensors)
-        state = {"step": self.step, "corpus": self.corpus.fingerprint, "optimizer": optimizer}
-        state |= {"scaler": self.trainer.scaler.state_dict(), "skipped_in_a_row": self.skipped_in_a_row}
-        checkpointing.save_json(folder / "training_state.json", state)
+        write_training_state(
+            folder,
+            self.model,
+            self.trainer,
+            {"step": self.step, "corpus": self.corpus.fingerprint, "skipped_in_a_row": self.skipped_in_a_row},
+        )
 
     def _restore(self, folder: Path) -> None:
         """Take up where a checkpoint ended; the weights are in the model already."""
-        state = checkpointing.load_json(folder / "training_state.json")
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-        try:
-            checkpointing.restore_optimizer_state(
-                self.trainer.optimizer.optimizer,
-                checkpointing.load_tensors(folder / "optimizer.safetensors"),
-                state["optimizer"],
-                names,
-            )
-            self.trainer.scaler.load_state_dict(state["scaler"])
-            self.step, self.skipped_in_a_row = state["step"], state["skipped_in_a_row"]
-        except KeyError as error:
-            raise CheckpointError(f"{folder} lacks {error} in training_state.json") from None
+        position = restore_training_state(folder, self.model, self.trainer)
+        self.step, self.skipped_in_a_row = position["step"], position["skipped_in_a_row"]
 
     # --- the end
 
@@ -420,7 +394,11 @@ class _Run:
         if self.accelerator.is_main_process:
             assert self.checkpoint is not None
             publish_in_run(self.folder, self.checkpoint)
-            results = {"loss": scored.loss, "bits_per_byte": scored.bits_per_byte, "tokens": scored.tokens}
+            results: dict[str, Any] = {
+                "loss": scored.loss,
+                "bits_per_byte": scored.bits_per_byte,
+                "tokens": scored.tokens,
+            }
             results |= {"text_bytes": scored.text_bytes, "steps": self.step, "beside_bits_per_byte": beside}
             checkpointing.save_json(self.folder / RECORD_FILE, self.facts | {"results": results})
             records = checkpointing.read_jsonl(self.folder / METRICS_FILE)

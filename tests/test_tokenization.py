@@ -594,6 +594,16 @@ def test_ids_that_are_no_text(tokenizer: Any, trained_encoding: tiktoken.Encodin
         text_to_token_ids("\ud800", tokenizer)
 
 
+def test_a_tokenizer_that_adds_and_cleans_up(trained_encoding: tiktoken.Encoding, tmp_path: Path) -> None:
+    save_tokenizer(trained_encoding, tmp_path)
+    options = {"add_bos_token": True, "clean_up_tokenization_spaces": True}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, **options)
+    text = "the cat 's hat , mat ."
+    ids = text_to_token_ids(text, tokenizer)
+    assert tokenizer(text)["input_ids"] == [trained_encoding.eot_token, *ids[0].tolist()]
+    assert token_ids_to_text(ids, tokenizer) == text != tokenizer.decode(ids[0])
+
+
 def test_what_is_no_tokenizer() -> None:
     calls: list[Callable[[Any], object]] = [
         lambda tokenizer: text_to_token_ids("a", tokenizer),
