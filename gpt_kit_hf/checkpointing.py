@@ -705,11 +705,15 @@ def _take_over(temporary: Path, path: Path) -> bool:
     try:
         with path.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            # While this process waited, another may have replaced the file that is now locked.
-            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return False
-            _refuse_if_held(path, file.read(4096))
-            temporary.replace(path)
+            try:
+                # While this process waited, another may have replaced the file that is now locked.
+                if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    return False
+                _refuse_if_held(path, file.read(4096))
+                temporary.replace(path)
+            finally:
+                # Closing would not do where another thread has forked meanwhile: the child shares the lock.
+                fcntl.flock(file, fcntl.LOCK_UN)
     except FileNotFoundError:
         return False
     return True

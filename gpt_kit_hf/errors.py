@@ -28,9 +28,8 @@ class NonFiniteError(GPTKitError):
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     """Return "unknown <kind> '<name>'; did you mean ...?", or the list of known names if none is near."""
-    names = list(known)
-    near = difflib.get_close_matches(name.lower(), [n.lower() for n in names], n=2, cutoff=0.5)
-    originals = [n for n in names if n.lower() in near]
-    if originals:
-        return f"unknown {kind} {name!r}; did you mean {' or '.join(repr(n) for n in originals)}?"
-    return f"unknown {kind} {name!r}; known: {', '.join(names)}"
+    names = {spelling.lower(): spelling for spelling in known}
+    near = [repr(names[match]) for match in difflib.get_close_matches(name.lower(), names, n=2, cutoff=0.55)]
+    if near:
+        return f"unknown {kind} {name!r}; did you mean {' or '.join(near)}?"
+    return f"unknown {kind} {name!r}; known: {', '.join(names.values())}"

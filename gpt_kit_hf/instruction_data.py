@@ -132,8 +132,7 @@ class InstructionDataset(Dataset[InstructionItem]):
         _check_max_length(max_length)
         if truncation not in ("error", "drop"):
             raise UsageError(unknown_name("truncation", str(truncation), ("error", "drop")))
-        # One flat array, which processes of a loader share: a list of lists of int would be ten times the
-        # size.
+        # Flat arrays, which the processes of a loader share; lists of int would take ten times the memory.
         self._ids = array("i")
         self._ends = array("q", [0])
         self._prompt_lengths = array("i")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import platform
 import sys
@@ -23,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from gpt_kit_hf import checkpointing, tokenization
 from gpt_kit_hf.amp import AMPTrainer, UpdateReport
+from gpt_kit_hf.checkpointing import checkpoint_step, load_json
 from gpt_kit_hf.corpus import Corpus, prepare_corpus
 from gpt_kit_hf.errors import NonFiniteError, UsageError
 from gpt_kit_hf.evaluation import (
@@ -89,6 +89,13 @@ def train(options: RunOptions, *, stream: TextIO | None = sys.stdout) -> RunResu
         stack.callback(console.close)
         if continues and accelerator.is_main_process:
             stack.enter_context(checkpointing.RunLock(folder))
+        if continues:
+            refuse_changes(load_json(folder / OPTIONS_FILE), options.flat(), folder, FREE_ON_RESUME)
+            if (result := _finished_before(folder)) is not None:
+                console.say(
+                    f"{folder} is complete: {result.steps} steps, {result.evaluation.bits_per_byte:.3f} bits per byte"
+                )
+                return result
         run = _Run(options, accelerator, console, continues=continues)
         if not continues and accelerator.is_main_process:
             # Only now: options that do not fit have left everything as it was.
@@ -99,6 +106,18 @@ def train(options: RunOptions, *, stream: TextIO | None = sys.stdout) -> RunResu
         return run.go()
 
 
+def _finished_before(folder: Path) -> RunResult | None:
+    """Return what a run came to that has ended already and whose model is in place, or None."""
+    if not (folder / RECORD_FILE).is_file() or not (folder / "config.json").is_file():
+        return None
+    record = load_json(folder / RECORD_FILE)
+    results = record.get("results")
+    if results is None or results["steps"] != record["steps"]:
+        return None
+    scored = Evaluation(loss=results["loss"], tokens=results["tokens"], text_bytes=results["text_bytes"])
+    return RunResult(folder=folder, steps=results["steps"], evaluation=scored)
+
+
 class _Run:
     """The parts of a run, made once in the order in which they depend on each other, and the loop over its steps."""
 
@@ -106,7 +125,7 @@ class _Run:
         self.options, self.accelerator, self.console = options, accelerator, console
         self.chosen = options.training
         self.folder = Path(self.chosen.output_dir)
-        self.checkpoint = self._checkpoint_to_continue() if continues else None
+        self.checkpoint = checkpointing.latest_checkpoint(self.folder, report=console.say) if continues else None
         self.corpus = self._prepare_corpus()
         self.model = self._build_model()
         self.windows = TokenWindows(self.corpus.train, options.windows.max_length, options.windows.step)
@@ -162,11 +181,6 @@ class _Run:
         return self._finish()
 
     # --- preparation
-
-    def _checkpoint_to_continue(self) -> Path | None:
-        stored = checkpointing.load_json(self.folder / OPTIONS_FILE)
-        refuse_changes(stored, json.loads(json.dumps(self.options.flat())), self.folder, FREE_ON_RESUME)
-        return checkpointing.latest_checkpoint(self.folder, report=self.console.say)
 
     def _prepare_corpus(self) -> Corpus:
         """Read and tokenise on the main process first; the others find what it stored."""
@@ -246,9 +260,18 @@ class _Run:
             checkpointing.save_json(self.folder / OPTIONS_FILE, self.options.flat())
             checkpointing.save_json(self.folder / RECORD_FILE, self.facts)
             if (self.folder / METRICS_FILE).exists():
-                done = 0 if self.checkpoint is None else checkpointing.checkpoint_step(self.checkpoint)
-                checkpointing.cut_jsonl(self.folder / METRICS_FILE, lambda record: record["step"] <= done)
-        self.accelerator.inittrackers("tensorboard")
+                self._drop_metrics_after(0 if self.checkpoint is None else checkpoint_step(self.checkpoint))
+        self.accelerator.init_trackers("tensorboard")
+
+    def _drop_metrics_after(self, done: int) -> None:
+        """Cut the metrics to what the checkpoint has seen: the rest is about to be written again."""
+        last = done == self.total_steps  # its evaluation comes after its checkpoint
+        checkpointing.cut_jsonl(
+            self.folder / METRICS_FILE,
+            lambda record: (
+                record["step"] <= done and not (last and record["kind"] == "evaluation" and record["step"] == done)
+            ),
+        )
 
     def _introduce(self) -> None:
         corpus, device = self.corpus, self.accelerator.device

@@ -356,22 +356,30 @@ def test_train_step_clips_what_the_optimizer_holds(generator: torch.Generator) -
 
 
 @pytest.mark.parametrize("max_norm", [1.0, None])
-@pytest.mark.parametrize("fault", ["loss", "gradient"])
+@pytest.mark.parametrize("fault", ["loss", "gradient", "loss alone"])
 def test_a_non_finite_step_changes_nothing(fault: str, max_norm: float | None, generator: torch.Generator) -> None:
     model = Bigram().eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
     batch = random_batch(generator)
     train_step_with_gradient_clipping(*batch, model, optimizer, scheduler=scheduler)
+    messages = {
+        "loss": "loss=nan",
+        "gradient": r"loss=\d.*grad_norm=(nan|inf)",
+        "loss alone": r"loss=inf, grad_norm=\d",
+    }
     before = model.table.weight.detach().clone()
     moments = {key: value.clone() for key, value in optimizer.state[model.table.weight].items()}
     learning_rate = optimizer.param_groups[0]["lr"]
     if fault == "gradient":  # a finite loss whose gradient is not
         model.table.weight.register_hook(lambda gradient: gradient * math.inf)
-    else:
+    elif fault == "loss":
         model.register_forward_hook(lambda module, args, logits: logits * math.nan)
+    else:  # a target of probability 0 has an infinite loss and a finite gradient
+        is_target = torch.arange(VOCAB) == batch[1].max()
+        model.register_forward_hook(lambda module, args, logits: logits.masked_fill(is_target, -math.inf))
 
-    with pytest.raises(NonFiniteError, match="loss=nan" if fault == "loss" else "grad_norm=(nan|inf)"):
+    with pytest.raises(NonFiniteError, match=messages[fault]):
         train_step_with_gradient_clipping(*batch, model, optimizer, max_norm=max_norm, scheduler=scheduler)
 
     assert torch.equal(model.table.weight, before)

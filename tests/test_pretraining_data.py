@@ -1,0 +1,234 @@
+"""Windows, order and batches against naive references."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from gpt_kit_hf.errors import DataError, UsageError
+from gpt_kit_hf.pretraining_data import (
+    IGNORED,
+    BatchPlan,
+    GPTPretrainingDataset,
+    PlannedBatches,
+    TokenStream,
+    TokenWindows,
+    WindowOptions,
+    create_pretraining_dataloader,
+    held_out_split,
+    shuffled,
+)
+from gpt_kit_hf.tokenization import get_encoding
+
+
+def random_stream(rng: np.random.Generator, documents: int, longest: int = 40) -> tuple[TokenStream, list[np.ndarray]]:
+    """A stream of random documents, cut into pieces that have nothing to do with the documents."""
+    texts = [rng.integers(0, 256, size=rng.integers(1, longest)).astype(np.uint16) for _ in range(documents)]
+    flat = np.concatenate(texts)
+    cuts = np.sort(rng.integers(0, flat.size + 1, size=4))
+    starts = np.concatenate(([0], np.cumsum([text.size for text in texts])[:-1]))
+    return TokenStream(np.split(flat, cuts), starts), texts
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_stream_reads_as_the_documents_joined(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    stream, texts = random_stream(rng, documents=int(rng.integers(1, 12)))
+    flat = np.concatenate(texts)
+    assert len(stream) == flat.size
+    for _ in range(20):
+        start, stop = np.sort(rng.integers(0, flat.size + 1, size=2))
+        np.testing.assert_array_equal(stream.read(int(start), int(stop)), flat[start:stop])
+    np.testing.assert_array_equal(stream.counts(256), np.bincount(flat, minlength=256))
+
+
+def test_a_stream_is_a_view_and_its_fingerprint_sees_ids_and_boundaries() -> None:
+    ids = np.arange(10, dtype=np.uint16)
+    stream = TokenStream([ids[:4], ids[4:]], np.array([0, 4]))
+    assert all(np.shares_memory(view, ids) for view in stream.views(2, 8))
+    assert stream.fingerprint() == TokenStream([ids], np.array([0, 4])).fingerprint()
+    assert stream.fingerprint() != TokenStream([ids], np.array([0, 5])).fingerprint()
+    assert stream.fingerprint() != TokenStream([ids[::-1].copy()], np.array([0, 4])).fingerprint()
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_windows_equal_a_naive_reference(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    stream, texts = random_stream(rng, documents=8)
+    flat = np.concatenate(texts).astype(np.int64)
+    max_length = int(rng.integers(1, min(12, flat.size - 1)))
+    stride = int(rng.integers(1, max_length + 1))
+    windows = TokenWindows(stream, max_length, stride, keep_tail=False)
+    naive = [flat[i : i + max_length + 1] for i in range(0, flat.size - max_length, stride)]
+    assert len(windows) == len(naive)
+    for (inputs, targets), expected in zip((windows[i] for i in range(len(windows))), naive, strict=True):
+        assert inputs.dtype == targets.dtype == torch.int64
+        np.testing.assert_array_equal(inputs, expected[:-1])
+        np.testing.assert_array_equal(targets, expected[1:])
+
+
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("score_once", [False, True])
+def test_every_target_is_trained_exactly_once(seed: int, score_once: bool) -> None:
+    """At stride = max_length by default, at any stride with score_once; each target after its own context."""
+    rng = np.random.default_rng(seed)
+    stream, texts = random_stream(rng, documents=8)
+    flat = np.concatenate(texts).astype(np.int64)
+    max_length = int(rng.integers(1, min(12, flat.size - 1)))
+    stride = int(rng.integers(1, max_length + 1)) if score_once else max_length
+    # Ids that name their own position show which target each one is.
+    positions = TokenStream([np.arange(flat.size)], stream.document_starts)
+    times = np.zeros(flat.size, dtype=int)
+    windows = TokenWindows(positions, max_length, stride, score_once=score_once)
+    for index in range(len(windows)):
+        inputs, targets = windows[index]
+        trained = targets != IGNORED
+        assert torch.equal(targets[trained], inputs[trained] + 1)
+        if index:
+            # Nothing is scored with less context than the stride promises.
+            assert int(trained.nonzero()[0]) >= max_length - stride or not score_once
+        times[targets[trained]] += 1
+    assert times[0] == 0
+    assert (times[1:] == 1).all()
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("documents", [1, 2, 30])
+def test_the_split_holds_out_its_share_and_loses_nothing(seed: int, documents: int) -> None:
+    rng = np.random.default_rng(seed)
+    stream, texts = random_stream(rng, documents)
+    ids = np.arange(len(stream))
+    named = TokenStream([ids], stream.document_starts)
+    fraction = float(rng.uniform(0.05, 0.5))
+    train, held_out = held_out_split(named, fraction, seed)
+    kept, held = train.read(0, len(train)), held_out.read(0, len(held_out))
+    assert len(held_out) == round(len(stream) * fraction)
+    np.testing.assert_array_equal(np.sort(np.concatenate((kept, held))), ids)
+    assert (np.diff(kept) > 0).all()
+    assert (np.diff(held) > 0).all()
+    # At most one document is cut, and both parts know where documents begin.
+    document = np.repeat(np.arange(documents), [text.size for text in texts])
+    assert len(set(document[kept]) & set(document[held])) <= 1
+    for part, positions in ((train, kept), (held_out, held)):
+        assert set(part.document_starts) == {0, *(np.flatnonzero(np.diff(document[positions])) + 1)} or not len(part)
+
+
+def test_one_document_is_cut_at_its_end() -> None:
+    stream = TokenStream([np.arange(100)], np.zeros(1, np.int64))
+    train, held_out = held_out_split(stream, 0.1, seed=3)
+    np.testing.assert_array_equal(train.read(0, 90), np.arange(90))
+    np.testing.assert_array_equal(held_out.read(0, 10), np.arange(90, 100))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1000, 4097])
+def test_an_epoch_is_a_permutation_that_follows_from_seed_and_epoch(size: int) -> None:
+    positions = np.arange(size)
+    orders = [shuffled(positions, size, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    for order in orders:
+        np.testing.assert_array_equal(np.sort(order), positions)
+    np.testing.assert_array_equal(
+        orders[0],
+        np.concatenate([shuffled(positions[i : i + 1], size, 0, 0) for i in positions[:50]] + [orders[0][50:]]),
+    )
+    if size >= 64:
+        assert all(not np.array_equal(a, b) for i, a in enumerate(orders) for b in orders[:i])
+
+
+def test_the_order_is_well_mixed() -> None:
+    """Neighbours in an epoch are as far apart as in a random permutation: a third of the size on average."""
+    size = 10_000
+    order = shuffled(np.arange(size), size, seed=5, epoch=2)
+    apart = np.abs(np.diff(order)).mean() / size
+    assert abs(apart - 1 / 3) < 0.01
+    assert abs(np.corrcoef(order, np.arange(size))[0, 1]) < 0.03
+
+
+@pytest.mark.parametrize(("processes", "micro"), [(1, 12), (1, 5), (2, 6), (2, 4), (4, 1), (4, 3)])
+def test_a_batch_is_the_same_for_any_processes_and_micro_batches(processes: int, micro: int) -> None:
+    alone = BatchPlan(samples=31, batch_size=12, micro_batch_size=12, seed=7)
+    plans = [
+        BatchPlan(
+            samples=31, batch_size=12, micro_batch_size=micro, seed=7, num_processes=processes, process_index=rank
+        )
+        for rank in range(processes)
+    ]
+    for step in range(8):
+        shares = [[i for part in plan.micro_batches(step) for i in part] for plan in plans]
+        assert [i for share in shares for i in share] == alone.sample_ids(step).tolist()
+        assert all(len(plan.micro_batches(step)) == plan.micro_steps for plan in plans)
+
+
+def test_each_epoch_visits_each_sample_once_across_batches() -> None:
+    plan = BatchPlan(samples=31, batch_size=12, micro_batch_size=12, seed=7)
+    visited = np.concatenate([plan.sample_ids(step) for step in range(31)])
+    for epoch in range(12):
+        np.testing.assert_array_equal(np.sort(visited[epoch * 31 : (epoch + 1) * 31]), np.arange(31))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loading_continues_at_any_step(workers: int) -> None:
+    stream = TokenStream([np.arange(200)], np.zeros(1, np.int64))
+    windows = TokenWindows(stream, 4, 4)
+    plan = BatchPlan(samples=len(windows), batch_size=6, micro_batch_size=4, seed=1)
+
+    def load(first: int) -> list[torch.Tensor]:
+        generator = torch.Generator()
+        loader = DataLoader(
+            windows, batch_sampler=PlannedBatches(plan, first, 9), num_workers=workers, generator=generator
+        )
+        return [inputs for inputs, _ in loader]
+
+    whole, rest = load(0), load(5)
+    assert len(whole) == 9 * plan.micro_steps
+    assert all(torch.equal(a, b) for a, b in zip(whole[5 * plan.micro_steps :], rest, strict=True))
+
+
+def test_the_kit_dataset_slides_over_a_text() -> None:
+    encoding = get_encoding("bytes")
+    dataset = GPTPretrainingDataset("abcdefghij", encoding, max_length=4, stride=2)
+    rows = [(encoding.decode(x.tolist()), encoding.decode(y.tolist())) for x, y in (dataset[i] for i in range(3))]
+    assert rows == [("abcd", "bcde"), ("cdef", "defg"), ("efgh", "fghi")]
+    assert len(dataset) == 3
+    with pytest.raises(IndexError):
+        dataset[3]
+
+
+def test_the_kit_loader_is_deterministic_and_leaves_the_random_state() -> None:
+    text = "To be, or not to be, that is the question. " * 20
+    before = torch.random.get_rng_state()
+    loaders = [
+        create_pretraining_dataloader(
+            text, batch_size=3, max_length=8, stride=4, tokenizer=get_encoding("bytes"), seed=s
+        )
+        for s in (1, 1, 2)
+    ]
+    epochs = [[inputs for inputs, _ in loader] for loader in loaders]
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(epochs[0], epochs[1], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(epochs[0], epochs[2], strict=True))
+    inputs, targets = next(iter(loaders[0]))
+    assert inputs.shape == targets.shape == (3, 8)
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+
+
+@pytest.mark.parametrize("stride", [0, -1, 9])
+def test_a_stride_that_skips_or_stands_is_refused(stride: int) -> None:
+    with pytest.raises(UsageError, match=f"stride must lie between 1 and max_length=8, got {stride}"):
+        WindowOptions(max_length=8, stride=stride)
+    with pytest.raises(UsageError, match="stride must lie"):
+        GPTPretrainingDataset("abcdefghijklmn", get_encoding("bytes"), 8, stride)
+
+
+def test_a_text_shorter_than_a_window_is_refused_with_the_numbers() -> None:
+    with pytest.raises(DataError, match="the text has 8 tokens, fewer than one window: max_length=8 needs 9"):
+        GPTPretrainingDataset("abcdefgh", get_encoding("bytes"), 8, 4)
+    assert len(GPTPretrainingDataset("abcdefghi", get_encoding("bytes"), 8, 4)) == 1
+    with pytest.raises(DataError, match="gives 1 windows, fewer than one batch of 4"):
+        create_pretraining_dataloader("abcdefghi", max_length=8, stride=4, tokenizer=get_encoding("bytes"))
+
+
+def test_a_batch_that_processes_cannot_share_is_refused() -> None:
+    with pytest.raises(UsageError, match="batch_size=9 must be divisible by the number of processes, 2"):
+        BatchPlan(samples=31, batch_size=9, micro_batch_size=3, seed=0, num_processes=2)
