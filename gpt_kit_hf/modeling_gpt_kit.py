@@ -377,6 +377,8 @@ class GPTKitForCausalLM(GPTKitPreTrainedModel, GenerationMixin):
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         logits = self.lm_head(hidden_states)  # (B, T, D) -> (B, T, V)
         loss = None
+        if shift_labels is not None:
+            shift_labels = shift_labels.contiguous()  # a slice of a batch is not, and the loss views it flat
         if labels is not None or shift_labels is not None:
             loss = self.loss_function(
                 logits, labels, vocab_size=self.config.vocab_size, shift_labels=shift_labels, **kwargs

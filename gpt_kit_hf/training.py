@@ -24,7 +24,7 @@ from gpt_kit_hf import checkpointing, tokenization
 from gpt_kit_hf.amp import AMPTrainer, UpdateReport
 from gpt_kit_hf.checkpointing import checkpoint_step, load_json
 from gpt_kit_hf.corpus import Corpus, prepare_corpus
-from gpt_kit_hf.errors import NonFiniteError, UsageError
+from gpt_kit_hf.errors import DataError, NonFiniteError, UsageError
 from gpt_kit_hf.evaluation import (
     Evaluation,
     evaluate_stream,
@@ -74,7 +74,7 @@ def train(options: RunOptions, *, stream: TextIO | None = sys.stdout) -> RunResu
     accelerator = Accelerator(
         cpu=chosen.cpu,
         mixed_precision="no",  # AMPTrainer does it
-        log_with=trackers(chosen.report_to),
+        log_with=trackers(chosen.report_to) or None,
         project_dir=chosen.output_dir,
     )
     folder = Path(chosen.output_dir)
@@ -129,7 +129,7 @@ class _Run:
         self.corpus = self._prepare_corpus()
         self.model = self._build_model()
         self.windows = TokenWindows(self.corpus.train, options.windows.max_length, options.windows.step)
-        TokenWindows(self.corpus.held_out, options.windows.max_length, options.windows.max_length)  # or say why not
+        self._check_held_out()
         share = -(-self.chosen.batch_size // accelerator.num_processes)
         self.plan = BatchPlan(
             samples=len(self.windows),
@@ -197,6 +197,14 @@ class _Run:
                     f"the text named now has {corpus.fingerprint}"
                 )
         return corpus
+
+    def _check_held_out(self) -> None:
+        tokens, window = len(self.corpus.held_out), self.options.windows.max_length + 1
+        if tokens < window:
+            raise DataError(
+                f"the held-out text has {tokens} tokens, fewer than one window of max_length + 1 = {window}: "
+                "raise eval_fraction, give eval_files, or lower max_length"
+            )
 
     def _build_model(self) -> GPTKitForCausalLM:
         encoding = self.corpus.encoding

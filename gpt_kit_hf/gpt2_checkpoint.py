@@ -1,0 +1,561 @@
+"""Checkpoints of GPT-2 and of hand-written GPTs into this package's model, and its models out as GPT-2.
+
+A layout is a table from the name of a stored tensor to its name here, or to "" for a tensor that is dropped:
+
+    "h.{layer}.attn.c_attn.weight": "model.layers.{layer}.self_attn.{q,k,v}_proj.weight.T"
+
+`{layer}` stands for the layer's number. A `.T` at the end transposes the matrix; then `{q,k,v}` splits it along
+dimension 0 into as many equal parts. No tensor is left out or filled in by a guess: what a table does not name, and
+what the model still lacks in the end, is an error. Reading a checkpoint runs no code from it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, StrictDataclassError
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
+
+from gpt_kit_hf.checkpointing import load_json, load_tensors
+from gpt_kit_hf.configuration_gpt_kit import GPTKitConfig
+from gpt_kit_hf.errors import CheckpointError, UsageError, unknown_name
+from gpt_kit_hf.modeling_gpt_kit import GPTKitForCausalLM
+
+Layout = Literal["gpt2", "nanogpt", "kit", "to-gpt2"]
+Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh"]
+_T = TypeVar("_T")
+
+_TOKENS, _POSITIONS, _HEAD = "model.embed_tokens.weight", "model.embed_positions.weight", "lm_head.weight"
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# --- the layouts -----------------------------------------------------------------------------------------
+
+
+def _with_biases(weights: Mapping[str, str]) -> dict[str, str]:
+    """Return the table with the bias beside each weight; a bias is never transposed."""
+    swap = {theirs[: -len("weight")] + "bias": ours.removesuffix(".T") for theirs, ours in weights.items()}
+    return {**weights, **{bias: ours[: -len("weight")] + "bias" for bias, ours in swap.items()}}
+
+
+# As the transformers library stores GPT-2. Its Conv1D keeps a weight as (in, out), nn.Linear as (out, in).
+GPT2_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "transformer.wte.weight": _TOKENS,
+        "transformer.wpe.weight": _POSITIONS,
+        "lm_head.weight": _HEAD,
+        **_with_biases(
+            {
+                "transformer.h.{layer}.ln_1.weight": "model.layers.{layer}.input_layernorm.weight",
+                "transformer.h.{layer}.attn.c_attn.weight": "model.layers.{layer}.self_attn.{q,k,v}_proj.weight.T",
+                "transformer.h.{layer}.attn.c_proj.weight": "model.layers.{layer}.self_attn.o_proj.weight.T",
+                "transformer.h.{layer}.ln_2.weight": "model.layers.{layer}.post_attention_layernorm.weight",
+                "transformer.h.{layer}.mlp.c_fc.weight": "model.layers.{layer}.mlp.up_proj.weight.T",
+                "transformer.h.{layer}.mlp.c_proj.weight": "model.layers.{layer}.mlp.down_proj.weight.T",
+                "transformer.ln_f.weight": "model.norm.weight",
+            }
+        ),
+        # Not biases: old versions stored the causal mask and the value of a masked score under these names.
+        "transformer.h.{layer}.attn.bias": "",
+        "transformer.h.{layer}.attn.masked_bias": "",
+    }
+)
+
+# nanoGPT has GPT-2's names over nn.Linear. Its GELU is the exact one, its LayerNorm's epsilon 1e-5.
+NANOGPT_NAMES: Mapping[str, str] = MappingProxyType(
+    {theirs: ours.removesuffix(".T") for theirs, ours in GPT2_NAMES.items()}
+)
+
+# The kit of the book "Build a Large Language Model (From Scratch)", Raschka 2024, chapters 3 and 4. Its GELU is the
+# tanh approximation, its LayerNorm's epsilon 1e-5; its output projection is not tied.
+KIT_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "tok_emb.weight": _TOKENS,
+        "pos_emb.weight": _POSITIONS,
+        "out_head.weight": _HEAD,
+        **_with_biases(
+            {
+                "trf_blocks.{layer}.att.W_query.weight": "model.layers.{layer}.self_attn.q_proj.weight",
+                "trf_blocks.{layer}.att.W_key.weight": "model.layers.{layer}.self_attn.k_proj.weight",
+                "trf_blocks.{layer}.att.W_value.weight": "model.layers.{layer}.self_attn.v_proj.weight",
+                "trf_blocks.{layer}.att.out_proj.weight": "model.layers.{layer}.self_attn.o_proj.weight",
+                "trf_blocks.{layer}.ff.layers.0.weight": "model.layers.{layer}.mlp.up_proj.weight",
+                "trf_blocks.{layer}.ff.layers.2.weight": "model.layers.{layer}.mlp.down_proj.weight",
+            }
+        ),
+        "trf_blocks.{layer}.norm1.scale": "model.layers.{layer}.input_layernorm.weight",
+        "trf_blocks.{layer}.norm1.shift": "model.layers.{layer}.input_layernorm.bias",
+        "trf_blocks.{layer}.norm2.scale": "model.layers.{layer}.post_attention_layernorm.weight",
+        "trf_blocks.{layer}.norm2.shift": "model.layers.{layer}.post_attention_layernorm.bias",
+        "trf_blocks.{layer}.att.mask": "",
+        "final_norm.scale": "model.norm.weight",
+        "final_norm.shift": "model.norm.bias",
+    }
+)
+
+# --- any state dict into the model -----------------------------------------------------------------------
+
+
+def convert_state_dict(
+    state_dict: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    config: GPTKitConfig,
+    *,
+    zero_missing_biases: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> GPTKitForCausalLM:
+    """Return a model, in evaluation mode, with copies of a foreign model's tensors, by a table as described above.
+
+    `zero_missing_biases` gives zero biases to query, key and value projections that were built without. Raises
+    UsageError, with the first few names, for a tensor that the table or the model does not know, one that two names
+    fill, one of another shape or not floating-point, and one that is missing.
+    """
+    tensors = rename_tensors(state_dict, names)
+    if zero_missing_biases:
+        _add_zero_biases(tensors, config)
+    return _build_model(config, tensors, dtype, "state_dict")
+
+
+def rename_tensors(
+    state_dict: Mapping[str, Tensor], names: Mapping[str, str], source: str = "state_dict"
+) -> dict[str, Tensor]:
+    """Return the tensors under their names here, as views, by a table as described above.
+
+    Raises UsageError for a name that is not in the table, one filled twice, and a matrix that cannot be split.
+    """
+    targets = {name: _target(name, names) for name in state_dict}
+    _refuse_names(f"{source} holds tensors that the layout does not have", [n for n, t in targets.items() if t is None])
+    renamed: dict[str, Tensor] = {}
+    for name, target in targets.items():
+        for ours, part in _parts(state_dict[name], target, f"{source}: {name}") if target else ():
+            if ours in renamed:
+                raise UsageError(f"{source}: {name} is the second tensor that the layout calls {ours}")
+            renamed[ours] = part
+    return renamed
+
+
+def _target(name: str, names: Mapping[str, str]) -> str | None:
+    """Return the name here of a stored tensor, with its split and transpose; None if the table has none."""
+    if name in names:
+        return names[name]
+    for number in re.finditer(r"\d+", name):
+        pattern = f"{name[: number.start()]}{{layer}}{name[number.end() :]}"
+        if pattern in names:
+            return names[pattern].replace("{layer}", number[0])
+    return None
+
+
+def _parts(tensor: Tensor, target: str, source: str) -> Iterator[tuple[str, Tensor]]:
+    if target.endswith(".T"):
+        if tensor.dim() != 2:
+            raise UsageError(f"{source} has shape {tuple(tensor.shape)}; only a matrix can be transposed")
+        target, tensor = target.removesuffix(".T"), tensor.T
+    ours = _expand(target)
+    if tensor.dim() == 0 or tensor.shape[0] % len(ours):
+        if len(ours) > 1:
+            raise UsageError(f"{source} cannot be split into {len(ours)} equal parts: shape {tuple(tensor.shape)}")
+        return iter([(ours[0], tensor)])
+    return zip(ours, tensor.chunk(len(ours)), strict=True)  # (3D, D) -> 3 of (D, D)
+
+
+def _expand(target: str) -> list[str]:
+    """Return the names that "a.{q,k,v}_proj" stands for; a name without braces stands for itself."""
+    braces = re.search(r"\{([^{}]*)\}", target)
+    if braces is None:
+        return [target]
+    return [target.replace(braces[0], choice, 1) for choice in braces[1].split(",")]
+
+
+def _add_zero_biases(tensors: dict[str, Tensor], config: GPTKitConfig) -> None:
+    for layer in range(config.n_layer if config.use_bias else 0):
+        for name in _expand(f"model.layers.{layer}.self_attn.{{q,k,v}}_proj.bias"):
+            tensors.setdefault(name, torch.zeros(config.n_embd))
+
+
+def _build_model(
+    config: GPTKitConfig, tensors: dict[str, Tensor], dtype: torch.dtype, source: str
+) -> GPTKitForCausalLM:
+    """Return the model with copies of the tensors, in `dtype`; `tensors` is emptied on the way, to hold one copy."""
+    if dtype not in _DTYPES:
+        raise UsageError(f"dtype is {dtype}; it must be one of {', '.join(map(str, _DTYPES))}")
+    if config.tie_word_embeddings:
+        # Of two names for one tensor, a file may hold either or both.
+        head = tensors.pop(_HEAD, tensors.get(_TOKENS))
+        if head is not None and not _equal(tensors.setdefault(_TOKENS, head), head):
+            raise UsageError(f"{source}: {_HEAD} is not {_TOKENS}; set tie_word_embeddings=False in the config")
+    _check_tensors(tensors, _shapes(config), source)
+    # One tensor after the other: the parts of a fused matrix share memory, which the last of them frees.
+    ready: dict[str, Tensor] = {}
+    while tensors:
+        name, tensor = tensors.popitem()
+        ready[name] = tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format).to(dtype)
+    model = GPTKitForCausalLM.from_pretrained(None, config=config, state_dict=ready, dtype=dtype)
+    assert isinstance(model, GPTKitForCausalLM)
+    return model
+
+
+def _shapes(config: GPTKitConfig) -> dict[str, torch.Size]:
+    """Return the names and shapes of what a saved model holds."""
+    with torch.device("meta"):
+        stored = GPTKitForCausalLM(copy.deepcopy(config)).state_dict()
+    return {name: t.shape for name, t in stored.items() if not (config.tie_word_embeddings and name == _HEAD)}
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], source: str) -> None:
+    _refuse_names(f"{source} holds tensors that the model does not have", tensors.keys() - shapes.keys())
+    _refuse_names(f"{source} lacks tensors of the model", shapes.keys() - tensors.keys())
+    for name, tensor in tensors.items():
+        if tensor.shape != shapes[name]:
+            raise UsageError(f"{source}: {name} has shape {tuple(tensor.shape)}, the model {tuple(shapes[name])}")
+        plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+        if not plain or tensor.is_meta or not tensor.is_floating_point():
+            raise UsageError(f"{source}: {name} is {tensor.dtype}, {tensor.layout}, on {tensor.device}; "
+                             "a weight must be a dense floating-point tensor with values")  # fmt: skip
+
+
+def _refuse_names(problem: str, names: Collection[str]) -> None:
+    if names:
+        first = sorted(names)
+        rest = f" and {len(first) - 3} more" if len(first) > 3 else ""
+        raise UsageError(f"{problem}: {', '.join(first[:3])}{rest}")
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    common = torch.promote_types(first.dtype, second.dtype)
+    return first.shape == second.shape and torch.equal(first.to(common), second.to(first.device, common))
+
+
+# --- GPT-2 in --------------------------------------------------------------------------------------------
+
+_INDEX = ".index.json"
+_SAFETENSORS = ("model.safetensors", "model.safetensors" + _INDEX)
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin" + _INDEX)
+_TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja"),
+)
+_DESCRIPTION = ("config.json", "generation_config.json", *_TOKENIZER)
+# What GPT-2 can switch on in transformers and this model does not compute.
+_FIXED = MappingProxyType(
+    {
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "reorder_and_upcast_attn": False,
+        "add_cross_attention": False,
+    }
+)
+_SAME_FIELDS = (
+    *("vocab_size", "n_embd", "n_layer", "n_head", "n_inner", "embd_pdrop", "attn_pdrop", "resid_pdrop"),
+    *("layer_norm_epsilon", "initializer_range", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"),
+)
+
+
+def load_gpt2_checkpoint(path_or_id: str | Path, *, dtype: torch.dtype = torch.float32) -> GPTKitForCausalLM:
+    """Return the model, in evaluation mode, of a GPT-2 checkpoint: a folder, or a repository on the Hub.
+
+    Weights are read from safetensors, else from a pickle that holds tensors only; whole or in shards, with or
+    without the prefix "transformer.", stored causal masks and the output projection. A head that is not the token
+    embedding stays its own (`tie_word_embeddings=False`). Raises UsageError for what this model does not compute,
+    for tensors too many or too few, and for what cannot be found; CheckpointError for a damaged file.
+    """
+    return _load_gpt2(_find_folder(path_or_id), dtype)
+
+
+def _load_gpt2(folder: Path, dtype: torch.dtype) -> GPTKitForCausalLM:
+    config = _gpt2_config(folder / "config.json")
+    stored = _clean_names(_read_weights(folder), str(folder))
+    names = GPT2_NAMES
+    if not any(name.startswith("transformer.") for name in stored):
+        names = {theirs.removeprefix("transformer."): ours for theirs, ours in names.items()}
+    tensors = rename_tensors(stored, names, str(folder))
+    del stored  # or it would hold the memory that `_build_model` frees
+    if _HEAD in tensors and _TOKENS in tensors and not _equal(tensors[_HEAD], tensors[_TOKENS]):
+        config.tie_word_embeddings = False
+    model = _build_model(config, tensors, dtype, str(folder))
+    # Before generation_config.json there was config.json, and transformers still reads it.
+    name = next(name for name in ("generation_config.json", "config.json") if (folder / name).is_file())
+    model.generation_config = GenerationConfig.from_pretrained(folder, config_file_name=name)
+    return model
+
+
+def _gpt2_config(path: Path) -> GPTKitConfig:
+    """Return our configuration of a GPT-2's config.json."""
+    if not path.is_file():
+        raise UsageError(f"{str(path.parent)!r} holds no config.json")
+    stored = load_json(path)
+    # The first configurations named no type.
+    if stored.get("model_type", "gpt2" if "n_embd" in stored else None) != "gpt2":
+        raise UsageError(f"{path}: model_type is {stored.get('model_type')!r}; it must be 'gpt2'")
+    if stored.get("quantization_config"):
+        raise UsageError(f"{path}: the weights are quantized; take the checkpoint that they were made from")
+    theirs: GPT2Config = _checked(lambda: GPT2Config.from_dict(stored), path)
+    for name, value in _FIXED.items():
+        if getattr(theirs, name) != value:
+            raise UsageError(f"{path}: {name}={getattr(theirs, name)} is not supported; it must be {value}")
+    if theirs.activation_function not in get_args(Activation):
+        raise UsageError(
+            f"{path}: activation_function={theirs.activation_function!r} is not supported; "
+            f"it must be one of {', '.join(get_args(Activation))}"
+        )
+    return _checked(
+        lambda: GPTKitConfig(
+            max_position_embeddings=theirs.n_positions,
+            hidden_act=theirs.activation_function,
+            tie_word_embeddings=theirs.tie_word_embeddings,
+            **{name: getattr(theirs, name) for name in _SAME_FIELDS},
+        ),
+        path,
+    )
+
+
+def _checked(build: Callable[[], _T], source: object) -> _T:
+    """Return what `build` makes of a stored configuration; UsageError for a value that it refuses."""
+    try:
+        return build()
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        # `strict` wraps the sentence that says what is wrong.
+        reason = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+        raise UsageError(f"{source}: {' '.join(str(reason).split())}") from None
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    found = next((folder / name for name in (*_SAFETENSORS, *_PICKLES) if (folder / name).is_file()), None)
+    if found is None:
+        raise UsageError(f"{str(folder)!r} holds no weights: neither {_SAFETENSORS[0]} nor {_PICKLES[0]}")
+    tensors: dict[str, Tensor] = {}
+    for file in _shards(found) if found.name.endswith(_INDEX) else [found]:
+        shard = _read_state_dict(file)[0]
+        if twice := shard.keys() & tensors.keys():
+            raise UsageError(f"{file} holds {min(twice)}, which another shard holds, too")
+        tensors |= shard
+    return tensors
+
+
+def _shards(index: Path) -> list[Path]:
+    """Return the files that an index names; UsageError if one of them does not lie beside it."""
+    names = load_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise UsageError(f"{index} holds no weight_map of file names")
+    files = sorted(set(names.values()))
+    for name in files:
+        # Compared as written: in the Hub's cache the files are links to another folder.
+        if PurePosixPath(name).name != name or name == ".." or "\\" in name:
+            raise UsageError(f"{index} points to {name!r}; shards must lie in the folder of their index")
+        if not (index.parent / name).is_file():
+            raise UsageError(f"{index} names {name!r}, which is not there")
+    return [index.parent / name for name in files]
+
+
+def _read_state_dict(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    """Return the tensors of a file, and what a training script stored beside its state dict."""
+    if path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
+        raise UsageError(f"{str(path)!r} is no file of weights: it must end in .safetensors, .bin, .pt or .pth")
+    if not path.is_file():
+        raise UsageError(f"{str(path)!r}: no such file")
+    stored = load_tensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    beside: Mapping[str, Any] = {}
+    if isinstance(stored, Mapping):
+        for key in ("model", "model_state_dict", "state_dict"):
+            if isinstance(stored.get(key), Mapping):
+                stored, beside = stored[key], stored
+                break
+    if not isinstance(stored, Mapping):
+        raise UsageError(f"{path} holds a {type(stored).__name__}; it must be a state dict")
+    for name, value in stored.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise UsageError(f"{path}: {name!r} is a {type(value).__name__}; a state dict holds tensors by name")
+    return dict(stored), beside
+
+
+def _read_pickle(path: Path) -> object:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        culprit = re.search(r"GLOBAL (\S+)", str(error))
+        held = culprit[1] if culprit else "unreadable"
+        raise UsageError(
+            f"{path} is refused: it holds other Python objects than tensors ({held}), and reading them can run code; "
+            "store the state dict alone, best as safetensors"
+        ) from None
+    except Exception as error:  # a damaged pickle can fail anywhere, as anything
+        raise UsageError(f"{path} is not a readable torch file: {type(error).__name__} {error}".strip()) from None
+
+
+def _clean_names(stored: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Return the tensors without what `torch.compile` and data parallelism put into their names."""
+    clean = {name.replace("_orig_mod.", ""): tensor for name, tensor in stored.items()}
+    if clean and all(name.startswith("module.") for name in clean):
+        clean = {name.removeprefix("module."): tensor for name, tensor in clean.items()}
+    if len(clean) != len(stored):
+        raise UsageError(f"{source} holds a tensor twice, with and without '_orig_mod.' in its name")
+    return clean
+
+
+def _find_folder(path_or_id: str | Path) -> Path:
+    """Return the folder, or the Hub's copy in the cache, without what is not needed."""
+    folder, text = Path(path_or_id), str(path_or_id)
+    if folder.is_dir():
+        return folder
+    # A Hub id has a name and at most an owner before it.
+    if isinstance(path_or_id, Path) or folder.exists() or text.count("/") > 1 or text.startswith((".", "/", "~")):
+        raise UsageError(f"path_or_id {text!r} is no folder")
+    try:
+        fetched = Path(snapshot_download(text, allow_patterns=[*_DESCRIPTION, *_SAFETENSORS, "model-*.safetensors"]))
+        # Many repositories hold the weights in both forms; the pickle is fetched only where it is all there is.
+        if not any((fetched / name).is_file() for name in _SAFETENSORS):
+            patterns = [*_DESCRIPTION, *_PICKLES, "pytorch_model-*.bin"]
+            fetched = Path(snapshot_download(text, allow_patterns=patterns))
+    except RepositoryNotFoundError:
+        reason = "there is no such folder here, and no such repository on the Hub or no access to it"
+    except LocalEntryNotFoundError:
+        reason = "there is no such folder here, the Hub cannot be reached, and its cache does not hold it"
+    except Exception as error:  # of the Hub's client, and of the HTTP library below it, which changes
+        reason = " ".join(str(error).split())
+    else:
+        return fetched
+    raise UsageError(f"path_or_id {text!r}: {reason}")
+
+
+# --- GPT-2 out -------------------------------------------------------------------------------------------
+
+
+def save_as_gpt2(
+    model: GPTKitForCausalLM, path: str | Path, *, tokenizer_folder: str | Path | None = None
+) -> None:
+    """Write a folder that `GPT2LMHeadModel.from_pretrained` loads, with equal logits.
+
+    Where GPT-2 has no word for it, the same function is written out: sinusoidal positions as a learned table, absent
+    biases as zeros. The tokenizer's files are copied from `tokenizer_folder`. The folder appears whole or not at all.
+    Raises UsageError for a folder that holds anything, a model whose layers were replaced (adapters: merge them
+    first), and a tokenizer that has more ids than the model; CheckpointError where the disk refuses.
+    """
+    if not isinstance(model, GPTKitForCausalLM):
+        raise UsageError(f"model is a {type(model).__name__}; it must be a GPTKitForCausalLM")
+    with _new_folder(path) as stage:
+        if tokenizer_folder is not None:
+            _copy_tokenizer(Path(tokenizer_folder), stage, model.config.vocab_size)
+        theirs = _as_gpt2(model)
+        theirs.generation_config = copy.deepcopy(model.generation_config)
+        _checked(lambda: theirs.save_pretrained(stage), "model")
+
+
+def _as_gpt2(model: GPTKitForCausalLM) -> Any:
+    """Return a GPT2LMHeadModel that computes the same."""
+    config = model.config
+    ours = dict(model.state_dict())
+    # A head that was cut loose from the embedding keeps what it learned, whatever the configuration says.
+    tied = config.tie_word_embeddings and _HEAD in ours and _TOKENS in ours and _equal(ours[_HEAD], ours[_TOKENS])
+    if tied:
+        del ours[_HEAD]
+    shapes = _shapes(GPTKitConfig.from_dict({**config.to_dict(), "tie_word_embeddings": tied}))
+    _check_tensors(ours, shapes, f"model (a {type(model).__name__})")
+    # Fixed positions are not among the stored tensors.
+    ours.setdefault(_POSITIONS, model.model.embed_positions.weight.to(ours[_TOKENS].dtype))  # type: ignore[arg-type]
+    if not config.use_bias:
+        for name in shapes.keys() - {_TOKENS, _POSITIONS, _HEAD}:
+            ours[f"{name.removesuffix('weight')}bias"] = ours[name].new_zeros(ours[name].shape[0])
+    stored: dict[str, Tensor] = {}
+    for theirs, target in GPT2_NAMES.items():
+        if not target or (tied and target == _HEAD):
+            continue
+        for layer in range(config.n_layer if "{layer}" in target else 1):
+            parts = _expand(target.removesuffix(".T").replace("{layer}", str(layer)))
+            tensor = torch.cat([ours[part].detach().to("cpu") for part in parts])  # 3 of (D, D) -> (3D, D)
+            tensor = tensor.T if target.endswith(".T") else tensor
+            stored[theirs.replace("{layer}", str(layer))] = tensor.contiguous()
+    gpt2 = GPT2Config(
+        n_positions=config.max_position_embeddings,
+        # Readers that do not know the field take four times the width.
+        **{name: getattr(config, name) for name in _SAME_FIELDS if name != "n_inner"},
+        n_inner=None if config.n_inner == 4 * config.n_embd else config.n_inner,
+        activation_function="gelu" if config.hidden_act == "gelu" else "gelu_new",
+        tie_word_embeddings=tied,
+    )
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in stored.values()))
+    return GPT2LMHeadModel.from_pretrained(None, config=gpt2, state_dict=stored, dtype=dtype)
+
+
+def _copy_tokenizer(folder: Path, destination: Path, vocab_size: int) -> None:
+    source = folder / "tokenizer.json"
+    if not source.is_file():
+        raise UsageError(f"tokenizer_folder {str(folder)!r} holds no tokenizer.json")
+    try:
+        ids = Tokenizer.from_file(str(source)).get_vocab(with_added_tokens=True).values()
+    except Exception as error:  # the library raises nothing more specific
+        raise UsageError(f"{source} is not a readable tokenizer: {error}") from None
+    if max(ids, default=0) >= vocab_size:
+        raise UsageError(f"{source} has ids up to {max(ids)}, but the model only vocab_size={vocab_size}")
+    for name in _TOKENIZER:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, destination / name)
+
+
+@contextmanager
+def _new_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a hidden folder beside `path` that takes its place in the end, or vanishes after an error."""
+    final = Path(path).absolute()
+    if final.exists() and not (final.is_dir() and next(final.iterdir(), None) is None):
+        raise UsageError(f"{str(path)!r} exists and is not an empty folder; nothing is overwritten")
+    stage = final.with_name(f".{final.name}.{secrets.token_hex(8)}")
+    try:
+        stage.mkdir(parents=True)
+        yield stage
+        stage.rename(final)
+    except OSError as error:
+        raise CheckpointError(f"{path} was not written: {error}") from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+# --- from file to folder ---------------------------------------------------------------------------------
+
+# Of what nanoGPT stores beside the weights, what the shapes must agree with.
+_MODEL_ARGS = MappingProxyType(
+    {
+        "n_layer": "n_layer",
+        "n_embd": "n_embd",
+        "block_size": "max_position_embeddings",
+        "vocab_size": "vocab_size",
+        "bias": "use_bias",
+        "n_head": "n_head",
+        "dropout": "resid_pdrop",
+    }
+)
+
+
+def convert_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    layout: Layout,
+    *,
+    n_head: int | None = None,
+    hidden_act: Activation | None = None,
+    eos_token_id: int | None = None,
+    zero_missing_biases: bool = False,
+    tokenizer_folder: str | Path | None = None,
+) -> None:
+    """Write the model in `source` to `destination`, a folder that must be empty or not yet exist.
+
+    - "gpt2": a GPT-2 folder or Hub id becomes a folder of this package, with its tokenizer;
+    - "to-gpt2": a folder of this package, or Hub id, becomes a GPT-2 folder, with its tokenizer;
+    - "nanogpt", "kit": a file of weights (.safetensors, or a pickle of tensors only) becomes a folder of this package.
+
+    For the last two the shapes give the configuration, but the number of heads has no trace in them: `n_head` is
+    required unless nanoGPT's `model_args` are in the file. `hidden_act` is the exact GELU for nanoGPT and its tanh
+    approximation for the kit if not given; the position of `eos_token_id` in the vocabulary is not known either.
+    `tokenizer_folder` is copied. Raises UsageError and CheckpointError as the functions above.
+    """
+    ...
