@@ -137,7 +137,9 @@ def rename_tensors(
     Raises UsageError for a name that is not in the table, one filled twice, and a matrix that cannot be split.
     """
     targets = {name: _target(name, names) for name in state_dict}
-    _refuse_names(f"{source} holds tensors that the layout does not have", [n for n, t in targets.items() if t is None])
+    _refuse_names(
+        f"{source} holds tensors that the layout does not have", [n for n, t in targets.items() if t is None]
+    )
     renamed: dict[str, Tensor] = {}
     for name, target in targets.items():
         for ours, part in _parts(state_dict[name], target, f"{source}: {name}") if target else ():
@@ -158,17 +160,17 @@ def _target(name: str, names: Mapping[str, str]) -> str | None:
     return None
 
 
-def _parts(tensor: Tensor, target: str, source: str) -> Iterator[tuple[str, Tensor]]:
+def _parts(tensor: Tensor, target: str, source: str) -> list[tuple[str, Tensor]]:
     if target.endswith(".T"):
         if tensor.dim() != 2:
             raise UsageError(f"{source} has shape {tuple(tensor.shape)}; only a matrix can be transposed")
         target, tensor = target.removesuffix(".T"), tensor.T
     ours = _expand(target)
+    if len(ours) == 1:
+        return [(ours[0], tensor)]
     if tensor.dim() == 0 or tensor.shape[0] % len(ours):
-        if len(ours) > 1:
-            raise UsageError(f"{source} cannot be split into {len(ours)} equal parts: shape {tuple(tensor.shape)}")
-        return iter([(ours[0], tensor)])
-    return zip(ours, tensor.chunk(len(ours)), strict=True)  # (3D, D) -> 3 of (D, D)
+        raise UsageError(f"{source} cannot be split into {len(ours)} equal parts: its shape is {tuple(tensor.shape)}")
+    return list(zip(ours, tensor.tensor_split(len(ours)), strict=True))  # (3D, D) -> 3 of (D, D)
 
 
 def _expand(target: str) -> list[str]:
@@ -432,9 +434,7 @@ def _find_folder(path_or_id: str | Path) -> Path:
 # --- GPT-2 out -------------------------------------------------------------------------------------------
 
 
-def save_as_gpt2(
-    model: GPTKitForCausalLM, path: str | Path, *, tokenizer_folder: str | Path | None = None
-) -> None:
+def save_as_gpt2(model: GPTKitForCausalLM, path: str | Path, *, tokenizer_folder: str | Path | None = None) -> None:
     """Write a folder that `GPT2LMHeadModel.from_pretrained` loads, with equal logits.
 
     Where GPT-2 has no word for it, the same function is written out: sinusoidal positions as a learned table, absent
@@ -446,7 +446,7 @@ def save_as_gpt2(
         raise UsageError(f"model is a {type(model).__name__}; it must be a GPTKitForCausalLM")
     with _new_folder(path) as stage:
         if tokenizer_folder is not None:
-            _copy_tokenizer(Path(tokenizer_folder), stage, model.config.vocab_size)
+            _write_tokenizer(Path(tokenizer_folder), stage, model.config.vocab_size)
         theirs = _as_gpt2(model)
         theirs.generation_config = copy.deepcopy(model.generation_config)
         _checked(lambda: theirs.save_pretrained(stage), "model")
@@ -488,19 +488,23 @@ def _as_gpt2(model: GPTKitForCausalLM) -> Any:
     return GPT2LMHeadModel.from_pretrained(None, config=gpt2, state_dict=stored, dtype=dtype)
 
 
-def _copy_tokenizer(folder: Path, destination: Path, vocab_size: int) -> None:
-    source = folder / "tokenizer.json"
-    if not source.is_file():
-        raise UsageError(f"tokenizer_folder {str(folder)!r} holds no tokenizer.json")
+def _write_tokenizer(folder: Path, destination: Path, vocab_size: int) -> None:
+    """Copy the tokenizer's files; those that do not say how to read them are written as AutoTokenizer reads them."""
+    settings, written = folder / "tokenizer_config.json", destination / "tokenizer.json"
     try:
-        ids = Tokenizer.from_file(str(source)).get_vocab(with_added_tokens=True).values()
-    except Exception as error:  # the library raises nothing more specific
-        raise UsageError(f"{source} is not a readable tokenizer: {error}") from None
+        if (folder / written.name).is_file() and settings.is_file() and "tokenizer_class" in load_json(settings):
+            for name in _TOKENIZER:
+                if (folder / name).is_file():
+                    shutil.copyfile(folder / name, destination / name)
+        else:
+            AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False).save_pretrained(str(destination))
+        ids = Tokenizer.from_file(str(written)).get_vocab(with_added_tokens=True).values()
+    except Exception as error:  # `tokenizers` raises nothing more specific
+        raise UsageError(f"tokenizer_folder {str(folder)!r} cannot be read: {' '.join(str(error).split())}") from None
     if max(ids, default=0) >= vocab_size:
-        raise UsageError(f"{source} has ids up to {max(ids)}, but the model only vocab_size={vocab_size}")
-    for name in _TOKENIZER:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, destination / name)
+        raise UsageError(
+            f"tokenizer_folder {str(folder)!r} has ids up to {max(ids)}, the model only vocab_size={vocab_size}"
+        )
 
 
 @contextmanager
@@ -554,8 +558,22 @@ def convert_checkpoint(
     - "nanogpt", "kit": a file of weights (.safetensors, or a pickle of tensors only) becomes a folder of this package.
 
     For the last two the shapes give the configuration, but the number of heads has no trace in them: `n_head` is
-    required unless nanoGPT's `model_args` are in the file. `hidden_act` is the exact GELU for nanoGPT and its tanh
-    approximation for the kit if not given; the position of `eos_token_id` in the vocabulary is not known either.
-    `tokenizer_folder` is copied. Raises UsageError and CheckpointError as the functions above.
+    required unless nanoGPT's `model_args` are in the file. Nor has the form of the GELU: `hidden_act` is the exact one
+    for nanoGPT, the tanh approximation for the kit, if not given. `tokenizer_folder` replaces the source's tokenizer.
+    The folder appears whole or not at all. Raises UsageError and CheckpointError as the functions above.
     """
-    ...
+    if layout not in get_args(Layout):
+        raise UsageError(unknown_name("layout", layout, get_args(Layout)))
+    guessed = {"n_head": n_head, "hidden_act": hidden_act, "eos_token_id": eos_token_id}
+    given = [name for name, value in guessed.items() if value is not None]
+    given += ["zero_missing_biases"] if zero_missing_biases else []
+    if layout in ("nanogpt", "kit"):
+        model = functools.partial(_load_file, Path(source), layout, guessed, zero_missing_biases)
+    elif given:
+        raise UsageError(f"{', '.join(given)}: only for the layouts nanogpt and kit; a folder's config.json says it")
+    else:
+        folder = _find_folder(source)
+        if tokenizer_folder is None and any((folder / name).is_file() for name in _TOKENIZER):
+            tokenizer_folder = folder
+        model = functools.partial(_load_ours, folder) if layout == "to-gpt2" else functools.partial(_load_gpt2, folder)
+XXX

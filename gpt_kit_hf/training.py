@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -76,6 +76,8 @@ def train(options: RunOptions, *, stream: TextIO | None = sys.stdout) -> RunResu
         mixed_precision="no",  # AMPTrainer does it
         log_with=trackers(chosen.report_to) or None,
         project_dir=chosen.output_dir,
+        # The only buffers are constants: no step needs to send them around.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     folder = Path(chosen.output_dir)
     console = Console(stream if accelerator.is_main_process else None)
@@ -352,7 +354,7 @@ class _Run:
 
     def _evaluate(self, max_windows: int | None) -> Evaluation:
         scored = evaluate_stream(
-            self.trainer.model,
+            self.model,  # not the wrapped one: processes may have unequally many windows
             self.corpus.held_out,
             self.byte_lengths,
             max_length=self.windows.max_length,

@@ -13,9 +13,7 @@ import tiktoken
 import torch
 
 # The name under which tiktoken caches GPT-2's merges: the SHA-1 of their address.
-_GPT2_MERGES = hashlib.sha1(
-    b"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
-).hexdigest()
+_GPT2_MERGES = hashlib.sha1(b"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe").hexdigest()
 _SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -1,0 +1,74 @@
+"""Two real processes against one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPE = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--max_position_embeddings=32", "--max_length=32"]
+COURSE = ["--encoding=bytes", "--batch_size=8", "--micro_batch_size=3", "--max_steps=8", "--eval_every=3"]
+QUIET = [
+    "--eval_windows=5",
+    "--save_every=4",
+    "--sample_every=0",
+    "--report_to=none",
+    "--cpu",
+    "--mixed_precision=fp32",
+]
+
+
+def launch(processes: int, folder: Path, text: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the example under torchrun, on a free port of this machine alone."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    command += [
+        f"--nproc-per-node={processes}",
+        "examples/train_gpt.py",
+        f"--output_dir={folder}",
+        f"--text_files={text}",
+    ]
+    return subprocess.run(
+        [*command, *SHAPE, *COURSE, *QUIET, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("Shall I compare thee to a summer's day? Thou art more lovely and more temperate. " * 30)
+    return file
+
+
+def test_two_processes_compute_the_batches_of_one(tmp_path: Path, text: Path) -> None:
+    for processes in (1, 2):
+        ended = launch(processes, tmp_path / f"by-{processes}", text)
+        assert ended.returncode == 0, ended.stderr
+        assert f"{processes} process" in ended.stdout
+        assert ended.stdout.count("metrics ") == 1  # one process speaks
+    alone, shared = metrics(tmp_path / "by-1"), metrics(tmp_path / "by-2")
+    assert len(alone) == len(shared) == 8 + 3
+    for one, other in zip(alone, shared, strict=True):
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            assert other[key] == (pytest.approx(value, abs=1e-4) if isinstance(value, float) else value), key
+
+
+def test_a_batch_that_two_processes_cannot_share_is_refused(tmp_path: Path, text: Path) -> None:
+    ended = launch(2, tmp_path / "run", text, "--batch_size=9")
+    assert ended.returncode != 0
+    assert "error: batch_size=9 must be divisible by the number of processes, 2" in ended.stderr
+    assert not (tmp_path / "run").exists()
