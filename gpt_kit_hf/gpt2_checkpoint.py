@@ -5,8 +5,8 @@ A layout is a table from the name of a stored tensor to its name here, or to "" 
     "h.{layer}.attn.c_attn.weight": "model.layers.{layer}.self_attn.{q,k,v}_proj.weight.T"
 
 `{layer}` stands for the layer's number. A `.T` at the end transposes the matrix; then `{q,k,v}` splits it along
-dimension 0 into as many equal parts. No tensor is left out or filled in by a guess: what a table does not name, and
-what the model still lacks in the end, is an error. Reading a checkpoint runs no code from it.
+dimension 0 into as many equal parts. Nothing is guessed: a tensor that the table does not name, and one that the
+model lacks in the end, is an error. Reading a checkpoint runs no code from it.
 """
 
 from __future__ import annotations
@@ -39,16 +39,15 @@ Layout = Literal["gpt2", "nanogpt", "kit", "to-gpt2"]
 Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh"]
 _T = TypeVar("_T")
 
-_TOKENS, _POSITIONS, _HEAD = "model.embed_tokens.weight", "model.embed_positions.weight", "lm_head.weight"
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 # --- the layouts -----------------------------------------------------------------------------------------
+
+_TOKENS, _POSITIONS, _HEAD = "model.embed_tokens.weight", "model.embed_positions.weight", "lm_head.weight"
 
 
 def _with_biases(weights: Mapping[str, str]) -> dict[str, str]:
-    """Return the table with the bias beside each weight; a bias is never transposed."""
-    swap = {theirs[: -len("weight")] + "bias": ours.removesuffix(".T") for theirs, ours in weights.items()}
-    return {**weights, **{bias: ours[: -len("weight")] + "bias" for bias, ours in swap.items()}}
+    """Return the table with each weight's bias in it, too; a bias is never transposed."""
+    biases = {f"{theirs[:-6]}bias": f"{ours.removesuffix('.T')[:-6]}bias" for theirs, ours in weights.items()}
+    return {**weights, **biases}
 
 
 # As the transformers library stores GPT-2. Its Conv1D keeps a weight as (in, out), nn.Linear as (out, in).
@@ -79,8 +78,8 @@ NANOGPT_NAMES: Mapping[str, str] = MappingProxyType(
     {theirs: ours.removesuffix(".T") for theirs, ours in GPT2_NAMES.items()}
 )
 
-# The kit of the book "Build a Large Language Model (From Scratch)", Raschka 2024, chapters 3 and 4. Its GELU is the
-# tanh approximation, its LayerNorm's epsilon 1e-5; its output projection is not tied.
+# The kit of Raschka 2024, "Build a Large Language Model (From Scratch)", chapters 3 and 4. Its GELU is the tanh
+# approximation, its LayerNorm's epsilon 1e-5, and its output projection is not tied.
 KIT_NAMES: Mapping[str, str] = MappingProxyType(
     {
         "tok_emb.weight": _TOKENS,
@@ -115,26 +114,25 @@ def convert_state_dict(
     config: GPTKitConfig,
     *,
     zero_missing_biases: bool = False,
-    dtype: torch.dtype = torch.float32,
 ) -> GPTKitForCausalLM:
-    """Return a model, in evaluation mode, with copies of a foreign model's tensors, by a table as described above.
+    """Return a float32 model, in evaluation mode, with copies of another model's tensors, by a table as above.
 
     `zero_missing_biases` gives zero biases to query, key and value projections that were built without. Raises
     UsageError, with the first few names, for a tensor that the table or the model does not know, one that two names
-    fill, one of another shape or not floating-point, and one that is missing.
+    fill, one of another shape or not of floating point, and one that is missing.
     """
     tensors = rename_tensors(state_dict, names)
     if zero_missing_biases:
         _add_zero_biases(tensors, config)
-    return _build_model(config, tensors, dtype, "state_dict")
+    return _build_model(config, tensors, torch.float32, "state_dict")
 
 
 def rename_tensors(
     state_dict: Mapping[str, Tensor], names: Mapping[str, str], source: str = "state_dict"
 ) -> dict[str, Tensor]:
-    """Return the tensors under their names here, as views, by a table as described above.
+    """Return the tensors under their names here, as views, by a table as above; `source` is named in errors.
 
-    Raises UsageError for a name that is not in the table, one filled twice, and a matrix that cannot be split.
+    Raises UsageError for a name that is not in the table, one filled twice, and a tensor that cannot be split.
     """
     targets = {name: _target(name, names) for name in state_dict}
     _refuse_names(
@@ -150,7 +148,7 @@ def rename_tensors(
 
 
 def _target(name: str, names: Mapping[str, str]) -> str | None:
-    """Return the name here of a stored tensor, with its split and transpose; None if the table has none."""
+    """Return what the table has for a stored tensor, with the layer's number; None if it has nothing."""
     if name in names:
         return names[name]
     for number in re.finditer(r"\d+", name):
@@ -163,9 +161,9 @@ def _target(name: str, names: Mapping[str, str]) -> str | None:
 def _parts(tensor: Tensor, target: str, source: str) -> list[tuple[str, Tensor]]:
     if target.endswith(".T"):
         if tensor.dim() != 2:
-            raise UsageError(f"{source} has shape {tuple(tensor.shape)}; only a matrix can be transposed")
-        target, tensor = target.removesuffix(".T"), tensor.T
-    ours = _expand(target)
+            raise UsageError(f"{source} cannot be transposed: its shape is {tuple(tensor.shape)}")
+        tensor = tensor.T
+    ours = _expand(target.removesuffix(".T"))
     if len(ours) == 1:
         return [(ours[0], tensor)]
     if tensor.dim() == 0 or tensor.shape[0] % len(ours):
@@ -176,9 +174,7 @@ def _parts(tensor: Tensor, target: str, source: str) -> list[tuple[str, Tensor]]
 def _expand(target: str) -> list[str]:
     """Return the names that "a.{q,k,v}_proj" stands for; a name without braces stands for itself."""
     braces = re.search(r"\{([^{}]*)\}", target)
-    if braces is None:
-        return [target]
-    return [target.replace(braces[0], choice, 1) for choice in braces[1].split(",")]
+    return [target.replace(braces[0], choice, 1) for choice in braces[1].split(",")] if braces else [target]
 
 
 def _add_zero_biases(tensors: dict[str, Tensor], config: GPTKitConfig) -> None:
@@ -190,16 +186,13 @@ def _add_zero_biases(tensors: dict[str, Tensor], config: GPTKitConfig) -> None:
 def _build_model(
     config: GPTKitConfig, tensors: dict[str, Tensor], dtype: torch.dtype, source: str
 ) -> GPTKitForCausalLM:
-    """Return the model with copies of the tensors, in `dtype`; `tensors` is emptied on the way, to hold one copy."""
-    if dtype not in _DTYPES:
-        raise UsageError(f"dtype is {dtype}; it must be one of {', '.join(map(str, _DTYPES))}")
+    """Return the model with copies of the tensors; `tensors` is emptied on the way, so that memory holds one copy."""
     if config.tie_word_embeddings:
         # Of two names for one tensor, a file may hold either or both.
         head = tensors.pop(_HEAD, tensors.get(_TOKENS))
         if head is not None and not _equal(tensors.setdefault(_TOKENS, head), head):
-            raise UsageError(f"{source}: {_HEAD} is not {_TOKENS}; set tie_word_embeddings=False in the config")
+            raise UsageError(f"{source}: {_HEAD} is not {_TOKENS}; the config needs tie_word_embeddings=False")
     _check_tensors(tensors, _shapes(config), source)
-    # One tensor after the other: the parts of a fused matrix share memory, which the last of them frees.
     ready: dict[str, Tensor] = {}
     while tensors:
         name, tensor = tensors.popitem()
@@ -224,15 +217,14 @@ def _check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Siz
             raise UsageError(f"{source}: {name} has shape {tuple(tensor.shape)}, the model {tuple(shapes[name])}")
         plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
         if not plain or tensor.is_meta or not tensor.is_floating_point():
-            raise UsageError(f"{source}: {name} is {tensor.dtype}, {tensor.layout}, on {tensor.device}; "
-                             "a weight must be a dense floating-point tensor with values")  # fmt: skip
+            kind = f"{type(tensor).__name__} of {tensor.dtype} on {tensor.device}"
+            raise UsageError(f"{source}: {name} is a {kind}; a weight must be a plain tensor of floating point")
 
 
 def _refuse_names(problem: str, names: Collection[str]) -> None:
     if names:
-        first = sorted(names)
-        rest = f" and {len(first) - 3} more" if len(first) > 3 else ""
-        raise UsageError(f"{problem}: {', '.join(first[:3])}{rest}")
+        rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise UsageError(f"{problem}: {', '.join(sorted(names)[:3])}{rest}")
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:
@@ -249,8 +241,7 @@ _TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja"),
 )
-_DESCRIPTION = ("config.json", "generation_config.json", *_TOKENIZER)
-# What GPT-2 can switch on in transformers and this model does not compute.
+# What GPT-2 can switch in transformers and this model cannot.
 _FIXED = MappingProxyType(
     {
         "scale_attn_weights": True,
@@ -273,12 +264,14 @@ def load_gpt2_checkpoint(path_or_id: str | Path, *, dtype: torch.dtype = torch.f
     embedding stays its own (`tie_word_embeddings=False`). Raises UsageError for what this model does not compute,
     for tensors too many or too few, and for what cannot be found; CheckpointError for a damaged file.
     """
+    if not dtype.is_floating_point:
+        raise UsageError(f"dtype is {dtype}; it must be a floating-point type")
     return _load_gpt2(_find_folder(path_or_id), dtype)
 
 
 def _load_gpt2(folder: Path, dtype: torch.dtype) -> GPTKitForCausalLM:
-    config = _gpt2_config(folder / "config.json")
-    stored = _clean_names(_read_weights(folder), str(folder))
+    config = _read_gpt2_config(folder / "config.json")
+    stored = _read_weights(folder)
     names = GPT2_NAMES
     if not any(name.startswith("transformer.") for name in stored):
         names = {theirs.removeprefix("transformer."): ours for theirs, ours in names.items()}
@@ -286,14 +279,13 @@ def _load_gpt2(folder: Path, dtype: torch.dtype) -> GPTKitForCausalLM:
     del stored  # or it would hold the memory that `_build_model` frees
     if _HEAD in tensors and _TOKENS in tensors and not _equal(tensors[_HEAD], tensors[_TOKENS]):
         config.tie_word_embeddings = False
+    generation = _read_generation_config(folder, config)
     model = _build_model(config, tensors, dtype, str(folder))
-    # Before generation_config.json there was config.json, and transformers still reads it.
-    name = next(name for name in ("generation_config.json", "config.json") if (folder / name).is_file())
-    model.generation_config = GenerationConfig.from_pretrained(folder, config_file_name=name)
+    model.generation_config = generation
     return model
 
 
-def _gpt2_config(path: Path) -> GPTKitConfig:
+def _read_gpt2_config(path: Path) -> GPTKitConfig:
     """Return our configuration of a GPT-2's config.json."""
     if not path.is_file():
         raise UsageError(f"{str(path.parent)!r} holds no config.json")
@@ -302,8 +294,8 @@ def _gpt2_config(path: Path) -> GPTKitConfig:
     if stored.get("model_type", "gpt2" if "n_embd" in stored else None) != "gpt2":
         raise UsageError(f"{path}: model_type is {stored.get('model_type')!r}; it must be 'gpt2'")
     if stored.get("quantization_config"):
-        raise UsageError(f"{path}: the weights are quantized; take the checkpoint that they were made from")
-    theirs: GPT2Config = _checked(lambda: GPT2Config.from_dict(stored), path)
+        raise UsageError(f"{path}: the weights are quantized; convert the checkpoint that they were made from")
+    theirs = _checked(lambda: GPT2Config.from_dict(stored), path)
     for name, value in _FIXED.items():
         if getattr(theirs, name) != value:
             raise UsageError(f"{path}: {name}={getattr(theirs, name)} is not supported; it must be {value}")
@@ -312,25 +304,32 @@ def _gpt2_config(path: Path) -> GPTKitConfig:
             f"{path}: activation_function={theirs.activation_function!r} is not supported; "
             f"it must be one of {', '.join(get_args(Activation))}"
         )
-    return _checked(
-        lambda: GPTKitConfig(
-            max_position_embeddings=theirs.n_positions,
-            hidden_act=theirs.activation_function,
-            tie_word_embeddings=theirs.tie_word_embeddings,
-            **{name: getattr(theirs, name) for name in _SAME_FIELDS},
-        ),
-        path,
-    )
+    same = {name: getattr(theirs, name) for name in (*_SAME_FIELDS, "tie_word_embeddings")}
+    renamed = {"max_position_embeddings": theirs.n_positions, "hidden_act": theirs.activation_function}
+    return _checked(lambda: GPTKitConfig(**same, **renamed), path)
+
+
+def _read_generation_config(folder: Path, config: GPTKitConfig) -> GenerationConfig:
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        # Before there was this file its values stood in the other one.
+        return GenerationConfig.from_model_config({**config.to_dict(), **load_json(folder / "config.json")})
+    load_json(path)  # raises what a reader can act on
+    return _checked(lambda: GenerationConfig.from_pretrained(folder), path)
 
 
 def _checked(build: Callable[[], _T], source: object) -> _T:
-    """Return what `build` makes of a stored configuration; UsageError for a value that it refuses."""
+    """Return what `build` makes of stored settings; UsageError, in one line, for a value that it refuses."""
     try:
         return build()
     except (StrictDataclassError, ValueError, TypeError) as error:
         # `strict` wraps the sentence that says what is wrong.
         reason = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
-        raise UsageError(f"{source}: {' '.join(str(reason).split())}") from None
+        raise UsageError(f"{source}: {_one_line(reason)}") from None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -339,7 +338,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         raise UsageError(f"{str(folder)!r} holds no weights: neither {_SAFETENSORS[0]} nor {_PICKLES[0]}")
     tensors: dict[str, Tensor] = {}
     for file in _shards(found) if found.name.endswith(_INDEX) else [found]:
-        shard = _read_state_dict(file)[0]
+        shard, _ = _read_state_dict(file)
         if twice := shard.keys() & tensors.keys():
             raise UsageError(f"{file} holds {min(twice)}, which another shard holds, too")
         tensors |= shard
@@ -353,33 +352,32 @@ def _shards(index: Path) -> list[Path]:
         raise UsageError(f"{index} holds no weight_map of file names")
     files = sorted(set(names.values()))
     for name in files:
-        # Compared as written: in the Hub's cache the files are links to another folder.
+        # Judged as written: the files of the Hub's cache are links out of their folder.
         if PurePosixPath(name).name != name or name == ".." or "\\" in name:
-            raise UsageError(f"{index} points to {name!r}; shards must lie in the folder of their index")
-        if not (index.parent / name).is_file():
-            raise UsageError(f"{index} names {name!r}, which is not there")
+            raise UsageError(f"{index} points to {name!r}; a shard must lie beside its index")
     return [index.parent / name for name in files]
 
 
 def _read_state_dict(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     """Return the tensors of a file, and what a training script stored beside its state dict."""
-    if path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
-        raise UsageError(f"{str(path)!r} is no file of weights: it must end in .safetensors, .bin, .pt or .pth")
-    if not path.is_file():
-        raise UsageError(f"{str(path)!r}: no such file")
+    if path.suffix not in (".safetensors", ".bin", ".pt", ".pth") or not path.is_file():
+        raise UsageError(f"{str(path)!r} is no file of weights (.safetensors, .bin, .pt or .pth)")
     stored = load_tensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     beside: Mapping[str, Any] = {}
     if isinstance(stored, Mapping):
-        for key in ("model", "model_state_dict", "state_dict"):
-            if isinstance(stored.get(key), Mapping):
-                stored, beside = stored[key], stored
-                break
+        wrapper = [key for key in ("model", "model_state_dict", "state_dict") if isinstance(stored.get(key), Mapping)]
+        stored, beside = (stored[wrapper[0]], stored) if wrapper else (stored, beside)
     if not isinstance(stored, Mapping):
-        raise UsageError(f"{path} holds a {type(stored).__name__}; it must be a state dict")
+        raise UsageError(f"{path} holds a {type(stored).__name__}; it must hold a state dict")
     for name, value in stored.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise UsageError(f"{path}: {name!r} is a {type(value).__name__}; a state dict holds tensors by name")
-    return dict(stored), beside
+    # What torch.compile and data parallelism put into the names.
+    prefix = "module." if all(name.startswith("module.") for name in stored) else ""
+    clean = {name.removeprefix(prefix).replace("_orig_mod.", ""): tensor for name, tensor in stored.items()}
+    if len(clean) != len(stored):
+        raise UsageError(f"{path} holds a tensor twice, with and without '_orig_mod.' in its name")
+    return clean, beside
 
 
 def _read_pickle(path: Path) -> object:
@@ -387,124 +385,101 @@ def _read_pickle(path: Path) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         culprit = re.search(r"GLOBAL (\S+)", str(error))
-        held = culprit[1] if culprit else "unreadable"
         raise UsageError(
-            f"{path} is refused: it holds other Python objects than tensors ({held}), and reading them can run code; "
-            "store the state dict alone, best as safetensors"
+            f"{path} is refused: it holds Python objects beside tensors ({culprit[1] if culprit else 'unreadable'}), "
+            "and reading those can run code; store the state dict alone, best as safetensors"
         ) from None
-    except Exception as error:  # a damaged pickle can fail anywhere, as anything
-        raise UsageError(f"{path} is not a readable torch file: {type(error).__name__} {error}".strip()) from None
-
-
-def _clean_names(stored: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Return the tensors without what `torch.compile` and data parallelism put into their names."""
-    clean = {name.replace("_orig_mod.", ""): tensor for name, tensor in stored.items()}
-    if clean and all(name.startswith("module.") for name in clean):
-        clean = {name.removeprefix("module."): tensor for name, tensor in clean.items()}
-    if len(clean) != len(stored):
-        raise UsageError(f"{source} holds a tensor twice, with and without '_orig_mod.' in its name")
-    return clean
+    except Exception as error:  # a damaged pickle can fail as anything
+        raise UsageError(f"{path} is no readable torch file: {type(error).__name__} {_one_line(error)}") from None
 
 
 def _find_folder(path_or_id: str | Path) -> Path:
-    """Return the folder, or the Hub's copy in the cache, without what is not needed."""
+    """Return the folder, or the copy of a Hub repository in the cache, without the files that are not needed."""
     folder, text = Path(path_or_id), str(path_or_id)
     if folder.is_dir():
         return folder
     # A Hub id has a name and at most an owner before it.
     if isinstance(path_or_id, Path) or folder.exists() or text.count("/") > 1 or text.startswith((".", "/", "~")):
-        raise UsageError(f"path_or_id {text!r} is no folder")
+        raise UsageError(f"{text!r} is no folder")
+    description = ["config.json", "generation_config.json", *_TOKENIZER]
     try:
-        fetched = Path(snapshot_download(text, allow_patterns=[*_DESCRIPTION, *_SAFETENSORS, "model-*.safetensors"]))
+        fetched = snapshot_download(text, allow_patterns=[*description, *_SAFETENSORS, "model-*.safetensors"])
         # Many repositories hold the weights in both forms; the pickle is fetched only where it is all there is.
-        if not any((fetched / name).is_file() for name in _SAFETENSORS):
-            patterns = [*_DESCRIPTION, *_PICKLES, "pytorch_model-*.bin"]
-            fetched = Path(snapshot_download(text, allow_patterns=patterns))
+        if not any((Path(fetched) / name).is_file() for name in _SAFETENSORS):
+            fetched = snapshot_download(text, allow_patterns=[*description, *_PICKLES, "pytorch_model-*.bin"])
+        return Path(fetched)
     except RepositoryNotFoundError:
-        reason = "there is no such folder here, and no such repository on the Hub or no access to it"
+        reason = "no such folder here, and no such repository on the Hub, or no access to it"
     except LocalEntryNotFoundError:
-        reason = "there is no such folder here, the Hub cannot be reached, and its cache does not hold it"
-    except Exception as error:  # of the Hub's client, and of the HTTP library below it, which changes
-        reason = " ".join(str(error).split())
-    else:
-        return fetched
-    raise UsageError(f"path_or_id {text!r}: {reason}")
+        reason = "no such folder here; the Hub cannot be reached, and its cache does not hold it"
+    except Exception as error:  # the Hub's client lets errors of the HTTP library below it through
+        reason = _one_line(error)
+    raise UsageError(f"{text!r}: {reason}")
 
 
 # --- GPT-2 out -------------------------------------------------------------------------------------------
 
 
 def save_as_gpt2(model: GPTKitForCausalLM, path: str | Path, *, tokenizer_folder: str | Path | None = None) -> None:
-    """Write a folder that `GPT2LMHeadModel.from_pretrained` loads, with equal logits.
+    """Write a folder that `GPT2LMHeadModel.from_pretrained` loads, and that computes the same.
 
-    Where GPT-2 has no word for it, the same function is written out: sinusoidal positions as a learned table, absent
-    biases as zeros. The tokenizer's files are copied from `tokenizer_folder`. The folder appears whole or not at all.
-    Raises UsageError for a folder that holds anything, a model whose layers were replaced (adapters: merge them
-    first), and a tokenizer that has more ids than the model; CheckpointError where the disk refuses.
+    What GPT-2 has no word for is written out: sinusoidal positions as a learned table, absent biases as zeros. The
+    tokenizer is that of `tokenizer_folder`, if given. The folder appears whole or not at all. Raises UsageError for a
+    folder that is not empty, a model whose layers were replaced (merge adapters first), and a tokenizer with more ids
+    than the model; CheckpointError where the disk refuses.
     """
     if not isinstance(model, GPTKitForCausalLM):
         raise UsageError(f"model is a {type(model).__name__}; it must be a GPTKitForCausalLM")
     with _new_folder(path) as stage:
-        if tokenizer_folder is not None:
-            _write_tokenizer(Path(tokenizer_folder), stage, model.config.vocab_size)
-        theirs = _as_gpt2(model)
-        theirs.generation_config = copy.deepcopy(model.generation_config)
-        _checked(lambda: theirs.save_pretrained(stage), "model")
+        _write_folder(_as_gpt2(model), stage, tokenizer_folder)
 
 
 def _as_gpt2(model: GPTKitForCausalLM) -> Any:
     """Return a GPT2LMHeadModel that computes the same."""
     config = model.config
-    ours = dict(model.state_dict())
-    # A head that was cut loose from the embedding keeps what it learned, whatever the configuration says.
-    tied = config.tie_word_embeddings and _HEAD in ours and _TOKENS in ours and _equal(ours[_HEAD], ours[_TOKENS])
-    if tied:
-        del ours[_HEAD]
-    shapes = _shapes(GPTKitConfig.from_dict({**config.to_dict(), "tie_word_embeddings": tied}))
-    _check_tensors(ours, shapes, f"model (a {type(model).__name__})")
-    # Fixed positions are not among the stored tensors.
-    ours.setdefault(_POSITIONS, model.model.embed_positions.weight.to(ours[_TOKENS].dtype))  # type: ignore[arg-type]
-    if not config.use_bias:
-        for name in shapes.keys() - {_TOKENS, _POSITIONS, _HEAD}:
-            ours[f"{name.removesuffix('weight')}bias"] = ours[name].new_zeros(ours[name].shape[0])
+    ours = _tensors_for_gpt2(model)
     stored: dict[str, Tensor] = {}
     for theirs, target in GPT2_NAMES.items():
-        if not target or (tied and target == _HEAD):
+        if target == "" or (target == _HEAD and target not in ours):
             continue
         for layer in range(config.n_layer if "{layer}" in target else 1):
             parts = _expand(target.removesuffix(".T").replace("{layer}", str(layer)))
             tensor = torch.cat([ours[part].detach().to("cpu") for part in parts])  # 3 of (D, D) -> (3D, D)
             tensor = tensor.T if target.endswith(".T") else tensor
             stored[theirs.replace("{layer}", str(layer))] = tensor.contiguous()
+    same = {name: getattr(config, name) for name in _SAME_FIELDS}
+    if config.n_inner == 4 * config.n_embd:
+        same["n_inner"] = None  # as in the published GPT-2: some readers do not know the field
     gpt2 = GPT2Config(
+        **same,
         n_positions=config.max_position_embeddings,
-        # Readers that do not know the field take four times the width.
-        **{name: getattr(config, name) for name in _SAME_FIELDS if name != "n_inner"},
-        n_inner=None if config.n_inner == 4 * config.n_embd else config.n_inner,
         activation_function="gelu" if config.hidden_act == "gelu" else "gelu_new",
-        tie_word_embeddings=tied,
+        tie_word_embeddings=_HEAD not in ours,
     )
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in stored.values()))
-    return GPT2LMHeadModel.from_pretrained(None, config=gpt2, state_dict=stored, dtype=dtype)
+    converted = GPT2LMHeadModel.from_pretrained(None, config=gpt2, state_dict=stored, dtype=dtype)
+    converted.generation_config = copy.deepcopy(model.generation_config)
+    return converted
 
 
-def _write_tokenizer(folder: Path, destination: Path, vocab_size: int) -> None:
-    """Copy the tokenizer's files; those that do not say how to read them are written as AutoTokenizer reads them."""
-    settings, written = folder / "tokenizer_config.json", destination / "tokenizer.json"
-    try:
-        if (folder / written.name).is_file() and settings.is_file() and "tokenizer_class" in load_json(settings):
-            for name in _TOKENIZER:
-                if (folder / name).is_file():
-                    shutil.copyfile(folder / name, destination / name)
-        else:
-            AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False).save_pretrained(str(destination))
-        ids = Tokenizer.from_file(str(written)).get_vocab(with_added_tokens=True).values()
-    except Exception as error:  # `tokenizers` raises nothing more specific
-        raise UsageError(f"tokenizer_folder {str(folder)!r} cannot be read: {' '.join(str(error).split())}") from None
-    if max(ids, default=0) >= vocab_size:
-        raise UsageError(
-            f"tokenizer_folder {str(folder)!r} has ids up to {max(ids)}, the model only vocab_size={vocab_size}"
-        )
+def _tensors_for_gpt2(model: GPTKitForCausalLM) -> dict[str, Tensor]:
+    """Return the model's tensors, those that GPT-2 has and it has not added; with a head only if it is not tied."""
+    config, ours = copy.deepcopy(model.config), dict(model.state_dict())
+    # A head that was cut loose from the embedding keeps what it learned, whatever the configuration says.
+    if config.tie_word_embeddings and {_HEAD, _TOKENS} <= ours.keys() and _equal(ours[_HEAD], ours[_TOKENS]):
+        del ours[_HEAD]
+    else:
+        config.tie_word_embeddings = False
+    shapes = _shapes(config)
+    _check_tensors(ours, shapes, "model")
+    if not config.use_bias:
+        for name in shapes.keys() - {_TOKENS, _POSITIONS, _HEAD}:
+            ours[f"{name.removesuffix('weight')}bias"] = ours[name].new_zeros(ours[name].shape[0])
+    # Fixed positions are a buffer that is not stored.
+    positions = model.model.embed_positions.weight
+    assert isinstance(positions, Tensor)
+    ours.setdefault(_POSITIONS, positions.to(ours[_TOKENS].dtype))
+    return ours
 
 
 @contextmanager
@@ -524,17 +499,40 @@ def _new_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
+def _write_folder(model: Any, stage: Path, tokenizer_folder: str | Path | None) -> None:
+    if tokenizer_folder is not None:
+        _write_tokenizer(Path(tokenizer_folder), stage, model.config.vocab_size)
+    _checked(lambda: model.save_pretrained(stage), "model")
+
+
+def _write_tokenizer(folder: Path, stage: Path, vocab_size: int) -> None:
+    """Copy the tokenizer's files; those that do not say how to read them are written as AutoTokenizer reads them."""
+    settings, written = folder / "tokenizer_config.json", stage / "tokenizer.json"
+    try:
+        if (folder / written.name).is_file() and settings.is_file() and "tokenizer_class" in load_json(settings):
+            for name in _TOKENIZER:
+                if (folder / name).is_file():
+                    shutil.copyfile(folder / name, stage / name)
+        else:
+            AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False).save_pretrained(str(stage))
+        ids = Tokenizer.from_file(str(written)).get_vocab(with_added_tokens=True).values()
+    except Exception as error:  # `tokenizers` raises nothing narrower
+        raise UsageError(f"tokenizer_folder {str(folder)!r} cannot be read: {_one_line(error)}") from None
+    if max(ids, default=0) >= vocab_size:
+        raise UsageError(f"tokenizer_folder {str(folder)!r} has the id {max(ids)}, the model vocab_size={vocab_size}")
+
+
 # --- from file to folder ---------------------------------------------------------------------------------
 
-# Of what nanoGPT stores beside the weights, what the shapes must agree with.
+# What nanoGPT stores of itself beside the weights, and our names for it.
 _MODEL_ARGS = MappingProxyType(
     {
         "n_layer": "n_layer",
+        "n_head": "n_head",
         "n_embd": "n_embd",
         "block_size": "max_position_embeddings",
         "vocab_size": "vocab_size",
         "bias": "use_bias",
-        "n_head": "n_head",
         "dropout": "resid_pdrop",
     }
 )
@@ -551,29 +549,95 @@ def convert_checkpoint(
     zero_missing_biases: bool = False,
     tokenizer_folder: str | Path | None = None,
 ) -> None:
-    """Write the model in `source` to `destination`, a folder that must be empty or not yet exist.
+    """Write the model in `source` to `destination`, a folder that is empty or does not exist yet.
 
-    - "gpt2": a GPT-2 folder or Hub id becomes a folder of this package, with its tokenizer;
-    - "to-gpt2": a folder of this package, or Hub id, becomes a GPT-2 folder, with its tokenizer;
-    - "nanogpt", "kit": a file of weights (.safetensors, or a pickle of tensors only) becomes a folder of this package.
+    - "gpt2": a GPT-2 folder or Hub id becomes a folder of this package, tokenizer and all;
+    - "to-gpt2": a folder of this package, or Hub id, becomes a GPT-2 folder, tokenizer and all;
+    - "nanogpt", "kit": a file of weights (safetensors, or a pickle of tensors only) becomes a folder of this package.
 
-    For the last two the shapes give the configuration, but the number of heads has no trace in them: `n_head` is
-    required unless nanoGPT's `model_args` are in the file. Nor has the form of the GELU: `hidden_act` is the exact one
-    for nanoGPT, the tanh approximation for the kit, if not given. `tokenizer_folder` replaces the source's tokenizer.
-    The folder appears whole or not at all. Raises UsageError and CheckpointError as the functions above.
+    For the last two the shapes tell the configuration. They do not tell the number of heads: `n_head` is required,
+    unless nanoGPT's `model_args` are in the file. Nor the form of the GELU: `hidden_act` is the exact one for
+    nanoGPT and the tanh approximation for the kit, if not given. `tokenizer_folder` replaces the source's tokenizer.
+    Raises UsageError and CheckpointError as the functions above.
     """
     if layout not in get_args(Layout):
         raise UsageError(unknown_name("layout", layout, get_args(Layout)))
-    guessed = {"n_head": n_head, "hidden_act": hidden_act, "eos_token_id": eos_token_id}
-    given = [name for name, value in guessed.items() if value is not None]
-    given += ["zero_missing_biases"] if zero_missing_biases else []
-    if layout in ("nanogpt", "kit"):
-        model = functools.partial(_load_file, Path(source), layout, guessed, zero_missing_biases)
-    elif given:
-        raise UsageError(f"{', '.join(given)}: only for the layouts nanogpt and kit; a folder's config.json says it")
-    else:
-        folder = _find_folder(source)
-        if tokenizer_folder is None and any((folder / name).is_file() for name in _TOKENIZER):
-            tokenizer_folder = folder
-        model = functools.partial(_load_ours, folder) if layout == "to-gpt2" else functools.partial(_load_gpt2, folder)
-XXX
+    untold = {"n_head": n_head, "hidden_act": hidden_act, "eos_token_id": eos_token_id}
+    given = [name for name, value in untold.items() if value is not None] + [
+        "zero_missing_biases"
+    ] * zero_missing_biases
+    with _new_folder(destination) as stage:
+        if layout in ("nanogpt", "kit"):
+            model: Any = _load_file(Path(source), layout, zero_missing_biases, untold)
+        elif given:
+            raise UsageError(f"{', '.join(given)}: for the layouts nanogpt and kit only; a config.json tells it")
+        else:
+            folder = _find_folder(source)
+            if tokenizer_folder is None and any((folder / name).is_file() for name in _TOKENIZER):
+                tokenizer_folder = folder
+            model = _load_gpt2(folder, torch.float32) if layout == "gpt2" else _as_gpt2(_load_ours(folder))
+        _write_folder(model, stage, tokenizer_folder)
+
+
+def _load_ours(folder: Path) -> GPTKitForCausalLM:
+    if not (folder / "config.json").is_file() or load_json(folder / "config.json").get("model_type") != "gpt_kit":
+        raise UsageError(f"{str(folder)!r} is no model folder of this package: its config.json must say 'gpt_kit'")
+    try:
+        model, report = GPTKitForCausalLM.from_pretrained(folder, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
+        raise UsageError(f"{str(folder)!r} cannot be loaded: {_one_line(error)}") from None
+    # transformers only warns of these, and fills what is missing with random numbers.
+    _refuse_names(f"{str(folder)!r} lacks tensors of the model", report["missing_keys"])
+    _refuse_names(f"{str(folder)!r} holds tensors that the model does not have", report["unexpected_keys"])
+    assert isinstance(model, GPTKitForCausalLM)
+    return model
+
+
+def _load_file(path: Path, layout: Layout, zero_missing_biases: bool, untold: Mapping[str, Any]) -> GPTKitForCausalLM:
+    stored, beside = _read_state_dict(path)
+    tensors = rename_tensors(stored, NANOGPT_NAMES if layout == "nanogpt" else KIT_NAMES, str(path))
+    del stored
+    arguments = beside.get("model_args", {})
+    if not isinstance(arguments, Mapping):
+        raise UsageError(f"{path}: model_args is a {type(arguments).__name__}; it must be a mapping")
+    default_act = "gelu" if layout == "nanogpt" else "gelu_pytorch_tanh"
+    config = _infer_config(
+        tensors, arguments, {**untold, "hidden_act": untold["hidden_act"] or default_act}, str(path)
+    )
+    if zero_missing_biases:
+        _add_zero_biases(tensors, config)
+    return _build_model(config, tensors, torch.float32, str(path))
+
+
+def _infer_config(
+    tensors: Mapping[str, Tensor], arguments: Mapping[str, Any], untold: Mapping[str, Any], source: str
+) -> GPTKitConfig:
+    """Return the configuration that the shapes tell, with what they do not tell; `arguments` must agree."""
+    up = "model.layers.0.mlp.up_proj.weight"
+    tokens = tensors.get(_TOKENS, tensors.get(_HEAD, torch.empty(0)))
+    matrices = {_TOKENS: tokens, **{name: tensors.get(name, torch.empty(0)) for name in (_POSITIONS, up)}}
+    _refuse_names(f"{source} lacks matrices of the layout", [n for n, matrix in matrices.items() if matrix.dim() != 2])
+    n_head = arguments.get("n_head") if untold["n_head"] is None else untold["n_head"]
+    if n_head is None:
+        raise UsageError(f"{source}: n_head must be given, for no shape tells the number of heads")
+    dropout = arguments.get("dropout", 0.0)
+    told = {
+        "vocab_size": tokens.shape[0],
+        "n_embd": tokens.shape[1],
+        "n_inner": matrices[up].shape[0],
+        "max_position_embeddings": matrices[_POSITIONS].shape[0],
+        "n_layer": len({name.split(".")[2] for name in tensors if name.startswith("model.layers.")}),
+        "use_bias": any(name.endswith(".bias") for name in tensors),
+        "tie_word_embeddings": _equal(tokens, tensors.get(_HEAD, tokens)),
+    }
+    dropouts = {"embd_pdrop": dropout, "attn_pdrop": dropout, "resid_pdrop": dropout}
+    config = _checked(lambda: GPTKitConfig(**{**untold, **told, **dropouts, "n_head": n_head}), source)
+    for name, value in arguments.items():
+        if name not in _MODEL_ARGS:
+            raise UsageError(
+                f"{source}: model_args holds {name!r}, which nanoGPT does not have: what it does is unknown"
+            )
+        if getattr(config, _MODEL_ARGS[name]) != value:
+            found = getattr(config, _MODEL_ARGS[name])
+            raise UsageError(f"{source}: model_args says {name}={value!r}, the tensors or arguments say {found!r}")
+    return config
