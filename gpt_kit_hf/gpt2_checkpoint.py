@@ -30,8 +30,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
-from gpt_kit_hf.checkpointing import load_json, load_tensors
 from gpt_kit_hf.configuration_gpt_kit import GPTKitConfig
+from gpt_kit_hf.durable_files import load_json, load_tensors
 from gpt_kit_hf.errors import CheckpointError, UsageError, unknown_name
 from gpt_kit_hf.modeling_gpt_kit import GPTKitForCausalLM
 
@@ -313,7 +313,8 @@ def _read_generation_config(folder: Path, config: GPTKitConfig) -> GenerationCon
     path = folder / "generation_config.json"
     if not path.is_file():
         # Before there was this file its values stood in the other one.
-        return GenerationConfig.from_model_config({**config.to_dict(), **load_json(folder / "config.json")})
+        ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+        return GenerationConfig.from_model_config({**ids, **load_json(folder / "config.json")})
     load_json(path)  # raises what a reader can act on
     return _checked(lambda: GenerationConfig.from_pretrained(folder), path)
 

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from tqdm import tqdm
 
-from gpt_kit_hf.checkpointing import replace_file
+from gpt_kit_hf.durable_files import replace_file
 from gpt_kit_hf.errors import UsageError, unknown_name
 
 

@@ -11,9 +11,11 @@ from typing import Any
 import tiktoken
 from transformers import GenerationConfig
 
-from gpt_kit_hf.checkpointing import latest_checkpoint, list_checkpoints, move_aside, sync_path
+from gpt_kit_hf.checkpointing import latest_checkpoint, list_checkpoints
+from gpt_kit_hf.durable_files import sync_path
 from gpt_kit_hf.errors import CheckpointError, UsageError
 from gpt_kit_hf.modeling_gpt_kit import GPTKitForCausalLM
+from gpt_kit_hf.run_lock import move_aside
 from gpt_kit_hf.tokenization import END_OF_TEXT
 from gpt_kit_hf.tokenizer_twin import save_tokenizer
 

@@ -20,10 +20,11 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from gpt_kit_hf import checkpointing, tokenization
+from gpt_kit_hf import tokenization
 from gpt_kit_hf.amp import AMPTrainer, UpdateReport
-from gpt_kit_hf.checkpointing import checkpoint_step, load_json
+from gpt_kit_hf.checkpointing import checkpoint_step, latest_checkpoint, save_checkpoint
 from gpt_kit_hf.corpus import Corpus, prepare_corpus
+from gpt_kit_hf.durable_files import append_jsonl, cut_jsonl, load_json, read_jsonl, save_json
 from gpt_kit_hf.errors import DataError, NonFiniteError, UsageError
 from gpt_kit_hf.evaluation import (
     Evaluation,
@@ -49,6 +50,7 @@ from gpt_kit_hf.run_folder import (
     refuse_changes,
     write_model_folder,
 )
+from gpt_kit_hf.run_lock import RunLock
 from gpt_kit_hf.run_options import FREE_ON_RESUME, RunOptions
 from gpt_kit_hf.tokenizer_twin import load_encoding
 from gpt_kit_hf.training_state import read_position, restore_training_state, write_training_state
@@ -90,7 +92,7 @@ def train(options: RunOptions, *, stream: TextIO | None = sys.stdout) -> RunResu
         stack.callback(accelerator.end_training)
         stack.callback(console.close)
         if continues and accelerator.is_main_process:
-            stack.enter_context(checkpointing.RunLock(folder))
+            stack.enter_context(RunLock(folder))
         if continues:
             refuse_changes(load_json(folder / OPTIONS_FILE), options.flat(), folder, FREE_ON_RESUME)
             if (result := _finished_before(folder)) is not None:
@@ -104,7 +106,7 @@ def train(options: RunOptions, *, stream: TextIO | None = sys.stdout) -> RunResu
             moved = make_run_folder(folder)
             if moved is not None:
                 console.say(f"the run that was in {folder} lies now in {moved}")
-            stack.enter_context(checkpointing.RunLock(folder))
+            stack.enter_context(RunLock(folder))
         return run.go()
 
 
@@ -127,7 +129,7 @@ class _Run:
         self.options, self.accelerator, self.console = options, accelerator, console
         self.chosen = options.training
         self.folder = Path(self.chosen.output_dir)
-        self.checkpoint = checkpointing.latest_checkpoint(self.folder, report=console.say) if continues else None
+        self.checkpoint = latest_checkpoint(self.folder, report=console.say) if continues else None
         self.corpus = self._prepare_corpus()
         self.model = self._build_model()
         self.windows = TokenWindows(self.corpus.train, options.windows.max_length, options.windows.step)
@@ -267,8 +269,8 @@ class _Run:
             | {"python": platform.python_version()},
         }
         if self.accelerator.is_main_process:
-            checkpointing.save_json(self.folder / OPTIONS_FILE, self.options.flat())
-            checkpointing.save_json(self.folder / RECORD_FILE, self.facts)
+            save_json(self.folder / OPTIONS_FILE, self.options.flat())
+            save_json(self.folder / RECORD_FILE, self.facts)
             if (self.folder / METRICS_FILE).exists():
                 self._drop_metrics_after(0 if self.checkpoint is None else checkpoint_step(self.checkpoint))
         self.accelerator.init_trackers("tensorboard")
@@ -276,7 +278,7 @@ class _Run:
     def _drop_metrics_after(self, done: int) -> None:
         """Cut the metrics to what the checkpoint has seen: the rest is about to be written again."""
         last = done == self.total_steps  # its evaluation comes after its checkpoint
-        checkpointing.cut_jsonl(
+        cut_jsonl(
             self.folder / METRICS_FILE,
             lambda record: (
                 record["step"] <= done and not (last and record["kind"] == "evaluation" and record["step"] == done)
@@ -307,7 +309,7 @@ class _Run:
     def _write_metrics(self, record: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-            checkpointing.append_jsonl(self.folder / METRICS_FILE, finite)
+            append_jsonl(self.folder / METRICS_FILE, finite)
 
     def _record_update(self, report: UpdateReport, rate: float) -> None:
         """Write the update's line; stop before the weights are in danger if too many in a row were skipped."""
@@ -321,7 +323,7 @@ class _Run:
         self._write_metrics(record)
         self.skipped_in_a_row = 0 if report.skipped is None else self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= self.chosen.max_skipped:
-            last = checkpointing.latest_checkpoint(self.folder, report=self.console.say)
+            last = latest_checkpoint(self.folder, report=self.console.say)
             raise NonFiniteError(
                 f"{self.skipped_in_a_row} updates in a row were skipped, the last at step {self.step}: "
                 f"{report.skipped}; the last checkpoint is {last.name if last else 'not written yet'}"
@@ -390,7 +392,7 @@ class _Run:
     def _save(self) -> None:
         """Write the checkpoint of this step; the other processes wait until it has its name."""
         if self.accelerator.is_main_process:
-            self.checkpoint = checkpointing.save_checkpoint(
+            self.checkpoint = save_checkpoint(
                 self.folder,
                 self.step,
                 self._write_checkpoint,
@@ -433,8 +435,8 @@ class _Run:
                 "tokens": scored.tokens,
             }
             results |= {"text_bytes": scored.text_bytes, "steps": self.step, "beside_bits_per_byte": beside}
-            checkpointing.save_json(self.folder / RECORD_FILE, self.facts | {"results": results})
-            records = checkpointing.read_jsonl(self.folder / METRICS_FILE)
+            save_json(self.folder / RECORD_FILE, self.facts | {"results": results})
+            records = read_jsonl(self.folder / METRICS_FILE)
             drawn = draw_curve(records, self.folder / CURVE_FILE, f"{self.folder.name}: loss")
             self._conclude(scored, beside, drawn)
         self.accelerator.wait_for_everyone()

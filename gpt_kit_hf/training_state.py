@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from gpt_kit_hf import checkpointing
 from gpt_kit_hf.amp import AMPTrainer
+from gpt_kit_hf.durable_files import load_json, load_tensors, save_json, save_tensors
 from gpt_kit_hf.errors import CheckpointError
+from gpt_kit_hf.optimizer_state import flatten_optimizer_state, restore_optimizer_state
 
 _STATE_FILE = "training_state.json"
 _OPTIMIZER_FILE = "optimizer.safetensors"
@@ -22,10 +23,10 @@ def write_training_state(folder: Path, model: nn.Module, trainer: AMPTrainer, po
     There is no random state in it: order and dropout follow from the seed and the step.
     """
     assert position.keys() == set(_POSITION), position
-    tensors, optimizer = checkpointing.flatten_optimizer_state(trainer.optimizer.optimizer, _names(model))
-    checkpointing.save_tensors(folder / _OPTIMIZER_FILE, tensors)
+    tensors, optimizer = flatten_optimizer_state(trainer.optimizer.optimizer, _names(model))
+    save_tensors(folder / _OPTIMIZER_FILE, tensors)
     scaler = trainer.scaler.state_dict()
-    checkpointing.save_json(folder / _STATE_FILE, {**position, "optimizer": optimizer, "scaler": scaler})
+    save_json(folder / _STATE_FILE, {**position, "optimizer": optimizer, "scaler": scaler})
 
 
 def restore_training_state(folder: Path, model: nn.Module, trainer: AMPTrainer) -> dict[str, Any]:
@@ -34,8 +35,8 @@ def restore_training_state(folder: Path, model: nn.Module, trainer: AMPTrainer) 
     Raises CheckpointError if anything is missing or of another shape.
     """
     state = _read(folder)
-    tensors = checkpointing.load_tensors(folder / _OPTIMIZER_FILE)
-    checkpointing.restore_optimizer_state(trainer.optimizer.optimizer, tensors, state["optimizer"], _names(model))
+    tensors = load_tensors(folder / _OPTIMIZER_FILE)
+    restore_optimizer_state(trainer.optimizer.optimizer, tensors, state["optimizer"], _names(model))
     trainer.scaler.load_state_dict(state["scaler"])
     return {name: state[name] for name in _POSITION}
 
@@ -47,7 +48,7 @@ def read_position(folder: Path) -> dict[str, Any]:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    state = checkpointing.load_json(folder / _STATE_FILE)
+    state = load_json(folder / _STATE_FILE)
     missing = {*_POSITION, "optimizer", "scaler"} - state.keys()
     if missing:
         raise CheckpointError(f"{folder / _STATE_FILE} lacks {', '.join(sorted(missing))}")

@@ -1,10 +1,13 @@
-"""Fixtures that several rooms' tests share."""
+"""Fixtures, and processes to kill, that several rooms' tests share."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+import signal
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
@@ -15,6 +18,8 @@ import torch
 # The name under which tiktoken caches GPT-2's merges: the SHA-1 of their address.
 _GPT2_MERGES = hashlib.sha1(b"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe").hexdigest()
 _SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+KILLED = -signal.SIGKILL
 
 
 @pytest.fixture(autouse=True)
@@ -49,3 +54,32 @@ def gpt2_encoding() -> tiktoken.Encoding:
                 patch.setenv("TIKTOKEN_CACHE_DIR", cache)
                 return tiktoken.get_encoding("gpt2")
     pytest.skip("needs GPT-2's vocabulary: set TIKTOKEN_CACHE_DIR to a folder that holds it")
+
+
+def fork() -> int:
+    with warnings.catch_warnings():
+        # Newer Pythons warn that torch's threads do not survive a fork; the children here use none.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
+def start_child(body: Callable[[], object]) -> int:
+    """Run body in a forked process that ends without pytest's own clean-up; return its pid."""
+    if pid := fork():
+        return pid
+    code = 1
+    try:
+        body()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def in_child(body: Callable[[], object]) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(start_child(body), 0)[1])
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)

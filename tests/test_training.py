@@ -27,7 +27,8 @@ from gpt_kit_hf import (
     WindowOptions,
     train,
 )
-from gpt_kit_hf.checkpointing import list_checkpoints, read_jsonl, verify_checkpoint
+from gpt_kit_hf.checkpointing import list_checkpoints, verify_checkpoint
+from gpt_kit_hf.durable_files import read_jsonl
 from gpt_kit_hf.run_folder import find_model_folder
 
 LINES = [

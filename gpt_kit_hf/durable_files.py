@@ -1,0 +1,221 @@
+"""Single files that a kill or a full disk cannot leave half-written: JSON, JSONL, tensors; read without trust."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from gpt_kit_hf.errors import CheckpointError
+
+# Far above what the largest preset writes, far below what would make a reader wait.
+_MAX_JSON_BYTES = 64 << 20
+_MAX_HEADER_BYTES = 16 << 20
+
+_log = logging.getLogger(__name__)
+Report = Callable[[str], None]
+
+
+def sync_path(path: Path) -> None:
+    """Return once the file's bytes, or the folder's entries, are on the disk and not only in memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, data: bytes | str) -> None:
+    """Write a file so that a reader, or a kill, finds either the old content or the new, never a part.
+
+    Raises CheckpointError where the file system refuses; the old content then stays.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        try:
+            write_synced(temporary, data.encode() if isinstance(data, str) else data)
+            temporary.replace(path)
+            sync_path(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{path} was not written: {error}") from error
+
+
+def save_json(path: Path, value: Mapping[str, object]) -> None:
+    """Write a JSON object that `load_json` returns equal: floats to the last bit, no NaN or infinity.
+
+    Raises CheckpointError for what JSON would change (a tuple, a key that is not text) or cannot hold, and for
+    more than `load_json` reads.
+    """
+    try:
+        text = json.dumps(value, indent=1, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not representable as JSON: {error}") from error
+    if parse_object(text.encode(), str(path)) != value:
+        raise CheckpointError(f"{path}: holds a tuple, or a key that is not text, which JSON would change")
+    if len(text) >= _MAX_JSON_BYTES:
+        raise CheckpointError(f"{path}: {len(text):,} bytes, more than the {_MAX_JSON_BYTES:,} allowed")
+    replace_file(path, text + "\n")
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; no key twice, every number finite.
+
+    Raises CheckpointError for anything else, and for a file of more than 64 MiB before it is read.
+    """
+    return parse_object(_read_bounded(path, _MAX_JSON_BYTES), str(path))
+
+
+def append_jsonl(path: Path, record: Mapping[str, object]) -> None:
+    """Append one JSON object as one line, in one write; a write that fails midway is taken back.
+
+    The line is safe from a kill at once, from a power cut only after `sync_path`. A run that continues calls
+    `cut_jsonl` first, or a torn last line and the new one become one. Raises CheckpointError.
+    """
+    try:
+        data = json.dumps(record, allow_nan=False).encode() + b"\n"
+        with path.open("ab", buffering=0) as file:
+            start = file.seek(0, os.SEEK_END)
+            written = 0
+            try:
+                written = file.write(data)
+            finally:
+                if written != len(data):
+                    file.truncate(start)
+        if written != len(data):
+            raise OSError("the disk took only a part of it")
+    except (OSError, TypeError, ValueError) as error:
+        raise CheckpointError(f"no line was added to {path}: {error}") from error
+
+
+def read_jsonl(path: Path, *, report: Report = _log.warning) -> list[dict[str, Any]]:
+    """Return the objects of a JSONL file in order; a torn last line, as a kill leaves it, is only reported.
+
+    Raises CheckpointError for a missing file and, with its number, for any other line that is no JSON object.
+    """
+    return [record for _, record in _jsonl_lines(path, report)]
+
+
+def cut_jsonl(path: Path, keep: Callable[[dict[str, Any]], bool], *, report: Report = _log.warning) -> int:
+    """Drop the lines for which `keep` is false, and a torn last one, by one atomic rewrite.
+
+    Kept lines stay byte for byte. Returns how many whole lines went. Raises CheckpointError as `read_jsonl`.
+    """
+    lines = _jsonl_lines(path, report)
+    kept = [line for line, record in lines if keep(record)]
+    replace_file(path, b"".join(line + b"\n" for line in kept))
+    return len(lines) - len(kept)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors as safetensors; on any device, strided in any way, sharing storage or not.
+
+    Raises CheckpointError for what the format cannot hold (sparse, meta, sharded) and where the disk refuses.
+    """
+    ready: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+        if not plain or tensor.is_meta:
+            raise CheckpointError(f"{path}: {name} is not a plain dense tensor and cannot be stored")
+        value = tensor.detach().to("cpu").contiguous()
+        # The format refuses two names for one storage; the second gets bytes of its own.
+        if value.untyped_storage().data_ptr() in storages:
+            value = value.clone()
+        storages.add(value.untyped_storage().data_ptr())
+        ready[name] = value
+    try:
+        save_file(ready, path, metadata={"format": "pt"})
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path} was not written: {error}") from error
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a safetensors file on the CPU, in memory of their own.
+
+    Raises CheckpointError for a file that is not whole, and for a header over 16 MiB before it is read.
+    """
+    try:
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+            size = os.fstat(file.fileno()).st_size
+        if header > min(_MAX_HEADER_BYTES, size - 8):
+            raise CheckpointError(f"{path}: its header claims {header:,} bytes, the file has {size:,}")
+        # Not memory-mapped: on NFS, tensors would die with the file, which rotation deletes some day.
+        return load_file(path, backend="pread")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Create a file whose bytes are on the disk on return; raise FileExistsError if there is one."""
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def parse_object(data: bytes, source: str) -> dict[str, Any]:
+    """Return the JSON object that `data` is, as `load_json` does; `source` names it in a CheckpointError."""
+
+    def refuse(word: str) -> float:
+        raise ValueError(f"{word} is not a JSON number")
+
+    def finite(digits: str) -> float:
+        value = float(digits)
+        return value if math.isfinite(value) else refuse(digits)
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(keys := dict(pairs)) != len(pairs):
+            raise ValueError("a key occurs twice")
+        return keys
+
+    try:
+        value = json.loads(data.decode(), parse_constant=refuse, parse_float=finite, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{source}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{source}: must be a JSON object, is a {type(value).__name__}")
+    return value
+
+
+def free_name(path: Path) -> Path:
+    """Return the path, with the first of -1, -2, ... behind it under which nothing exists."""
+    candidates = (path.with_name(f"{path.name}-{number}") for number in itertools.count(1))
+    return next(candidate for candidate in candidates if not os.path.lexists(candidate))
+
+
+def _read_bounded(path: Path, limit: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if len(data) > limit:
+        raise CheckpointError(f"{path} is larger than the {limit:,} bytes that such a file may have")
+    return data
+
+
+def _jsonl_lines(path: Path, report: Report) -> list[tuple[bytes, dict[str, Any]]]:
+    try:
+        *whole, last = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    lines = [(line, parse_object(line, f"{path}:{number}")) for number, line in enumerate(whole, 1)]
+    if last:
+        try:
+            lines.append((last, parse_object(last, f"{path}:{len(whole) + 1}")))
+        except CheckpointError as error:
+            report(f"dropped a torn last line: {error}")
+    return lines
