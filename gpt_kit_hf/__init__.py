@@ -34,10 +34,11 @@ from gpt_kit_hf.pretraining_data import (
 )
 from gpt_kit_hf.registration import register
 from gpt_kit_hf.run_options import RunOptions, TrainingOptions
+from gpt_kit_hf.run_record import RunResult
 from gpt_kit_hf.text_sources import TextOptions
 from gpt_kit_hf.tokenization import get_encoding, text_to_token_ids, token_ids_to_text, train_bpe
 from gpt_kit_hf.tokenizer_twin import load_encoding, save_tokenizer
-from gpt_kit_hf.training import RunResult, train
+from gpt_kit_hf.training import train
 
 __version__ = "0.1.0"
 

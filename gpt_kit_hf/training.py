@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-import platform
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,7 +21,7 @@ from gpt_kit_hf import tokenization
 from gpt_kit_hf.amp import AMPTrainer, UpdateReport
 from gpt_kit_hf.checkpointing import checkpoint_step, latest_checkpoint, save_checkpoint
 from gpt_kit_hf.corpus import Corpus, prepare_corpus
-from gpt_kit_hf.durable_files import append_jsonl, cut_jsonl, load_json, read_jsonl, save_json
+from gpt_kit_hf.durable_files import load_json
 from gpt_kit_hf.errors import DataError, NonFiniteError, UsageError
 from gpt_kit_hf.evaluation import (
     Evaluation,
@@ -37,12 +34,11 @@ from gpt_kit_hf.generation import generate_text_autoregressive
 from gpt_kit_hf.modeling_gpt_kit import GPTKitForCausalLM
 from gpt_kit_hf.optimization import create_optimizer, learning_rate_at, set_learning_rate
 from gpt_kit_hf.pretraining_data import BatchPlan, PlannedBatches, TokenWindows
-from gpt_kit_hf.progress import Console, draw_curve, short, trackers
+from gpt_kit_hf.progress import Console, duration, short, trackers
 from gpt_kit_hf.run_folder import (
     CURVE_FILE,
     METRICS_FILE,
     OPTIONS_FILE,
-    RECORD_FILE,
     check_run_folder,
     holds_run,
     make_run_folder,
@@ -52,17 +48,9 @@ from gpt_kit_hf.run_folder import (
 )
 from gpt_kit_hf.run_lock import RunLock
 from gpt_kit_hf.run_options import FREE_ON_RESUME, RunOptions
+from gpt_kit_hf.run_record import RunRecord, RunResult, finished_before
 from gpt_kit_hf.tokenizer_twin import load_encoding
 from gpt_kit_hf.training_state import read_position, restore_training_state, write_training_state
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunResult:
-    """What a run came to: its folder, the steps done, and the score on all of the held-out text."""
-
-    folder: Path
-    steps: int
-    evaluation: Evaluation
 
 
 def train(options: RunOptions, *, stream: TextIO | None = sys.stdout) -> RunResult:
@@ -95,7 +83,7 @@ def train(options: RunOptions, *, stream: TextIO | None = sys.stdout) -> RunResu
             stack.enter_context(RunLock(folder))
         if continues:
             refuse_changes(load_json(folder / OPTIONS_FILE), options.flat(), folder, FREE_ON_RESUME)
-            if (result := _finished_before(folder)) is not None:
+            if (result := finished_before(folder)) is not None:
                 console.say(
                     f"{folder} is complete: {result.steps} steps, {result.evaluation.bits_per_byte:.3f} bits per byte"
                 )
@@ -110,16 +98,8 @@ def train(options: RunOptions, *, stream: TextIO | None = sys.stdout) -> RunResu
         return run.go()
 
 
-def _finished_before(folder: Path) -> RunResult | None:
-    """Return what a run came to that has ended already and whose model is in place, or None."""
-    if not (folder / RECORD_FILE).is_file() or not (folder / "config.json").is_file():
-        return None
-    record = load_json(folder / RECORD_FILE)
-    results = record.get("results")
-    if results is None or results["steps"] != record["steps"]:
-        return None
-    scored = Evaluation(loss=results["loss"], tokens=results["tokens"], text_bytes=results["text_bytes"])
-    return RunResult(folder=folder, steps=results["steps"], evaluation=scored)
+# So many steps show how long the rest will take.
+_STEPS_TO_ESTIMATE = 10
 
 
 class _Run:
@@ -155,12 +135,14 @@ class _Run:
             accelerator=accelerator,
         )
         self.byte_lengths = token_byte_lengths(self.corpus.encoding)
+        self.record = RunRecord(self.folder, accelerator)
         self.step = 0
         self.skipped_in_a_row = 0
 
     def go(self) -> RunResult:
         """Train from the first step, or the one after the checkpoint, to the last."""
-        self._record_start()
+        done = 0 if self.checkpoint is None else checkpoint_step(self.checkpoint)
+        self.record.start(self.options.flat(), self._facts(), done=done, total=self.total_steps)
         if self.checkpoint is not None:
             self._restore(self.checkpoint)
         self._introduce()
@@ -168,17 +150,21 @@ class _Run:
             self.model.compile()
         batches = self._batches()
         self.console.start(self.step, self.total_steps)
-        started, first = time.perf_counter(), self.step
+        seconds, first = 0.0, self.step
         while self.step < self.total_steps:
+            began = time.perf_counter()
             micro_batches = [next(batches) for _ in range(self.plan.micro_steps)]
             rate = learning_rate_at(self.step, self.total_steps, self.options.optimizer)
             set_learning_rate(self.trainer.optimizer, rate)
             report = self.trainer.update(micro_batches, before_micro_batch=self._seed_micro_batch)
             self.step += 1
-            self._record_update(report, rate)
-            self.console.advance()
+            self._after_update(report, rate)
+            seconds += time.perf_counter() - began
+            if self.step == first + _STEPS_TO_ESTIMATE:
+                left = seconds / _STEPS_TO_ESTIMATE * (self.total_steps - self.step)
+                self.console.say(f"expected {duration(left)}, and the evaluations")
             if self.step % self.chosen.log_every == 0 or self.step == self.total_steps:
-                self._log(report, rate, (time.perf_counter() - started) / (self.step - first))
+                self._log(report, rate, seconds / (self.step - first))
             if self.step < self.total_steps:
                 self._now_and_then()
         self._save()
@@ -249,12 +235,10 @@ class _Run:
         digest = hashlib.sha256(f"{self.chosen.seed} {self.step} {part}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
-    # --- the record
+    # --- what is said and written
 
-    def _record_start(self) -> None:
-        """Write what the run is, on the main process, and open the trackers."""
-        self.facts = {
-            "options": self.options.flat(),
+    def _facts(self) -> dict[str, Any]:
+        return {
             "parameters": self.model.num_parameters(),
             "documents": self.corpus.documents,
             "train_tokens": len(self.corpus.train),
@@ -264,26 +248,7 @@ class _Run:
             "precision": self.trainer.precision,
             "device": str(self.accelerator.device),
             "processes": self.accelerator.num_processes,
-            "steps": self.total_steps,
-            "versions": {name: version(name) for name in ("gpt-kit-hf", "torch", "transformers", "datasets")}
-            | {"python": platform.python_version()},
         }
-        if self.accelerator.is_main_process:
-            save_json(self.folder / OPTIONS_FILE, self.options.flat())
-            save_json(self.folder / RECORD_FILE, self.facts)
-            if (self.folder / METRICS_FILE).exists():
-                self._drop_metrics_after(0 if self.checkpoint is None else checkpoint_step(self.checkpoint))
-        self.accelerator.init_trackers("tensorboard")
-
-    def _drop_metrics_after(self, done: int) -> None:
-        """Cut the metrics to what the checkpoint has seen: the rest is about to be written again."""
-        last = done == self.total_steps  # its evaluation comes after its checkpoint
-        cut_jsonl(
-            self.folder / METRICS_FILE,
-            lambda record: (
-                record["step"] <= done and not (last and record["kind"] == "evaluation" and record["step"] == done)
-            ),
-        )
 
     def _introduce(self) -> None:
         corpus, device = self.corpus, self.accelerator.device
@@ -306,22 +271,13 @@ class _Run:
         if self.checkpoint is not None:
             say(f"resumed  after step {self.step} ({self.checkpoint.name})")
 
-    def _write_metrics(self, record: dict[str, Any]) -> None:
-        if self.accelerator.is_main_process:
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-            append_jsonl(self.folder / METRICS_FILE, finite)
-
-    def _record_update(self, report: UpdateReport, rate: float) -> None:
-        """Write the update's line; stop before the weights are in danger if too many in a row were skipped."""
-        record = {"kind": "train", "step": self.step, "loss": report.loss, "grad_norm": report.grad_norm}
-        record |= {"learning_rate": rate, "trained_tokens": report.trained_tokens}
-        if report.loss_scale is not None:
-            record["loss_scale"] = report.loss_scale
-        if report.skipped is not None:
-            record["skipped"] = report.skipped
-            self.console.say(f"step {self.step} left the weights as they were: {report.skipped}")
-        self._write_metrics(record)
+    def _after_update(self, report: UpdateReport, rate: float) -> None:
+        """Record the step; stop the run if too many in a row left the weights as they were."""
+        self.record.update(self.step, report, rate)
+        self.console.advance()
         self.skipped_in_a_row = 0 if report.skipped is None else self.skipped_in_a_row + 1
+        if report.skipped is not None:
+            self.console.say(f"step {self.step} left the weights as they were: {report.skipped}")
         if self.skipped_in_a_row >= self.chosen.max_skipped:
             last = latest_checkpoint(self.folder, report=self.console.say)
             raise NonFiniteError(
@@ -333,13 +289,8 @@ class _Run:
         speed = self.plan.batch_size * self.windows.max_length / seconds_per_step
         left = (self.total_steps - self.step) * seconds_per_step
         self.console.step(self.step, self.total_steps, report.loss, speed, left)
-        values = {
-            "loss": report.loss,
-            "learning_rate": rate,
-            "grad_norm": report.grad_norm,
-            "tokens_per_second": speed,
-        }
-        self.accelerator.log({f"train/{name}": value for name, value in values.items()}, step=self.step)
+        values = {"loss": report.loss, "learning_rate": rate, "grad_norm": report.grad_norm}
+        self.record.track("train", self.step, {**values, "tokens_per_second": speed})
 
     # --- now and then
 
@@ -366,9 +317,7 @@ class _Run:
             accelerator=self.accelerator,
             autocast=self.trainer.autocast,
         )
-        values = {"loss": scored.loss, "bits_per_byte": scored.bits_per_byte}
-        self._write_metrics({"kind": "evaluation", "step": self.step, **values, "tokens": scored.tokens})
-        self.accelerator.log({f"held_out/{name}": value for name, value in values.items()}, step=self.step)
+        self.record.evaluation(self.step, scored)
         return scored
 
     def _sample(self) -> str:
@@ -379,7 +328,8 @@ class _Run:
         room = self.model.config.max_position_embeddings - prompt.shape[1]
         if not self.accelerator.is_main_process or room < 1:
             return ""
-        with torch.random.fork_rng(), self.trainer.autocast():
+        # A compiled model would be compiled anew for each length of the growing text.
+        with torch.random.fork_rng(), self.trainer.autocast(), torch.compiler.set_stance("force_eager"):
             torch.manual_seed(self.chosen.seed)
             ids = generate_text_autoregressive(
                 self.model, prompt, min(room, self.chosen.sample_tokens), temperature=0.8, top_k=50
@@ -429,16 +379,7 @@ class _Run:
         if self.accelerator.is_main_process:
             assert self.checkpoint is not None
             publish_in_run(self.folder, self.checkpoint)
-            results: dict[str, Any] = {
-                "loss": scored.loss,
-                "bits_per_byte": scored.bits_per_byte,
-                "tokens": scored.tokens,
-            }
-            results |= {"text_bytes": scored.text_bytes, "steps": self.step, "beside_bits_per_byte": beside}
-            save_json(self.folder / RECORD_FILE, self.facts | {"results": results})
-            records = read_jsonl(self.folder / METRICS_FILE)
-            drawn = draw_curve(records, self.folder / CURVE_FILE, f"{self.folder.name}: loss")
-            self._conclude(scored, beside, drawn)
+        self._conclude(scored, beside, self.record.finish(self.step, scored, beside))
         self.accelerator.wait_for_everyone()
         return RunResult(folder=self.folder, steps=self.step, evaluation=scored)
 

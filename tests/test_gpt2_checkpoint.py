@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
 from transformers import (
@@ -52,8 +52,8 @@ IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [29, 7, 1, 8, 28, 1, 8, 2]])
 
 
 @pytest.fixture(autouse=True)
-def _no_log_of_transformers() -> Iterator[None]:
-    """transformers warns of missing and unexpected weights through its logger only."""
+def logged() -> Iterator[list[str]]:
+    """What transformers logs: nothing. It warns of missing and unexpected weights through its logger only."""
     messages: list[str] = []
 
     class Keep(logging.Handler):
@@ -63,7 +63,7 @@ def _no_log_of_transformers() -> Iterator[None]:
     handler = Keep(level=logging.WARNING)
     logger = logging.getLogger("transformers")
     logger.addHandler(handler)
-    yield
+    yield messages
     logger.removeHandler(handler)
     assert messages == []
 
@@ -106,7 +106,7 @@ def greedy(model: Any) -> list[list[int]]:
 
 def is_tied(model: Any) -> bool:
     """Whether the output projection is the token embedding: one storage, not two equal ones."""
-    return model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    return bool(model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr())
 
 
 # --- GPT-2 in: layouts -----------------------------------------------------------------------------------
@@ -722,7 +722,7 @@ def test_saving_leaves_the_model_alone(tmp_path: Path) -> None:
     assert all(torch.equal(ours.state_dict()[name], tensor) for name, tensor in tensors.items())
 
 
-def test_only_a_whole_model_of_this_package_is_saved(tmp_path: Path) -> None:
+def test_only_a_whole_model_of_this_package_is_saved(tmp_path: Path, logged: list[str]) -> None:
     target = tmp_path / "gpt2"
     with pytest.raises(UsageError, match="model is a GPT2LMHeadModel; it must be a GPTKitForCausalLM"):
         save_as_gpt2(tiny_gpt2(), target)
@@ -736,6 +736,7 @@ def test_only_a_whole_model_of_this_package_is_saved(tmp_path: Path) -> None:
     invalid.generation_config = GenerationConfig(temperature=0.5)
     with pytest.raises(UsageError, match=r"model: .*temperature"):
         save_as_gpt2(invalid, target)
+    assert "generation flags are not valid" in logged.pop()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -775,13 +776,13 @@ TEXT = "Größe, naïve 北京  \n\tcats' <|endoftext|> 12345"
 
 def test_the_tokenizer_goes_with_the_model(tmp_path: Path) -> None:
     encoding = get_encoding("bytes")
-    save_tokenizer(encoding, tmp_path / "tokenizer", model_max_length=CONTEXT)
+    save_tokenizer(encoding, tmp_path / "tokenizer", model_max_length=99)
     (tmp_path / "tokenizer" / "chat_template.jinja").write_text("{{ messages[0].content }}")
     (tmp_path / "tokenizer" / "optimizer.safetensors").write_text("")
     save_as_gpt2(tiny_gpt_kit(vocab_size=257), tmp_path / "gpt2", tokenizer_folder=tmp_path / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "gpt2")
     assert tokenizer(TEXT)["input_ids"] == encoding.encode(TEXT, allowed_special="all")
-    assert (tokenizer.eos_token_id, tokenizer.model_max_length) == (256, CONTEXT)
+    assert (tokenizer.eos_token_id, tokenizer.model_max_length) == (256, 99)
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
     assert not (tmp_path / "gpt2" / "optimizer.safetensors").exists()
 
@@ -808,7 +809,7 @@ def test_gpt2_tokenizers_are_read_without_gpt2s_model_type(described: bool, tmp_
     vocab = json.loads((tmp_path / "twin" / "tokenizer.json").read_text())["model"]["vocab"]
     GPT2Tokenizer(vocab=vocab, merges=[]).save_pretrained(tmp_path / "gpt2")
     if not described:  # as in the published repository
-        (tmp_path / "gpt2" / "tokenizer_config.json").write_text('{"model_max_length": 12}')
+        (tmp_path / "gpt2" / "tokenizer_config.json").write_text('{"model_max_length": 99}')
     convert_checkpoint(tmp_path / "gpt2", tmp_path / "ours", "gpt2")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ours")
     assert tokenizer(TEXT)["input_ids"] == encoding.encode(TEXT, allowed_special="all")
@@ -847,7 +848,8 @@ class NanoBlock(nn.Module):
     def forward(self, x: Tensor) -> Any:
         attn: Any = self.attn
         mlp: Any = self.mlp
-        x = x + attn.c_proj(attend(*attn.c_attn(self.ln_1(x)).split(WIDTH, dim=-1), HEADS))
+        query, key, value = attn.c_attn(self.ln_1(x)).split(WIDTH, dim=-1)
+        x = x + attn.c_proj(attend(query, key, value, HEADS))
         wide = mlp.c_fc(self.ln_2(x))
         return x + mlp.c_proj(wide * (1 + torch.erf(wide / math.sqrt(2))) / 2)
 
@@ -1156,7 +1158,7 @@ def test_layouts_and_options_that_do_not_go_together(tmp_path: Path) -> None:
         convert_checkpoint(tmp_path, target, "to-gpt2")
 
 
-def test_a_folder_of_ours_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+def test_a_folder_of_ours_that_is_not_whole_is_refused(tmp_path: Path, logged: list[str]) -> None:
     tiny_gpt_kit().save_pretrained(tmp_path / "ours")
     whole, weights = stored_tensors(tmp_path / "ours"), tmp_path / "ours" / "model.safetensors"
     save_file({name: tensor for name, tensor in whole.items() if name != "model.norm.bias"}, weights)
@@ -1165,6 +1167,7 @@ def test_a_folder_of_ours_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     save_file({**whole, "model.extra": torch.ones(1)}, weights)
     with pytest.raises(UsageError, match=r"holds tensors that the model does not have: model\.extra"):
         convert_checkpoint(tmp_path / "ours", tmp_path / "gpt2", "to-gpt2")
+    assert ["LOAD REPORT" in logged.pop() for _ in range(2)] == [True, True]
     weights.unlink()
     with pytest.raises(UsageError, match="cannot be loaded"):
         convert_checkpoint(tmp_path / "ours", tmp_path / "gpt2", "to-gpt2")
