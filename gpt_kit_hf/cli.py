@@ -15,6 +15,7 @@ from gpt_kit_hf import tokenization
 from gpt_kit_hf.errors import GPTKitError, UsageError
 from gpt_kit_hf.generation import stream_text
 from gpt_kit_hf.option_parsing import parse_run_options
+from gpt_kit_hf.progress import printable
 from gpt_kit_hf.run_folder import find_model_folder
 from gpt_kit_hf.tokenizer_twin import load_encoding
 from gpt_kit_hf.training import train
@@ -92,5 +93,5 @@ def generate_command(
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()

@@ -60,6 +60,30 @@ class Console:
             self._bar = None
 
 
+class Pace:
+    """Seconds a step takes; the first step, which compiles and allocates, counts only while it is alone."""
+
+    def __init__(self) -> None:
+        self._steps, self._seconds = 0, 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count a step."""
+        if self._steps == 1:
+            self._seconds = 0.0
+        self._steps += 1
+        self._seconds += seconds
+
+    @property
+    def seconds_per_step(self) -> float:
+        """The mean so far."""
+        return self._seconds / max(1, self._steps - 1)
+
+
+def printable(text: str) -> str:
+    """Return text without control characters, which an untrained model may write and a terminal would obey."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def short(number: float) -> str:
     """Return a count in at most four characters and a unit: 950, 12.3k, 124M, 1.56B."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):

@@ -34,7 +34,7 @@ from gpt_kit_hf.generation import generate_text_autoregressive
 from gpt_kit_hf.modeling_gpt_kit import GPTKitForCausalLM
 from gpt_kit_hf.optimization import create_optimizer, learning_rate_at, set_learning_rate
 from gpt_kit_hf.pretraining_data import BatchPlan, PlannedBatches, TokenWindows
-from gpt_kit_hf.progress import Console, duration, short, trackers
+from gpt_kit_hf.progress import Console, Pace, duration, printable, short, trackers
 from gpt_kit_hf.run_folder import (
     CURVE_FILE,
     METRICS_FILE,
@@ -150,7 +150,7 @@ class _Run:
             self.model.compile()
         batches = self._batches()
         self.console.start(self.step, self.total_steps)
-        seconds, first = 0.0, self.step
+        pace, first = Pace(), self.step
         while self.step < self.total_steps:
             began = time.perf_counter()
             micro_batches = [next(batches) for _ in range(self.plan.micro_steps)]
@@ -159,12 +159,12 @@ class _Run:
             report = self.trainer.update(micro_batches, before_micro_batch=self._seed_micro_batch)
             self.step += 1
             self._after_update(report, rate)
-            seconds += time.perf_counter() - began
+            pace.add(time.perf_counter() - began)
             if self.step == first + _STEPS_TO_ESTIMATE:
-                left = seconds / _STEPS_TO_ESTIMATE * (self.total_steps - self.step)
+                left = pace.seconds_per_step * (self.total_steps - self.step)
                 self.console.say(f"expected {duration(left)}, and the evaluations")
             if self.step % self.chosen.log_every == 0 or self.step == self.total_steps:
-                self._log(report, rate, seconds / (self.step - first))
+                self._log(report, rate, pace.seconds_per_step)
             if self.step < self.total_steps:
                 self._now_and_then()
         self._save()
@@ -334,7 +334,7 @@ class _Run:
             ids = generate_text_autoregressive(
                 self.model, prompt, min(room, self.chosen.sample_tokens), temperature=0.8, top_k=50
             )
-        text = encoding.decode([token for token in ids[0].tolist() if token != end])
+        text = printable(encoding.decode([token for token in ids[0].tolist() if token != end]))
         return "\n".join(f"  | {line}" for line in text.splitlines())
 
     # --- checkpoints

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gpt_kit_hf.errors import UsageError
-from gpt_kit_hf.progress import Console, draw_curve, duration, short, trackers
+from gpt_kit_hf.progress import Console, Pace, draw_curve, duration, printable, short, trackers
 
 
 class Terminal(io.StringIO):
@@ -29,6 +29,19 @@ def test_counts_are_short(number: float, text: str) -> None:
 )
 def test_times_read_as_spoken(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_the_first_step_is_not_the_pace() -> None:
+    pace = Pace()
+    pace.add(60.0)
+    assert pace.seconds_per_step == 60.0
+    pace.add(2.0)
+    pace.add(4.0)
+    assert pace.seconds_per_step == 3.0
+
+
+def test_control_characters_are_not_shown() -> None:
+    assert printable("a\tb\nc\x1b[2Jd\x07\u00e9") == "a\tb\nc\ufffd[2Jd\ufffd\u00e9"
 
 
 def test_piped_output_is_plain_lines() -> None:
