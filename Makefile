@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 
 quickstart: $(VENV)/.runtime
 	$(BIN)/python examples/train_gpt.py --config examples/configs/quickstart.yaml --resume
-	$(BIN)/gpt-kit generate runs/quickstart --prompt "def " --max_new_tokens 200
+	$(BIN)/gpt-kit generate runs/quickstart --prompt "    def __init__(self" --max_new_tokens 200
 
 test: $(VENV)/.test check
 	$(BIN)/python -m pytest

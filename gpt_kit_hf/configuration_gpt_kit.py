@@ -91,8 +91,16 @@ class GPTKitConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     tokenizer_fingerprint: str | None = None
 
+    def __new__(cls, **kwargs: Any) -> "GPTKitConfig":
+        # Here, because in `__post_init__` a field given its default cannot be told from one that was not given.
+        _refuse_two_names(kwargs, cls.attribute_map)
+        config: GPTKitConfig = super().__new__(cls)
+        return config
+
     def __post_init__(self, **kwargs: Any) -> None:
-        self._take_aliases(kwargs)
+        for alias, name in self.attribute_map.items():
+            if alias in kwargs:
+                setattr(self, name, kwargs.pop(alias))
         self._refuse_unknown(kwargs)
         if self.n_inner is None:
             self.n_inner = 4 * self.n_embd
@@ -101,10 +109,11 @@ class GPTKitConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Build from a stored dictionary; keys that other tools added stay as plain attributes.
+        """Build from a stored dictionary, overridden by `kwargs`; keys that other tools added stay as attributes.
 
         A key that resembles a field is a slip of the pen and raises, as it does in the constructor.
         """
+        _refuse_two_names(kwargs, cls.attribute_map)
         known = _known_names(cls)
         foreign = {
             key: value
@@ -116,6 +125,7 @@ class GPTKitConfig(PreTrainedConfig):
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         for key, value in foreign.items():
             setattr(config, key, value)
+        config.validate()  # the overrides were assigned one by one, which checks types but not rules
         return loaded
 
     def __setattr__(self, key: str, value: Any) -> None:
@@ -142,24 +152,6 @@ class GPTKitConfig(PreTrainedConfig):
             if not 0.0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
 
-    def _take_aliases(self, kwargs: dict[str, Any]) -> None:
-        """Move aliased arguments to their fields; an alias beside another value of its field is refused."""
-        defaults = {field.name: field.default for field in fields(self)}
-        taken: dict[str, tuple[str, Any]] = {}
-        for alias, name in self.attribute_map.items():
-            if alias not in kwargs:
-                continue
-            value = kwargs.pop(alias)
-            current = getattr(self, name)
-            if name in taken or current != defaults[name]:
-                other_name, other = taken.get(name, (name, current))
-                if other != value:
-                    raise ValueError(
-                        f"{alias}={value!r} and {other_name}={other!r} name the same field: give one of them"
-                    )
-            taken[name] = (alias, value)
-            setattr(self, name, value)
-
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
         known = _known_names(type(self))
         for key in kwargs:
@@ -168,6 +160,15 @@ class GPTKitConfig(PreTrainedConfig):
             near = _nearest(key, type(self))
             hint = f"did you mean {near!r}?" if near else f"fields: {', '.join(_own_names(type(self)))}"
             raise ValueError(f"unknown config field {key!r}; {hint}")
+
+
+def _refuse_two_names(given: dict[str, Any], aliases: dict[str, str]) -> None:
+    """Refuse a field that is given under two names with different values."""
+    first: dict[str, str] = {}
+    for key, value in given.items():
+        other = first.setdefault(aliases.get(key, key), key)
+        if given[other] != value:
+            raise ValueError(f"{key}={value!r} and {other}={given[other]!r} name the same field: give one of them")
 
 
 def _own_names(cls: type) -> list[str]:

@@ -321,6 +321,8 @@ class GPTKitModel(GPTKitPreTrainedModel):
                 attention_mask = None  # an all-ones mask is no mask
             if attention_mask is not None or past_key_values is not None:
                 overlay = _same_document(position_ids.expand(inputs_embeds.shape[0], -1), attention_mask, past)
+        if isinstance(past, Tensor) and self.config._attn_implementation == "flex_attention":
+            past_key_values = _FrozenCacheLengths(past_key_values, past)  # type: ignore[assignment]
         return create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -392,6 +394,22 @@ class GPTKitForCausalLM(GPTKitPreTrainedModel, GenerationMixin):
         )
 
 
+class _FrozenCacheLengths:
+    """What the mask asks of a static cache, as it was before this step.
+
+    Flex attention calls the mask's function after the cache has been written, and a static cache counts its tokens
+    in place: every query would then be taken for one `T` places later.
+    """
+
+    def __init__(self, cache: Any, past: Tensor) -> None:
+        self.get_mask_sizes = cache.get_mask_sizes
+        self.is_compileable = cache.is_compileable
+        self.past = past.clone()
+
+    def get_query_offset(self, layer_idx: int = 0) -> Tensor:
+        return self.past
+
+
 def _check_range(ids: Tensor, size: int, name: str, limit: str) -> None:
     """Refuse ids outside 0..size-1 with the numbers, where looking costs nothing and does not break a trace."""
     if ids.device.type != "cpu" or ids.numel() == 0 or is_tracing(ids):
@@ -412,18 +430,16 @@ def _same_document(
         return None  # a compiled step into a static cache: whether it is still empty is not known
     if int(past) > 0:
         return None  # a continued row: which of the cached tokens belong to its document is not known
-    restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    if attention_mask is not None:
-        real = attention_mask[:, -position_ids.shape[1] :].bool()
-        restarts = restarts & real[:, 1:] & real[:, :-1]  # where padding begins or ends is no new document
-    if not is_tracing(restarts) and not bool(restarts.any()):
+    length = position_ids.shape[1]
+    real = torch.ones_like(position_ids) if attention_mask is None else attention_mask[:, :length].long()
+    # How far a token's position lies from its place among the real tokens: documents that restart at 0 all differ.
+    document = (position_ids - (real.cumsum(dim=-1) - 1)) * real  # (B, T)
+    if not is_tracing(document) and not bool(document.any()):
         return None
-    document = nn.functional.pad(restarts.long().cumsum(dim=-1), (1, 0))  # (B, T)
-    last = document.shape[1] - 1
 
     def same_document(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         # A static cache has room beyond this row; causality hides it already, but the index must exist.
-        return document[batch_idx, q_idx] == document[batch_idx, kv_idx.clamp(max=last)]
+        return document[batch_idx, q_idx] == document[batch_idx, kv_idx.clamp(max=length - 1)]
 
     return same_document
 
