@@ -64,6 +64,101 @@ def generate(
     )
 
 
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(metavar="RUN_OR_REPO", help="folder of a run or model, or a Hub id")],
+    max_new_tokens: Annotated[
+        int, typer.Option("--max_new_tokens", "--max-new-tokens", help="most tokens of an answer")
+    ] = 200,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token")] = 0.8,
+    top_k: Annotated[int | None, typer.Option("--top_k", "--top-k", help="sample among the k likeliest")] = 50,
+    seed: Annotated[int | None, typer.Option("--seed", help="makes a sample repeatable")] = None,
+) -> None:
+    """Talk with a model: a line of yours, then its answer. A model without a chat template continues your text."""
+    from gpt_kit_hf.cli import chat_command
+
+    raise typer.Exit(
+        chat_command(model, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed)
+    )
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(metavar="RUN_OR_REPO", help="folder of a run or model, or a Hub id")],
+    host: Annotated[
+        str,
+        typer.Option(
+            "--host",
+            help="address to listen at; there is no password, so others than this machine's "
+            "own let everyone in who reaches it",
+        ),
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one")] = 8000,
+) -> None:
+    """Serve a model by OpenAI's API (transformers' own server).
+
+    Requests sample at temperature 1 unless they say otherwise; temperature 0 is greedy. A model without a chat
+    template is a completion model: use /v1/completions; /v1/chat/completions continues the messages as one text.
+    Needs pip install 'gpt-kit-hf[serve]'.
+    """
+    from gpt_kit_hf.cli import serve_command
+
+    raise typer.Exit(serve_command(model, host=host, port=port))
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="model folder, Hub id, or file of weights")],
+    destination: Annotated[
+        str, typer.Argument(metavar="DESTINATION", help="folder to write: empty, or not there yet")
+    ],
+    layout: Annotated[
+        str,
+        typer.Option(
+            "--layout",
+            help="gpt2: a GPT-2 folder or Hub id; nanogpt, kit: a file of weights (safetensors, or a pickle of "
+            "tensors only); to-gpt2: from a folder of this package to one that every reader of GPT-2 loads",
+        ),
+    ],
+    n_head: Annotated[
+        int | None, typer.Option("--n_head", "--n-head", help="heads, which no shape tells (nanogpt, kit)")
+    ] = None,
+    hidden_act: Annotated[
+        str | None,
+        typer.Option("--hidden_act", "--hidden-act", help="gelu or gelu_new, if not the layout's own (nanogpt, kit)"),
+    ] = None,
+    eos_token_id: Annotated[
+        int | None, typer.Option("--eos_token_id", "--eos-token-id", help="the end of text (nanogpt, kit)")
+    ] = None,
+    zero_missing_biases: Annotated[
+        bool,
+        typer.Option(
+            "--zero_missing_biases",
+            "--zero-missing-biases",
+            help="for query, key and value projections without biases beside others with (nanogpt, kit)",
+        ),
+    ] = False,
+    tokenizer_folder: Annotated[
+        str | None, typer.Option("--tokenizer_folder", "--tokenizer-folder", help="instead of the source's tokenizer")
+    ] = None,
+) -> None:
+    """Convert a checkpoint of GPT-2 or of a hand-written GPT, or write a model of this package as GPT-2."""
+    from gpt_kit_hf.cli import convert_command
+
+    raise typer.Exit(
+        convert_command(
+            source,
+            destination,
+            layout=layout,
+            n_head=n_head,
+            hidden_act=hidden_act,
+            eos_token_id=eos_token_id,
+            zero_missing_biases=zero_missing_biases,
+            tokenizer_folder=tokenizer_folder,
+        )
+    )
+
+
 def main() -> None:
     """Run the command line."""
     app()

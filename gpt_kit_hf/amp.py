@@ -63,8 +63,8 @@ def _computes_in_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
-        # Without these instructions bf16 runs on a CPU too, but slower than fp32.
-        abilities = torch.cpu.get_capabilities()
+        # Without these instructions bf16 runs on a CPU too, but slower than fp32. Older versions of torch do not tell.
+        abilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         return bool(abilities.get("amx_bf16") or abilities.get("avx512_bf16"))
     return False
 

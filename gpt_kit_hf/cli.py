@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any, cast
 
 import datasets
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gpt_kit_hf import tokenization
+from gpt_kit_hf.chat import ChatOptions, Conversation, converse
 from gpt_kit_hf.errors import GPTKitError, UsageError
 from gpt_kit_hf.generation import stream_text
+from gpt_kit_hf.gpt2_checkpoint import Activation, Layout, convert_checkpoint
 from gpt_kit_hf.option_parsing import parse_run_options
 from gpt_kit_hf.progress import printable
-from gpt_kit_hf.run_folder import find_model_folder
-from gpt_kit_hf.tokenizer_twin import load_encoding
+from gpt_kit_hf.run_folder import check_tokenizer, find_model_folder
 from gpt_kit_hf.training import train
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
@@ -63,15 +65,7 @@ def generate_command(
     """Stream text that a run's, a folder's or a Hub repository's model continues from the prompt."""
 
     def generate() -> None:
-        folder = find_model_folder(place)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            model = AutoModelForCausalLM.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{place!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
-        expected = model.config.to_dict().get("tokenizer_fingerprint")
-        if expected is not None and Path(folder).is_dir():
-            tokenization.check_fingerprint(load_encoding(folder), expected, folder)
+        model, tokenizer = _load(place)
         if seed is not None:
             torch.manual_seed(seed)
         # A text without a prompt begins where documents begin.
@@ -90,6 +84,78 @@ def generate_command(
         _write("\n")
 
     return run_command(generate)
+
+
+def chat_command(place: str, *, max_new_tokens: int, temperature: float, top_k: int | None, seed: int | None) -> int:
+    """Talk with a run's, a folder's or a Hub repository's model: lines from standard input, answers on the output."""
+
+    def chat() -> None:
+        options = ChatOptions(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
+        model, tokenizer = _load(place)
+        if seed is not None:
+            torch.manual_seed(seed)
+        kind = "no chat template: it continues your text" if tokenizer.chat_template is None else "chat template"
+        _note(f"{place} ({kind}). /clear forgets what was said, /exit or Ctrl-D ends.")
+        try:
+            converse(Conversation(model, tokenizer, options), _read_lines(), _write, _note)
+        except KeyboardInterrupt:  # the way out in the middle of an answer
+            _write("\n")
+
+    return run_command(chat)
+
+
+def serve_command(place: str, *, host: str, port: int) -> int:
+    """Serve a run's, a folder's or a Hub repository's model by OpenAI's API until interrupted."""
+    # Not before: it imports the command line of transformers, which nothing else here needs.
+    from gpt_kit_hf.serving import serve
+
+    return run_command(lambda: serve(place, host=host, port=port, announce=lambda line: _write(f"{line}\n")))
+
+
+def convert_command(source: str, destination: str, *, layout: str, hidden_act: str | None, **options: Any) -> int:
+    """Write the model in `source` to the folder `destination`; the options are those of `convert_checkpoint`."""
+
+    def convert() -> None:
+        # Other names than these are refused there.
+        activation = cast("Activation | None", hidden_act)
+        convert_checkpoint(source, destination, cast(Layout, layout), hidden_act=activation, **options)
+        _write(f"{destination} holds the model now\n")
+
+    return run_command(convert)
+
+
+def _load(place: str) -> tuple[Any, Any]:
+    """Return the model and the tokenizer of a run, a folder or a Hub repository."""
+    folder = find_model_folder(place)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{place!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    check_tokenizer(folder, model.config)
+    return model, tokenizer
+
+
+def _read_lines() -> Iterator[str]:
+    """Yield the lines of the standard input, asked for where a person types them."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # or bytes that are no text end the conversation
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        for line in sys.stdin:
+            yield line.rstrip("\r\n")
+        return
+    with suppress(ImportError):
+        import readline  # noqa: F401  (gives `input` a line to edit and a history)
+    try:
+        while True:
+            yield input("> ")
+    except EOFError:
+        _write("\n")
+
+
+def _note(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 def _write(text: str) -> None:

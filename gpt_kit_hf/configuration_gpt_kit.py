@@ -92,7 +92,8 @@ class GPTKitConfig(PreTrainedConfig):
     tokenizer_fingerprint: str | None = None
 
     def __new__(cls, **kwargs: Any) -> "GPTKitConfig":
-        # Here, because in `__post_init__` a field given its default cannot be told from one that was not given.
+        """Refuse a field that is given under two names with different values."""
+        # In `__post_init__` it is too late: a field given its default cannot be told from one that was not given.
         _refuse_two_names(kwargs, cls.attribute_map)
         config: GPTKitConfig = super().__new__(cls)
         return config
@@ -111,14 +112,15 @@ class GPTKitConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build from a stored dictionary, overridden by `kwargs`; keys that other tools added stay as attributes.
 
-        A key that resembles a field is a slip of the pen and raises, as it does in the constructor.
+        A key that resembles a field is a slip of the pen and raises, as it does in the constructor, unless the field
+        has the same value: some tools write a setting under every name that it has in any model.
         """
         _refuse_two_names(kwargs, cls.attribute_map)
         known = _known_names(cls)
         foreign = {
             key: value
             for key, value in config_dict.items()
-            if not key.startswith("_") and key not in known and _nearest(key, cls) is None
+            if not key.startswith("_") and key not in known and not _stands_for_a_field(key, config_dict, cls)
         }
         own = {key: value for key, value in config_dict.items() if key not in foreign}
         loaded = super().from_dict(own, **kwargs)
@@ -167,7 +169,7 @@ def _refuse_two_names(given: dict[str, Any], aliases: dict[str, str]) -> None:
     first: dict[str, str] = {}
     for key, value in given.items():
         other = first.setdefault(aliases.get(key, key), key)
-        if given[other] != value:
+        if other != key and given[other] != value:
             raise ValueError(f"{key}={value!r} and {other}={given[other]!r} name the same field: give one of them")
 
 
@@ -197,6 +199,12 @@ def _known_names(cls: Any) -> set[str]:
 def _nearest(name: str, cls: Any) -> str | None:
     near = difflib.get_close_matches(name, [*_own_names(cls), *cls.attribute_map], n=1, cutoff=0.75)
     return near[0] if near else None
+
+
+def _stands_for_a_field(name: str, stored: dict[str, Any], cls: Any) -> bool:
+    near = _nearest(name, cls)
+    fields_stored = {cls.attribute_map.get(key, key): value for key, value in stored.items()}
+    return near is not None and fields_stored.get(cls.attribute_map.get(near, near)) != stored[name]
 
 
 __all__ = ["GPTKitConfig"]

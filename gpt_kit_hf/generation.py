@@ -182,7 +182,7 @@ def _extended(
         raise UsageError(f"max_new_tokens={max_new_tokens!r}: an integer, 0 or more")
     if max_new_tokens == 0:
         return prompt.clone()
-    context = _context_length(model)
+    context = context_length(model)
     length = prompt.shape[1] + max_new_tokens
     fits = context is None or length <= context
     if not fits and overflow == "error":
@@ -308,7 +308,7 @@ def _vocab_size(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config(decoder=True).vocab_size)
 
 
-def _context_length(model: PreTrainedModel) -> int | None:
+def context_length(model: PreTrainedModel) -> int | None:
     """Return the number of positions that the model has, or None for a model without such a bound."""
     config = model.config.get_text_config(decoder=True)
     return int(config.max_position_embeddings) if hasattr(config, "max_position_embeddings") else None

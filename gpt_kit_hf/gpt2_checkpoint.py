@@ -1,12 +1,6 @@
 """Checkpoints of GPT-2 and of hand-written GPTs into this package's model, and its models out as GPT-2.
 
-A layout is a table from the name of a stored tensor to its name here, or to "" for a tensor that is dropped:
-
-    "h.{layer}.attn.c_attn.weight": "model.layers.{layer}.self_attn.{q,k,v}_proj.weight.T"
-
-`{layer}` stands for the layer's number. A `.T` at the end transposes the matrix; then `{q,k,v}` splits it along
-dimension 0 into as many equal parts. Nothing is guessed: a tensor that the table does not name, and one that the
-model lacks in the end, is an error. Reading a checkpoint runs no code from it.
+The names of the tensors are in `state_dict_layouts`. Reading a checkpoint runs no code from it.
 """
 
 from __future__ import annotations
@@ -17,7 +11,7 @@ import pickle
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -34,203 +28,26 @@ from gpt_kit_hf.configuration_gpt_kit import GPTKitConfig
 from gpt_kit_hf.durable_files import load_json, load_tensors
 from gpt_kit_hf.errors import CheckpointError, UsageError, unknown_name
 from gpt_kit_hf.modeling_gpt_kit import GPTKitForCausalLM
+from gpt_kit_hf.state_dict_layouts import (
+    GPT2_NAMES,
+    HEAD,
+    KIT_NAMES,
+    NANOGPT_NAMES,
+    POSITIONS,
+    TOKENS,
+    add_zero_biases,
+    build_model,
+    check_tensors,
+    equal_tensors,
+    expand_braces,
+    refuse_names,
+    rename_tensors,
+    stored_shapes,
+)
 
 Layout = Literal["gpt2", "nanogpt", "kit", "to-gpt2"]
 Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh"]
 _T = TypeVar("_T")
-
-# --- the layouts -----------------------------------------------------------------------------------------
-
-_TOKENS, _POSITIONS, _HEAD = "model.embed_tokens.weight", "model.embed_positions.weight", "lm_head.weight"
-
-
-def _with_biases(weights: Mapping[str, str]) -> dict[str, str]:
-    """Return the table with each weight's bias in it, too; a bias is never transposed."""
-    biases = {f"{theirs[:-6]}bias": f"{ours.removesuffix('.T')[:-6]}bias" for theirs, ours in weights.items()}
-    return {**weights, **biases}
-
-
-# As the transformers library stores GPT-2. Its Conv1D keeps a weight as (in, out), nn.Linear as (out, in).
-GPT2_NAMES: Mapping[str, str] = MappingProxyType(
-    {
-        "transformer.wte.weight": _TOKENS,
-        "transformer.wpe.weight": _POSITIONS,
-        "lm_head.weight": _HEAD,
-        **_with_biases(
-            {
-                "transformer.h.{layer}.ln_1.weight": "model.layers.{layer}.input_layernorm.weight",
-                "transformer.h.{layer}.attn.c_attn.weight": "model.layers.{layer}.self_attn.{q,k,v}_proj.weight.T",
-                "transformer.h.{layer}.attn.c_proj.weight": "model.layers.{layer}.self_attn.o_proj.weight.T",
-                "transformer.h.{layer}.ln_2.weight": "model.layers.{layer}.post_attention_layernorm.weight",
-                "transformer.h.{layer}.mlp.c_fc.weight": "model.layers.{layer}.mlp.up_proj.weight.T",
-                "transformer.h.{layer}.mlp.c_proj.weight": "model.layers.{layer}.mlp.down_proj.weight.T",
-                "transformer.ln_f.weight": "model.norm.weight",
-            }
-        ),
-        # Not biases: old versions stored the causal mask and the value of a masked score under these names.
-        "transformer.h.{layer}.attn.bias": "",
-        "transformer.h.{layer}.attn.masked_bias": "",
-    }
-)
-
-# nanoGPT has GPT-2's names over nn.Linear. Its GELU is the exact one, its LayerNorm's epsilon 1e-5.
-NANOGPT_NAMES: Mapping[str, str] = MappingProxyType(
-    {theirs: ours.removesuffix(".T") for theirs, ours in GPT2_NAMES.items()}
-)
-
-# The kit of Raschka 2024, "Build a Large Language Model (From Scratch)", chapters 3 and 4. Its GELU is the tanh
-# approximation, its LayerNorm's epsilon 1e-5, and its output projection is not tied.
-KIT_NAMES: Mapping[str, str] = MappingProxyType(
-    {
-        "tok_emb.weight": _TOKENS,
-        "pos_emb.weight": _POSITIONS,
-        "out_head.weight": _HEAD,
-        **_with_biases(
-            {
-                "trf_blocks.{layer}.att.W_query.weight": "model.layers.{layer}.self_attn.q_proj.weight",
-                "trf_blocks.{layer}.att.W_key.weight": "model.layers.{layer}.self_attn.k_proj.weight",
-                "trf_blocks.{layer}.att.W_value.weight": "model.layers.{layer}.self_attn.v_proj.weight",
-                "trf_blocks.{layer}.att.out_proj.weight": "model.layers.{layer}.self_attn.o_proj.weight",
-                "trf_blocks.{layer}.ff.layers.0.weight": "model.layers.{layer}.mlp.up_proj.weight",
-                "trf_blocks.{layer}.ff.layers.2.weight": "model.layers.{layer}.mlp.down_proj.weight",
-            }
-        ),
-        "trf_blocks.{layer}.norm1.scale": "model.layers.{layer}.input_layernorm.weight",
-        "trf_blocks.{layer}.norm1.shift": "model.layers.{layer}.input_layernorm.bias",
-        "trf_blocks.{layer}.norm2.scale": "model.layers.{layer}.post_attention_layernorm.weight",
-        "trf_blocks.{layer}.norm2.shift": "model.layers.{layer}.post_attention_layernorm.bias",
-        "trf_blocks.{layer}.att.mask": "",
-        "final_norm.scale": "model.norm.weight",
-        "final_norm.shift": "model.norm.bias",
-    }
-)
-
-# --- any state dict into the model -----------------------------------------------------------------------
-
-
-def convert_state_dict(
-    state_dict: Mapping[str, Tensor],
-    names: Mapping[str, str],
-    config: GPTKitConfig,
-    *,
-    zero_missing_biases: bool = False,
-) -> GPTKitForCausalLM:
-    """Return a float32 model, in evaluation mode, with copies of another model's tensors, by a table as above.
-
-    `zero_missing_biases` gives zero biases to query, key and value projections that were built without. Raises
-    UsageError, with the first few names, for a tensor that the table or the model does not know, one that two names
-    fill, one of another shape or not of floating point, and one that is missing.
-    """
-    tensors = rename_tensors(state_dict, names)
-    if zero_missing_biases:
-        _add_zero_biases(tensors, config)
-    return _build_model(config, tensors, torch.float32, "state_dict")
-
-
-def rename_tensors(
-    state_dict: Mapping[str, Tensor], names: Mapping[str, str], source: str = "state_dict"
-) -> dict[str, Tensor]:
-    """Return the tensors under their names here, as views, by a table as above; `source` is named in errors.
-
-    Raises UsageError for a name that is not in the table, one filled twice, and a tensor that cannot be split.
-    """
-    targets = {name: _target(name, names) for name in state_dict}
-    _refuse_names(
-        f"{source} holds tensors that the layout does not have", [n for n, t in targets.items() if t is None]
-    )
-    renamed: dict[str, Tensor] = {}
-    for name, target in targets.items():
-        for ours, part in _parts(state_dict[name], target, f"{source}: {name}") if target else ():
-            if ours in renamed:
-                raise UsageError(f"{source}: {name} is the second tensor that the layout calls {ours}")
-            renamed[ours] = part
-    return renamed
-
-
-def _target(name: str, names: Mapping[str, str]) -> str | None:
-    """Return what the table has for a stored tensor, with the layer's number; None if it has nothing."""
-    if name in names:
-        return names[name]
-    for number in re.finditer(r"\d+", name):
-        pattern = f"{name[: number.start()]}{{layer}}{name[number.end() :]}"
-        if pattern in names:
-            return names[pattern].replace("{layer}", number[0])
-    return None
-
-
-def _parts(tensor: Tensor, target: str, source: str) -> list[tuple[str, Tensor]]:
-    if target.endswith(".T"):
-        if tensor.dim() != 2:
-            raise UsageError(f"{source} cannot be transposed: its shape is {tuple(tensor.shape)}")
-        tensor = tensor.T
-    ours = _expand(target.removesuffix(".T"))
-    if len(ours) == 1:
-        return [(ours[0], tensor)]
-    if tensor.dim() == 0 or tensor.shape[0] % len(ours):
-        raise UsageError(f"{source} cannot be split into {len(ours)} equal parts: its shape is {tuple(tensor.shape)}")
-    return list(zip(ours, tensor.tensor_split(len(ours)), strict=True))  # (3D, D) -> 3 of (D, D)
-
-
-def _expand(target: str) -> list[str]:
-    """Return the names that "a.{q,k,v}_proj" stands for; a name without braces stands for itself."""
-    braces = re.search(r"\{([^{}]*)\}", target)
-    return [target.replace(braces[0], choice, 1) for choice in braces[1].split(",")] if braces else [target]
-
-
-def _add_zero_biases(tensors: dict[str, Tensor], config: GPTKitConfig) -> None:
-    for layer in range(config.n_layer if config.use_bias else 0):
-        for name in _expand(f"model.layers.{layer}.self_attn.{{q,k,v}}_proj.bias"):
-            tensors.setdefault(name, torch.zeros(config.n_embd))
-
-
-def _build_model(
-    config: GPTKitConfig, tensors: dict[str, Tensor], dtype: torch.dtype, source: str
-) -> GPTKitForCausalLM:
-    """Return the model with copies of the tensors; `tensors` is emptied on the way, so that memory holds one copy."""
-    if config.tie_word_embeddings:
-        # Of two names for one tensor, a file may hold either or both.
-        head = tensors.pop(_HEAD, tensors.get(_TOKENS))
-        if head is not None and not _equal(tensors.setdefault(_TOKENS, head), head):
-            raise UsageError(f"{source}: {_HEAD} is not {_TOKENS}; the config needs tie_word_embeddings=False")
-    _check_tensors(tensors, _shapes(config), source)
-    ready: dict[str, Tensor] = {}
-    while tensors:
-        name, tensor = tensors.popitem()
-        ready[name] = tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format).to(dtype)
-    model = GPTKitForCausalLM.from_pretrained(None, config=config, state_dict=ready, dtype=dtype)
-    assert isinstance(model, GPTKitForCausalLM)
-    return model
-
-
-def _shapes(config: GPTKitConfig) -> dict[str, torch.Size]:
-    """Return the names and shapes of what a saved model holds."""
-    with torch.device("meta"):
-        stored = GPTKitForCausalLM(copy.deepcopy(config)).state_dict()
-    return {name: t.shape for name, t in stored.items() if not (config.tie_word_embeddings and name == _HEAD)}
-
-
-def _check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], source: str) -> None:
-    _refuse_names(f"{source} holds tensors that the model does not have", tensors.keys() - shapes.keys())
-    _refuse_names(f"{source} lacks tensors of the model", shapes.keys() - tensors.keys())
-    for name, tensor in tensors.items():
-        if tensor.shape != shapes[name]:
-            raise UsageError(f"{source}: {name} has shape {tuple(tensor.shape)}, the model {tuple(shapes[name])}")
-        plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
-        if not plain or tensor.is_meta or not tensor.is_floating_point():
-            kind = f"{type(tensor).__name__} of {tensor.dtype} on {tensor.device}"
-            raise UsageError(f"{source}: {name} is a {kind}; a weight must be a plain tensor of floating point")
-
-
-def _refuse_names(problem: str, names: Collection[str]) -> None:
-    if names:
-        rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise UsageError(f"{problem}: {', '.join(sorted(names)[:3])}{rest}")
-
-
-def _equal(first: Tensor, second: Tensor) -> bool:
-    common = torch.promote_types(first.dtype, second.dtype)
-    return first.shape == second.shape and torch.equal(first.to(common), second.to(first.device, common))
-
 
 # --- GPT-2 in --------------------------------------------------------------------------------------------
 
@@ -276,11 +93,11 @@ def _load_gpt2(folder: Path, dtype: torch.dtype) -> GPTKitForCausalLM:
     if not any(name.startswith("transformer.") for name in stored):
         names = {theirs.removeprefix("transformer."): ours for theirs, ours in names.items()}
     tensors = rename_tensors(stored, names, str(folder))
-    del stored  # or it would hold the memory that `_build_model` frees
-    if _HEAD in tensors and _TOKENS in tensors and not _equal(tensors[_HEAD], tensors[_TOKENS]):
+    del stored  # or it would hold the memory that `build_model` frees
+    if HEAD in tensors and TOKENS in tensors and not equal_tensors(tensors[HEAD], tensors[TOKENS]):
         config.tie_word_embeddings = False
     generation = _read_generation_config(folder, config)
-    model = _build_model(config, tensors, dtype, str(folder))
+    model = build_model(config, tensors, dtype, str(folder))
     model.generation_config = generation
     return model
 
@@ -441,10 +258,10 @@ def _as_gpt2(model: GPTKitForCausalLM) -> Any:
     ours = _tensors_for_gpt2(model)
     stored: dict[str, Tensor] = {}
     for theirs, target in GPT2_NAMES.items():
-        if target == "" or (target == _HEAD and target not in ours):
+        if target == "" or (target == HEAD and target not in ours):
             continue
         for layer in range(config.n_layer if "{layer}" in target else 1):
-            parts = _expand(target.removesuffix(".T").replace("{layer}", str(layer)))
+            parts = expand_braces(target.removesuffix(".T").replace("{layer}", str(layer)))
             tensor = torch.cat([ours[part].detach().to("cpu") for part in parts])  # 3 of (D, D) -> (3D, D)
             tensor = tensor.T if target.endswith(".T") else tensor
             stored[theirs.replace("{layer}", str(layer))] = tensor.contiguous()
@@ -455,7 +272,7 @@ def _as_gpt2(model: GPTKitForCausalLM) -> Any:
         **same,
         n_positions=config.max_position_embeddings,
         activation_function="gelu" if config.hidden_act == "gelu" else "gelu_new",
-        tie_word_embeddings=_HEAD not in ours,
+        tie_word_embeddings=HEAD not in ours,
     )
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in stored.values()))
     converted = GPT2LMHeadModel.from_pretrained(None, config=gpt2, state_dict=stored, dtype=dtype)
@@ -467,19 +284,19 @@ def _tensors_for_gpt2(model: GPTKitForCausalLM) -> dict[str, Tensor]:
     """Return the model's tensors, those that GPT-2 has and it has not added; with a head only if it is not tied."""
     config, ours = copy.deepcopy(model.config), dict(model.state_dict())
     # A head that was cut loose from the embedding keeps what it learned, whatever the configuration says.
-    if config.tie_word_embeddings and {_HEAD, _TOKENS} <= ours.keys() and _equal(ours[_HEAD], ours[_TOKENS]):
-        del ours[_HEAD]
+    if config.tie_word_embeddings and {HEAD, TOKENS} <= ours.keys() and equal_tensors(ours[HEAD], ours[TOKENS]):
+        del ours[HEAD]
     else:
         config.tie_word_embeddings = False
-    shapes = _shapes(config)
-    _check_tensors(ours, shapes, "model")
+    shapes = stored_shapes(config)
+    check_tensors(ours, shapes, "model")
     if not config.use_bias:
-        for name in shapes.keys() - {_TOKENS, _POSITIONS, _HEAD}:
+        for name in shapes.keys() - {TOKENS, POSITIONS, HEAD}:
             ours[f"{name.removesuffix('weight')}bias"] = ours[name].new_zeros(ours[name].shape[0])
     # Fixed positions are a buffer that is not stored.
     positions = model.model.embed_positions.weight
     assert isinstance(positions, Tensor)
-    ours.setdefault(_POSITIONS, positions.to(ours[_TOKENS].dtype))
+    ours.setdefault(POSITIONS, positions.to(ours[TOKENS].dtype))
     return ours
 
 
@@ -588,8 +405,8 @@ def _load_ours(folder: Path) -> GPTKitForCausalLM:
     except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
         raise UsageError(f"{str(folder)!r} cannot be loaded: {_one_line(error)}") from None
     # transformers only warns of these, and fills what is missing with random numbers.
-    _refuse_names(f"{str(folder)!r} lacks tensors of the model", report["missing_keys"])
-    _refuse_names(f"{str(folder)!r} holds tensors that the model does not have", report["unexpected_keys"])
+    refuse_names(f"{str(folder)!r} lacks tensors of the model", report["missing_keys"])
+    refuse_names(f"{str(folder)!r} holds tensors that the model does not have", report["unexpected_keys"])
     assert isinstance(model, GPTKitForCausalLM)
     return model
 
@@ -606,8 +423,8 @@ def _load_file(path: Path, layout: Layout, zero_missing_biases: bool, untold: Ma
         tensors, arguments, {**untold, "hidden_act": untold["hidden_act"] or default_act}, str(path)
     )
     if zero_missing_biases:
-        _add_zero_biases(tensors, config)
-    return _build_model(config, tensors, torch.float32, str(path))
+        add_zero_biases(tensors, config)
+    return build_model(config, tensors, torch.float32, str(path))
 
 
 def _infer_config(
@@ -615,9 +432,9 @@ def _infer_config(
 ) -> GPTKitConfig:
     """Return the configuration that the shapes tell, with what they do not tell; `arguments` must agree."""
     up = "model.layers.0.mlp.up_proj.weight"
-    tokens = tensors.get(_TOKENS, tensors.get(_HEAD, torch.empty(0)))
-    matrices = {_TOKENS: tokens, **{name: tensors.get(name, torch.empty(0)) for name in (_POSITIONS, up)}}
-    _refuse_names(f"{source} lacks matrices of the layout", [n for n, matrix in matrices.items() if matrix.dim() != 2])
+    tokens = tensors.get(TOKENS, tensors.get(HEAD, torch.empty(0)))
+    matrices = {TOKENS: tokens, **{name: tensors.get(name, torch.empty(0)) for name in (POSITIONS, up)}}
+    refuse_names(f"{source} lacks matrices of the layout", [n for n, matrix in matrices.items() if matrix.dim() != 2])
     n_head = arguments.get("n_head") if untold["n_head"] is None else untold["n_head"]
     if n_head is None:
         raise UsageError(f"{source}: n_head must be given, for no shape tells the number of heads")
@@ -626,10 +443,10 @@ def _infer_config(
         "vocab_size": tokens.shape[0],
         "n_embd": tokens.shape[1],
         "n_inner": matrices[up].shape[0],
-        "max_position_embeddings": matrices[_POSITIONS].shape[0],
+        "max_position_embeddings": matrices[POSITIONS].shape[0],
         "n_layer": len({name.split(".")[2] for name in tensors if name.startswith("model.layers.")}),
         "use_bias": any(name.endswith(".bias") for name in tensors),
-        "tie_word_embeddings": _equal(tokens, tensors.get(_HEAD, tokens)),
+        "tie_word_embeddings": equal_tensors(tokens, tensors.get(HEAD, tokens)),
     }
     dropouts = {"embd_pdrop": dropout, "attn_pdrop": dropout, "resid_pdrop": dropout}
     config = _checked(lambda: GPTKitConfig(**{**untold, **told, **dropouts, "n_head": n_head}), source)

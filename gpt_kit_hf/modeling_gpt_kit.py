@@ -4,7 +4,7 @@ Shapes: B rows, T tokens of a row, S tokens that attention can see (those in the
 (`n_embd`), H heads, Dh width of a head, V vocabulary size.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: tools read the type of `**kwargs` to learn what a forward can return.
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -290,17 +290,19 @@ class GPTKitModel(GPTKitPreTrainedModel):
     def _count_positions(self, length: int, attention_mask: Tensor | None, past: int | Tensor) -> Tensor:
         """Return the positions (B, T), or (1, T) without padding, of `length` tokens after `past` cached ones."""
         table = self.config.max_position_embeddings
+        padding = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
         if not is_tracing(past if isinstance(past, Tensor) else None):
-            known_past = past if isinstance(past, int) or past.device.type == "cpu" else 0
-            if length + int(known_past) > table:
-                raise ValueError(
-                    f"the sequence has {length + int(known_past)} tokens, more than max_position_embeddings={table}"
-                )
+            known_past = int(past) if isinstance(past, int) or past.device.type == "cpu" else 0
+            total = length + known_past
+            if total > table:
+                raise ValueError(f"the sequence has {total} tokens, more than max_position_embeddings={table}")
+            if padding is not None and padding.shape[1] < total:
+                raise ValueError(f"attention_mask covers {padding.shape[1]} of {total} tokens, those cached counted")
         position_ids = self.position_ids[:, :length] + past  # (1, T)
-        if attention_mask is None or not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        if padding is None:
             return position_ids
         # Padding counts for nothing; a padded position itself is never looked at, whatever it holds.
-        counted = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)  # (B, S)
+        counted = (padding.long().cumsum(dim=-1) - 1).clamp(min=0)  # (B, S)
         return counted.gather(1, position_ids.expand(counted.shape[0], -1))  # -> (B, T)
 
     def _causal_mask(
@@ -322,7 +324,7 @@ class GPTKitModel(GPTKitPreTrainedModel):
             if attention_mask is not None or past_key_values is not None:
                 overlay = _same_document(position_ids.expand(inputs_embeds.shape[0], -1), attention_mask, past)
         if isinstance(past, Tensor) and self.config._attn_implementation == "flex_attention":
-            past_key_values = _FrozenCacheLengths(past_key_values, past)  # type: ignore[assignment]
+            past_key_values = _FrozenCacheLengths(past_key_values, past)
         return create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -376,7 +378,7 @@ class GPTKitForCausalLM(GPTKitPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        hidden_states = _keep_positions(outputs.last_hidden_state, logits_to_keep)
         logits = self.lm_head(hidden_states)  # (B, T, D) -> (B, T, V)
         loss = None
         if shift_labels is not None:
@@ -408,6 +410,22 @@ class _FrozenCacheLengths:
 
     def get_query_offset(self, layer_idx: int = 0) -> Tensor:
         return self.past
+
+
+def _keep_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """Return the hidden states (B, T, D) of the positions that logits are wanted for.
+
+    An int keeps the last so many, 0 all; a tensor (K,) the same positions of each row; integers (B, K) each row's
+    own; booleans (B, T) the true ones, flat, (N, D).
+    """
+    # transformers has this as a function from 5.21 on; the model's code also runs on the versions before.
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:, :]
+    if logits_to_keep.dim() == 1:
+        return hidden_states[:, logits_to_keep, :]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
 
 
 def _check_range(ids: Tensor, size: int, name: str, limit: str) -> None:

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import tiktoken
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from gpt_kit_hf.checkpointing import latest_checkpoint, list_checkpoints
 from gpt_kit_hf.durable_files import sync_path
 from gpt_kit_hf.errors import CheckpointError, UsageError
 from gpt_kit_hf.modeling_gpt_kit import GPTKitForCausalLM
 from gpt_kit_hf.run_lock import move_aside
-from gpt_kit_hf.tokenization import END_OF_TEXT
-from gpt_kit_hf.tokenizer_twin import save_tokenizer
+from gpt_kit_hf.tokenization import END_OF_TEXT, check_fingerprint
+from gpt_kit_hf.tokenizer_twin import load_encoding, save_tokenizer
 
 OPTIONS_FILE = "options.json"
 RECORD_FILE = "run.json"
@@ -116,3 +116,13 @@ def find_model_folder(place: str) -> str:
     if checkpoint is None:
         raise UsageError(f"{place!r} holds no model: neither a config.json nor a checkpoint")
     return str(checkpoint)
+
+
+def check_tokenizer(folder: str, config: PreTrainedConfig) -> None:
+    """Raise UsageError if a model folder's tokenizer is not the one that its model was trained with.
+
+    A model that records none, as those of other makers, and one that is on the Hub are not checked.
+    """
+    expected = config.to_dict().get("tokenizer_fingerprint")
+    if expected is not None and Path(folder).is_dir():
+        check_fingerprint(load_encoding(folder), expected, folder)

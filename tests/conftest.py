@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import signal
 import traceback
@@ -54,6 +55,23 @@ def gpt2_encoding() -> tiktoken.Encoding:
                 patch.setenv("TIKTOKEN_CACHE_DIR", cache)
                 return tiktoken.get_encoding("gpt2")
     pytest.skip("needs GPT-2's vocabulary: set TIKTOKEN_CACHE_DIR to a folder that holds it")
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """What transformers logs: nothing. It warns of missing and unexpected weights through its logger only."""
+    messages: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    handler = Keep(level=logging.WARNING)
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)
+    assert messages == []
 
 
 def fork() -> int:

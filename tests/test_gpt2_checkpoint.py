@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import json
-import logging
-import math
 import os
 import pickle
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hand_written_models import (
+    CONTEXT,
+    END,
+    HEADS,
+    IDS,
+    LAYERS,
+    SHAPE,
+    VOCAB,
+    WIDTH,
+    KitModel,
+    NanoModel,
+    difference,
+    is_tied,
+    randomize,
+    tiny_gpt_kit,
+)
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
@@ -32,48 +46,16 @@ from gpt_kit_hf import gpt2_checkpoint
 from gpt_kit_hf.configuration_gpt_kit import GPTKitConfig
 from gpt_kit_hf.errors import CheckpointError, UsageError
 from gpt_kit_hf.gpt2_checkpoint import (
-    GPT2_NAMES,
-    KIT_NAMES,
-    NANOGPT_NAMES,
     convert_checkpoint,
-    convert_state_dict,
     load_gpt2_checkpoint,
-    rename_tensors,
     save_as_gpt2,
 )
 from gpt_kit_hf.modeling_gpt_kit import GPTKitForCausalLM
+from gpt_kit_hf.state_dict_layouts import GPT2_NAMES, rename_tensors
 from gpt_kit_hf.tokenization import get_encoding
 from gpt_kit_hf.tokenizer_twin import save_tokenizer
 
-VOCAB, CONTEXT, WIDTH, LAYERS, HEADS = 31, 12, 12, 2, 3
-END = 30
-SHAPE: dict[str, Any] = {"vocab_size": VOCAB, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS}
-IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [29, 7, 1, 8, 28, 1, 8, 2]])
-
-
-@pytest.fixture(autouse=True)
-def logged() -> Iterator[list[str]]:
-    """What transformers logs: nothing. It warns of missing and unexpected weights through its logger only."""
-    messages: list[str] = []
-
-    class Keep(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            messages.append(record.getMessage())
-
-    handler = Keep(level=logging.WARNING)
-    logger = logging.getLogger("transformers")
-    logger.addHandler(handler)
-    yield messages
-    logger.removeHandler(handler)
-    assert messages == []
-
-
-def randomize(model: nn.Module) -> Any:
-    """Give every parameter values of its own: at first all biases are zero, all norms one, and a swap is not seen."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, 0.3).add_(0.1)
-    return model.eval()
+pytestmark = pytest.mark.usefixtures("logged")
 
 
 def tiny_gpt2(**options: Any) -> Any:
@@ -81,20 +63,9 @@ def tiny_gpt2(**options: Any) -> Any:
     return randomize(GPT2LMHeadModel(GPT2Config(**{**SHAPE, "n_positions": CONTEXT, **ids, **options})))
 
 
-def tiny_gpt_kit(**options: Any) -> Any:
-    return randomize(GPTKitForCausalLM(GPTKitConfig(**{**SHAPE, "max_position_embeddings": CONTEXT, **options})))
-
-
 def edit_config(folder: Path, **changes: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def difference(first: Any, second: Any) -> float:
-    with torch.no_grad():
-        a, b = (out if isinstance(out, Tensor) else out.logits for out in (first(IDS), second(IDS)))
-    assert a.abs().max() > 0.5  # or any two models would agree
-    return float((a.float() - b.float()).abs().max())
 
 
 def greedy(model: Any) -> list[list[int]]:
@@ -102,11 +73,6 @@ def greedy(model: Any) -> list[list[int]]:
         IDS[:, :3], attention_mask=torch.ones_like(IDS[:, :3]), max_length=CONTEXT, do_sample=False, pad_token_id=0
     ).tolist()
     return found
-
-
-def is_tied(model: Any) -> bool:
-    """Whether the output projection is the token embedding: one storage, not two equal ones."""
-    return bool(model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr())
 
 
 # --- GPT-2 in: layouts -----------------------------------------------------------------------------------
@@ -711,6 +677,7 @@ def test_a_head_that_was_cut_loose_is_written(tmp_path: Path) -> None:
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2")
     assert difference(ours, theirs) <= 1e-5
     assert not is_tied(theirs)
+    assert ours.config.tie_word_embeddings  # what is saved is decided without touching the model
 
 
 def test_saving_leaves_the_model_alone(tmp_path: Path) -> None:
@@ -814,209 +781,6 @@ def test_gpt2_tokenizers_are_read_without_gpt2s_model_type(described: bool, tmp_
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ours")
     assert tokenizer(TEXT)["input_ids"] == encoding.encode(TEXT, allowed_special="all")
     assert tokenizer.eos_token_id == 256
-
-
-# --- hand-written models ---------------------------------------------------------------------------------
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-    """Causal attention, one row, head and token at a time; all (B, T, D)."""
-    rows, length, width = query.shape
-    size = width // heads
-    out = torch.zeros_like(value)
-    for row in range(rows):
-        for head in range(heads):
-            part = slice(head * size, (head + 1) * size)
-            for t in range(length):
-                scores = key[row, : t + 1, part] @ query[row, t, part] / math.sqrt(size)
-                out[row, t, part] = scores.softmax(0) @ value[row, : t + 1, part]
-    return out
-
-
-class NanoBlock(nn.Module):
-    def __init__(self, bias: bool) -> None:
-        super().__init__()
-        self.ln_1, self.ln_2 = nn.LayerNorm(WIDTH, bias=bias), nn.LayerNorm(WIDTH, bias=bias)
-        self.attn = nn.Module()
-        self.attn.c_attn = nn.Linear(WIDTH, 3 * WIDTH, bias=bias)
-        self.attn.c_proj = nn.Linear(WIDTH, WIDTH, bias=bias)
-        self.attn.register_buffer("bias", torch.ones(CONTEXT, CONTEXT).tril()[None, None])
-        self.mlp = nn.Module()
-        self.mlp.c_fc = nn.Linear(WIDTH, 4 * WIDTH, bias=bias)
-        self.mlp.c_proj = nn.Linear(4 * WIDTH, WIDTH, bias=bias)
-
-    def forward(self, x: Tensor) -> Any:
-        attn: Any = self.attn
-        mlp: Any = self.mlp
-        query, key, value = attn.c_attn(self.ln_1(x)).split(WIDTH, dim=-1)
-        x = x + attn.c_proj(attend(query, key, value, HEADS))
-        wide = mlp.c_fc(self.ln_2(x))
-        return x + mlp.c_proj(wide * (1 + torch.erf(wide / math.sqrt(2))) / 2)
-
-
-class NanoModel(nn.Module):
-    """A model with nanoGPT's names and arithmetic: fused Linear, exact GELU, tied head."""
-
-    def __init__(self, bias: bool = True) -> None:
-        super().__init__()
-        parts = {
-            "wte": nn.Embedding(VOCAB, WIDTH),
-            "wpe": nn.Embedding(CONTEXT, WIDTH),
-            "h": nn.ModuleList(NanoBlock(bias) for _ in range(LAYERS)),
-            "ln_f": nn.LayerNorm(WIDTH, bias=bias),
-        }
-        self.transformer = nn.ModuleDict(parts)
-        self.lm_head = nn.Linear(WIDTH, VOCAB, bias=False)
-        self.lm_head.weight = parts["wte"].weight  # type: ignore[assignment]
-
-    def forward(self, ids: Tensor) -> Any:
-        parts: Any = self.transformer
-        x = parts.wte(ids) + parts.wpe.weight[: ids.shape[1]]
-        for block in parts.h:
-            x = block(x)
-        return self.lm_head(parts.ln_f(x))
-
-
-class KitNorm(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale, self.shift = nn.Parameter(torch.ones(WIDTH)), nn.Parameter(torch.zeros(WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        centred = x - x.mean(-1, keepdim=True)
-        return self.scale * centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() + self.shift
-
-
-class TanhGelu(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
-
-
-class KitBlock(nn.Module):
-    def __init__(self, qkv_bias: bool) -> None:
-        super().__init__()
-        self.att = nn.Module()
-        for name in ("W_query", "W_key", "W_value"):
-            self.att.add_module(name, nn.Linear(WIDTH, WIDTH, bias=qkv_bias))
-        self.att.out_proj = nn.Linear(WIDTH, WIDTH)
-        self.att.register_buffer("mask", torch.ones(CONTEXT, CONTEXT).triu(1))
-        self.ff = nn.Module()
-        self.ff.layers = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), TanhGelu(), nn.Linear(4 * WIDTH, WIDTH))
-        self.norm1, self.norm2 = KitNorm(), KitNorm()
-
-    def forward(self, x: Tensor) -> Any:
-        att: Any = self.att
-        ff: Any = self.ff
-        normed = self.norm1(x)
-        x = x + att.out_proj(attend(att.W_query(normed), att.W_key(normed), att.W_value(normed), HEADS))
-        return x + ff.layers(self.norm2(x))
-
-
-class KitModel(nn.Module):
-    """A model with the names and arithmetic of the from-scratch kits: tanh GELU, a head of its own."""
-
-    def __init__(self, qkv_bias: bool = False) -> None:
-        super().__init__()
-        self.tok_emb, self.pos_emb = nn.Embedding(VOCAB, WIDTH), nn.Embedding(CONTEXT, WIDTH)
-        self.trf_blocks = nn.Sequential(*(KitBlock(qkv_bias) for _ in range(LAYERS)))
-        self.final_norm = KitNorm()
-        self.out_head = nn.Linear(WIDTH, VOCAB, bias=False)
-
-    def forward(self, ids: Tensor) -> Any:
-        x = self.tok_emb(ids) + self.pos_emb.weight[: ids.shape[1]]
-        return self.out_head(self.final_norm(self.trf_blocks(x)))
-
-
-def config_for(**options: Any) -> GPTKitConfig:
-    return GPTKitConfig(**{**SHAPE, "max_position_embeddings": CONTEXT, **options})
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_nanogpt_state_dicts_convert(bias: bool) -> None:
-    nano = randomize(NanoModel(bias))
-    ours = convert_state_dict(nano.state_dict(), NANOGPT_NAMES, config_for(use_bias=bias, hidden_act="gelu"))
-    assert difference(nano, ours) <= 1e-5
-    assert is_tied(ours)
-    # The other GELU is another model.
-    other = convert_state_dict(nano.state_dict(), NANOGPT_NAMES, config_for(use_bias=bias))
-    assert difference(nano, other) > 1e-5
-
-
-@pytest.mark.parametrize("qkv_bias", [True, False])
-def test_kit_state_dicts_convert(qkv_bias: bool) -> None:
-    kit = randomize(KitModel(qkv_bias))
-    config = config_for(tie_word_embeddings=False)
-    ours = convert_state_dict(kit.state_dict(), KIT_NAMES, config, zero_missing_biases=not qkv_bias)
-    assert difference(kit, ours) <= 1e-5
-    assert not is_tied(ours)
-    if not qkv_bias:
-        with pytest.raises(UsageError, match=r"lacks .*: model\.layers\.0\.self_attn\.k_proj\.bias, .* and 3 more"):
-            convert_state_dict(kit.state_dict(), KIT_NAMES, config)
-
-
-def test_only_biases_of_query_key_and_value_are_zeroed() -> None:
-    stored = randomize(KitModel()).state_dict()
-    del stored["trf_blocks.0.att.out_proj.bias"]
-    with pytest.raises(UsageError, match=r"lacks tensors of the model: model\.layers\.0\.self_attn\.o_proj\.bias$"):
-        convert_state_dict(stored, KIT_NAMES, config_for(tie_word_embeddings=False), zero_missing_biases=True)
-
-
-def test_a_head_that_differs_needs_an_untied_configuration() -> None:
-    stored = randomize(KitModel(True)).state_dict()
-    with pytest.raises(UsageError, match="the config needs tie_word_embeddings=False"):
-        convert_state_dict(stored, KIT_NAMES, config_for())
-    del stored["out_head.weight"]
-    assert is_tied(convert_state_dict(stored, KIT_NAMES, config_for()))
-    with pytest.raises(UsageError, match=r"lacks tensors of the model: lm_head\.weight"):
-        convert_state_dict(stored, KIT_NAMES, config_for(tie_word_embeddings=False))
-
-
-def test_a_table_of_ones_own() -> None:
-    ours = tiny_gpt_kit(n_layer=11)
-    stored = {name: tensor for name, tensor in ours.state_dict().items() if ".self_attn." not in name}
-    for layer in range(11):
-        weights = {name: ours.model.layers[layer].self_attn.get_submodule(f"{name}_proj") for name in "qkvo"}
-        stored[f"b{layer}_fused"] = torch.cat([weights[name].weight for name in "qkv"]).T
-        stored[f"b{layer}_fused_bias"] = torch.cat([weights[name].bias for name in "qkv"])
-        stored[f"b{layer}_out"] = weights["o"].weight.T
-        stored[f"b{layer}_out_bias"] = weights["o"].bias
-        stored[f"b{layer}_mask"] = torch.ones(1, dtype=torch.bool)
-    names = {name: name for name in stored if not name.startswith("b")} | {
-        "b{layer}_fused": "model.layers.{layer}.self_attn.{q,k,v}_proj.weight.T",
-        "b{layer}_fused_bias": "model.layers.{layer}.self_attn.{q,k,v}_proj.bias",
-        "b{layer}_out": "model.layers.{layer}.self_attn.o_proj.weight.T",
-        "b{layer}_out_bias": "model.layers.{layer}.self_attn.o_proj.bias",
-        "b{layer}_mask": "",
-    }
-    assert difference(ours, convert_state_dict(stored, names, ours.config)) == 0
-
-
-def test_converting_copies() -> None:
-    kit = randomize(KitModel(True))
-    before = {name: tensor.clone() for name, tensor in kit.state_dict().items()}
-    ours = convert_state_dict(kit.state_dict(), KIT_NAMES, config_for(tie_word_embeddings=False))
-    with torch.no_grad():
-        for parameter in ours.parameters():
-            parameter.zero_()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in kit.state_dict().items())
-
-
-def test_what_a_table_cannot_do_is_refused() -> None:
-    stored, config = randomize(KitModel(True)).state_dict(), config_for(tie_word_embeddings=False)
-    without_mask = {name: target for name, target in KIT_NAMES.items() if "mask" not in name}
-    with pytest.raises(UsageError, match=r"layout does not have: trf_blocks\.0\.att\.mask, trf_blocks\.1\.att\.mask$"):
-        convert_state_dict(stored, without_mask, config)
-    with pytest.raises(UsageError, match=r"model does not have: model\.positions\.weight"):
-        convert_state_dict(stored, {**KIT_NAMES, "pos_emb.weight": "model.positions.weight"}, config)
-    twice = {**KIT_NAMES, "trf_blocks.{layer}.att.W_key.bias": "model.layers.{layer}.self_attn.q_proj.bias"}
-    with pytest.raises(UsageError, match=r"is the second tensor that the layout calls model\.layers\.0\.self_attn\.q"):
-        convert_state_dict(stored, twice, config)
-    with pytest.raises(UsageError, match=r"state_dict: tok_emb\.weight cannot be split into 3 equal parts"):
-        convert_state_dict(stored, {**KIT_NAMES, "tok_emb.weight": "{a,b,c}"}, config)
-    with pytest.raises(UsageError, match=r"final_norm\.scale cannot be transposed: its shape is \(12,\)"):
-        convert_state_dict(stored, {**KIT_NAMES, "final_norm.scale": "model.norm.weight.T"}, config)
-    with pytest.raises(UsageError, match=r"model\.embed_tokens\.weight has shape \(31, 12\), the model \(32, 12\)"):
-        convert_state_dict(stored, KIT_NAMES, config_for(tie_word_embeddings=False, vocab_size=32))
 
 
 # --- from file to folder ---------------------------------------------------------------------------------

@@ -1,0 +1,373 @@
+"""Whether the answer of a causal LM depends on how it was asked: the same rows by every road, compared.
+
+A road is a layout of the rows (each alone, padded, packed), a cache, an attention implementation and a precision.
+The yardstick of a precision is each row alone, in eager attention without a cache.
+
+Shapes: N tokens of all rows together, B rows of a batch, T tokens of its row, V vocabulary size.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+from gpt_kit_hf.errors import UsageError, unknown_name
+
+LAYOUTS = ("alone", "left-padded", "right-padded", "packed")
+CACHES = ("none", "dynamic", "static")
+ATTENTIONS = ("eager", "sdpa", "flex_attention")
+
+# The lengths in which the last tokens of a row are asked for when a cache holds what is before them.
+_STEPS = (3, 1, 1)
+_ANSWER = sum(_STEPS)
+_LONGEST, _SHORTEST = 20, _ANSWER + 1
+# A static cache has room beyond the row, which nobody may look at.
+_SPARE_ROOM = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """A dtype and how far its roads may lie apart.
+
+    `tolerance` is relative to the greatest absolute logit. With `ties`, a greedy token counts only where the best
+    logit leads the second by more than the tolerance.
+    """
+
+    dtype: torch.dtype
+    tolerance: float
+    ties: bool
+
+
+# bf16 has 8 bits of mantissa: the logits themselves are rounded to eps / 2, so two roads that were both exact up to
+# that last rounding may lie one eps apart, and every addition to the residual stream before it rounds as well. Roads
+# with a real fault lie apart by a good part of the greatest logit, and fail in fp32 too.
+PRECISIONS = {
+    "fp32": Precision(dtype=torch.float32, tolerance=1e-4, ties=False),
+    "bf16": Precision(dtype=torch.bfloat16, tolerance=4 * torch.finfo(torch.bfloat16).eps, ties=True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """What one road gave: `difference` is None where it gave no finite logits, and `error` says why."""
+
+    layout: str
+    cache: str
+    attention: str
+    precision: str
+    difference: float | None
+    wrong_tokens: int
+    compared_tokens: int
+    error: str | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether the logits are within the tolerance and the greedy tokens equal."""
+        within = self.difference is not None and self.difference <= PRECISIONS[self.precision].tolerance
+        return within and self.wrong_tokens == 0 and self.error is None
+
+    @property
+    def name(self) -> str:
+        """The road, as in "packed/dynamic/sdpa/bf16"."""
+        return f"{self.layout}/{self.cache}/{self.attention}/{self.precision}"
+
+    def short(self) -> str:
+        """Return the difference, marked where the cell fails."""
+        number = "error" if self.difference is None else f"{self.difference:.1e}"
+        return number + (" " if self.holds else "!")
+
+    def describe(self) -> str:
+        """Return the road and its result in one line."""
+        if self.error is not None:
+            return f"{self.name}: {self.error}"
+        tokens = f"{self.wrong_tokens} of {self.compared_tokens} greedy tokens differ"
+        return f"{self.name}: logits {self.difference:.1e} apart, {tokens}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InvarianceReport:
+    """The matrix of a model: its cells, and in `remarks` what was left out of it or done otherwise, and why."""
+
+    model: str
+    device: str
+    row_lengths: tuple[int, ...]
+    seed: int
+    cells: tuple[Cell, ...]
+    remarks: tuple[str, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether every cell holds."""
+        return not self.failures
+
+    @property
+    def failures(self) -> tuple[Cell, ...]:
+        """The cells that do not hold."""
+        return tuple(cell for cell in self.cells if not cell.holds)
+
+    def table(self) -> str:
+        """Return the matrix to read: a line a layout, a column a cache, `!` where a cell fails, then the failures."""
+        lengths = ", ".join(map(str, self.row_lengths))
+        lines = [
+            f"{self.model} on {self.device}, rows of {lengths} tokens: greatest logit difference to the row alone",
+            "(eager, no cache), divided by the greatest logit; ! where that or a greedy token is wrong",
+        ]
+        for precision in dict.fromkeys(cell.precision for cell in self.cells):
+            lines += ["", self._heading(precision)]
+            lines += self._lines([cell for cell in self.cells if cell.precision == precision])
+        lines += ["", *self.remarks, self.verdict(), *(f"  {cell.describe()}" for cell in self.failures)]
+        return "\n".join(lines)
+
+    def verdict(self) -> str:
+        """Return one line: how many cells hold or fail."""
+        if self.holds:
+            return f"all {len(self.cells)} cells hold"
+        return f"{len(self.failures)} of {len(self.cells)} cells fail"
+
+    def _heading(self, precision: str) -> str:
+        title = f"{precision} (at most {PRECISIONS[precision].tolerance:.1e})"
+        return f"{title:31}" + "".join(f"{cache:>11}" for cache in CACHES)
+
+    @staticmethod
+    def _lines(cells: Sequence[Cell]) -> Iterator[str]:
+        for (attention, layout), row in itertools.groupby(cells, lambda cell: (cell.attention, cell.layout)):
+            yield f"  {attention:16}{layout:13}" + "".join(f"{cell.short():>11}" for cell in row)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON has it, with the tolerances and the versions of torch and transformers."""
+        report = asdict(self)
+        return report | {
+            "row_lengths": list(self.row_lengths),
+            "remarks": list(self.remarks),
+            "cells": [asdict(cell) | {"holds": cell.holds} for cell in self.cells],
+            "tolerances": {name: precision.tolerance for name, precision in PRECISIONS.items()},
+            "holds": self.holds,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """One call's whole input: `ids` (B, T), and `mask` and `position_ids` (B, T) where the layout needs them."""
+
+    ids: Tensor
+    mask: Tensor | None = None
+    position_ids: Tensor | None = None
+
+
+def check_invariance(
+    model: PreTrainedModel,
+    *,
+    attention: Sequence[str] | None = None,
+    precisions: Sequence[str] = tuple(PRECISIONS),
+    compile_flex: bool | None = None,
+    seed: int = 0,
+) -> InvarianceReport:
+    """Ask a causal LM of transformers for the same rows by every road, and report how far the answers lie apart.
+
+    A row is a prompt of random ids and the tokens with which the model in fp32 continues it greedily. Each is asked
+    for by plain `forward`, all arguments not named here at their defaults:
+
+    - alone; left- and right-padded in a batch, with its `attention_mask` only and random ids as padding; packed into
+      one row, with `position_ids` that restart and no mask;
+    - without a cache (`use_cache=False`), with a dynamic one (both the model's own, made because `use_cache` was not
+      given, and an empty `DynamicCache` handed in), and with a `StaticCache` that has room to spare. With a cache the
+      last tokens come in steps of 3, 1 and 1 after the rest; right padding then lies between the two. Packed rows are
+      asked for at once: a cache does not tell where its documents end.
+
+    Greedy tokens are those at every place of the rows. In fp32 each must equal the yardstick's; in bf16, where many
+    logits are equal after rounding, each whose lead over the second is greater than the tolerance.
+
+    Args:
+        model: left as it is: a copy, in evaluation mode on the same device, is asked.
+        attention: of `ATTENTIONS`; all that the model and this machine have if not given, the rest is remarked on.
+        precisions: of `PRECISIONS`.
+        compile_flex: run flex attention compiled, as transformers does, or as torch's own plain operations. By
+            default compiled, but not on the CPU, where torch's kernel (seen with 2.13) gives wrong numbers and NaN
+            when lengths change, for any model, and takes minutes to compile.
+        seed: of the prompts and the padding.
+
+    Raises:
+        UsageError: an unknown name, an attention asked for by name that cannot run, or a position table of fewer
+            than 8 tokens.
+
+    """
+    _check_names("attention", attention or ATTENTIONS, ATTENTIONS)
+    _check_names("precisions", precisions, PRECISIONS)
+    compile_flex = model.device.type != "cpu" if compile_flex is None else compile_flex
+    with torch.no_grad():
+        rows, filler = _rows(_copy_in(model, torch.float32), seed)
+        usable, remarks = _usable(model, attention)
+        if "flex_attention" in usable and not compile_flex:
+            remarks.append("flex_attention ran uncompiled: torch's kernel for it is not what was checked")
+        cells: list[Cell] = []
+        for precision in precisions:
+            twin = _copy_in(model, PRECISIONS[precision].dtype)
+            twin.set_attn_implementation("eager")
+            yardstick = torch.cat([_ask(twin, _Batch(ids=row[None]), "none", ()) for row in rows])  # (N, V)
+            for name in usable:
+                twin.set_attn_implementation(name)
+                with _uncompiled() if name == "flex_attention" and not compile_flex else nullcontext():
+                    cells += _cells(twin, rows, filler, yardstick, name, precision)
+    return InvarianceReport(
+        model=type(model).__name__,
+        device=str(model.device),
+        row_lengths=tuple(len(row) for row in rows),
+        seed=seed,
+        cells=tuple(cells),
+        remarks=tuple(remarks),
+    )
+
+
+def _cells(
+    model: PreTrainedModel, rows: Sequence[Tensor], filler: Tensor, yardstick: Tensor, attention: str, precision: str
+) -> Iterator[Cell]:
+    """Ask by every layout and cache; the model is set to the attention and precision already."""
+    for layout, cache in itertools.product(LAYOUTS, CACHES):
+        batches = _batches(layout, rows, filler, tail=0 if cache == "none" else _ANSWER)
+        steps = () if cache == "none" or layout == "packed" else _STEPS
+        roads = ("default", "dynamic") if cache == "dynamic" else (cache,)
+        found: dict[str, Any] = {"difference": None, "wrong_tokens": 0, "compared_tokens": 0}
+        try:
+            answers = [torch.cat([_ask(model, batch, road, steps) for batch in batches]) for road in roads]
+        except Exception as error:  # whatever a model raises on a road is what it answers there
+            found["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+        else:
+            found = _compare(torch.stack(answers), yardstick, PRECISIONS[precision])
+        yield Cell(layout=layout, cache=cache, attention=attention, precision=precision, **found)
+
+
+def _compare(answers: Tensor, yardstick: Tensor, precision: Precision) -> dict[str, Any]:
+    """Return what a cell says of the answers (roads, N, V) of a cell, given the yardstick (N, V)."""
+    unusable = int((~answers.isfinite() & (answers != yardstick)).sum())
+    distance = torch.where(answers == yardstick, 0.0, (answers - yardstick).abs())
+    greatest = yardstick[yardstick.isfinite()].abs().max()
+    best, second = yardstick.topk(2).values.unbind(-1)  # (N, V) -> (N,), (N,)
+    decided = best - second > precision.tolerance * greatest if precision.ties else torch.ones_like(best).bool()
+    wrong = (answers.argmax(-1) != yardstick.argmax(-1)) & decided  # (roads, N)
+    return {
+        "difference": None if unusable else float(distance.max() / greatest),
+        "wrong_tokens": int(wrong.any(0).sum()),
+        "compared_tokens": int(decided.sum()),
+        "error": f"{unusable} logits are not finite" if unusable else None,
+    }
+
+
+def _ask(model: PreTrainedModel, batch: _Batch, road: str, steps: Sequence[int]) -> Tensor:
+    """Return the logits of the tokens that are no padding, (N, V) in fp32 on the CPU, row after row.
+
+    The last tokens come in pieces of the lengths `steps`, out of the cache that the pieces before them filled.
+    """
+    width = batch.ids.shape[1]
+    past: Any = None
+    if road == "dynamic":
+        past = DynamicCache(config=model.config)
+    elif road == "static":
+        past = StaticCache(config=model.config, max_cache_len=width + _SPARE_ROOM)
+    ends = itertools.accumulate(steps, initial=width - sum(steps))
+    pieces = []
+    for start, end in itertools.pairwise((0, *ends)):
+        inputs: dict[str, Any] = {"input_ids": batch.ids[:, start:end]}
+        if batch.mask is not None:
+            inputs["attention_mask"] = batch.mask[:, :end]
+        if batch.position_ids is not None:
+            inputs["position_ids"] = batch.position_ids[:, start:end]
+        if past is not None:
+            inputs["past_key_values"] = past
+        if road == "none":
+            inputs["use_cache"] = False
+        output = model(**inputs)
+        pieces.append(output.logits)
+        past = output.past_key_values
+    real = torch.ones_like(batch.ids) if batch.mask is None else batch.mask
+    logits: Tensor = torch.cat(pieces, dim=1)[real.bool()]  # (B, T, V) -> (N, V)
+    return logits.float().cpu()
+
+
+def _batches(layout: str, rows: Sequence[Tensor], filler: Tensor, tail: int) -> list[_Batch]:
+    """Lay the rows out; right padding lies before the last `tail` tokens, which a cache is asked for later."""
+    if layout == "alone":
+        return [_Batch(ids=row[None]) for row in rows]
+    if layout == "packed":
+        places = [torch.arange(len(row), device=row.device) for row in rows]
+        return [_Batch(ids=torch.cat(list(rows))[None], position_ids=torch.cat(places)[None])]
+    width = max(len(row) for row in rows)
+    ids, mask = [], []
+    for row in rows:
+        place = 0 if layout == "left-padded" else len(row) - tail
+        padding = filler[: width - len(row)]
+        ids.append(torch.cat((row[:place], padding, row[place:])))
+        real = torch.ones_like(row)
+        mask.append(torch.cat((real[:place], torch.zeros_like(padding), real[place:])))
+    return [_Batch(ids=torch.stack(ids), mask=torch.stack(mask))]
+
+
+def _rows(model: PreTrainedModel, seed: int) -> tuple[list[Tensor], Tensor]:
+    """Return rows of three lengths, each a random prompt and the greedy answer of the model, and ids to pad with."""
+    config = model.config.get_text_config(decoder=True)
+    table = config.max_position_embeddings if hasattr(config, "max_position_embeddings") else _LONGEST
+    longest = min(_LONGEST, table)
+    if longest < _SHORTEST + 2:
+        raise UsageError(f"max_position_embeddings={table}: the check needs at least {_SHORTEST + 2}")
+    generator = torch.Generator().manual_seed(seed)
+    model.set_attn_implementation("eager")
+    rows = []
+    for length in (longest, (longest + _SHORTEST) // 2, _SHORTEST):
+        row = torch.randint(config.vocab_size, (length - _ANSWER,), generator=generator).to(model.device)
+        for _ in range(_ANSWER):
+            best = _ask(model, _Batch(ids=row[None]), "none", ())[-1].argmax()
+            row = torch.cat((row, best[None].to(row)))
+        rows.append(row)
+    return rows, torch.randint(config.vocab_size, (longest,), generator=generator).to(model.device)
+
+
+def _copy_in(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a copy in a dtype, in evaluation mode, whose default is to use a cache."""
+    twin = copy.deepcopy(model).to(dtype).eval()
+    twin.config.use_cache = True
+    return twin
+
+
+def _usable(model: PreTrainedModel, wanted: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Return the attention implementations that can run, and a remark for each that cannot.
+
+    Raises UsageError for one that is wanted by name and cannot.
+    """
+    usable, remarks = [], []
+    probe = copy.deepcopy(model)
+    for name in wanted or ATTENTIONS:
+        try:
+            probe.set_attn_implementation(name)
+        except (ValueError, ImportError) as error:
+            reason = str(error).strip().split(". ")[0]
+            if wanted is not None:
+                raise UsageError(f"attention {name!r} cannot run: {reason}") from None
+            remarks.append(f"{name} left out: {reason}")
+        else:
+            usable.append(name)
+    return usable, remarks
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Run flex attention as plain operations, without its advice to compile it."""
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        yield
+
+
+def _check_names(argument: str, names: Sequence[str], known: Sequence[str] | dict[str, Precision]) -> None:
+    for name in names:
+        if name not in known:
+            raise UsageError(unknown_name(argument, name, known))
