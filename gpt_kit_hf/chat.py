@@ -117,7 +117,8 @@ class Conversation:
             raise UsageError(f"the chat template cannot write the conversation: {error}") from error
 
     def _count(self, prompt: str) -> int:
-        return len(self._tokenizer.encode(prompt, add_special_tokens=False))
+        # Not verbose: a text above the context, which is about to be cut, is no reason to warn.
+        return len(self._tokenizer.encode(prompt, add_special_tokens=False, verbose=False))
 
 
 def converse(

@@ -75,12 +75,13 @@ def serve(place: str, *, host: str = "127.0.0.1", port: int = 8000, announce: Ca
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    if not 0 <= port <= 65535:
+        raise UsageError(f"port={port}: from 0, which takes a free one, to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UsageError(f"host={host!r} and port={port} cannot be listened to: {reason}") from None
+    except OSError as error:
+        raise UsageError(f"host={host!r} and port={port} cannot be listened to: {error.strerror}") from None
 
 
 def _load(folder: str) -> _Server:

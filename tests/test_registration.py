@@ -20,14 +20,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.import_utils import direct_transformers_import
 
 import gpt_kit_hf
-from gpt_kit_hf import GPTKitConfig, GPTKitForCausalLM, GPTKitModel, register
+from gpt_kit_hf import GPTKitConfig, GPTKitForCausalLM, GPTKitModel
+from gpt_kit_hf.registration import register
 
 SHAPE: dict[str, Any] = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "max_position_embeddings": 16}
 CODE = {"configuration_gpt_kit.py", "modeling_gpt_kit.py"}
 
 
 def random_model(**overrides: Any) -> GPTKitForCausalLM:
-    model = GPTKitForCausalLM(GPTKitConfig(**{**SHAPE, **overrides})).eval()
+    model = GPTKitForCausalLM(GPTKitConfig(**{**SHAPE, **overrides}))
+    model.eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.3)
