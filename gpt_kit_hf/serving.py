@@ -138,7 +138,9 @@ def _pin(app: Any, name: str) -> None:
     def refuse(_: Any, error: Exception) -> JSONResponse:
         return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, status_code=400)
 
-    app.router.routes[:] = [route for route in app.router.routes if route.path not in _ROADS_TO_OTHERS]
+    app.router.routes[:] = [
+        route for route in app.router.routes if getattr(route, "path", None) not in _ROADS_TO_OTHERS
+    ]
     app.add_api_route("/v1/models", list_models, methods=["GET"])
     app.add_exception_handler(ValueError, refuse)
     app.add_exception_handler(jinja2.TemplateError, refuse)

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import Result
 from hand_written_models import CONTEXT, END, HEADS, SHAPE, KitModel, NanoModel, difference, randomize, tiny_gpt_kit
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import gpt_kit_command
 from gpt_kit_hf import get_encoding

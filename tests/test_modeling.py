@@ -282,7 +282,7 @@ def test_the_initializer_range_scales_the_start() -> None:
 
 
 def test_sinusoidal_positions_are_those_of_the_formula() -> None:
-    table = tiny_model(position_embedding="sinusoidal").model.embed_positions.weight
+    table: Any = tiny_model(position_embedding="sinusoidal").model.embed_positions.weight
     assert table.shape == (TABLE, WIDTH)
     for position in range(TABLE):
         for pair in range(WIDTH // 2):
@@ -307,10 +307,11 @@ def test_positions_survive_the_meta_device(position_embedding: str, tmp_path: Pa
     model.save_pretrained(tmp_path)
     loaded = GPTKitForCausalLM.from_pretrained(tmp_path)
     base = GPTKitModel.from_pretrained(tmp_path)
+    table: Any = model.model.embed_positions.weight
     for part in (loaded.model, base):
         assert torch.equal(part.position_ids, torch.arange(TABLE)[None])
         assert part.position_ids.dtype == torch.long
-        assert torch.equal(part.embed_positions.weight, model.model.embed_positions.weight)
+        assert torch.equal(part.embed_positions.weight, table)
         assert not [name for name, tensor in part.named_buffers() if tensor.is_meta]
     ids = random_ids(2, 9)
     assert torch.equal(loaded(ids).logits, model(ids).logits)
@@ -421,7 +422,7 @@ def cache_arguments(kind: str, model: PreTrainedModel, batch: int) -> dict[str, 
         return {}
     if kind == "dynamic":
         return {"past_key_values": DynamicCache(config=model.config)}
-    cache = StaticCache(config=model.config, max_cache_len=40)
+    cache = StaticCache(config=model.config, max_cache_len=48)
     if kind == "static, used before":
         model(random_ids(batch, 3), past_key_values=cache)
         cache.reset()
@@ -487,8 +488,9 @@ def test_gradients_do_not_cross_from_one_document_to_another() -> None:
 
 @pytest.fixture
 def _fresh_flex() -> Iterator[None]:
-    # Flex attention compiled for changing lengths is wrong on the CPU in torch 2.13, with no model around it too: nan
-    # or numbers from anywhere where a length is 8 more than a multiple of 16. Compiled for one length it is right.
+    # On the CPU, flex attention of torch 2.13 fails to compile for some changes of lengths, hence one length at a time;
+    # and it gives nan or numbers from anywhere where the keys are 8 more than a multiple of 16, with no model around it
+    # too: the tests here have other lengths.
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -563,7 +565,7 @@ def test_continuing_a_cache_is_as_no_cache_in_flex_attention(cache: str) -> None
     ids = random_ids(1, 11)
     past = cache_arguments(cache, model, 1)["past_key_values"]
     pieces = []
-    for part in torch.split(ids, (5, 1, 5), dim=1):  # type: ignore[no-untyped-call]
+    for part in torch.split(ids, [5, 1, 5], dim=1):  # type: ignore[no-untyped-call]
         torch._dynamo.reset()
         pieces.append(model(part, past_key_values=past).logits)
     model.set_attn_implementation("eager")
@@ -729,7 +731,7 @@ def test_gradient_checkpointing_gives_equal_gradients(dropout: float, use_reentr
         nonlocal calls
         calls += 1
 
-    model.model.layers[0].self_attn.register_forward_hook(count)  # type: ignore[operator]
+    model.model.layers[0].self_attn.register_forward_hook(count)
     grads = []
     for on in (False, True):
         if on:
@@ -739,7 +741,7 @@ def test_gradient_checkpointing_gives_equal_gradients(dropout: float, use_reentr
         model.zero_grad()
         torch.manual_seed(3)
         model(**inputs, labels=labels).loss.backward()
-        grads.append([p.grad.clone() for p in model.parameters()])  # type: ignore[union-attr]
+        grads.append([p.grad.clone() for p in model.parameters()])
     assert calls == 3, "once without, and with it once forward and once more for the backward"
     for plain, checkpointed in zip(*grads, strict=True):
         assert torch.equal(plain, checkpointed)
@@ -895,7 +897,7 @@ def test_everything_passed_on_reaches_the_attention() -> None:
 class NotHere(nn.Identity):
     """A module that another stage owns, as transformers' own pipeline parallelism puts in its place."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         return args[0] if args else next(iter(kwargs.values()))
 
 

@@ -103,7 +103,7 @@ def check_with_openais_client(url: str, folder: Path) -> None:
     asked: dict[str, Any] = {
         "model": client.models.list().data[0].id,
         "messages": [{"role": "user", "content": "the quick"}],
-        "max_completion_tokens": N_NEW,
+        "max_tokens": N_NEW,
         "temperature": 0,
     }
     expected = generated(folder, "the quick")

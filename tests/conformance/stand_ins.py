@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+import torch.multiprocessing
 
 # File of `tests/` that may be missing, and what is taken from it.
 MISSING = {
@@ -71,9 +71,7 @@ def _set_rank_device(rank: int) -> None:
 
 def _start_rank_processes(fn: Callable[..., object], args: tuple[Any, ...], nprocs: int) -> None:
     """Run fn(rank, *args) in one process a rank; raise where one fails."""
-    # The ranks are forked from a process that has imported everything already, once for all tests.
-    mp.set_forkserver_preload(["tests.test_fsdp_mixin", "tests.test_tensor_parallel_mixin", "gpt_kit_hf"])
-    mp.start_processes(fn, args=args, nprocs=nprocs, start_method="forkserver")
+    torch.multiprocessing.spawn(fn, args=args, nprocs=nprocs)
 
 
 def run_distributed(world_size: int) -> Callable[[Callable[..., object]], Callable[..., None]]:

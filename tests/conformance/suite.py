@@ -5,10 +5,12 @@ test_common_model_tests.py runs this file in a process of its own, where `tests`
 
 from __future__ import annotations
 
+import functools
 import unittest
 from typing import Any
 from unittest import mock
 
+import torch.multiprocessing
 from tests.generation.test_utils import GenerationTesterMixin
 from tests.test_configuration_common import ConfigTester
 from tests.test_modeling_common import ModelTesterMixin, ids_tensor
@@ -19,6 +21,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model, PreTrainedConfi
 from gpt_kit_hf import GPTKitConfig, GPTKitForCausalLM, GPTKitModel
 from tests import test_executorch, test_fsdp_mixin, test_tensor_parallel_mixin
 
+# A rank that imports everything itself takes longer than its test: fork the ranks from a process that has done so.
+torch.multiprocessing.set_forkserver_preload(
+    [test_fsdp_mixin.__name__, test_tensor_parallel_mixin.__name__, "gpt_kit_hf"]
+)
+torch.multiprocessing.spawn = functools.partial(torch.multiprocessing.start_processes, start_method="forkserver")
 # To save time, transformers runs these on a few of its own model types only.
 test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES = None
 test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None
