@@ -488,9 +488,9 @@ def test_gradients_do_not_cross_from_one_document_to_another() -> None:
 
 @pytest.fixture
 def _fresh_flex() -> Iterator[None]:
-    # On the CPU, flex attention of torch 2.13 fails to compile for some changes of lengths, hence one length at a time;
-    # and it gives nan or numbers from anywhere where the keys are 8 more than a multiple of 16, with no model around it
-    # too: the tests here have other lengths.
+    # On the CPU, flex attention of torch 2.13 fails to compile for some changes of lengths, hence one length at a
+    # time; and it gives nan or numbers from anywhere where the keys are 8 more than a multiple of 16, with no model
+    # around it too: the tests here have other lengths.
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
