@@ -39,8 +39,9 @@ def generate(
     model: Annotated[str, typer.Argument(metavar="RUN_OR_REPO", help="folder of a run or model, or a Hub id")],
     prompt: Annotated[str, typer.Option("--prompt", help="text to continue")] = "",
     max_new_tokens: Annotated[
-        int, typer.Option("--max_new_tokens", "--max-new-tokens", help="most tokens to add")
-    ] = 200,
+        int | None,
+        typer.Option("--max_new_tokens", "--max-new-tokens", help="most tokens to add; 200, or the room there is"),
+    ] = None,
     temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token")] = 0.8,
     top_k: Annotated[int | None, typer.Option("--top_k", "--top-k", help="sample among the k likeliest")] = 50,
     seed: Annotated[int | None, typer.Option("--seed", help="makes a sample repeatable")] = None,
@@ -155,6 +156,46 @@ def convert(
             eos_token_id=eos_token_id,
             zero_missing_biases=zero_missing_biases,
             tokenizer_folder=tokenizer_folder,
+        )
+    )
+
+
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(metavar="RUN_OR_REPO", help="folder of a run or model, or a Hub id")],
+    attention: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--attention", help="eager, sdpa or flex_attention; may be repeated; all that can run if left out"
+        ),
+    ] = None,
+    compile_flex: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile_flex/--no_compile_flex",
+            "--compile-flex/--no-compile-flex",
+            help="flex attention by torch's kernels (default, but on the CPU), or by plain operations",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="where to ask: cpu, cuda, cuda:1 and so on")] = "cpu",
+    seed: Annotated[int, typer.Option("--seed", help="of the random prompts")] = 0,
+    json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="write the result there too")] = None,
+) -> None:
+    """Check that a model gives the same answer however it is asked; ends with 1 if it does not.
+
+    Rows alone, left-padded, right-padded and packed, without a cache, with a dynamic and a static one, in each
+    attention, in fp32 and bf16: how far the logits lie from those of the row alone, and whether greedy tokens differ.
+    """
+    from gpt_kit_hf.cli import check_command
+
+    raise typer.Exit(
+        check_command(
+            model,
+            attention=attention,
+            compile_flex=compile_flex,
+            device=device,
+            seed=seed,
+            json_file=json_file,
         )
     )
 

@@ -8,7 +8,7 @@ from torch.nn import GELU, LayerNorm
 from gpt_kit_hf.amp import AMPTrainer, UpdateReport
 from gpt_kit_hf.cli import run_command
 from gpt_kit_hf.configuration_gpt_kit import GPTKitConfig
-from gpt_kit_hf.corpus import Corpus, EncodingOptions, prepare_corpus
+from gpt_kit_hf.corpus import Corpus, EncodingOptions, choose_encoding, prepare_corpus
 from gpt_kit_hf.errors import CheckpointError, DataError, GPTKitError, NonFiniteError, UsageError
 from gpt_kit_hf.evaluation import Evaluation, evaluate_stream
 from gpt_kit_hf.generation import generate_text_autoregressive, stream_text
@@ -80,6 +80,7 @@ __all__ = [
     "UpdateReport",
     "UsageError",
     "WindowOptions",
+    "choose_encoding",
     "compute_batch_loss",
     "compute_loader_loss",
     "create_instruction_collate_fn",

@@ -6,23 +6,29 @@ import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, cast
 
 import datasets
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpt_kit_hf.chat import ChatOptions, Conversation, converse
+from gpt_kit_hf.durable_files import save_json
 from gpt_kit_hf.errors import GPTKitError, UsageError
 from gpt_kit_hf.generation import stream_text
 from gpt_kit_hf.gpt2_checkpoint import Activation, Layout, convert_checkpoint
+from gpt_kit_hf.invariance import check_invariance
 from gpt_kit_hf.option_parsing import parse_run_options
 from gpt_kit_hf.progress import printable
 from gpt_kit_hf.run_folder import check_tokenizer, find_model_folder
+from gpt_kit_hf.tokenization import text_to_token_ids
 from gpt_kit_hf.training import train
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+_TOKENS = 200  # what generate adds if nobody says how many
 
 
 def run_command(command: Callable[[], object]) -> int:
@@ -35,7 +41,7 @@ def run_command(command: Callable[[], object]) -> int:
         command()
     except UsageError as error:
         return _fail(error, USAGE_ERROR)
-    except GPTKitError as error:
+    except (GPTKitError, OSError) as error:
         return _fail(error, FAILURE)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
@@ -56,26 +62,39 @@ def generate_command(
     place: str,
     prompt: str,
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     temperature: float,
     top_k: int | None,
     seed: int | None,
     slide: bool,
 ) -> int:
-    """Stream text that a run's, a folder's or a Hub repository's model continues from the prompt."""
+    """Stream text that a run's, a folder's or a Hub repository's model continues from the prompt.
+
+    Without `max_new_tokens` it is 200 tokens, or as many as the model's context has room for.
+    """
 
     def generate() -> None:
         model, tokenizer = _load(place)
         if seed is not None:
+            if not 0 <= seed < 2**63:
+                raise UsageError(f"seed must be at least 0 and below 2**63, got {seed}")
             torch.manual_seed(seed)
         # A text without a prompt begins where documents begin.
         start = prompt or (tokenizer.bos_token or "")
+        prompt_tokens = text_to_token_ids(start, tokenizer).shape[1]
+        room = model.config.max_position_embeddings - prompt_tokens
+        wanted = (_TOKENS if slide else max(1, min(_TOKENS, room))) if max_new_tokens is None else max_new_tokens
+        if wanted > room and not slide:
+            raise UsageError(
+                f"the prompt's {prompt_tokens} tokens and {wanted} more exceed the model's context, "
+                f"max_position_embeddings={model.config.max_position_embeddings}: lower --max_new_tokens, or --slide"
+            )
         _write(prompt)
         stream_text(
             model,
             tokenizer,
             start,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=wanted,
             temperature=temperature,
             top_k=top_k,
             overflow="slide" if slide else "error",
@@ -124,16 +143,50 @@ def convert_command(source: str, destination: str, *, layout: str, hidden_act: s
     return run_command(convert)
 
 
+def check_command(
+    place: str,
+    *,
+    attention: Sequence[str] | None,
+    compile_flex: bool | None,
+    device: str,
+    seed: int,
+    json_file: str | None,
+) -> int:
+    """Show whether a model's answers depend on how it is asked: `check_invariance`; fails if any cell does."""
+
+    def check() -> None:
+        model = _load_part(AutoModelForCausalLM, find_model_folder(place), place)
+        try:
+            model.to(device)
+        except (RuntimeError, AssertionError) as error:  # torch built without the device asserts
+            raise UsageError(f"device {device!r} cannot be used: {str(error).strip().splitlines()[0]}") from None
+        report = check_invariance(
+            model, attention=attention or None, compile_flex=compile_flex, seed=seed, announce=_note
+        )
+        _write(report.table() + "\n")
+        if json_file is not None:
+            save_json(Path(json_file), report.to_dict())
+        if not report.holds:
+            raise GPTKitError(f"{report.verdict()}: {', '.join(cell.name for cell in report.failures)}")
+
+    return run_command(check)
+
+
 def _load(place: str) -> tuple[Any, Any]:
     """Return the model and the tokenizer of a run, a folder or a Hub repository."""
     folder = find_model_folder(place)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{place!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    tokenizer = _load_part(AutoTokenizer, folder, place)
+    model = _load_part(AutoModelForCausalLM, folder, place)
     check_tokenizer(folder, model.config)
     return model, tokenizer
+
+
+def _load_part(kind: Any, folder: str, place: str) -> Any:
+    """Return what an Auto class loads from the model folder of a place."""
+    try:
+        return kind.from_pretrained(folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UsageError(f"{place!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
 
 
 def _read_lines() -> Iterator[str]:

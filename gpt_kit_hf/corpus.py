@@ -49,29 +49,34 @@ class Corpus:
     fingerprint: str
 
 
-def prepare_corpus(
-    text: TextOptions, encoding: EncodingOptions, *, seed: int, stored_encoding: tiktoken.Encoding | None = None
-) -> Corpus:
-    """Read, tokenise and split the text; what was tokenised before is not tokenised again.
+def choose_encoding(text: TextOptions, options: EncodingOptions) -> tiktoken.Encoding:
+    """Return the encoding that the options name, trained on the text if it is to be.
 
-    `stored_encoding` is that of a run that continues: its vocabulary is used and none is trained. A trained
-    vocabulary has seen all documents of the training files, the held-out part of them included.
+    A trained vocabulary has seen all documents of the training files, the held-out part of them included.
     """
+    if options.encoding == TRAINED_BPE:
+        return tokenization.train_bpe((row["text"] for row in load_documents(text)), options.vocab_size)
+    chosen = tokenization.get_encoding(options.encoding)
+    if tokenization.END_OF_TEXT not in chosen.special_tokens_set:
+        raise UsageError(
+            f"encoding {options.encoding!r} has no {tokenization.END_OF_TEXT}, which must end each document"
+        )
+    return chosen
+
+
+def prepare_corpus(text: TextOptions, encoding: tiktoken.Encoding, *, seed: int) -> Corpus:
+    """Read, tokenise and split the text; what was tokenised before is not tokenised again."""
     documents = load_documents(text)
-    if stored_encoding is not None:
-        chosen = stored_encoding
-    elif encoding.encoding == TRAINED_BPE:
-        chosen = tokenization.train_bpe((row["text"] for row in documents), encoding.vocab_size)
-    else:
-        chosen = tokenization.get_encoding(encoding.encoding)
-    stream = stream_of(tokenize_documents(documents, chosen, text.num_proc))
+    stream = stream_of(tokenize_documents(documents, encoding, text.num_proc))
     if text.eval_files is not None:
         train = stream
-        held_out = stream_of(tokenize_documents(load_text_files(text.eval_files), chosen, text.num_proc))
+        held_out = stream_of(
+            tokenize_documents(load_text_files(text.eval_files, option="eval_files"), encoding, text.num_proc)
+        )
     else:
         train, held_out = held_out_split(stream, text.eval_fraction, seed)
     return Corpus(
-        encoding=chosen,
+        encoding=encoding,
         train=train,
         held_out=held_out,
         documents=len(documents),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,8 +46,10 @@ def token_byte_lengths(encoding: tiktoken.Encoding) -> npt.NDArray[np.int64]:
     lengths = np.zeros(encoding.n_vocab, dtype=np.int64)
     end = encoding.encode_single_token(END_OF_TEXT)
     for token in range(encoding.n_vocab):
-        if token != end:
+        # Ids without a token are allowed in a vocabulary, and never occur.
+        with suppress(KeyError):
             lengths[token] = len(encoding.decode_single_token_bytes(token))
+    lengths[end] = 0
     return lengths
 
 

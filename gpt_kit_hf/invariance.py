@@ -12,7 +12,7 @@ import copy
 import itertools
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -84,17 +84,10 @@ class Cell:
         """The road, as in "packed/dynamic/sdpa/bf16"."""
         return f"{self.layout}/{self.cache}/{self.attention}/{self.precision}"
 
-    def short(self) -> str:
-        """Return the difference, marked where the cell fails."""
-        number = "error" if self.difference is None else f"{self.difference:.1e}"
-        return number + (" " if self.holds else "!")
-
     def describe(self) -> str:
         """Return the road and its result in one line."""
-        if self.error is not None:
-            return f"{self.name}: {self.error}"
         tokens = f"{self.wrong_tokens} of {self.compared_tokens} greedy tokens differ"
-        return f"{self.name}: logits {self.difference:.1e} apart, {tokens}"
+        return f"{self.name}: {self.error or f'logits {self.difference:.1e} apart, {tokens}'}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,31 +118,20 @@ class InvarianceReport:
             f"{self.model} on {self.device}, rows of {lengths} tokens: greatest logit difference to the row alone",
             "(eager, no cache), divided by the greatest logit; ! where that or a greedy token is wrong",
         ]
-        for precision in dict.fromkeys(cell.precision for cell in self.cells):
-            lines += ["", self._heading(precision)]
-            lines += self._lines([cell for cell in self.cells if cell.precision == precision])
+        for precision, cells in itertools.groupby(self.cells, lambda cell: cell.precision):
+            title = f"{precision} (at most {PRECISIONS[precision].tolerance:.1e})"
+            lines += ["", f"{title:31}" + "".join(f"{cache:>11}" for cache in CACHES), *_lines(cells)]
         lines += ["", *self.remarks, self.verdict(), *(f"  {cell.describe()}" for cell in self.failures)]
         return "\n".join(lines)
 
     def verdict(self) -> str:
         """Return one line: how many cells hold or fail."""
-        if self.holds:
-            return f"all {len(self.cells)} cells hold"
-        return f"{len(self.failures)} of {len(self.cells)} cells fail"
-
-    def _heading(self, precision: str) -> str:
-        title = f"{precision} (at most {PRECISIONS[precision].tolerance:.1e})"
-        return f"{title:31}" + "".join(f"{cache:>11}" for cache in CACHES)
-
-    @staticmethod
-    def _lines(cells: Sequence[Cell]) -> Iterator[str]:
-        for (attention, layout), row in itertools.groupby(cells, lambda cell: (cell.attention, cell.layout)):
-            yield f"  {attention:16}{layout:13}" + "".join(f"{cell.short():>11}" for cell in row)
+        total = len(self.cells)
+        return f"all {total} cells hold" if self.holds else f"{len(self.failures)} of {total} cells fail"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON has it, with the tolerances and the versions of torch and transformers."""
-        report = asdict(self)
-        return report | {
+        return asdict(self) | {
             "row_lengths": list(self.row_lengths),
             "remarks": list(self.remarks),
             "cells": [asdict(cell) | {"holds": cell.holds} for cell in self.cells],
@@ -158,6 +140,21 @@ class InvarianceReport:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
+
+
+def _lines(cells: Iterable[Cell]) -> Iterator[str]:
+    """Yield the table's line of each attention and layout."""
+    for (attention, layout), row in itertools.groupby(cells, lambda cell: (cell.attention, cell.layout)):
+        shown = ("error!" if c.difference is None else f"{c.difference:.1e}{' ' if c.holds else '!'}" for c in row)
+        yield f"  {attention:16}{layout:13}" + "".join(f"{text:>11}" for text in shown).rstrip()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """The rows, each (T,), and ids (T of the longest,) to pad with."""
+
+    tokens: tuple[Tensor, ...]
+    filler: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +173,7 @@ def check_invariance(
     precisions: Sequence[str] = tuple(PRECISIONS),
     compile_flex: bool | None = None,
     seed: int = 0,
+    announce: Callable[[str], object] = lambda line: None,
 ) -> InvarianceReport:
     """Ask a causal LM of transformers for the same rows by every road, and report how far the answers lie apart.
 
@@ -198,76 +196,83 @@ def check_invariance(
         precisions: of `PRECISIONS`.
         compile_flex: run flex attention compiled, as transformers does, or as the plain operations that torch has
             for it. By default compiled, but not on the CPU: there torch 2.13's kernel gives wrong numbers when
-            lengths change, with no model around it too, and the matrix takes half an hour to compile. Compiling
-            forgets what the process compiled before (`torch.compiler.reset`).
+            lengths change, with no model around it too, and the matrix takes half an hour. Compiling forgets what
+            the process compiled before (`torch.compiler.reset`).
         seed: of the prompts and the padding.
+        announce: called with a line before each precision's attention, for the patience of whoever waits.
 
     Raises:
         UsageError: an unknown name, an attention asked for by name that cannot run, or a position table of fewer
             than 8 tokens.
 
     """
-    _check_names("attention", attention or ATTENTIONS, ATTENTIONS)
+    _check_names("attention", ATTENTIONS if attention is None else attention, ATTENTIONS)
     _check_names("precisions", precisions, PRECISIONS)
     compile_flex = model.device.type != "cpu" if compile_flex is None else compile_flex
     with torch.no_grad():
         twin = _copy_in(model, torch.float32)
-        rows, filler = _rows(twin, seed)
+        rows = _make_rows(twin, seed)
         usable, remarks = _usable(twin, attention, compile_flex)
-        cells = []
+        cells: list[Cell] = []
         for precision in precisions:
             twin = _copy_in(model, PRECISIONS[precision].dtype)
-            yardstick = torch.cat([_ask(twin, _Batch(ids=row[None]), "none", ()) for row in rows])  # (N, V)
+            yardstick = torch.cat([_ask(twin, _Batch(ids=row[None]), "none", ()) for row in rows.tokens])  # (N, V)
             for name in usable:
+                announce(f"checking {precision}, {name}")
                 twin.set_attn_implementation(name)
-                for layout, cache in itertools.product(LAYOUTS, CACHES):
-                    with _flex_attention(compile_flex) if name == "flex_attention" else nullcontext():
-                        found = _answer(twin, layout, cache, rows, filler, yardstick, PRECISIONS[precision])
-                    cells.append(Cell(layout=layout, cache=cache, attention=name, precision=precision, **found))
+                cells += _cells(twin, rows, yardstick, name, precision, compile_flex)
     return InvarianceReport(
         model=type(model).__name__,
         device=str(model.device),
-        row_lengths=tuple(len(row) for row in rows),
+        row_lengths=tuple(len(row) for row in rows.tokens),
         seed=seed,
         cells=tuple(cells),
         remarks=tuple(remarks),
     )
 
 
-def _answer(
-    model: PreTrainedModel,
-    layout: str,
-    cache: str,
-    rows: Sequence[Tensor],
-    filler: Tensor,
-    yardstick: Tensor,
-    precision: Precision,
-) -> dict[str, Any]:
-    """Return what a cell says of a layout and a cache; the model is set to the attention and precision already."""
-    batches = _batches(layout, rows, filler, tail=0 if cache == "none" else _ANSWER)
+def _cells(
+    model: PreTrainedModel, rows: _Rows, yardstick: Tensor, attention: str, precision: str, compile_flex: bool
+) -> Iterator[Cell]:
+    """Ask by every layout and cache; the model is set to the attention and the precision already."""
+    for layout, cache in itertools.product(LAYOUTS, CACHES):
+        try:
+            with _flex_attention(compile_flex) if attention == "flex_attention" else nullcontext():
+                answers = _answers(model, rows, layout, cache)
+        except Exception as error:  # whatever a model raises on a road is its answer there
+            found = _no_answer(_first_sentence(error))
+        else:
+            found = _compare(answers, yardstick, PRECISIONS[precision])
+        yield Cell(layout=layout, cache=cache, attention=attention, precision=precision, **found)
+
+
+def _answers(model: PreTrainedModel, rows: _Rows, layout: str, cache: str) -> Tensor:
+    """Return the logits (roads, N, V) by a layout and every road that its cache stands for."""
+    batches = _batches(layout, rows, tail=0 if cache == "none" else _ANSWER)
     steps = () if cache == "none" or layout == "packed" else _STEPS
     roads = ("default", "dynamic") if cache == "dynamic" else (cache,)
-    try:
-        answers = [torch.cat([_ask(model, batch, road, steps) for batch in batches]) for road in roads]
-    except Exception as error:  # whatever a model raises on a road is its answer there
-        return {"difference": None, "wrong_tokens": 0, "compared_tokens": 0, "error": _first_sentence(error)}
-    return _compare(torch.stack(answers), yardstick, precision)
+    return torch.stack([torch.cat([_ask(model, batch, road, steps) for batch in batches]) for road in roads])
 
 
 def _compare(answers: Tensor, yardstick: Tensor, precision: Precision) -> dict[str, Any]:
     """Return what a cell says of the answers (roads, N, V) of a cell, given the yardstick (N, V)."""
     unusable = int((~answers.isfinite() & (answers != yardstick)).sum())
-    distance = torch.where(answers == yardstick, 0.0, (answers - yardstick).abs())
-    greatest = yardstick[yardstick.isfinite()].abs().max()
+    if unusable:
+        return _no_answer(f"{unusable} of {answers.numel()} logits are not finite")
+    distance = float(torch.where(answers == yardstick, 0.0, (answers - yardstick).abs()).max())
+    greatest = float(yardstick[yardstick.isfinite()].abs().max())
     best, second = yardstick.topk(2).values.unbind(-1)  # (N, V) -> (N,), (N,)
     decided = best - second > precision.tolerance * greatest if precision.ties else torch.ones_like(best).bool()
     wrong = (answers.argmax(-1) != yardstick.argmax(-1)) & decided  # (roads, N)
     return {
-        "difference": None if unusable else float(distance.max() / greatest),
+        "difference": distance / max(greatest, torch.finfo(torch.float32).tiny),
         "wrong_tokens": int(wrong.any(0).sum()),
         "compared_tokens": int(decided.sum()),
-        "error": f"{unusable} logits are not finite" if unusable else None,
     }
+
+
+def _no_answer(reason: str) -> dict[str, Any]:
+    return {"difference": None, "wrong_tokens": 0, "compared_tokens": 0, "error": reason}
 
 
 def _ask(model: PreTrainedModel, batch: _Batch, road: str, steps: Sequence[int]) -> Tensor:
@@ -276,24 +281,18 @@ def _ask(model: PreTrainedModel, batch: _Batch, road: str, steps: Sequence[int])
     The last tokens come in pieces of the lengths `steps`, out of the cache that the pieces before them filled.
     """
     width = batch.ids.shape[1]
-    past: Any = None
-    if road == "dynamic":
-        past = DynamicCache(config=model.config)
-    elif road == "static":
+    past = DynamicCache(config=model.config) if road == "dynamic" else None
+    if road == "static":
         past = StaticCache(config=model.config, max_cache_len=width + _SPARE_ROOM)
-    ends = itertools.accumulate(steps, initial=width - sum(steps))
     pieces = []
-    for start, end in itertools.pairwise((0, *ends)):
-        inputs: dict[str, Any] = {"input_ids": batch.ids[:, start:end]}
-        if batch.mask is not None:
-            inputs["attention_mask"] = batch.mask[:, :end]
-        if batch.position_ids is not None:
-            inputs["position_ids"] = batch.position_ids[:, start:end]
-        if past is not None:
-            inputs["past_key_values"] = past
-        if road == "none":
-            inputs["use_cache"] = False
-        output = model(**inputs)
+    for start, end in itertools.pairwise((0, *itertools.accumulate(steps, initial=width - sum(steps)))):
+        output = model(
+            batch.ids[:, start:end],
+            attention_mask=None if batch.mask is None else batch.mask[:, :end],
+            position_ids=None if batch.position_ids is None else batch.position_ids[:, start:end],
+            past_key_values=past,
+            use_cache=False if road == "none" else None,
+        )
         pieces.append(output.logits)
         past = output.past_key_values
     real = torch.ones_like(batch.ids) if batch.mask is None else batch.mask
@@ -301,39 +300,40 @@ def _ask(model: PreTrainedModel, batch: _Batch, road: str, steps: Sequence[int])
     return logits.float().cpu()
 
 
-def _batches(layout: str, rows: Sequence[Tensor], filler: Tensor, tail: int) -> list[_Batch]:
+def _batches(layout: str, rows: _Rows, tail: int) -> list[_Batch]:
     """Lay the rows out; right padding lies before the last `tail` tokens, which a cache is asked for later."""
     if layout == "alone":
-        return [_Batch(ids=row[None]) for row in rows]
+        return [_Batch(ids=row[None]) for row in rows.tokens]
     if layout == "packed":
-        places = [torch.arange(len(row), device=row.device) for row in rows]
-        return [_Batch(ids=torch.cat(list(rows))[None], position_ids=torch.cat(places)[None])]
-    width = max(len(row) for row in rows)
+        places = [torch.arange(len(row), device=row.device) for row in rows.tokens]
+        return [_Batch(ids=torch.cat(rows.tokens)[None], position_ids=torch.cat(places)[None])]
+    width = max(len(row) for row in rows.tokens)
     ids, mask = [], []
-    for row in rows:
+    for row in rows.tokens:
         place = 0 if layout == "left-padded" else len(row) - tail
-        padding = filler[: width - len(row)]
+        padding = rows.filler[: width - len(row)]
         ids.append(torch.cat((row[:place], padding, row[place:])))
         real = torch.ones_like(row)
         mask.append(torch.cat((real[:place], torch.zeros_like(padding), real[place:])))
     return [_Batch(ids=torch.stack(ids), mask=torch.stack(mask))]
 
 
-def _rows(model: PreTrainedModel, seed: int) -> tuple[list[Tensor], Tensor]:
-    """Return rows of three lengths, each a random prompt and the greedy answer of the model, and ids to pad with."""
+def _make_rows(model: PreTrainedModel, seed: int) -> _Rows:
+    """Return rows of three lengths, each a random prompt and the greedy answer of the model."""
     longest = min(_LONGEST, context_length(model) or _LONGEST)
     if longest < _SHORTEST + 2:
         raise UsageError(f"max_position_embeddings={longest}: the check needs at least {_SHORTEST + 2}")
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
     generator = torch.Generator().manual_seed(seed)
-    rows = []
+    tokens = []
     for length in (longest, (longest + _SHORTEST) // 2, _SHORTEST):
         row = torch.randint(vocab_size, (length - _ANSWER,), generator=generator).to(model.device)
         for _ in range(_ANSWER):
             best = _ask(model, _Batch(ids=row[None]), "none", ())[-1].argmax()
             row = torch.cat((row, best[None].to(row)))
-        rows.append(row)
-    return rows, torch.randint(vocab_size, (longest,), generator=generator).to(model.device)
+        tokens.append(row)
+    filler = torch.randint(vocab_size, (longest,), generator=generator).to(model.device)
+    return _Rows(tokens=tuple(tokens), filler=filler)
 
 
 def _copy_in(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -350,7 +350,7 @@ def _usable(model: PreTrainedModel, wanted: Sequence[str] | None, compile_flex: 
     Raises UsageError for one that is wanted by name and cannot.
     """
     usable, remarks = [], []
-    for name in wanted or ATTENTIONS:
+    for name in ATTENTIONS if wanted is None else wanted:
         reason = _why_not(model, name, compile_flex)
         if reason is None:
             usable.append(name)
@@ -359,9 +359,7 @@ def _usable(model: PreTrainedModel, wanted: Sequence[str] | None, compile_flex: 
         else:
             remarks.append(f"{name} left out: {reason}")
     if "flex_attention" in usable and not compile_flex:
-        remarks.append(
-            "flex_attention ran uncompiled: the mask and the positions were checked, torch's kernel was not"
-        )
+        remarks.append("flex_attention ran uncompiled: its mask was checked, torch's kernel for it was not")
     return usable, remarks
 
 
@@ -395,7 +393,9 @@ def _flex_attention(compiled: bool) -> Iterator[None]:
         yield
 
 
-def _check_names(argument: str, names: Sequence[str], known: Sequence[str] | dict[str, Precision]) -> None:
+def _check_names(argument: str, names: Sequence[str], known: Collection[str]) -> None:
+    if not names:
+        raise UsageError(f"{argument}: name at least one of {', '.join(known)}")
     for name in names:
         if name not in known:
             raise UsageError(unknown_name(argument, name, known))

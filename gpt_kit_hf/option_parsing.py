@@ -37,7 +37,7 @@ def parse_run_options(arguments: Sequence[str], prog: str = "gpt-kit train") -> 
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line wins over it")
     names = [action.dest for action in parser._actions if action.dest != "help"]
     config = _config_argument(arguments)
-    from_file = _arguments_of_file(Path(config), names) if config else []
+    from_file = _arguments_of_file(Path(config), names, _replaced(arguments)) if config else []
     *rooms, rest, unknown = parser.parse_args_into_dataclasses(
         [*from_file, *arguments], look_for_args_file=False, return_remaining_strings=True
     )
@@ -66,8 +66,15 @@ def _config_argument(arguments: Sequence[str]) -> str | None:
     return found
 
 
-def _arguments_of_file(file: Path, names: Sequence[str]) -> list[str]:
-    """Return a YAML file's options as arguments, so that one parser checks both."""
+def _replaced(arguments: Sequence[str]) -> set[str]:
+    """Return the options of which the command line gives the alternative: it wins over a file in these, too."""
+    given = {argument.split("=")[0].lstrip("-").replace("-", "_") for argument in arguments if argument[:2] == "--"}
+    alternatives = [("max_steps", "epochs"), ("text_files", "dataset_name")]
+    return {name for pair in alternatives for name in pair if name not in given and given.intersection(pair)}
+
+
+def _arguments_of_file(file: Path, names: Sequence[str], replaced: set[str]) -> list[str]:
+    """Return a YAML file's options as arguments, but those `replaced`, so that one parser checks both."""
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -80,7 +87,8 @@ def _arguments_of_file(file: Path, names: Sequence[str]) -> list[str]:
     for name, value in values.items():
         if name not in names or name == "config":
             raise UsageError(f"config {str(file)!r}: {unknown_name('option', str(name), names)}")
-        arguments += _as_arguments(name, value)
+        if name not in replaced:
+            arguments += _as_arguments(name, value)
     return arguments
 
 

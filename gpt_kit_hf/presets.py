@@ -91,7 +91,7 @@ class ModelOptions:
     n_head: int | None = _option("attention heads of a block, if not the preset's")
     n_embd: int | None = _option("model width, divisible by n_head, if not the preset's")
     n_inner: int | None = _option("width inside the feed-forward layers, if not 4 n_embd")
-    max_position_embeddings: int | None = _option("size of the position table, if not the preset's or max_length")
+    max_position_embeddings: int | None = _option("size of the position table, if not the preset's")
     dropout: float | None = _option("dropout probability of embeddings, attention and residuals, if not 0")
     hidden_act: Literal["gelu", "gelu_new", "gelu_pytorch_tanh"] | None = _option("form of the GELU, if not tanh")
     position_embedding: Literal["learned", "sinusoidal"] | None = _option("kind of the position table, if not learned")

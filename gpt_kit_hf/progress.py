@@ -29,8 +29,12 @@ class Console:
         if self._bar is not None:
             self._bar.write(line, file=self._stream)
         elif self._stream is not None:
-            self._stream.write(line + "\n")
-            self._stream.flush()
+            coding = self._stream.encoding or "utf-8"
+            try:
+                self._stream.write(line.encode(coding, "replace").decode(coding) + "\n")
+                self._stream.flush()
+            except BrokenPipeError:
+                self._stream = None  # nobody reads any more: the run goes on
 
     def start(self, done: int, total: int) -> None:
         """Show the bar of a run that has `done` of `total` steps behind it."""

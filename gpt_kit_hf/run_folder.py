@@ -30,24 +30,30 @@ def check_run_folder(run: Path, *, resume: bool, overwrite: bool) -> None:
     """Raise UsageError, with nothing changed, if a run can neither begin nor continue in the folder."""
     if resume and overwrite:
         raise UsageError("resume and overwrite: give one of them; the first keeps the run, the second replaces it")
-    if holds_run(run) and not (resume or overwrite):
+    try:
+        existing = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
+        holds = holds_run(run)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"output_dir {str(run)!r} cannot be used: {error}") from None
+    if holds and not (resume or overwrite):
         raise UsageError(f"output_dir {str(run)!r} already holds a run: use resume, overwrite or another folder")
-    existing = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise UsageError(f"output_dir {str(run)!r} cannot be made: {existing} is a file")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(f"output_dir {str(run)!r} is not writable")
-    if existing == run.absolute() and not holds_run(run):
-        others = sorted(path.name for path in run.iterdir() if path.name != LOCK_FILE)
+    if existing == run.absolute() and not holds:
+        # What a run killed in its first moment leaves is ours.
+        ours = (LOCK_FILE, f".{LOCK_FILE}.", f".{OPTIONS_FILE}.")
+        others = sorted(path.name for path in run.iterdir() if not path.name.startswith(ours))
         if others:
             raise UsageError(
                 f"output_dir {str(run)!r} holds other files ({', '.join(others[:3])}): name a new or empty folder"
             )
 
 
-def make_run_folder(run: Path) -> str | None:
-    """Make an empty folder for a new run; return where a run that was there lies now, if one was."""
-    moved = str(move_aside(run)) if holds_run(run) else None
+def make_run_folder(run: Path, *, overwrite: bool) -> str | None:
+    """Make the folder of a new run; return where a run that was there lies now, if one had to be moved aside."""
+    moved = str(move_aside(run)) if overwrite and holds_run(run) else None
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -59,6 +59,8 @@ class TrainingOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}")
+        if self.seed >= 2**63:
+            raise UsageError(f"seed must be below 2**63, got {self.seed}")
         for name in ("seed", "sample_every", "num_workers"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} must be at least 0, got {getattr(self, name)}")

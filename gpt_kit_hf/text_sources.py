@@ -61,7 +61,7 @@ class TextOptions:
     num_proc: int = dataclasses.field(default=1, metadata={"help": "processes that tokenise"})
 
     def __post_init__(self) -> None:
-        if (self.text_files is None) == (self.dataset_name is None):
+        if bool(self.text_files) == bool(self.dataset_name):
             raise UsageError("give text: exactly one of text_files and dataset_name (try text_files python-stdlib)")
         if not 0.0 < self.eval_fraction < 1.0:
             raise UsageError(f"eval_fraction must lie between 0 and 1, got {self.eval_fraction}")
@@ -69,6 +69,8 @@ class TextOptions:
             raise UsageError(f"num_proc must be at least 1, got {self.num_proc}")
         if self.document_separator == "":
             raise UsageError("document_separator must not be empty; leave it out if a file is one document")
+        if self.document_separator is not None and self.dataset_name:
+            raise UsageError("document_separator is for text_files: a row of dataset_name is one document")
 
 
 def load_documents(options: TextOptions) -> datasets.Dataset:
@@ -85,16 +87,18 @@ def load_documents(options: TextOptions) -> datasets.Dataset:
             f"text_column {options.text_column!r} is not in {options.dataset_name!r}; "
             f"its columns: {', '.join(rows.column_names)}"
         )
-    return rows.select_columns([options.text_column]).rename_column(options.text_column, "text")
+    rows = rows.select_columns([options.text_column])
+    return rows if options.text_column == "text" else rows.rename_column(options.text_column, "text")
 
 
-def load_text_files(patterns: list[str], separator: str | None = None) -> datasets.Dataset:
-    """Return the documents of text files, cached by the files' names, sizes and times.
+def load_text_files(patterns: list[str], separator: str | None = None, option: str = "text_files") -> datasets.Dataset:
+    """Return the documents of text files, cached by the files' content.
 
-    Raises DataError, with file and line, for a missing or empty file and for bytes that are not UTF-8.
+    Raises DataError, with `option` or file and line, for a missing or empty file and for bytes that are not UTF-8.
     """
-    files = find_files(patterns)
-    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    files = find_files(patterns, option)
+    # Not by size and time: an archive unpacked gives different files the same of both.
+    stamps = [(str(file.absolute()), _digest(file)) for file in files]
     try:
         return datasets.Dataset.from_generator(
             _read_rows,
@@ -109,25 +113,45 @@ def load_text_files(patterns: list[str], separator: str | None = None) -> datase
         raise
 
 
-def find_files(patterns: list[str]) -> list[Path]:
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
+
+
+def find_files(patterns: list[str], option: str = "text_files") -> list[Path]:
     """Return the files that the patterns name, sorted within a pattern; `python-stdlib` names Python's own source.
 
     Raises DataError for a pattern without a file, for a file that cannot be read and for a pattern without text.
     """
     found: list[Path] = []
     for pattern in patterns:
-        files = _stdlib_files() if pattern == PYTHON_STDLIB else _matching_files(pattern)
+        try:
+            files = _stdlib_files() if pattern == PYTHON_STDLIB else _matching_files(pattern, option)
+            filled = [file for file in files if file.stat().st_size]
+        except OSError as error:
+            raise DataError(f"{option} {pattern!r}: {error.strerror}") from None
         if not files:
-            raise DataError(f"text_files {pattern!r}: no such file")
-        if not any(file.stat().st_size for file in files):
-            raise DataError(f"text_files {pattern!r}: empty, there is no text to train on")
-        found += [file for file in files if file.stat().st_size]
-    return list(dict.fromkeys(found))
+            raise DataError(f"{option} {pattern!r}: no such file")
+        if not filled:
+            raise DataError(f"{option} {pattern!r}: empty, there is no text to train on")
+        found += filled
+    once: dict[Path, Path] = {}
+    for file in found:
+        once.setdefault(file.resolve(), file)  # a file under two names is one file
+    return list(once.values())
 
 
-def _matching_files(pattern: str) -> list[Path]:
+def _matching_files(pattern: str, option: str) -> list[Path]:
+    if not pattern:
+        raise DataError(f"{option}: a name is empty")
     if Path(pattern).is_dir():
-        raise DataError(f"text_files {pattern!r} is a folder: name its files, such as {pattern}/**/*.txt")
+        raise DataError(f"{option} {pattern!r} is a folder: name its files, such as {pattern}/**/*.txt")
     # A name that exists is meant as it stands, brackets and stars included.
     names = [pattern] if Path(pattern).exists() else glob.glob(pattern, recursive=True)  # noqa: PTH207 (absolute patterns, too)
     return [Path(name) for name in sorted(names) if Path(name).is_file()]
@@ -142,12 +166,16 @@ def _stdlib_files() -> list[Path]:
     ]
 
 
-def _read_rows(stamps: list[tuple[str, int, int]], separator: str | None) -> Iterator[dict[str, str]]:
-    for name, _, _ in stamps:
+def _read_rows(stamps: list[tuple[str, str]], separator: str | None) -> Iterator[dict[str, str]]:
+    blank = True
+    for name, _ in stamps:
         text = read_text(Path(name))
         for document in [text] if separator is None else text.split(separator):
             if document.strip():
+                blank = False
                 yield {"text": document}
+    if blank:
+        raise DataError(f"{', '.join(name for name, _ in stamps[:3])}: only white space, there is no text to train on")
 
 
 def read_text(file: Path) -> str:
@@ -178,6 +206,7 @@ def tokenize_documents(
     return documents.map(
         _tokenize_rows,
         batched=True,
+        with_indices=True,
         batch_size=64,
         writer_batch_size=64,
         fn_kwargs={"encoding": encoding},
@@ -189,10 +218,12 @@ def tokenize_documents(
     )
 
 
-def _tokenize_rows(rows: dict[str, list[Any]], encoding: tiktoken.Encoding) -> dict[str, list[Any]]:
-    for text in rows["text"]:
+def _tokenize_rows(
+    rows: dict[str, list[Any]], indices: list[int], encoding: tiktoken.Encoding
+) -> dict[str, list[Any]]:
+    for index, text in zip(indices, rows["text"], strict=True):
         if not isinstance(text, str):
-            raise DataError(f"a document must be text, got {type(text).__name__}: {text!r}")
+            raise DataError(f"row {index} of the dataset must hold text, got {text!r}")
     ids = tokenization.encode_ordinary_batch(encoding, rows["text"])
     # Text that spells the marker stays text: only the end of a document ends one.
     end = encoding.encode_single_token(tokenization.END_OF_TEXT)

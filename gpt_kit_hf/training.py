@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -13,14 +14,14 @@ from typing import Any, TextIO
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gpt_kit_hf import tokenization
-from gpt_kit_hf.amp import AMPTrainer, UpdateReport
+from gpt_kit_hf.amp import AMPTrainer, UpdateReport, resolve_precision
 from gpt_kit_hf.checkpointing import checkpoint_step, latest_checkpoint, save_checkpoint
-from gpt_kit_hf.corpus import Corpus, prepare_corpus
+from gpt_kit_hf.corpus import Corpus, choose_encoding, prepare_corpus
 from gpt_kit_hf.durable_files import load_json
 from gpt_kit_hf.errors import DataError, NonFiniteError, UsageError
 from gpt_kit_hf.evaluation import (
@@ -39,6 +40,7 @@ from gpt_kit_hf.run_folder import (
     CURVE_FILE,
     METRICS_FILE,
     OPTIONS_FILE,
+    RECORD_FILE,
     check_run_folder,
     holds_run,
     make_run_folder,
@@ -66,16 +68,20 @@ def train(options: RunOptions, *, stream: TextIO | None = sys.stdout) -> RunResu
         mixed_precision="no",  # AMPTrainer does it
         log_with=trackers(chosen.report_to) or None,
         project_dir=chosen.output_dir,
-        # The only buffers are constants: no step needs to send them around.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     folder = Path(chosen.output_dir)
     console = Console(stream if accelerator.is_main_process else None)
-    facts = [False]
+    facts: list[Any] = [None, False]
     if accelerator.is_main_process:
-        check_run_folder(folder, resume=chosen.resume, overwrite=chosen.overwrite)
-        facts = [chosen.resume and holds_run(folder)]
-    continues = bool(broadcast_object_list(facts)[0])
+        try:
+            check_run_folder(folder, resume=chosen.resume, overwrite=chosen.overwrite)
+            facts = [None, chosen.resume and holds_run(folder)]
+        except UsageError as error:
+            facts = [error, False]
+    refused, continues = broadcast_object_list(facts)
+    if refused is not None:
+        # One process says why; the others end with it.
+        raise refused if accelerator.is_main_process else SystemExit(2)
     with ExitStack() as stack:
         stack.callback(accelerator.end_training)
         stack.callback(console.close)
@@ -91,10 +97,12 @@ def train(options: RunOptions, *, stream: TextIO | None = sys.stdout) -> RunResu
         run = _Run(options, accelerator, console, continues=continues)
         if not continues and accelerator.is_main_process:
             # Only now: options that do not fit have left everything as it was.
-            moved = make_run_folder(folder)
+            moved = make_run_folder(folder, overwrite=chosen.overwrite)
             if moved is not None:
                 console.say(f"the run that was in {folder} lies now in {moved}")
             stack.enter_context(RunLock(folder))
+            if holds_run(folder):
+                raise UsageError(f"another run began in output_dir {str(folder)!r} meanwhile: name another folder")
         return run.go()
 
 
@@ -110,6 +118,7 @@ class _Run:
         self.chosen = options.training
         self.folder = Path(self.chosen.output_dir)
         self.checkpoint = latest_checkpoint(self.folder, report=console.say) if continues else None
+        self._check_before_reading()
         self.corpus = self._prepare_corpus()
         self.model = self._build_model()
         self.windows = TokenWindows(self.corpus.train, options.windows.max_length, options.windows.step)
@@ -172,13 +181,36 @@ class _Run:
 
     # --- preparation
 
+    def _check_before_reading(self) -> None:
+        """Refuse what can be refused before a large text is read."""
+        config = self.options.model.build(vocab_size=self.options.encoding.vocab_size)
+        max_length = self.options.windows.max_length
+        if max_length > config.max_position_embeddings:
+            raise UsageError(
+                f"max_length={max_length} is above the position table, "
+                f"max_position_embeddings={config.max_position_embeddings}: raise that, or lower max_length"
+            )
+        precision = resolve_precision(self.chosen.mixed_precision, self.accelerator.device)
+        before = load_json(self.folder / RECORD_FILE)["precision"] if self.checkpoint is not None else precision
+        if before != precision:
+            raise UsageError(f"cannot resume {str(self.folder)!r} in {precision}: it was begun in {before}")
+        if self.chosen.batch_size % self.accelerator.num_processes:
+            raise UsageError(
+                f"batch_size={self.chosen.batch_size} must be divisible by the number of processes, "
+                f"{self.accelerator.num_processes}"
+            )
+
     def _prepare_corpus(self) -> Corpus:
         """Read and tokenise on the main process first; the others find what it stored."""
-        kept = load_encoding(self.checkpoint) if self.checkpoint is not None else None
+        chosen: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            if self.checkpoint is not None:
+                chosen = [load_encoding(self.checkpoint)]
+            else:
+                chosen = [choose_encoding(self.options.text, self.options.encoding)]
+        encoding = broadcast_object_list(chosen)[0]
         with self.accelerator.main_process_first():
-            corpus = prepare_corpus(
-                self.options.text, self.options.encoding, seed=self.chosen.seed, stored_encoding=kept
-            )
+            corpus = prepare_corpus(self.options.text, encoding, seed=self.chosen.seed)
         if self.checkpoint is not None:
             before = read_position(self.checkpoint)["corpus"]
             if before != corpus.fingerprint:
@@ -205,12 +237,6 @@ class _Run:
             eos_token_id=end,
             tokenizer_fingerprint=tokenization.fingerprint(encoding),
         )
-        max_length = self.options.windows.max_length
-        if max_length > config.max_position_embeddings:
-            raise UsageError(
-                f"max_length={max_length} is above the position table, "
-                f"max_position_embeddings={config.max_position_embeddings}: raise that, or lower max_length"
-            )
         if self.checkpoint is not None:
             kept: GPTKitForCausalLM = GPTKitForCausalLM.from_pretrained(self.checkpoint, dtype=torch.float32)
             return kept
@@ -252,7 +278,9 @@ class _Run:
 
     def _introduce(self) -> None:
         corpus, device = self.corpus, self.accelerator.device
-        where = "the CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
+        where = {"cpu": "the CPU", "cuda": "the GPU"}.get(device.type, device.type)
+        if device.type == "cuda":
+            where = torch.cuda.get_device_name(device)
         processes = self.accelerator.num_processes
         say = self.console.say
         say(
@@ -268,6 +296,9 @@ class _Run:
             f"{self.total_steps * self.plan.batch_size / len(self.windows):.2f} epochs, {self.trainer.precision} "
             f"on {where}, {processes} process{'es' if processes > 1 else ''}"
         )
+        if self.options.optimizer.warmup_steps >= self.total_steps:
+            warmup = self.options.optimizer.warmup_steps
+            say(f"note     warmup_steps={warmup} is not below the {self.total_steps} steps: the rate only rises")
         if self.checkpoint is not None:
             say(f"resumed  after step {self.step} ({self.checkpoint.name})")
 
@@ -279,11 +310,14 @@ class _Run:
         if report.skipped is not None:
             self.console.say(f"step {self.step} left the weights as they were: {report.skipped}")
         if self.skipped_in_a_row >= self.chosen.max_skipped:
-            last = latest_checkpoint(self.folder, report=self.console.say)
             raise NonFiniteError(
                 f"{self.skipped_in_a_row} updates in a row were skipped, the last at step {self.step}: "
-                f"{report.skipped}; the last checkpoint is {last.name if last else 'not written yet'}"
+                f"{report.skipped}; {self._last_checkpoint()}"
             )
+
+    def _last_checkpoint(self) -> str:
+        last = latest_checkpoint(self.folder, report=self.console.say)
+        return f"the last checkpoint is {last.name}" if last else "there is no checkpoint yet"
 
     def _log(self, report: UpdateReport, rate: float, seconds_per_step: float) -> None:
         speed = self.plan.batch_size * self.windows.max_length / seconds_per_step
@@ -317,6 +351,8 @@ class _Run:
             accelerator=self.accelerator,
             autocast=self.trainer.autocast,
         )
+        if not math.isfinite(scored.loss):
+            raise NonFiniteError(f"the held-out loss is {scored.loss} at step {self.step}: {self._last_checkpoint()}")
         self.record.evaluation(self.step, scored)
         return scored
 
@@ -329,8 +365,15 @@ class _Run:
         if not self.accelerator.is_main_process or room < 1:
             return ""
         # A compiled model would be compiled anew for each length of the growing text.
-        with torch.random.fork_rng(), self.trainer.autocast(), torch.compiler.set_stance("force_eager"):
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(),
+            self.trainer.autocast(),
+            torch.compiler.set_stance("force_eager"),
+        ):
             torch.manual_seed(self.chosen.seed)
+            if not self.model(prompt.to(self.model.device)).logits.isfinite().all():
+                return "  | (no sample: the model's scores are not finite)"
             ids = generate_text_autoregressive(
                 self.model, prompt, min(room, self.chosen.sample_tokens), temperature=0.8, top_k=50
             )
@@ -395,4 +438,5 @@ class _Run:
         say(f"model    {self.folder} (from_pretrained loads it)")
         say(f"curve    {self.folder / CURVE_FILE if drawn else 'not drawn: pip install matplotlib'}")
         say(f"metrics  {self.folder / METRICS_FILE}")
-        say(f'next     gpt-kit generate {self.folder} --prompt "{self.chosen.sample_prompt or "The"}"')
+        prompt = self.chosen.sample_prompt or "The"
+        say(f"next     {shlex.join(['gpt-kit', 'generate', str(self.folder), '--prompt', prompt])}")

@@ -488,9 +488,9 @@ def test_gradients_do_not_cross_from_one_document_to_another() -> None:
 
 @pytest.fixture
 def _fresh_flex() -> Iterator[None]:
-    # On the CPU, flex attention of torch 2.13 fails to compile for some changes of lengths, hence one length at a
-    # time; and it gives nan or numbers from anywhere where the keys are 8 more than a multiple of 16, with no model
-    # around it too: the tests here have other lengths.
+    # On the CPU, flex attention of torch 2.13 fails to compile for some changes of length, hence one length at a time;
+    # and with no model around it either, it gives nan or random numbers where the keys are 8 more than a multiple of
+    # 16: the tests here have other lengths.
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -565,7 +565,7 @@ def test_continuing_a_cache_is_as_no_cache_in_flex_attention(cache: str) -> None
     ids = random_ids(1, 11)
     past = cache_arguments(cache, model, 1)["past_key_values"]
     pieces = []
-    for part in torch.split(ids, [5, 1, 5], dim=1):  # type: ignore[no-untyped-call]
+    for part in torch.split(ids, [5, 1, 5], dim=1):
         torch._dynamo.reset()
         pieces.append(model(part, past_key_values=past).logits)
     model.set_attn_implementation("eager")

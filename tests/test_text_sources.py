@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 
-from gpt_kit_hf.corpus import EncodingOptions, prepare_corpus
+from gpt_kit_hf.corpus import EncodingOptions, choose_encoding, prepare_corpus
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.pretraining_data import stream_of
 from gpt_kit_hf.text_sources import TextOptions, find_files, load_documents, load_text_files, tokenize_documents
@@ -39,6 +40,17 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     assert load_text_files([str(tmp_path / "a.txt")])["text"][:] == ["afterwards"]
 
 
+def test_a_file_of_the_same_name_size_and_time_is_another_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in (("one", "aaaa"), ("two", "bbbb")):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, d=text)
+        os.utime(tmp_path / name / "d.txt", (0, 0))
+        monkeypatch.chdir(tmp_path / name)
+        assert load_text_files(["d.txt"])["text"][:] == [text]
+
+
 def test_patterns_name_each_file_once_and_in_order(tmp_path: Path) -> None:
     write(tmp_path, b="b", a="a")
     (tmp_path / "sub").mkdir()
@@ -59,6 +71,7 @@ def test_the_standard_library_is_text_that_is_always_there() -> None:
     [
         (None, "missing.txt", "no such file"),
         (b"", "a.txt", "empty, there is no text"),
+        (b" \n\t\n", "a.txt", "only white space, there is no text"),
         (b"fine\nthen \xff\n", "a.txt", r"a\.txt:2: not UTF-8 text \(byte 0xff at offset 10\)"),
         ("x", "", "is a folder: name its files"),
     ],
@@ -98,6 +111,12 @@ def test_the_same_text_is_tokenised_once(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_dataset_folder_is_read_by_its_text_column(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"body": "one"}\n{"body": "two"}\n')
+    (tmp_path / "named").mkdir()
+    (tmp_path / "named" / "rows.jsonl").write_text('{"text": "one"}\n{"text": null}\n')
+    default = load_documents(TextOptions(dataset_name=str(tmp_path / "named")))
+    assert default["text"][:] == ["one", None]
+    with pytest.raises(DataError, match="row 1 of the dataset must hold text, got None"):
+        tokenize_documents(default, get_encoding("bytes"))
     rows = load_documents(TextOptions(dataset_name=str(tmp_path), text_column="body"))
     assert rows["text"][:] == ["one", "two"]
     with pytest.raises(DataError, match=r"text_column 'text' is not in .*; its columns: body"):
@@ -118,13 +137,13 @@ def test_options_ask_for_one_source() -> None:
 def test_a_corpus_is_split_and_held_out_files_are_kept_apart(tmp_path: Path) -> None:
     write(tmp_path, a="abcdefghij" * 30, held="0123456789")
     options = TextOptions(text_files=[str(tmp_path / "a.txt")], eval_files=[str(tmp_path / "held.txt")])
-    corpus = prepare_corpus(options, EncodingOptions(encoding="bytes"), seed=0)
+    encoding = choose_encoding(options, EncodingOptions(encoding="bytes"))
+    corpus = prepare_corpus(options, encoding, seed=0)
     assert bytes(corpus.held_out.read(0, 10).tolist()) == b"0123456789"
     assert len(corpus.train) == 301
-    cut = prepare_corpus(TextOptions(text_files=[str(tmp_path / "a.txt")]), EncodingOptions(encoding="bytes"), seed=0)
+    cut = prepare_corpus(TextOptions(text_files=[str(tmp_path / "a.txt")]), encoding, seed=0)
     assert (len(cut.train), len(cut.held_out)) == (271, 30)
     assert cut.fingerprint != corpus.fingerprint
-    trained = prepare_corpus(options, EncodingOptions(vocab_size=270), seed=0)
-    assert 257 < trained.encoding.n_vocab <= 270
-    kept = prepare_corpus(options, EncodingOptions(vocab_size=260), seed=0, stored_encoding=trained.encoding)
-    assert kept.fingerprint == trained.fingerprint
+    trained = choose_encoding(options, EncodingOptions(vocab_size=270))
+    assert 257 < trained.n_vocab <= 270
+    assert prepare_corpus(options, trained, seed=0).fingerprint != corpus.fingerprint

@@ -85,8 +85,11 @@ def killed_copy(run: Path, folder: Path, *lost: str) -> Path:
     """Copy a run as a kill before its end would have left it: without results and the checkpoints `lost`."""
     shutil.copytree(run, folder)
     for file in [path for path in folder.iterdir() if path.is_file()]:
-        if file.name not in ("options.json", "metrics.jsonl"):
+        if file.name not in ("options.json", "metrics.jsonl", "run.json"):
             file.unlink()
+    record = json.loads((folder / "run.json").read_text())
+    del record["results"]
+    (folder / "run.json").write_text(json.dumps(record))
     for name in lost:
         shutil.rmtree(folder / "checkpoints" / name)
     return folder
