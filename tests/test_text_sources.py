@@ -110,17 +110,19 @@ def test_the_same_text_is_tokenised_once(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_dataset_folder_is_read_by_its_text_column(tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text('{"body": "one"}\n{"body": "two"}\n')
+    body = tmp_path / "body"
+    body.mkdir()
+    (body / "rows.jsonl").write_text('{"body": "one"}\n{"body": "two"}\n')
     (tmp_path / "named").mkdir()
     (tmp_path / "named" / "rows.jsonl").write_text('{"text": "one"}\n{"text": null}\n')
     default = load_documents(TextOptions(dataset_name=str(tmp_path / "named")))
     assert default["text"][:] == ["one", None]
     with pytest.raises(DataError, match="row 1 of the dataset must hold text, got None"):
         tokenize_documents(default, get_encoding("bytes"))
-    rows = load_documents(TextOptions(dataset_name=str(tmp_path), text_column="body"))
+    rows = load_documents(TextOptions(dataset_name=str(body), text_column="body"))
     assert rows["text"][:] == ["one", "two"]
     with pytest.raises(DataError, match=r"text_column 'text' is not in .*; its columns: body"):
-        load_documents(TextOptions(dataset_name=str(tmp_path)))
+        load_documents(TextOptions(dataset_name=str(body)))
     with pytest.raises(DataError, match="cannot be loaded"):
         load_documents(TextOptions(dataset_name=str(tmp_path / "nothing")))
 
