@@ -384,8 +384,7 @@ def _first_sentence(error: Exception) -> str:
 def _flex_attention(compiled: bool) -> Iterator[None]:
     """Run flex attention freshly compiled, or as plain operations without torch's advice to compile it."""
     if compiled:
-        # After a few shapes torch would stop compiling, and the later cells would show something else.
-        torch.compiler.reset()
+        torch.compiler.reset()  # or after a few shapes torch stops compiling, and later cells show something else
         yield
         return
     with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,16 @@ with open("facts.json", "w") as file:
 """
 
 
+@pytest.fixture
+def _one_thread() -> Iterator[None]:
+    """Sums in the order in which the other process, which has one thread, makes them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_one_thread")
 def test_a_process_without_the_package_loads_it_as_remote_code(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
