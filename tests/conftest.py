@@ -15,6 +15,7 @@ import datasets
 import pytest
 import tiktoken
 import torch
+import transformers
 
 # The name under which tiktoken caches GPT-2's merges: the SHA-1 of their address.
 _GPT2_MERGES = hashlib.sha1(b"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe").hexdigest()
@@ -69,6 +70,7 @@ def logged() -> Iterator[list[str]]:
     handler = Keep(level=logging.WARNING)
     logger = logging.getLogger("transformers")
     logger.addHandler(handler)
+    transformers.utils.logging.warning_once.cache_clear()  # or what an earlier test was told is not said again
     yield messages
     logger.removeHandler(handler)
     assert messages == []
