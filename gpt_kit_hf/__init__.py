@@ -12,7 +12,9 @@ from gpt_kit_hf.corpus import Corpus, EncodingOptions, choose_encoding, prepare_
 from gpt_kit_hf.errors import CheckpointError, DataError, GPTKitError, NonFiniteError, UsageError
 from gpt_kit_hf.evaluation import Evaluation, evaluate_stream
 from gpt_kit_hf.generation import generate_text_autoregressive, stream_text
+from gpt_kit_hf.gpt2_checkpoint import convert_checkpoint, load_gpt2_checkpoint, save_as_gpt2
 from gpt_kit_hf.instruction_data import InstructionDataset, create_instruction_collate_fn, format_alpaca
+from gpt_kit_hf.invariance import check_invariance
 from gpt_kit_hf.losses import compute_batch_loss, compute_loader_loss, train_step_with_gradient_clipping
 from gpt_kit_hf.modeling_gpt_kit import (
     FeedForward,
@@ -80,9 +82,11 @@ __all__ = [
     "UpdateReport",
     "UsageError",
     "WindowOptions",
+    "check_invariance",
     "choose_encoding",
     "compute_batch_loss",
     "compute_loader_loss",
+    "convert_checkpoint",
     "create_instruction_collate_fn",
     "create_model_config",
     "create_optimizer",
@@ -93,9 +97,11 @@ __all__ = [
     "get_encoding",
     "learning_rate_at",
     "load_encoding",
+    "load_gpt2_checkpoint",
     "parse_run_options",
     "prepare_corpus",
     "run_command",
+    "save_as_gpt2",
     "save_tokenizer",
     "stream_text",
     "text_to_token_ids",
