@@ -4,7 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test test-all check clean
+# The oldest transformers that pyproject.toml accepts, and the hub client of its time.
+OLDEST := .venv-oldest
+OLDEST_VERSIONS := s/^transformers==.*/transformers==5.17.0/; s/^huggingface_hub==.*/huggingface_hub==1.33.0/
+
+.PHONY: quickstart test test-all test-oldest conformance check clean
 
 quickstart: $(VENV)/.runtime
 	$(BIN)/python examples/train_gpt.py --config examples/configs/quickstart.yaml --resume
@@ -15,6 +19,14 @@ test: $(VENV)/.test check
 
 test-all: $(VENV)/.test check
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+# transformers' own common model tests on this package's classes, from its source distribution.
+conformance: $(VENV)/.test
+	$(BIN)/python -m pytest -m slow tests/conformance
+
+# Everything once more on the oldest transformers, with the same torch.
+test-oldest: $(OLDEST)/.test
+	$(OLDEST)/bin/python -m pytest -m "slow or not slow"
 
 # Lint, types and the one-way imports, without the tests.
 check: $(VENV)/.test
@@ -33,5 +45,11 @@ $(VENV)/.test: $(VENV)/.runtime
 	$(INSTALL) -e ".[test]"
 	touch $@
 
+$(OLDEST)/.test: pyproject.toml constraints.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	sed '$(OLDEST_VERSIONS)' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt -e ".[test]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(OLDEST) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
