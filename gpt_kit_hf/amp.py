@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gpt_kit_hf.errors import UsageError, unknown_name
-from gpt_kit_hf.losses import summed_batch_loss
+from gpt_kit_hf.losses import Batch, summed_batch_loss
 
 Precision = Literal["fp32", "bf16", "fp16"]
 # "no" is Accelerate's word for fp32.
@@ -110,11 +110,11 @@ class AMPTrainer:
 
     def train_step(self, input_batch: Tensor, target_batch: Tensor) -> UpdateReport:
         """Update the weights by one batch: (B, T) token ids and their targets, shifted by one."""
-        return self.update([(input_batch, target_batch)])
+        return self.update([Batch(input_batch, target_batch)])
 
     def update(
         self,
-        micro_batches: Sequence[tuple[Tensor, Tensor]],
+        micro_batches: Sequence[Batch | tuple[Tensor, Tensor]],
         *,
         before_micro_batch: Callable[[int], None] | None = None,
     ) -> UpdateReport:
@@ -124,16 +124,22 @@ class AMPTrainer:
         that the cut into parts changes nothing. `before_micro_batch(i)` is called before part i is computed.
         """
         self.model.train()
-        tokens = self._trained_tokens(micro_batches)
+        batches = [Batch(*parts) for parts in micro_batches]
+        tokens = self._trained_tokens(batches)
         total = torch.zeros((), device=self.accelerator.device)
-        for index, (inputs, targets) in enumerate(micro_batches):
+        for index, batch in enumerate(batches):
             if before_micro_batch is not None:
                 before_micro_batch(index)
-            last = index == len(micro_batches) - 1
+            last = index == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 with self.autocast():
                     loss_sum = summed_batch_loss(
-                        inputs, targets, self.model, self.accelerator.device, self.ignore_index
+                        batch.input_ids,
+                        batch.targets,
+                        self.model,
+                        self.accelerator.device,
+                        self.ignore_index,
+                        batch.position_ids,
                     ).loss_sum
                 # Processes average their gradients: times their number is the sum that the division wants.
                 share = loss_sum * (self.accelerator.num_processes / max(tokens, 1))
@@ -142,8 +148,8 @@ class AMPTrainer:
         loss = float(self.accelerator.reduce(total, reduction="sum")) / max(tokens, 1)
         return self._step(loss, tokens)
 
-    def _trained_tokens(self, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> int:
-        own = sum(int((targets != self.ignore_index).sum()) for _, targets in micro_batches)
+    def _trained_tokens(self, batches: Sequence[Batch]) -> int:
+        own = sum(int((batch.targets != self.ignore_index).sum()) for batch in batches)
         if self.accelerator.num_processes == 1:
             return own
         return int(self.accelerator.reduce(torch.tensor(own, device=self.accelerator.device), reduction="sum"))

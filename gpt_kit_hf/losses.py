@@ -25,6 +25,18 @@ from transformers import PreTrainedModel
 from gpt_kit_hf.errors import NonFiniteError, UsageError
 
 
+class Batch(NamedTuple):
+    """Token ids and what follows each: all are (B, T) int64.
+
+    ``targets`` is shifted already, and ``ignore_index`` where nothing is trained. ``position_ids`` restart at 0 where
+    a packed document begins, and documents of a row do not see each other; None where a row is one document.
+    """
+
+    input_ids: Tensor
+    targets: Tensor
+    position_ids: Tensor | None = None
+
+
 class SummedLoss(NamedTuple):
     """The loss of one batch before any division: both are scalars on the model's device.
 
@@ -49,6 +61,7 @@ def summed_batch_loss(
     model: nn.Module,
     device: torch.device | str | None = None,
     ignore_index: int = -100,
+    position_ids: Tensor | None = None,
 ) -> SummedLoss:
     """Return the sum of the batch's token losses and the number of trained tokens.
 
@@ -62,6 +75,7 @@ def summed_batch_loss(
             inside DistributedDataParallel, FSDP or torch.compile.
         device: where to compute; the model's own by default.
         ignore_index: the target that is not trained.
+        position_ids: (B, T), restarting at 0 where a packed document begins; passed to the model if given.
 
     Raises:
         UsageError: a batch is not (B, T) integers, the shapes differ, the model returns no logits (B, T, V),
@@ -72,7 +86,8 @@ def summed_batch_loss(
     device = _device_of(model, input_batch) if device is None else device
     # No attention mask: rows are padded on the right, where causal attention never looks, and pads train
     # nothing.
-    logits = _logits(model, input_batch.to(device))  # (B, T) -> (B, T, V)
+    packing = {} if position_ids is None else {"position_ids": position_ids.to(device)}
+    logits = _logits(model, input_batch.to(device), packing)  # (B, T) -> (B, T, V)
     if logits.shape[:-1] != target_batch.shape:
         raise UsageError(
             f"model returned logits {tuple(logits.shape)} for targets {tuple(target_batch.shape)}; "
@@ -197,10 +212,11 @@ def _summed_cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) ->
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=ignore_index, reduction="sum")
 
 
-def _logits(model: nn.Module, input_ids: Tensor) -> Tensor:
+def _logits(model: nn.Module, input_ids: Tensor, packing: dict[str, Tensor]) -> Tensor:
     """Return the model's logits (B, T, V), whether it returns them bare or in an output object."""
     # A key-value cache serves generation; in training it would only hold memory.
-    output = model(input_ids, use_cache=False) if _takes_use_cache(model) else model(input_ids)
+    cacheless = {"use_cache": False} if _takes_use_cache(model) else {}
+    output = model(input_ids, **packing, **cacheless)
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise UsageError(f"model returned {type(output).__name__}; it must return logits, or an object with .logits")

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from gpt_kit_hf import tokenization
 from gpt_kit_hf.errors import DataError, UsageError
+from gpt_kit_hf.losses import Batch
 
 # A target of this id is not trained: the default `ignore_index` of torch's cross-entropy.
 IGNORED = -100
@@ -188,6 +189,11 @@ class TokenWindows(Dataset[tuple[Tensor, Tensor]]):
         target = ids[1:].clone()
         target[: self.max_length - fresh] = IGNORED
         return ids[:-1], target
+
+
+def collate_windows(items: Sequence[tuple[Tensor, ...]]) -> Batch:
+    """Join windows of (max_length,) into a batch (B, max_length)."""
+    return Batch(*(torch.stack(column) for column in zip(*items, strict=True)))
 
 
 class GPTPretrainingDataset(TokenWindows):

@@ -15,7 +15,6 @@ from typing import Any, TextIO
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gpt_kit_hf import tokenization
@@ -32,9 +31,10 @@ from gpt_kit_hf.evaluation import (
     unigram_bits_per_byte,
 )
 from gpt_kit_hf.generation import generate_text_autoregressive
+from gpt_kit_hf.losses import Batch
 from gpt_kit_hf.modeling_gpt_kit import GPTKitForCausalLM
 from gpt_kit_hf.optimization import create_optimizer, learning_rate_at, set_learning_rate
-from gpt_kit_hf.pretraining_data import BatchPlan, PlannedBatches, TokenWindows
+from gpt_kit_hf.pretraining_data import BatchPlan, PlannedBatches, TokenWindows, collate_windows
 from gpt_kit_hf.progress import Console, Pace, duration, printable, short, trackers
 from gpt_kit_hf.run_folder import (
     CURVE_FILE,
@@ -243,11 +243,12 @@ class _Run:
         torch.manual_seed(self.chosen.seed)
         return GPTKitForCausalLM(config)
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self) -> Iterator[Batch]:
         return iter(
             DataLoader(
                 self.windows,
                 batch_sampler=PlannedBatches(self.plan, self.step, self.total_steps),
+                collate_fn=collate_windows,
                 num_workers=self.chosen.num_workers,
                 pin_memory=self.accelerator.device.type == "cuda",
                 # Without its own generator a loader draws a seed from the global one.
