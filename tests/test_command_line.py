@@ -261,7 +261,8 @@ def test_the_example_trains_as_its_own_process(tmp_path: Path, text_file: str) -
     assert load_file(tmp_path / "run" / "model.safetensors")
     again = subprocess.run([*command, *TINY, *SHORT], cwd=ROOT, capture_output=True, text=True, check=False)
     assert again.returncode == 2
-    assert again.stderr.startswith("error: output_dir")
+    # Not the only line: a library that cannot load a part of its own says so there, too.
+    assert again.stderr.splitlines()[-1].startswith("error: output_dir")
 
 
 def test_ci_runs_what_a_user_runs() -> None:
