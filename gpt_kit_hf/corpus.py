@@ -1,17 +1,21 @@
-"""From options to tokens: the encoding, the stream to train on and the stream held out."""
+"""From options to tokens: the encoding, the streams to train on and the stream held out."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import tiktoken
 
 from gpt_kit_hf import tokenization
-from gpt_kit_hf.errors import UsageError, unknown_name
-from gpt_kit_hf.pretraining_data import TokenStream, held_out_split, stream_of
-from gpt_kit_hf.text_sources import TextOptions, load_documents, load_text_files, tokenize_documents
+from gpt_kit_hf.errors import DataError, UsageError, unknown_name
+from gpt_kit_hf.pretraining_data import TokenStream, held_out_split, join_streams
+from gpt_kit_hf.text_sources import TextOptions, TextSource
+from gpt_kit_hf.text_units import PIECE_BYTES, ReadableUnit
+from gpt_kit_hf.token_store import StoredTokens, store_tokens
 
 TRAINED_BPE = "bpe"
 
@@ -27,6 +31,9 @@ class EncodingOptions:
     vocab_size: int = dataclasses.field(
         default=4096, metadata={"help": "tokens of a trained bpe: 256 bytes, merges and end of text"}
     )
+    vocab_text_mb: int = dataclasses.field(
+        default=100, metadata={"help": "megabytes of text, from all parts of the corpus, that a bpe is trained on"}
+    )
 
     def __post_init__(self) -> None:
         known = [TRAINED_BPE, "bytes", "gpt2"]
@@ -36,15 +43,22 @@ class EncodingOptions:
             raise UsageError(
                 f"vocab_size must be at least 258 (256 bytes, a merge, end of text), got {self.vocab_size}"
             )
+        if self.vocab_text_mb < 1:
+            raise UsageError(f"vocab_text_mb must be at least 1, got {self.vocab_text_mb}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Tokens to train on and tokens held out, with the encoding that made them."""
+    """Tokens to train on and tokens held out, with the encoding that made them.
+
+    `train` is all of it; `sources` are its parts in their order, which a mixture weighs by `weights`.
+    """
 
     encoding: tiktoken.Encoding
     train: TokenStream
     held_out: TokenStream
+    sources: tuple[TokenStream, ...]
+    weights: tuple[float, ...]
     documents: int
     fingerprint: str
 
@@ -52,10 +66,10 @@ class Corpus:
 def choose_encoding(text: TextOptions, options: EncodingOptions) -> tiktoken.Encoding:
     """Return the encoding that the options name, trained on the text if it is to be.
 
-    A trained vocabulary has seen all documents of the training files, the held-out part of them included.
+    A trained vocabulary has seen the training files with their held-out part; of a large corpus some of every unit.
     """
     if options.encoding == TRAINED_BPE:
-        return tokenization.train_bpe((row["text"] for row in load_documents(text)), options.vocab_size)
+        return tokenization.train_bpe(_vocabulary_text(text, options.vocab_text_mb << 20), options.vocab_size)
     chosen = tokenization.get_encoding(options.encoding)
     if tokenization.END_OF_TEXT not in chosen.special_tokens_set:
         raise UsageError(
@@ -66,19 +80,53 @@ def choose_encoding(text: TextOptions, options: EncodingOptions) -> tiktoken.Enc
 
 def prepare_corpus(text: TextOptions, encoding: tiktoken.Encoding, *, seed: int) -> Corpus:
     """Read, tokenise and split the text; what was tokenised before is not tokenised again."""
-    documents = load_documents(text)
-    stream = stream_of(tokenize_documents(documents, encoding, text.num_proc))
-    if text.eval_files is not None:
-        train = stream
-        held_out = stream_of(
-            tokenize_documents(load_text_files(text.eval_files, option="eval_files"), encoding, text.num_proc)
-        )
+    weights, sources = zip(*text.sources(), strict=True)
+    stored = [_stored(source, encoding, text.num_proc) for source in sources]
+    streams = [TokenStream(each.pieces, each.document_starts) for each in stored]
+    keys = [each.key for each in stored]
+    documents = sum(len(stream.document_starts) for stream in streams)
+    if (outside := text.held_out()) is not None:
+        apart = _stored(outside, encoding, text.num_proc)
+        held_out = TokenStream(apart.pieces, apart.document_starts)
+        split: tuple[object, ...] = (apart.key,)
     else:
-        train, held_out = held_out_split(stream, text.eval_fraction, seed)
+        # Each source gives its share, so that the held-out text is a mixture, too.
+        fraction = min(text.eval_fraction, text.eval_max_tokens / max(1, sum(map(len, streams))))
+        parts = [held_out_split(stream, fraction, seed) for stream in streams]
+        streams = [train for train, _ in parts]
+        held_out = join_streams([kept for _, kept in parts])
+        split = (fraction, seed)
     return Corpus(
         encoding=encoding,
-        train=train,
+        train=join_streams(streams),
         held_out=held_out,
-        documents=len(documents),
-        fingerprint=f"{train.fingerprint()}-{held_out.fingerprint()}",
+        sources=tuple(streams),
+        weights=tuple(weights),
+        documents=documents,
+        fingerprint=hashlib.sha256(repr((keys, weights, split)).encode()).hexdigest()[:16],
     )
+
+
+def _stored(source: TextSource, encoding: tiktoken.Encoding, num_proc: int) -> StoredTokens:
+    stored = store_tokens(source.units(tokenization.may_cut(encoding)), encoding, num_proc)
+    if not stored.document_starts.size:
+        raise DataError(f"{source.name}: only white space, there is no text to train on")
+    return stored
+
+
+def _vocabulary_text(text: TextOptions, limit: int) -> Iterator[str]:
+    """Yield about `limit` bytes of the text to train on, from the beginning of each unit."""
+    sources = [source for _, source in text.sources()]
+    stored = [] if text.streaming else [unit for source in sources for unit in source.units(may_cut=True)]
+    streamed = [unit for source in sources for unit in source.streamed_units(may_cut=True)] if text.streaming else []
+    units: list[ReadableUnit] = [*stored, *streamed]
+    # The size of a stream is not known.
+    whole = not text.streaming and sum(unit.size for unit in stored) <= limit
+    share = max(PIECE_BYTES, limit // len(units))
+    for unit in units:
+        left = share
+        for part in unit.parts():
+            yield part.text
+            left -= len(part.text)
+            if left <= 0 and not whole:
+                break

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 import math
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 
@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from gpt_kit_hf.errors import UsageError
-from gpt_kit_hf.losses import evaluation_mode, summed_batch_loss
-from gpt_kit_hf.pretraining_data import IGNORED, TokenStream, TokenWindows
+from gpt_kit_hf.losses import Batch, evaluation_mode, summed_batch_loss
+from gpt_kit_hf.pretraining_data import IGNORED, TokenStream, TokenWindows, collate_windows
 from gpt_kit_hf.tokenization import END_OF_TEXT
 
 
@@ -61,6 +61,7 @@ def evaluate_stream(
     max_length: int,
     stride: int,
     batch_size: int,
+    packing: bool = False,
     max_windows: int | None = None,
     accelerator: Accelerator | None = None,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
@@ -72,20 +73,40 @@ def evaluate_stream(
     result. The model keeps its mode and torch's random state does not move. Raises UsageError for a text without
     bytes to score.
     """
-    windows = TokenWindows(stream, max_length, stride, score_once=True)
+    windows = TokenWindows(stream, max_length, stride, score_once=True, packing=packing)
     chosen = np.arange(len(windows))
     if max_windows is not None and max_windows < len(windows):
         chosen = np.linspace(0, len(windows) - 1, max_windows).round().astype(np.int64)
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     loader = DataLoader(
-        Subset(windows, chosen[rank::world].tolist()), batch_size=batch_size, generator=torch.Generator()
+        Subset(windows, chosen[rank::world].tolist()),
+        batch_size=batch_size,
+        collate_fn=collate_windows,
+        generator=torch.Generator(),
     )
+    return evaluate_batches(model, loader, byte_lengths, accelerator=accelerator, autocast=autocast)
+
+
+def evaluate_batches(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    byte_lengths: npt.NDArray[np.int64],
+    *,
+    accelerator: Accelerator | None = None,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Evaluation:
+    """Score the trained tokens of batches, each process its own; all processes get the result.
+
+    The model keeps its mode. Raises UsageError if the tokens spell no bytes.
+    """
+    world = accelerator.num_processes if accelerator else 1
     total, tokens, text_bytes = 0.0, 0, 0
     with evaluation_mode(model), torch.no_grad():
-        for inputs, targets in loader:
+        for batch in batches:
             with autocast():
-                total += float(summed_batch_loss(inputs, targets, model).loss_sum)
-            scored = targets[targets != IGNORED].numpy()
+                scores = summed_batch_loss(batch.input_ids, batch.targets, model, position_ids=batch.position_ids)
+            total += float(scores.loss_sum)
+            scored = batch.targets[batch.targets != IGNORED].numpy()
             tokens += scored.size
             text_bytes += int(byte_lengths[scored].sum())
     if accelerator is not None and world > 1:
@@ -122,6 +143,11 @@ def byte_counts(counts: npt.NDArray[np.int64], encoding: tiktoken.Encoding) -> n
 def gzip_bits_per_byte(stream: TokenStream, encoding: tiktoken.Encoding) -> float:
     """Return the bits per byte of the stream's text compressed by gzip at its strongest."""
     end = encoding.encode_single_token(END_OF_TEXT)
-    ids = stream.read(0, len(stream))
-    text = encoding.decode_bytes(ids[ids != end].tolist())
-    return 8.0 * len(gzip.compress(text, compresslevel=9)) / len(text)
+    packer = zlib.compressobj(9, wbits=zlib.MAX_WBITS | 16)  # 16 asks for gzip's frame
+    packed = text_bytes = 0
+    for first in range(0, len(stream), 1 << 20):
+        ids = stream.read(first, min(first + (1 << 20), len(stream)))
+        text = encoding.decode_bytes(ids[ids != end].tolist())
+        packed += len(packer.compress(text))
+        text_bytes += len(text)
+    return 8.0 * (packed + len(packer.flush())) / text_bytes

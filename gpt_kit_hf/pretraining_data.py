@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
-import datasets
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from gpt_kit_hf import tokenization
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.losses import Batch
+from gpt_kit_hf.token_store import StoredIds
 
 # A target of this id is not trained: the default `ignore_index` of torch's cross-entropy.
 IGNORED = -100
@@ -30,6 +30,9 @@ class WindowOptions:
     max_length: int = dataclasses.field(default=256, metadata={"help": "tokens of a window, the model's context"})
     stride: int | None = dataclasses.field(
         default=None, metadata={"help": "tokens between the starts of two windows, if not max_length"}
+    )
+    packing: bool = dataclasses.field(
+        default=False, metadata={"help": "documents in a window do not see each other, nor begin each other's targets"}
     )
 
     def __post_init__(self) -> None:
@@ -49,14 +52,17 @@ def check_stride(stride: int, max_length: int) -> None:
         raise UsageError(f"stride must lie between 1 and max_length={max_length}, got {stride}: it would skip tokens")
 
 
+Ids: TypeAlias = "npt.NDArray[Any] | StoredIds"
+
+
 class TokenStream:
     """Token ids of documents, end to end, read by position without a copy of the corpus.
 
-    `pieces` are integer arrays that follow each other; for a stored corpus they are views of memory-mapped files.
+    `pieces` are integer arrays that follow each other; those of a stored corpus are read where they lie.
     `document_starts` are the positions at which documents begin, ascending from 0.
     """
 
-    def __init__(self, pieces: Sequence[npt.NDArray[Any]], document_starts: npt.NDArray[np.int64]) -> None:
+    def __init__(self, pieces: Sequence[Ids], document_starts: npt.NDArray[np.int64]) -> None:
         self.pieces = [piece for piece in pieces if piece.size]
         self.document_starts = document_starts
         self._ends = np.cumsum([piece.size for piece in self.pieces], dtype=np.int64)
@@ -64,7 +70,7 @@ class TokenStream:
     def __len__(self) -> int:
         return int(self._ends[-1]) if self.pieces else 0
 
-    def views(self, start: int, stop: int) -> list[npt.NDArray[Any]]:
+    def views(self, start: int, stop: int) -> list[Ids]:
         """Return the ids at positions start..stop-1 as views, one for each piece that they lie in."""
         assert 0 <= start <= stop <= len(self), (start, stop, len(self))
         index = int(np.searchsorted(self._ends, start, side="right"))
@@ -78,14 +84,15 @@ class TokenStream:
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Return the ids at positions start..stop-1 as one array."""
-        views = self.views(start, stop)
+        views = [np.asarray(view) for view in self.views(start, stop)]
         return np.concatenate(views).astype(np.int64) if views else np.empty(0, np.int64)
 
     def counts(self, n_vocab: int) -> npt.NDArray[np.int64]:
         """Return how often each id occurs, (n_vocab,)."""
         totals = np.zeros(n_vocab, dtype=np.int64)
         for piece in self.pieces:
-            totals += np.bincount(piece, minlength=n_vocab)
+            for first in range(0, piece.size, 1 << 20):
+                totals += np.bincount(np.asarray(piece[first : first + (1 << 20)]), minlength=n_vocab)
         return totals
 
     def fingerprint(self) -> str:
@@ -93,18 +100,15 @@ class TokenStream:
         digest = hashlib.sha256(self.document_starts.astype("<i8").tobytes())
         for piece in self.pieces:
             for first in range(0, piece.size, 1 << 20):
-                digest.update(piece[first : first + (1 << 20)].astype("<u4").tobytes())
+                digest.update(np.asarray(piece[first : first + (1 << 20)]).astype("<u4").tobytes())
         return digest.hexdigest()[:16]
 
 
-def stream_of(documents: datasets.Dataset) -> TokenStream:
-    """Return the stream of stored documents, rows of `input_ids`; its pieces are views of the Arrow file."""
-    pieces, lengths = [], []
-    for chunk in documents.data.column("input_ids").chunks:
-        bounds = chunk.offsets.to_numpy()
-        pieces.append(chunk.values.to_numpy(zero_copy_only=True)[bounds[0] : bounds[-1]])
-        lengths.append(np.diff(bounds))
-    return TokenStream(pieces, _starts(np.concatenate(lengths) if lengths else np.empty(0, np.int64)))
+def join_streams(streams: Sequence[TokenStream]) -> TokenStream:
+    """Return streams end to end as one."""
+    shifts = np.cumsum([0, *map(len, streams)])[:-1]
+    starts = [stream.document_starts + shift for stream, shift in zip(streams, shifts, strict=True)]
+    return TokenStream([piece for stream in streams for piece in stream.pieces], np.concatenate(starts))
 
 
 def _starts(lengths: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
@@ -143,13 +147,16 @@ def _select(stream: TokenStream, starts: npt.NDArray[np.int64], stops: npt.NDArr
     return TokenStream(pieces, _starts(stops - starts))
 
 
-class TokenWindows(Dataset[tuple[Tensor, Tensor]]):
+class TokenWindows(Dataset["tuple[Tensor, ...]"]):
     """Windows of a stream: (input, target), both (max_length,) int64, where target t is the token after input t.
 
     A window reads max_length + 1 ids, so that at stride = max_length each token but the first is a target exactly
     once. The last window ends with the stream; targets that an earlier one had are ignored (-100) in it. With
     `score_once` that holds for all windows: each target counts once, with the longest context that the stride allows.
     Without `keep_tail` the tokens after the last regular window are left out.
+
+    With `packing` a window is (input, target, position_ids): positions restart where a document begins, so that the
+    model keeps documents apart, and a document's first token, which nothing of its own precedes, is no target.
     """
 
     def __init__(
@@ -160,6 +167,7 @@ class TokenWindows(Dataset[tuple[Tensor, Tensor]]):
         *,
         score_once: bool = False,
         keep_tail: bool = True,
+        packing: bool = False,
     ) -> None:
         if max_length < 1:
             raise UsageError(f"max_length must be at least 1, got {max_length}")
@@ -170,6 +178,7 @@ class TokenWindows(Dataset[tuple[Tensor, Tensor]]):
                 f"max_length={max_length} needs {max_length + 1}"
             )
         self.stream, self.max_length, self.stride, self.score_once = stream, max_length, stride, score_once
+        self.packing = packing
         targets = len(stream) - 1
         self._regular = (targets - max_length) // stride + 1
         self._tail = targets - (self._regular - 1) * stride - max_length if keep_tail else 0
@@ -177,7 +186,7 @@ class TokenWindows(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return self._regular + (self._tail > 0)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
         start, fresh = index * self.stride, self.max_length
@@ -188,7 +197,20 @@ class TokenWindows(Dataset[tuple[Tensor, Tensor]]):
         ids = torch.from_numpy(self.stream.read(start, start + self.max_length + 1))
         target = ids[1:].clone()
         target[: self.max_length - fresh] = IGNORED
-        return ids[:-1], target
+        if not self.packing:
+            return ids[:-1], target
+        starts = self.stream.document_starts
+        inside = starts[np.searchsorted(starts, start, side="right") :]
+        inside = inside[: np.searchsorted(inside, start + self.max_length, side="right")] - start
+        target[inside - 1] = IGNORED
+        return ids[:-1], target, torch.from_numpy(restarting_positions(inside, self.max_length))
+
+
+def restarting_positions(starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
+    """Return positions (length,) that count from 0 and restart at 0 at each of `starts`, ascending."""
+    begins = np.zeros(length, np.int64)
+    begins[starts[starts < length]] = starts[starts < length]
+    return np.arange(length) - np.maximum.accumulate(begins)
 
 
 def collate_windows(items: Sequence[tuple[Tensor, ...]]) -> Batch:
@@ -218,7 +240,7 @@ def create_pretraining_dataloader(
     *,
     tokenizer: Any = None,
     seed: int = 0,
-) -> DataLoader[tuple[Tensor, Tensor]]:
+) -> DataLoader[tuple[Tensor, ...]]:
     """Return a loader of (input, target) pairs, both (batch_size, max_length) int64; the target is shifted by one.
 
     `tokenizer` is GPT-2's encoding if not given. The order of a shuffled epoch follows from the seed alone: neither
@@ -242,94 +264,3 @@ def create_pretraining_dataloader(
         num_workers=num_workers,
         generator=torch.Generator().manual_seed(seed),
     )
-
-
-def shuffled(positions: npt.NDArray[np.int64], size: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """Return where a pseudo-random permutation of 0..size-1, drawn by (seed, epoch), sends `positions`.
-
-    Needs no memory and no earlier position, so that a run continues anywhere at no cost. A Feistel network (Luby and
-    Rackoff 1988) over the next even power of two; values beyond `size` walk on until they fall inside.
-    """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
-    keys = _mixed(np.uint64(seed % 2**64) ^ _mixed(np.arange(6, dtype=np.uint64) + np.uint64(6 * epoch + 1)))
-
-    def permuted(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        left, right = values >> shift, values & mask
-        for key in keys:
-            left, right = right, left ^ (_mixed(right ^ key) & mask)
-        joined: npt.NDArray[np.uint64] = (left << shift) | right
-        return joined
-
-    values = permuted(positions.astype(np.uint64))
-    while (outside := values >= size).any():
-        values[outside] = permuted(values[outside])
-    return values.astype(np.int64)
-
-
-def _mixed(values: Any) -> Any:
-    """Return 64-bit values scrambled: the finaliser of SplitMix64 (Steele, Lea and Flood 2014)."""
-    with np.errstate(over="ignore"):
-        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchPlan:
-    """Which samples each step trains on: a function of the seed and the step alone.
-
-    Sample k of a run is sample k modulo `samples` of epoch k // samples; a step takes the next `batch_size`. The
-    processes share a step's batch in equal runs, and cut theirs into micro-batches: neither changes the batch.
-    """
-
-    samples: int
-    batch_size: int
-    micro_batch_size: int
-    seed: int
-    num_processes: int = 1
-    process_index: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "micro_batch_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.batch_size % self.num_processes:
-            raise UsageError(
-                f"batch_size={self.batch_size} must be divisible by the number of processes, {self.num_processes}"
-            )
-
-    @property
-    def micro_steps(self) -> int:
-        """How many micro-batches a process computes for a step."""
-        return -(-self.batch_size // self.num_processes // self.micro_batch_size)
-
-    def sample_ids(self, step: int) -> npt.NDArray[np.int64]:
-        """Return the ids (batch_size,) of the samples of step 0, 1, ..., over all processes."""
-        consumed = np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64)
-        epochs = consumed // self.samples
-        ids = np.empty_like(consumed)
-        for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            ids[chosen] = shuffled(consumed[chosen] % self.samples, self.samples, self.seed, int(epoch))
-        return ids
-
-    def micro_batches(self, step: int) -> list[list[int]]:
-        """Return the ids of this process's micro-batches of a step."""
-        share = self.batch_size // self.num_processes
-        own = self.sample_ids(step)[self.process_index * share : (self.process_index + 1) * share].tolist()
-        return [own[first : first + self.micro_batch_size] for first in range(0, share, self.micro_batch_size)]
-
-
-class PlannedBatches(Sampler[list[int]]):
-    """The micro-batches of the steps first_step..last_step-1, in their order."""
-
-    def __init__(self, plan: BatchPlan, first_step: int, last_step: int) -> None:
-        self.plan, self.first_step, self.last_step = plan, first_step, last_step
-
-    def __len__(self) -> int:
-        return (self.last_step - self.first_step) * self.plan.micro_steps
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.first_step, self.last_step):
-            yield from self.plan.micro_batches(step)

@@ -1,22 +1,20 @@
-"""Finds text, reads it as documents, and stores their token ids once, in Arrow, on disk."""
+"""Where text comes from: options, the files and datasets that they name, and the units to read these in."""
 
 from __future__ import annotations
 
 import dataclasses
 import glob
-import hashlib
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
-import tiktoken
 
-from gpt_kit_hf import tokenization
+from gpt_kit_hf.dataset_units import RowsUnit, ShardUnit, row_units, shard_units
 from gpt_kit_hf.errors import DataError, UsageError
+from gpt_kit_hf.text_units import FileUnit, TextUnit, file_units
 
 PYTHON_STDLIB = "python-stdlib"
 # Tests repeat themselves and hold files that are not UTF-8 on purpose.
@@ -29,6 +27,7 @@ _STDLIB_WITHOUT = {
     "__pycache__",
     "lib-dynload",
 }
+_DATASET = "dataset:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +37,8 @@ class TextOptions:
     text_files: list[str] | None = dataclasses.field(
         default=None,
         metadata={
-            "help": "UTF-8 text files or globs, a document each; 'python-stdlib' is the source of the Python that runs"
+            "help": "files or globs: UTF-8 text (a document each), .jsonl and .parquet (a document a row), also "
+            ".gz and .zst; 'python-stdlib' is the source of the Python that runs"
         },
     )
     dataset_name: str | None = dataclasses.field(
@@ -47,81 +47,149 @@ class TextOptions:
     )
     dataset_config: str | None = dataclasses.field(default=None, metadata={"help": "configuration of the dataset"})
     dataset_split: str = dataclasses.field(default="train", metadata={"help": "split of the dataset"})
-    text_column: str = dataclasses.field(default="text", metadata={"help": "column of the dataset that holds text"})
+    text_column: str = dataclasses.field(
+        default="text", metadata={"help": "column of the dataset, or of the rows of files, that holds text"}
+    )
     document_separator: str | None = dataclasses.field(
-        default=None, metadata={"help": "text that ends a document inside a file, such as '<|endoftext|>'"}
+        default=None, metadata={"help": "text that ends a document inside a text file, such as '<|endoftext|>'"}
+    )
+    mixture: list[str] | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "several sources with weights, instead of text_files: WEIGHT:FILES and WEIGHT:dataset:NAME, such "
+            "as 0.7:web/*.jsonl 0.3:books/*.txt"
+        },
     )
     eval_files: list[str] | None = dataclasses.field(
-        default=None, metadata={"help": "held-out text files or globs, instead of eval_fraction"}
+        default=None, metadata={"help": "held-out files or globs, instead of eval_fraction"}
+    )
+    eval_split: str | None = dataclasses.field(
+        default=None, metadata={"help": "split of the dataset to hold out, instead of eval_fraction"}
     )
     eval_fraction: float = dataclasses.field(
         default=0.1,
         metadata={"help": "share of the tokens to hold out: whole documents, then the end of one"},
     )
-    num_proc: int = dataclasses.field(default=1, metadata={"help": "processes that tokenise"})
+    eval_max_tokens: int = dataclasses.field(
+        default=2_000_000, metadata={"help": "hold out no more than so many tokens, whatever eval_fraction is"}
+    )
+    streaming: bool = dataclasses.field(
+        default=False,
+        metadata={"help": "tokenise while training, and store nothing: needs max_steps, and eval_files or eval_split"},
+    )
+    num_proc: int = dataclasses.field(default=1, metadata={"help": "threads that tokenise"})
 
     def __post_init__(self) -> None:
-        if bool(self.text_files) == bool(self.dataset_name):
-            raise UsageError("give text: exactly one of text_files and dataset_name (try text_files python-stdlib)")
+        given = [name for name in ("text_files", "dataset_name", "mixture") if getattr(self, name)]
+        if len(given) != 1:
+            raise UsageError(
+                "give text: exactly one of text_files, dataset_name and mixture (try text_files python-stdlib)"
+            )
         if not 0.0 < self.eval_fraction < 1.0:
             raise UsageError(f"eval_fraction must lie between 0 and 1, got {self.eval_fraction}")
-        if self.num_proc < 1:
-            raise UsageError(f"num_proc must be at least 1, got {self.num_proc}")
+        for name in ("num_proc", "eval_max_tokens"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.document_separator == "":
             raise UsageError("document_separator must not be empty; leave it out if a file is one document")
         if self.document_separator is not None and self.dataset_name:
             raise UsageError("document_separator is for text_files: a row of dataset_name is one document")
+        if self.eval_split is not None and (self.eval_files or not self.dataset_name):
+            raise UsageError("eval_split is for dataset_name, and without eval_files")
+        if self.streaming and self.mixture:
+            raise UsageError("streaming and mixture: a mixture is read from stored tokens; give one of them")
+        if self.streaming and not (self.eval_files or self.eval_split):
+            raise UsageError("streaming needs eval_files or eval_split: a stream has no end to hold out")
+        self.sources()
+
+    def sources(self) -> list[tuple[float, TextSource]]:
+        """Return the sources to train on, with their weights."""
+        if self.mixture is None:
+            return [(1.0, self._source(self.text_files, self.dataset_name, self.dataset_config, self.dataset_split))]
+        found = []
+        for entry in self.mixture:
+            weight, _, place = entry.partition(":")
+            if not place or not _is_positive(weight):
+                raise UsageError(f"mixture {entry!r}: give WEIGHT:FILES, such as 0.3:books/*.txt, the weight above 0")
+            dataset_name = place.removeprefix(_DATASET) if place.startswith(_DATASET) else None
+            files = None if dataset_name else [place]
+            found.append((float(weight), self._source(files, dataset_name, None, self.dataset_split, "mixture")))
+        return found
+
+    def held_out(self) -> TextSource | None:
+        """Return the source that is held out, None if it is a fraction of the others."""
+        if self.eval_files is not None:
+            return self._source(self.eval_files, None, None, "", "eval_files")
+        if self.eval_split is not None:
+            return self._source(None, self.dataset_name, self.dataset_config, self.eval_split, "eval_split")
+        return None
+
+    def _source(
+        self, files: list[str] | None, dataset: str | None, config: str | None, split: str, option: str = "text_files"
+    ) -> TextSource:
+        column, separator = self.text_column, self.document_separator
+        part = (config, split)
+        return TextSource(files=files, dataset=dataset, part=part, column=column, separator=separator, option=option)
 
 
-def load_documents(options: TextOptions) -> datasets.Dataset:
-    """Return the documents to train on, a row each, in the column "text"."""
-    if options.text_files is not None:
-        return load_text_files(options.text_files, options.document_separator)
+@dataclass(frozen=True, kw_only=True)
+class TextSource:
+    """Files, or one split of a dataset: `part` is its configuration and split. `option` is where a user named it."""
+
+    files: list[str] | None
+    dataset: str | None
+    part: tuple[str | None, str]
+    column: str
+    separator: str | None
+    option: str
+
+    @property
+    def name(self) -> str:
+        """What a user called it."""
+        return str(self.dataset) if self.files is None else ", ".join(self.files[:3])
+
+    def units(self, may_cut: bool) -> list[TextUnit]:
+        """Return the text in units; `may_cut` says whether a document may be encoded in parts.
+
+        Raises DataError for files and datasets that are not there, empty, or without the column.
+        """
+        if self.files is not None:
+            found: list[FileUnit] = file_units(
+                find_files(self.files, self.option), column=self.column, separator=self.separator, may_cut=may_cut
+            )
+            return [*found]
+        rows = self._load(streaming=False)
+        self._check_column(rows.column_names)
+        units: list[RowsUnit] = row_units(rows, str(self.dataset), self.column)
+        return [*units]
+
+    def streamed_units(self, may_cut: bool) -> Sequence[TextUnit | ShardUnit]:
+        """Return units that need not be on the disk: for a dataset, its shards."""
+        if self.files is not None:
+            return self.units(may_cut)
+        rows = self._load(streaming=True)
+        if rows.column_names is not None:
+            self._check_column(rows.column_names)
+        return shard_units(rows, str(self.dataset), self.column)
+
+    def _load(self, *, streaming: bool) -> Any:
+        config, split = self.part
+        try:
+            return datasets.load_dataset(self.dataset, config, split=split, streaming=streaming)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+            raise DataError(f"dataset_name {self.dataset!r}, split {split!r}, cannot be loaded: {reason}") from None
+
+    def _check_column(self, names: Sequence[str]) -> None:
+        if self.column not in names:
+            raise DataError(f"text_column {self.column!r} is not in {self.dataset!r}; its columns: {', '.join(names)}")
+
+
+def _is_positive(weight: str) -> bool:
     try:
-        rows = datasets.load_dataset(options.dataset_name, options.dataset_config, split=options.dataset_split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise DataError(f"dataset_name {options.dataset_name!r} cannot be loaded: {reason}") from None
-    if options.text_column not in rows.column_names:
-        raise DataError(
-            f"text_column {options.text_column!r} is not in {options.dataset_name!r}; "
-            f"its columns: {', '.join(rows.column_names)}"
-        )
-    rows = rows.select_columns([options.text_column])
-    return rows if options.text_column == "text" else rows.rename_column(options.text_column, "text")
-
-
-def load_text_files(patterns: list[str], separator: str | None = None, option: str = "text_files") -> datasets.Dataset:
-    """Return the documents of text files, cached by the files' content.
-
-    Raises DataError, with `option` or file and line, for a missing or empty file and for bytes that are not UTF-8.
-    """
-    files = find_files(patterns, option)
-    # Not by size and time: an archive unpacked gives different files the same of both.
-    stamps = [(str(file.absolute()), _digest(file)) for file in files]
-    try:
-        return datasets.Dataset.from_generator(
-            _read_rows,
-            features=datasets.Features({"text": datasets.Value("large_string")}),
-            gen_kwargs={"stamps": stamps, "separator": separator},
-            # A row can be a whole book: few at a time keep memory small.
-            writer_batch_size=64,
-        )
-    except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, DataError):
-            raise error.__cause__ from None
-        raise
-
-
-def _digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}") from None
-    return digest.hexdigest()
+        return 0.0 < float(weight) < float("inf")
+    except ValueError:
+        return False
 
 
 def find_files(patterns: list[str], option: str = "text_files") -> list[Path]:
@@ -164,67 +232,3 @@ def _stdlib_files() -> list[Path]:
         for file in sorted(root.rglob("*.py"))
         if not _STDLIB_WITHOUT.intersection(file.relative_to(root).parts[:-1])
     ]
-
-
-def _read_rows(stamps: list[tuple[str, str]], separator: str | None) -> Iterator[dict[str, str]]:
-    blank = True
-    for name, _ in stamps:
-        text = read_text(Path(name))
-        for document in [text] if separator is None else text.split(separator):
-            if document.strip():
-                blank = False
-                yield {"text": document}
-    if blank:
-        raise DataError(f"{', '.join(name for name, _ in stamps[:3])}: only white space, there is no text to train on")
-
-
-def read_text(file: Path) -> str:
-    """Return a UTF-8 file's text, line ends as they are and without a byte order mark."""
-    try:
-        return file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise DataError(
-            f"{file}:{line}: not UTF-8 text (byte 0x{error.object[error.start]:02x} at offset {error.start})"
-        ) from None
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}") from None
-
-
-def tokenize_documents(
-    documents: datasets.Dataset, encoding: tiktoken.Encoding, num_proc: int = 1
-) -> datasets.Dataset:
-    """Return rows of `input_ids`, a document each and ended by end of text, in the smallest unsigned integer type.
-
-    The result is stored by `datasets` under a fingerprint of the documents and the vocabulary: the same text is
-    tokenised once.
-    """
-    dtype = tokenization.id_dtype(encoding.n_vocab)
-    features = datasets.Features({"input_ids": datasets.LargeList(datasets.Value(dtype.name))})
-    vocabulary = tokenization.fingerprint(encoding)
-    stored_as = hashlib.sha256(f"{documents._fingerprint} {vocabulary} ids-1".encode()).hexdigest()[:16]
-    return documents.map(
-        _tokenize_rows,
-        batched=True,
-        with_indices=True,
-        batch_size=64,
-        writer_batch_size=64,
-        fn_kwargs={"encoding": encoding},
-        remove_columns=documents.column_names,
-        features=features,
-        num_proc=num_proc if num_proc > 1 else None,
-        new_fingerprint=stored_as,
-        desc="tokenising",
-    )
-
-
-def _tokenize_rows(
-    rows: dict[str, list[Any]], indices: list[int], encoding: tiktoken.Encoding
-) -> dict[str, list[Any]]:
-    for index, text in zip(indices, rows["text"], strict=True):
-        if not isinstance(text, str):
-            raise DataError(f"row {index} of the dataset must hold text, got {text!r}")
-    ids = tokenization.encode_ordinary_batch(encoding, rows["text"])
-    # Text that spells the marker stays text: only the end of a document ends one.
-    end = encoding.encode_single_token(tokenization.END_OF_TEXT)
-    return {"input_ids": [np.append(document, document.dtype.type(end)) for document in ids]}

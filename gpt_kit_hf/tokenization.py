@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from gpt_kit_hf.errors import DataError, UsageError, unknown_name
 from gpt_kit_hf.tokenizer_twin import (
     END_OF_TEXT,
+    GPT2_PATTERN,
     byte_characters,
     byte_level_split,
     load_encoding,
@@ -32,12 +33,14 @@ if TYPE_CHECKING:
 __all__ = [
     "END_OF_TEXT",
     "check_fingerprint",
+    "encode_documents",
     "encode_ordinary_batch",
     "end_of_text_id",
     "fingerprint",
     "get_encoding",
     "id_dtype",
     "load_encoding",
+    "may_cut",
     "save_tokenizer",
     "text_to_token_ids",
     "token_ids_to_text",
@@ -147,6 +150,45 @@ def encode_ordinary_batch(
         _encode(encoding, text, f"texts[{index}]", allowed_special=frozenset()).astype(dtype)
         for index, text in enumerate(texts)
     ]
+
+
+def encode_documents(
+    encoding: tiktoken.Encoding, parts: Sequence[tuple[str, bool]], where: str
+) -> npt.NDArray[np.unsignedinteger[Any]]:
+    """Return the ids of documents end to end, (T,) of `id_dtype(encoding.n_vocab)`, each ended by end of text.
+
+    A part is a text and whether a document ends with it. Text that spells the end of text stays text. Raises
+    DataError, with `where`, as `encode_ordinary_batch` does.
+    """
+    # One call for many documents: tiktoken encodes what stands between two ends of text by itself.
+    joined: list[str] = []
+    encoded: list[npt.NDArray[np.uint32]] = []
+    end = np.array([encoding.encode_single_token(END_OF_TEXT)], np.uint32)
+
+    def flush() -> None:
+        if joined:
+            encoded.append(_encode(encoding, "".join(joined), where, allowed_special={END_OF_TEXT}))
+            joined.clear()
+
+    for text, ends in parts:
+        if END_OF_TEXT in text:
+            flush()
+            encoded.append(_encode(encoding, text, where, allowed_special=frozenset()))
+            encoded += [end] * ends
+        else:
+            joined += [text, END_OF_TEXT] if ends else [text]
+    flush()
+    dtype = id_dtype(encoding.n_vocab)
+    return np.concatenate(encoded).astype(dtype) if encoded else np.empty(0, dtype)
+
+
+def may_cut(encoding: tiktoken.Encoding | None) -> bool:
+    """Return whether a text may be cut between a letter and a blank, and encoded in parts, to the same ids.
+
+    So it is where the pattern cuts there whatever stands around: in the vocabularies known here, of which the one
+    that is yet to be trained (None) is one.
+    """
+    return encoding is None or encoding._pat_str in (GPT2_PATTERN, _TRAINED_PATTERN, _BYTES_PATTERN)
 
 
 def text_to_token_ids(text: str, tokenizer: AnyTokenizer) -> torch.Tensor:

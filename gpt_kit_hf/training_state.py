@@ -14,7 +14,7 @@ from gpt_kit_hf.optimizer_state import flatten_optimizer_state, restore_optimize
 
 _STATE_FILE = "training_state.json"
 _OPTIMIZER_FILE = "optimizer.safetensors"
-_POSITION = ("step", "corpus", "skipped_in_a_row")
+_POSITION = ("step", "corpus", "data_position", "skipped_in_a_row")
 
 
 def write_training_state(folder: Path, model: nn.Module, trainer: AMPTrainer, position: dict[str, Any]) -> None:

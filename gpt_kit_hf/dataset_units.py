@@ -1,0 +1,97 @@
+"""Text in datasets of the `datasets` library, in units of work like those of files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+
+from gpt_kit_hf.errors import DataError
+from gpt_kit_hf.text_units import UNIT_BYTES, Position, TextPart
+
+_ROWS_AT_ONCE = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsUnit:
+    """Rows start..stop-1 of a dataset on the disk, a document each, in `column`."""
+
+    dataset: datasets.Dataset
+    source: str
+    start: int
+    stop: int
+    column: str
+
+    @property
+    def name(self) -> str:
+        """The dataset and the rows."""
+        return f"{self.source} rows {self.start} to {self.stop - 1}"
+
+    @property
+    def size(self) -> int:
+        """About how many bytes the rows take."""
+        return int(self.dataset.data.nbytes * (self.stop - self.start) / max(1, len(self.dataset)))
+
+    def content_key(self) -> str:
+        """Return what `datasets` knows the rows by."""
+        return f"{self.dataset._fingerprint} {self.column} {self.start} {self.stop}"
+
+    def stamp(self) -> str | None:
+        """Return None: the key costs nothing."""
+        return None
+
+    def parts(self, position: Position | None = None) -> Iterator[TextPart]:
+        """Yield the rows' texts; a position is a row's number. Raises DataError with it."""
+        for first in range(self.start if position is None else position, self.stop, _ROWS_AT_ONCE):
+            texts = self.dataset[first : min(first + _ROWS_AT_ONCE, self.stop)][self.column]
+            for row, text in enumerate(texts, start=first):
+                yield TextPart(_checked(text, f"{self.source} row {row}"), True, row + 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardUnit:
+    """A shard of a dataset that is streamed, a document a row, in `column`."""
+
+    dataset: datasets.IterableDataset
+    source: str
+    index: int
+    column: str
+
+    @property
+    def name(self) -> str:
+        """The dataset and the shard."""
+        return f"{self.source} shard {self.index}"
+
+    def parts(self, position: Position | None = None) -> Iterator[TextPart]:
+        """Yield the rows' texts; a position is the state that `datasets` resumes from."""
+        shard = self.dataset.shard(num_shards=self.dataset.num_shards, index=self.index)
+        if position is not None:
+            shard.load_state_dict(position)
+        for row in shard:
+            if self.column not in row:
+                raise DataError(f"{self.name}: no column {self.column!r} (text_column); it has {', '.join(row)}")
+            yield TextPart(_checked(row[self.column], self.name), True, shard.state_dict())
+
+
+def row_units(dataset: datasets.Dataset, source: str, column: str) -> list[RowsUnit]:
+    """Cut a dataset into units of about UNIT_BYTES, the same ones at each call."""
+    per_unit = max(1, len(dataset) * UNIT_BYTES // max(1, dataset.data.nbytes))
+    return [
+        RowsUnit(dataset=dataset, source=source, start=first, stop=min(first + per_unit, len(dataset)), column=column)
+        for first in range(0, len(dataset), per_unit)
+    ]
+
+
+def shard_units(dataset: datasets.IterableDataset, source: str, column: str) -> list[ShardUnit]:
+    """Return the shards of a streamed dataset."""
+    return [
+        ShardUnit(dataset=dataset, source=source, index=index, column=column) for index in range(dataset.num_shards)
+    ]
+
+
+def _checked(text: Any, where: str) -> str:
+    if not isinstance(text, str):
+        raise DataError(f"{where} must hold text, got {text!r:.60}")
+    return text
