@@ -86,9 +86,8 @@ def prepare_corpus(text: TextOptions, encoding: tiktoken.Encoding, *, seed: int)
     keys = [each.key for each in stored]
     documents = sum(len(stream.document_starts) for stream in streams)
     if (outside := text.held_out()) is not None:
-        apart = _stored(outside, encoding, text.num_proc)
-        held_out = TokenStream(apart.pieces, apart.document_starts)
-        split: tuple[object, ...] = (apart.key,)
+        held_out, key = prepare_held_out(outside, encoding, text.num_proc)
+        split: tuple[object, ...] = (key,)
     else:
         # Each source gives its share, so that the held-out text is a mixture, too.
         fraction = min(text.eval_fraction, text.eval_max_tokens / max(1, sum(map(len, streams))))
@@ -105,6 +104,12 @@ def prepare_corpus(text: TextOptions, encoding: tiktoken.Encoding, *, seed: int)
         documents=documents,
         fingerprint=hashlib.sha256(repr((keys, weights, split)).encode()).hexdigest()[:16],
     )
+
+
+def prepare_held_out(source: TextSource, encoding: tiktoken.Encoding, num_proc: int) -> tuple[TokenStream, str]:
+    """Return the tokens of held-out text, and what tells them from others."""
+    stored = _stored(source, encoding, num_proc)
+    return TokenStream(stored.pieces, stored.document_starts), stored.key
 
 
 def _stored(source: TextSource, encoding: tiktoken.Encoding, num_proc: int) -> StoredTokens:

@@ -69,10 +69,11 @@ class ShardUnit:
         shard = self.dataset.shard(num_shards=self.dataset.num_shards, index=self.index)
         if position is not None:
             shard.load_state_dict(position)
-        for row in shard:
-            if self.column not in row:
-                raise DataError(f"{self.name}: no column {self.column!r} (text_column); it has {', '.join(row)}")
-            yield TextPart(_checked(row[self.column], self.name), True, shard.state_dict())
+        # By `iter`: iterating over the dataset itself would share its rows out among a loader's workers once more.
+        for rows in shard.iter(batch_size=1):
+            if self.column not in rows:
+                raise DataError(f"{self.name}: no column {self.column!r} (text_column); it has {', '.join(rows)}")
+            yield TextPart(_checked(rows[self.column][0], self.name), True, shard.state_dict())
 
 
 def row_units(dataset: datasets.Dataset, source: str, column: str) -> list[RowsUnit]:

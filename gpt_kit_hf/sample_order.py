@@ -21,7 +21,7 @@ class Order(Protocol):
 
     @property
     def samples(self) -> int:
-        """How many samples make an epoch."""
+        """How many samples make an epoch, 0 if there is none."""
 
     def ids(self, consumed: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the samples that a run takes after so many others."""
@@ -73,6 +73,17 @@ class ShuffledOrder:
             chosen = epochs == epoch
             ids[chosen] = shuffled(consumed[chosen] % self.samples, self.samples, self.seed, int(epoch))
         return ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamOrder:
+    """Samples as they come, of which there is no end: `samples` is 0."""
+
+    samples: int = 0
+
+    def ids(self, consumed: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the samples that a run takes after so many others."""
+        return consumed
 
 
 @dataclass(frozen=True, kw_only=True)

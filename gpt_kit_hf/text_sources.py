@@ -14,7 +14,7 @@ import datasets
 
 from gpt_kit_hf.dataset_units import RowsUnit, ShardUnit, row_units, shard_units
 from gpt_kit_hf.errors import DataError, UsageError
-from gpt_kit_hf.text_units import FileUnit, TextUnit, file_units
+from gpt_kit_hf.text_units import UNIT_BYTES, FileUnit, TextUnit, file_units
 
 PYTHON_STDLIB = "python-stdlib"
 # Tests repeat themselves and hold files that are not UTF-8 on purpose.
@@ -28,6 +28,7 @@ _STDLIB_WITHOUT = {
     "lib-dynload",
 }
 _DATASET = "dataset:"
+_SMALLEST_UNIT = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,9 @@ class TextOptions:
         default=False,
         metadata={"help": "tokenise while training, and store nothing: needs max_steps, and eval_files or eval_split"},
     )
+    shuffle_windows: int = dataclasses.field(
+        default=1024, metadata={"help": "windows of a stream that are shuffled together"}
+    )
     num_proc: int = dataclasses.field(default=1, metadata={"help": "threads that tokenise"})
 
     def __post_init__(self) -> None:
@@ -87,7 +91,7 @@ class TextOptions:
             )
         if not 0.0 < self.eval_fraction < 1.0:
             raise UsageError(f"eval_fraction must lie between 0 and 1, got {self.eval_fraction}")
-        for name in ("num_proc", "eval_max_tokens"):
+        for name in ("num_proc", "eval_max_tokens", "shuffle_windows"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.document_separator == "":
@@ -154,23 +158,26 @@ class TextSource:
         Raises DataError for files and datasets that are not there, empty, or without the column.
         """
         if self.files is not None:
-            found: list[FileUnit] = file_units(
-                find_files(self.files, self.option), column=self.column, separator=self.separator, may_cut=may_cut
-            )
-            return [*found]
+            return [*self._file_units(find_files(self.files, self.option), may_cut, UNIT_BYTES)]
         rows = self._load(streaming=False)
         self._check_column(rows.column_names)
         units: list[RowsUnit] = row_units(rows, str(self.dataset), self.column)
         return [*units]
 
     def streamed_units(self, may_cut: bool) -> Sequence[TextUnit | ShardUnit]:
-        """Return units that need not be on the disk: for a dataset, its shards."""
+        """Return units that need not be on the disk, small files in more of them: for a dataset, its shards."""
         if self.files is not None:
-            return self.units(may_cut)
+            files = find_files(self.files, self.option)
+            size = sum(file.stat().st_size for file in files)
+            return self._file_units(files, may_cut, min(UNIT_BYTES, max(_SMALLEST_UNIT, size // 32)))
         rows = self._load(streaming=True)
         if rows.column_names is not None:
             self._check_column(rows.column_names)
         return shard_units(rows, str(self.dataset), self.column)
+
+    def _file_units(self, files: list[Path], may_cut: bool, unit_bytes: int) -> list[FileUnit]:
+        column, separator = self.column, self.separator
+        return file_units(files, column=column, separator=separator, may_cut=may_cut, unit_bytes=unit_bytes)
 
     def _load(self, *, streaming: bool) -> Any:
         config, split = self.part

@@ -100,8 +100,9 @@ class FileUnit:
 
     @property
     def name(self) -> str:
-        """The first file."""
-        return str(self.spans[0].file)
+        """Its beginning and its end."""
+        first, last = self.spans[0], self.spans[-1]
+        return f"{first.file}:{first.start} to {last.file.name}:{last.stop}"
 
     @property
     def size(self) -> int:
@@ -220,16 +221,18 @@ class FileUnit:
                 number += 1
 
 
-def file_units(files: list[Path], *, column: str, separator: str | None, may_cut: bool) -> list[FileUnit]:
-    """Cut files into units of about UNIT_BYTES, the same ones at each call."""
+def file_units(
+    files: list[Path], *, column: str, separator: str | None, may_cut: bool, unit_bytes: int | None = None
+) -> list[FileUnit]:
+    """Cut files into units of about `unit_bytes`, UNIT_BYTES if not given, the same ones at each call."""
     units: list[list[FileSpan]] = [[]]
-    room = UNIT_BYTES
+    room = unit_bytes = unit_bytes or UNIT_BYTES
     for file in files:
-        for span in _spans(file, column, separator, may_cut):
+        for span in _spans(file, column, separator, may_cut, unit_bytes):
             size = FileUnit(spans=(span,), column=column, separator=separator, may_cut=may_cut).size
             if units[-1] and size > room:
                 units.append([])
-                room = UNIT_BYTES
+                room = unit_bytes
             units[-1].append(span)
             room -= size
     made = [FileUnit(spans=tuple(u), column=column, separator=separator, may_cut=may_cut) for u in units if u]
@@ -242,27 +245,27 @@ def _safe_cut(data: bytes | bytearray, searched: int = 1) -> int:
     return found.end() if found else 0
 
 
-def _spans(file: Path, column: str, separator: str | None, may_cut: bool) -> list[FileSpan]:
+def _spans(file: Path, column: str, separator: str | None, may_cut: bool, unit_bytes: int) -> list[FileSpan]:
     """Cut one file where its form allows."""
     size = file.stat().st_size
     whole = FileSpan(file, 0, size)
     if whole.form == "parquet":
         groups = _parquet(file, column).metadata
         sizes = [groups.row_group(index).total_byte_size for index in range(groups.num_row_groups)]
-        firsts, room = [0], UNIT_BYTES
+        firsts, room = [0], unit_bytes
         for index, group in enumerate(sizes):
             if index > firsts[-1] and group > room:
                 firsts.append(index)
-                room = UNIT_BYTES
+                room = unit_bytes
             room -= group
         return [FileSpan(file, first, last) for first, last in pairwise([*firsts, len(sizes)])]
-    if whole.compression or size <= UNIT_BYTES:
+    if whole.compression or size <= unit_bytes:
         return [whole]
     mark = b"\n" if whole.form == "jsonl" else None if separator is None else separator.encode()
     if mark is None and not may_cut:
         return [whole]
     # Very large files have larger units, or there would be too many files of ids.
-    step = max(UNIT_BYTES, size // 256)
+    step = max(unit_bytes, size // 256)
     cuts = [0]
     with file.open("rb") as stream:
         while (target := cuts[-1] + step) < size and (cut := _cut_after(stream, target, mark)) < size:
