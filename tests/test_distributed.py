@@ -53,9 +53,16 @@ def text(tmp_path: Path) -> Path:
     return file
 
 
-def test_two_processes_compute_the_batches_of_one(tmp_path: Path, text: Path) -> None:
+@pytest.mark.parametrize("streaming", [False, True])
+def test_two_processes_compute_the_batches_of_one(streaming: bool, tmp_path: Path, text: Path) -> None:
+    source = []
+    if streaming:
+        held_out = tmp_path / "held-out.txt"
+        held_out.write_text(text.read_text())
+        text.write_text(text.read_text() * 100)  # long enough for two units, a lane each
+        source = ["--streaming=true", f"--eval_files={held_out}", "--shuffle_windows=16"]
     for processes in (1, 2):
-        ended = launch(processes, tmp_path / f"by-{processes}", text)
+        ended = launch(processes, tmp_path / f"by-{processes}", text, *source)
         assert ended.returncode == 0, ended.stderr
         assert f"{processes} process" in ended.stdout
         assert ended.stdout.count("metrics ") == 1  # one process speaks
