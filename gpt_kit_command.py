@@ -34,6 +34,46 @@ def train(context: typer.Context) -> None:
     raise typer.Exit(train_command(context.args))
 
 
+@app.command(context_settings=_PASS_ON, add_help_option=False, short_help="Tune a model on instruction rows.")
+def finetune(context: typer.Context) -> None:
+    """Tune a model on instruction rows: --config FILE and --name value; --help lists every option."""
+    from gpt_kit_hf.cli import finetune_command
+
+    raise typer.Exit(finetune_command(context.args))
+
+
+@app.command()
+def inspect(
+    rows: Annotated[list[str], typer.Argument(metavar="DATA...", help=".json, .jsonl (also .gz, .zst) or .parquet")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="run, folder or Hub id whose tokens to count; bytes if left out")
+    ] = None,
+    max_length: Annotated[
+        int, typer.Option("--max_length", "--max-length", help="tokens of a row and of a packed sequence")
+    ] = 1024,
+    truncation: Annotated[
+        str, typer.Option("--truncation", help="of a longer row: error, drop or truncate_prompt")
+    ] = "error",
+    train_on: Annotated[str, typer.Option("--train_on", "--train-on", help="answers or everything")] = "answers",
+    skip: Annotated[bool, typer.Option("--skip", help="count rows that cannot be used, do not stop")] = False,
+    examples: Annotated[int, typer.Option("--examples", min=0, help="rows to show, trained tokens marked")] = 3,
+) -> None:
+    """Show which tokens of instruction rows would be trained, and what is wrong with the rows."""
+    from gpt_kit_hf.cli import inspect_command
+
+    raise typer.Exit(
+        inspect_command(
+            rows,
+            model=model,
+            max_length=max_length,
+            truncation=truncation,
+            train_on=train_on,
+            skip=skip,
+            examples=examples,
+        )
+    )
+
+
 @app.command()
 def generate(
     model: Annotated[str, typer.Argument(metavar="RUN_OR_REPO", help="folder of a run or model, or a Hub id")],

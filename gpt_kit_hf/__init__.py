@@ -5,17 +5,21 @@ Importing registers the model with the Auto classes of transformers.
 
 from torch.nn import GELU, LayerNorm
 
+from gpt_kit_hf.adapters import AdapterOptions
 from gpt_kit_hf.amp import AMPTrainer, UpdateReport
+from gpt_kit_hf.chat_templates import check_chat_template, get_chat_template
 from gpt_kit_hf.cli import run_command
 from gpt_kit_hf.configuration_gpt_kit import GPTKitConfig
 from gpt_kit_hf.corpus import Corpus, EncodingOptions, choose_encoding, prepare_corpus
 from gpt_kit_hf.errors import CheckpointError, DataError, GPTKitError, NonFiniteError, UsageError
 from gpt_kit_hf.evaluation import Evaluation, evaluate_stream
+from gpt_kit_hf.finetuning import BaseOptions, FinetuneOptions, finetune, inspect_rows
 from gpt_kit_hf.generation import generate_text_autoregressive, stream_text
 from gpt_kit_hf.gpt2_checkpoint import convert_checkpoint, load_gpt2_checkpoint, save_as_gpt2
 from gpt_kit_hf.instruction_data import InstructionDataset, create_instruction_collate_fn, format_alpaca
+from gpt_kit_hf.instruction_rows import RowOptions, read_rows
 from gpt_kit_hf.invariance import check_invariance
-from gpt_kit_hf.losses import compute_batch_loss, compute_loader_loss, train_step_with_gradient_clipping
+from gpt_kit_hf.losses import Batch, compute_batch_loss, compute_loader_loss, train_step_with_gradient_clipping
 from gpt_kit_hf.modeling_gpt_kit import (
     FeedForward,
     GPTKitForCausalLM,
@@ -25,7 +29,7 @@ from gpt_kit_hf.modeling_gpt_kit import (
     TransformerBlock,
 )
 from gpt_kit_hf.optimization import OptimizerOptions, create_optimizer, learning_rate_at
-from gpt_kit_hf.option_parsing import parse_run_options
+from gpt_kit_hf.option_parsing import parse_finetune_options, parse_run_options
 from gpt_kit_hf.presets import PRESETS, ModelOptions, create_model_config
 from gpt_kit_hf.pretraining_data import (
     GPTPretrainingDataset,
@@ -37,6 +41,8 @@ from gpt_kit_hf.pretraining_data import (
 from gpt_kit_hf.registration import register
 from gpt_kit_hf.run_options import RunOptions, TrainingOptions
 from gpt_kit_hf.run_record import RunResult
+from gpt_kit_hf.supervised_rows import PackedRows, PaddedRows, SupervisedRows, SupervisionOptions, encode_rows
+from gpt_kit_hf.supervision_report import SupervisionReport, inspect_batches, report_of
 from gpt_kit_hf.text_sources import TextOptions
 from gpt_kit_hf.tokenization import get_encoding, text_to_token_ids, token_ids_to_text, train_bpe
 from gpt_kit_hf.tokenizer_twin import load_encoding, save_tokenizer
@@ -53,12 +59,16 @@ __all__ = [
     "GELU",
     "PRESETS",
     "AMPTrainer",
+    "AdapterOptions",
+    "BaseOptions",
+    "Batch",
     "CheckpointError",
     "Corpus",
     "DataError",
     "EncodingOptions",
     "Evaluation",
     "FeedForward",
+    "FinetuneOptions",
     "GPTKitConfig",
     "GPTKitError",
     "GPTKitForCausalLM",
@@ -72,8 +82,14 @@ __all__ = [
     "MultiHeadAttention",
     "NonFiniteError",
     "OptimizerOptions",
+    "PackedRows",
+    "PaddedRows",
+    "RowOptions",
     "RunOptions",
     "RunResult",
+    "SupervisedRows",
+    "SupervisionOptions",
+    "SupervisionReport",
     "TextOptions",
     "TokenStream",
     "TokenWindows",
@@ -82,6 +98,7 @@ __all__ = [
     "UpdateReport",
     "UsageError",
     "WindowOptions",
+    "check_chat_template",
     "check_invariance",
     "choose_encoding",
     "compute_batch_loss",
@@ -91,15 +108,23 @@ __all__ = [
     "create_model_config",
     "create_optimizer",
     "create_pretraining_dataloader",
+    "encode_rows",
     "evaluate_stream",
+    "finetune",
     "format_alpaca",
     "generate_text_autoregressive",
+    "get_chat_template",
     "get_encoding",
+    "inspect_batches",
+    "inspect_rows",
     "learning_rate_at",
     "load_encoding",
     "load_gpt2_checkpoint",
+    "parse_finetune_options",
     "parse_run_options",
     "prepare_corpus",
+    "read_rows",
+    "report_of",
     "run_command",
     "save_as_gpt2",
     "save_tokenizer",

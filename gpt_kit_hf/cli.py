@@ -18,12 +18,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gpt_kit_hf.chat import ChatOptions, Conversation, converse
 from gpt_kit_hf.durable_files import save_json
 from gpt_kit_hf.errors import GPTKitError, UsageError
+from gpt_kit_hf.finetuning import finetune, inspect_rows
 from gpt_kit_hf.generation import stream_text
 from gpt_kit_hf.gpt2_checkpoint import Activation, Layout, convert_checkpoint
+from gpt_kit_hf.instruction_rows import RowOptions
 from gpt_kit_hf.invariance import check_invariance
-from gpt_kit_hf.option_parsing import parse_run_options
+from gpt_kit_hf.option_parsing import parse_finetune_options, parse_run_options
 from gpt_kit_hf.progress import printable
 from gpt_kit_hf.run_folder import check_tokenizer, find_model_folder
+from gpt_kit_hf.supervised_rows import SupervisionOptions, TrainOn, Truncation
 from gpt_kit_hf.tokenization import text_to_token_ids
 from gpt_kit_hf.training import train
 
@@ -56,6 +59,35 @@ def _fail(error: object, code: int) -> int:
 def train_command(arguments: Sequence[str]) -> int:
     """Pretrain a GPT as the arguments say."""
     return run_command(lambda: train(parse_run_options(arguments)))
+
+
+def finetune_command(arguments: Sequence[str]) -> int:
+    """Tune a model on instruction rows as the arguments say."""
+    return run_command(lambda: finetune(parse_finetune_options(arguments)))
+
+
+def inspect_command(
+    rows: Sequence[str],
+    *,
+    model: str | None,
+    max_length: int,
+    truncation: str,
+    train_on: str,
+    skip: bool,
+    examples: int,
+) -> int:
+    """Show what of instruction rows would be trained; a place without a model is read as bytes."""
+
+    def inspect() -> None:
+        options = SupervisionOptions(
+            max_length=max_length, truncation=cast(Truncation, truncation), train_on=cast(TrainOn, train_on)
+        )
+        source = RowOptions(rows=list(rows), on_bad_row="skip" if skip else "stop")
+        report = inspect_rows(source, options, model=model, examples=examples)
+        _write(report.text(color=sys.stdout.isatty()) + "\n")
+        report.check()
+
+    return run_command(inspect)
 
 
 def generate_command(

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader, Subset
+from transformers import PreTrainedTokenizerBase
 
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.losses import Batch, evaluation_mode, summed_batch_loss
@@ -50,6 +51,19 @@ def token_byte_lengths(encoding: tiktoken.Encoding) -> npt.NDArray[np.int64]:
         with suppress(KeyError):
             lengths[token] = len(encoding.decode_single_token_bytes(token))
     lengths[end] = 0
+    return lengths
+
+
+def tokenizer_byte_lengths(tokenizer: PreTrainedTokenizerBase, n_vocab: int) -> npt.NDArray[np.int64]:
+    """Return how many bytes of text each id of a tokenizer of transformers spells, (n_vocab,); special ones none."""
+    lengths = np.zeros(n_vocab, dtype=np.int64)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    by_bytes = backend is not None and "ByteLevel" in type(backend.decoder).__name__
+    special = set(tokenizer.all_special_ids)
+    for token, index in tokenizer.get_vocab().items():
+        if index < n_vocab and index not in special:
+            # A byte-level token has a character for each byte.
+            lengths[index] = len(token) if by_bytes else len(tokenizer.decode([index]).encode())
     return lengths
 
 

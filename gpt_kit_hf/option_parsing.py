@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -9,15 +10,24 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from gpt_kit_hf.adapters import AdapterOptions
 from gpt_kit_hf.corpus import EncodingOptions
 from gpt_kit_hf.errors import UsageError, unknown_name
+from gpt_kit_hf.finetuning import BaseOptions, FinetuneOptions, finetuning_optimizer
+from gpt_kit_hf.instruction_rows import RowOptions
 from gpt_kit_hf.optimization import OptimizerOptions
 from gpt_kit_hf.presets import ModelOptions
 from gpt_kit_hf.pretraining_data import WindowOptions
 from gpt_kit_hf.run_options import RunOptions, TrainingOptions
+from gpt_kit_hf.supervised_rows import SupervisionOptions
 from gpt_kit_hf.text_sources import TextOptions
 
-_ROOMS = (TrainingOptions, TextOptions, EncodingOptions, WindowOptions, ModelOptions, OptimizerOptions)
+_ALTERNATIVES = [
+    ("max_steps", "epochs"),
+    ("text_files", "dataset_name", "mixture"),
+    ("rows", "rows_dataset"),
+    ("eval_files", "eval_split"),
+]
 
 
 class _Parser(HfArgumentParser):  # type: ignore[misc]
@@ -33,7 +43,27 @@ def parse_run_options(arguments: Sequence[str], prog: str = "gpt-kit train") -> 
     `--help` prints every option with its default and exits. Raises UsageError for an unknown name, with the nearest
     one, and for a value that is not allowed.
     """
-    parser = _Parser(_ROOMS, prog=prog, allow_abbrev=False, description="Pretrain a GPT on text.")
+    rooms = (TrainingOptions, TextOptions, EncodingOptions, WindowOptions, ModelOptions, OptimizerOptions)
+    parser = _Parser(rooms, prog=prog, allow_abbrev=False, description="Pretrain a GPT on text.")
+    training, text, encoding, windows, model, optimizer = _parsed(parser, arguments)
+    return RunOptions(
+        training=training, text=text, encoding=encoding, windows=windows, model=model, optimizer=optimizer
+    )
+
+
+def parse_finetune_options(arguments: Sequence[str], prog: str = "gpt-kit finetune") -> FinetuneOptions:
+    """Return the options of an instruction-tuning run, as `parse_run_options` does those of pretraining."""
+    rooms = (TrainingOptions, BaseOptions, RowOptions, SupervisionOptions, AdapterOptions, OptimizerOptions)
+    parser = _Parser(rooms, prog=prog, allow_abbrev=False, description="Tune a model on instruction rows.")
+    parser.set_defaults(**dataclasses.asdict(finetuning_optimizer()))
+    training, base, rows, supervision, adapter, optimizer = _parsed(parser, arguments)
+    return FinetuneOptions(
+        training=training, base=base, rows=rows, supervision=supervision, adapter=adapter, optimizer=optimizer
+    )
+
+
+def _parsed(parser: _Parser, arguments: Sequence[str]) -> list[Any]:
+    """Return an instance of each of the parser's option classes."""
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line wins over it")
     names = [action.dest for action in parser._actions if action.dest != "help"]
     config = _config_argument(arguments)
@@ -47,10 +77,7 @@ def parse_run_options(arguments: Sequence[str], prog: str = "gpt-kit train") -> 
             raise UsageError(unknown_name("option", first.split("=")[0].lstrip("-").replace("-", "_"), names))
         raise UsageError(f"unexpected argument {first!r}: options are given as --name value")
     del rest  # the namespace of --config
-    training, text, encoding, windows, model, optimizer = rooms
-    return RunOptions(
-        training=training, text=text, encoding=encoding, windows=windows, model=model, optimizer=optimizer
-    )
+    return list(rooms)
 
 
 def _config_argument(arguments: Sequence[str]) -> str | None:
@@ -69,8 +96,7 @@ def _config_argument(arguments: Sequence[str]) -> str | None:
 def _replaced(arguments: Sequence[str]) -> set[str]:
     """Return the options of which the command line gives the alternative: it wins over a file in these, too."""
     given = {argument.split("=")[0].lstrip("-").replace("-", "_") for argument in arguments if argument[:2] == "--"}
-    alternatives = [("max_steps", "epochs"), ("text_files", "dataset_name")]
-    return {name for pair in alternatives for name in pair if name not in given and given.intersection(pair)}
+    return {name for group in _ALTERNATIVES for name in group if name not in given and given.intersection(group)}
 
 
 def _arguments_of_file(file: Path, names: Sequence[str], replaced: set[str]) -> list[str]:

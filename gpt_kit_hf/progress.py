@@ -21,7 +21,7 @@ class Console:
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
-        self._interactive = stream is not None and stream.isatty()
+        self.interactive = stream is not None and stream.isatty()
         self._bar: tqdm[Any] | None = None
 
     def say(self, line: str = "") -> None:
@@ -38,7 +38,7 @@ class Console:
 
     def start(self, done: int, total: int) -> None:
         """Show the bar of a run that has `done` of `total` steps behind it."""
-        if self._interactive:
+        if self.interactive:
             layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
             self._bar = tqdm(
                 total=total, initial=done, file=self._stream, bar_format=layout, dynamic_ncols=True, leave=False

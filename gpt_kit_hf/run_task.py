@@ -34,6 +34,8 @@ class RunSetting:
 class RunTask(Protocol):
     """A model and what it is trained on and scored by."""
 
+    scored: str  # what the held-out samples are called
+    scored_first: bool  # whether the score before the first step tells something
     model: PreTrainedModel
     fingerprint: str
     order: Order

@@ -28,6 +28,9 @@ from gpt_kit_hf.tokenizer_twin import load_encoding
 class TextTask:
     """A GPT and the text that is held out from it; subclasses add what it is trained on."""
 
+    scored = "held-out text"
+    scored_first = False
+
     def __init__(self, options: RunOptions, setting: RunSetting) -> None:
         self.options, self.setting = options, setting
         self._check_before_reading()

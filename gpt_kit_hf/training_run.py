@@ -173,6 +173,8 @@ class _Run:
             self.model.compile()
         batches = self.task.batches(self.plan, self.step, self.total_steps, self.data_position)
         self.console.start(self.step, self.total_steps)
+        if self.task.scored_first and self.step == 0:
+            self._say_score(self._evaluate(None))
         pace, first = Pace(), self.step
         while self.step < self.total_steps:
             began = time.perf_counter()
@@ -282,14 +284,16 @@ class _Run:
 
     def _now_and_then(self) -> None:
         if self.step % self.chosen.eval_every == 0:
-            scored = self._evaluate(self.chosen.eval_windows)
-            self.console.say(
-                f"step {self.step}  held-out loss {scored.loss:.3f}, {scored.bits_per_byte:.3f} bits per byte"
-            )
+            self._say_score(self._evaluate(self.chosen.eval_windows))
         if self.chosen.sample_every and self.step % self.chosen.sample_every == 0:
             self.console.say(self._sample())
         if self.step % self.chosen.save_every == 0:
             self._save()
+
+    def _say_score(self, scored: Evaluation) -> None:
+        self.console.say(
+            f"step {self.step}  held-out loss {scored.loss:.3f}, {scored.bits_per_byte:.3f} bits per byte"
+        )
 
     def _evaluate(self, max_samples: int | None) -> Evaluation:
         scored = self.task.evaluate(max_samples, self.plan.micro_batch_size, self.trainer.autocast)
@@ -361,7 +365,7 @@ class _Run:
         self.console.close()
         others = ", ".join(f"{name} {value:.3f}" for name, value in beside.items())
         say(
-            f"\nheld-out text ({scored.text_bytes:,} bytes): {scored.bits_per_byte:.3f} bits per byte"
+            f"\n{self.task.scored} ({scored.text_bytes:,} bytes): {scored.bits_per_byte:.3f} bits per byte"
             + (f"; {others}" if others else "")
         )
         say(f"loss {scored.loss:.4f} nats per token, perplexity {scored.perplexity:.1f}")

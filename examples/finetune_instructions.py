@@ -1,0 +1,11 @@
+"""Tune a model on instruction rows, in full or by LoRA.
+
+`accelerate launch examples/finetune_instructions.py --model RUN --rows ROWS.jsonl --output_dir runs/tuned`
+"""
+
+import sys
+
+from gpt_kit_hf import finetune, parse_finetune_options, run_command
+
+if __name__ == "__main__":
+    sys.exit(run_command(lambda: finetune(parse_finetune_options(sys.argv[1:], prog="finetune_instructions.py"))))
