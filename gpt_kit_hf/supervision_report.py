@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -103,7 +104,9 @@ class SupervisionReport:
         for name in ("skipped", "dropped"):
             values[name] = {kind: rows._asdict() for kind, rows in getattr(self, name).items()}
         values["examples"] = [[segment._asdict() for segment in example] for example in self.examples]
-        return {**values, "share_trained": self.share_trained, "padding_saved": self.padding_saved}
+        values |= {"share_trained": self.share_trained, "padding_saved": self.padding_saved}
+        as_json: dict[str, Any] = json.loads(json.dumps(values))  # tuples become lists
+        return as_json
 
     def findings(self) -> list[str]:
         """Return a sentence for each thing that is likely not meant; empty where all is well."""

@@ -165,6 +165,8 @@ def test_one_graph_serves_all_decoding_steps_by_inductor() -> None:
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
+# Said by torch about itself, where it traces the indexing of a mask function.
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'>:DeprecationWarning")
 def test_a_compiled_forward_has_a_graph_for_the_prompt_and_one_for_the_steps() -> None:
     model = lively_model()
     plain = copy.deepcopy(model)
@@ -211,6 +213,7 @@ def test_as_many_beams_as_sequences_find_the_best(end: int | None, options: dict
         num_beams=5**3,
         num_return_sequences=8,
         eos_token_id=end,
+        pad_token_id=1,  # 0 counts as none for the beams of transformers
         length_penalty=0.5,
         early_stopping="never" if end else False,
         return_dict_in_generate=True,
@@ -220,7 +223,7 @@ def test_as_many_beams_as_sequences_find_the_best(end: int | None, options: dict
     for index, row in enumerate(rows):
         expected = best_sequences(model, row, 3, -1 if end is None else end, 0.5)[:8]
         found = out.sequences[8 * index : 8 * index + 8, 4:].tolist()
-        assert found == [sequence + [0] * (3 - len(sequence)) for _, sequence in expected]
+        assert found == [sequence + [1] * (3 - len(sequence)) for _, sequence in expected]
         scores = out.sequences_scores[8 * index : 8 * index + 8].tolist()
         assert scores == pytest.approx([score for score, _ in expected], abs=1e-4)
 
@@ -364,3 +367,163 @@ def test_several_answers_to_a_prompt_are_draws_of_their_own() -> None:
     torch.manual_seed(7)
     assert generated == sampled_by_hand(model, [row for row in rows for _ in range(3)], 1.7, 20, 0.8)
     assert len({tuple(new) for new in generated}) == 9
+
+
+# --- processors of the scores
+
+
+class Recorder(LogitsProcessor):
+    """Keeps what it is shown, and forbids the token that was generated last."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self.seen.append((input_ids.clone(), scores.clone()))
+        return scores.scatter(1, input_ids[:, -1:], -torch.inf)
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}], ids=str)
+def test_a_processor_sees_the_logits_of_each_row_alone(options: dict[str, Any]) -> None:
+    model = lively_model()
+    rows, inputs = padded_rows()
+    recorder = Recorder()
+    out = greedily(model, **inputs, logits_processor=LogitsProcessorList([recorder]), **options)
+    assert len(recorder.seen) == NEW
+    for step, (ids, scores) in enumerate(recorder.seen):
+        assert torch.equal(ids, out[:, : 9 + step])
+        for index, row in enumerate(rows):
+            alone = model(ids[index, 9 - len(row) :][None], use_cache=False).logits[0, -1]
+            assert relative_difference(scores[index], alone) <= 1e-4
+            alone[ids[index, -1]] = -torch.inf
+            assert out[index, 9 + step] == alone.argmax()
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_guidance_is_the_formula(use_cache: bool) -> None:
+    """Scores are guided by a negative prompt: Sanchez et al. 2023, "Stay on topic with Classifier-Free Guidance"."""
+    model = lively_model()
+    rows, inputs = padded_rows()
+    negatives, negative = padded_rows(2, 4, 3)
+    guided = greedily(
+        model,
+        **inputs,
+        guidance_scale=2.5,
+        negative_prompt_ids=negative["input_ids"],
+        negative_prompt_attention_mask=negative["attention_mask"],
+        use_cache=use_cache,
+    )[:, 9:]
+    assert guided.tolist() != [continuation(model, row) for row in rows]
+    for index, (row, against) in enumerate(zip(rows, negatives, strict=True)):
+        new = torch.zeros(0, dtype=torch.long)
+        for _ in range(NEW):
+            wanted, unwanted = (
+                model(torch.cat((start, new))[None], use_cache=False).logits[0, -1].log_softmax(0)
+                for start in (row, against)
+            )
+            new = torch.cat((new, (unwanted + 2.5 * (wanted - unwanted)).argmax()[None]))
+        assert torch.equal(guided[index], new)
+
+
+def test_ended_rows_are_filled_while_the_others_go_on() -> None:
+    model = lively_model()
+    rows, inputs = padded_rows()
+    expected = [continuation(model, row) for row in rows]
+    end = expected[0][3]
+    generated = greedily(model, **inputs, eos_token_id=end, pad_token_id=end)[:, 9:].tolist()
+    ended = [new[: new.index(end)] if end in new else new for new in expected]
+    longest = max(len(new) + (end in row) for new, row in zip(ended, expected, strict=True))
+    assert generated == [(new + [end] * NEW)[:longest] for new in ended]
+
+
+# --- one call after another
+
+
+def looked_up(model: GPTKitForCausalLM) -> list[int]:
+    """The number of tokens of each forward from now on."""
+    lengths: list[int] = []
+    model.model.embed_tokens.register_forward_hook(lambda module, args, out: lengths.append(args[0].shape[1]))
+    return lengths
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("only_new", [False, True], ids=["the whole chat", "its new turn only"])
+def test_the_second_turn_of_a_chat_continues_the_cache_of_the_first(cache: str, only_new: bool) -> None:
+    model = lively_model()
+    rows, inputs = padded_rows(3, 6)
+    past: Any = DynamicCache(config=model.config)
+    if cache == "static":
+        past = StaticCache(config=model.config, max_cache_len=TABLE)
+    first = greedily(model, **inputs, past_key_values=past, max_new_tokens=8)
+    turn = random_ids(2, 5)
+    whole = torch.cat((first, turn), dim=1)
+    mask = torch.cat((inputs["attention_mask"], torch.ones(2, 13, dtype=torch.long)), dim=1)
+    expected = [continuation(model, ids[6 - len(row) :], 9) for ids, row in zip(whole, rows, strict=True)]
+    lengths = looked_up(model)
+    # The last token of the first answer was never looked up: it opens the second turn.
+    ids = whole[:, 13:] if only_new else whole
+    out = greedily(model, input_ids=ids, attention_mask=mask, past_key_values=past, max_new_tokens=9)
+    assert out[:, ids.shape[1] :].tolist() == expected
+    assert lengths == [6] + [1] * 8
+
+
+# --- what does not fit
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}, {"num_beams": 2}])
+@pytest.mark.parametrize("length", [6, TABLE])
+def test_the_table_may_be_filled_and_not_passed(length: int, options: dict[str, Any]) -> None:
+    model = lively_model()
+    inputs: dict[str, Any] = {"input_ids": random_ids(1, length), **options}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    # The last token is generated, never looked up.
+    assert greedily(model, **inputs, max_new_tokens=TABLE - length + 1).shape == (1, TABLE + 1)
+    with pytest.raises(ValueError, match=rf"between 0 and {TABLE - 1} \(max_position_embeddings={TABLE}\), got {TABLE}"):
+        greedily(model, **inputs, max_new_tokens=TABLE - length + 2)
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 2}], ids=str)
+def test_a_prompt_longer_than_the_table_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"max_position_embeddings={TABLE}"):
+        greedily(lively_model(), input_ids=random_ids(1, TABLE + 1), **options)
+
+
+# --- text: streams and the pipeline
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    write_tiny_model(path)
+    return path
+
+
+def expected_text(folder: Path, prompt: str, count: int) -> str:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    row = tokenizer(prompt, return_tensors="pt").input_ids[0]
+    return str(tokenizer.decode(continuation(model, row, count)))
+
+
+def test_text_streams_as_it_is_generated(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer("the quick brown", return_tensors="pt")
+    expected = expected_text(folder, "the quick brown", 30)
+    options = {**inputs, "max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
+    model.generate(**options, streamer=TextStreamer(tokenizer))
+    assert capsys.readouterr().out == f"the quick brown{expected}\n"
+    pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+    thread = Thread(target=model.generate, kwargs={**options, "streamer": pieces})
+    thread.start()
+    assert "".join(pieces) == expected
+    thread.join()
+
+
+def test_the_pipeline_answers_prompts_of_a_batch_as_it_answers_each(folder: Path) -> None:
+    prompts = ["the quick brown", "o", "jumps over the lazy dog"]
+    pipe = pipeline("text-generation", model=str(folder), device="cpu")
+    pipe.tokenizer.pad_token_id = pipe.model.config.eos_token_id  # as the pipeline asks for
+    pipe.tokenizer.padding_side = "left"
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "return_full_text": False}
+    answers = [answer[0]["generated_text"] for answer in pipe(prompts, batch_size=3, **options)]
+    assert answers == [expected_text(folder, prompt, 20) for prompt in prompts]
+    assert [pipe(prompt, **options)[0]["generated_text"] for prompt in prompts] == answers

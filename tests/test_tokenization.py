@@ -24,12 +24,14 @@ from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.tokenization import (
     END_OF_TEXT,
     check_fingerprint,
+    encode_documents,
     encode_ordinary_batch,
     end_of_text_id,
     fingerprint,
     get_encoding,
     id_dtype,
     load_encoding,
+    may_cut,
     save_tokenizer,
     text_to_token_ids,
     token_ids_to_text,
@@ -630,3 +632,69 @@ def test_an_encoding_without_end_of_text() -> None:
     bare = tiktoken.Encoding("bare", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={})
     assert end_of_text_id(bare) is None
     assert text_to_token_ids(END_OF_TEXT, bare)[0].tolist() == list(END_OF_TEXT.encode())
+
+
+# Documents end to end, and documents in parts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_documents_are_encoded_each_by_itself_and_ended(encoding: tiktoken.Encoding) -> None:
+    texts = fuzzed_strings(300, seed=11)
+    assert any(END_OF_TEXT in text for text in texts)
+    expected = [token for text in texts for token in [*encoding.encode_ordinary(text), encoding.eot_token]]
+    found = encode_documents(encoding, [(text, True) for text in texts], "here")
+    assert found.tolist() == expected
+    assert found.dtype == id_dtype(encoding.n_vocab)
+    # Whatever is encoded together.
+    rng, pieces, first = random.Random(0), [], 0
+    while first < len(texts):
+        last = first + rng.randint(1, 20)
+        pieces.append(encode_documents(encoding, [(text, True) for text in texts[first:last]], "here"))
+        first = last
+    assert np.concatenate(pieces).tolist() == expected
+    assert encode_documents(encoding, [], "here").tolist() == []
+    assert encode_documents(encoding, [], "here").dtype == found.dtype
+    assert encode_documents(encoding, [("", True)], "here").tolist() == [encoding.eot_token]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_document_cut_between_a_letter_and_a_blank_keeps_its_ids(encoding: tiktoken.Encoding) -> None:
+    assert may_cut(encoding)
+    rng, cuts = random.Random(13), 0
+    for text in fuzzed_strings(400, seed=12):
+        text = rng.choice(["", "the cat\n\n "]) + text + rng.choice(["", " and the end", "\n", "s  \n"])
+        places = [m.end() for m in regex.finditer(r"[A-Za-z](?=[ \n])", text) if rng.random() < 0.7]
+        bounds = [0, *places, len(text)]
+        parts = [(text[a:b], b == len(text)) for a, b in pairwise(bounds)]
+        if parts[-1][0] == "" or not text:
+            continue
+        cuts += len(places)
+        expected = [*encoding.encode_ordinary(text), encoding.eot_token]
+        assert encode_documents(encoding, parts, "here").tolist() == expected
+        alone = [encode_documents(encoding, [part], "here").tolist() for part in parts]
+        assert [token for ids in alone for token in ids] == expected
+    assert cuts > 200
+
+
+def test_a_cut_elsewhere_would_change_ids(trained_encoding: tiktoken.Encoding) -> None:
+    """What the two tests before would say, if the place of the cut did not matter."""
+    text = "the cat"
+    parts = [(text[:4], False), (text[4:], True)]
+    assert encode_documents(trained_encoding, parts, "here").tolist() != [
+        *trained_encoding.encode_ordinary(text),
+        trained_encoding.eot_token,
+    ]
+
+
+def test_a_document_that_cannot_be_encoded_is_named(trained_encoding: tiktoken.Encoding) -> None:
+    for parts in ([("fine", True), ("half \ud83d", True)], [(f"{END_OF_TEXT}\ud83d", False)]):
+        with pytest.raises(DataError, match=r"^data/a\.txt has the lone surrogate U\+D83D"):
+            encode_documents(trained_encoding, parts, "data/a.txt")
+
+
+def test_only_patterns_that_are_known_may_be_cut(trained_encoding: tiktoken.Encoding) -> None:
+    assert may_cut(None)
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    for pattern in (r"[\s\S]+", r" ?\p{L}+ ?|\s+|[^\s\p{L}]+", trained_encoding._pat_str + " "):
+        other = tiktoken.Encoding("other", pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 256})
+        assert not may_cut(other)
