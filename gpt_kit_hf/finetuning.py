@@ -243,24 +243,27 @@ class InstructionTask:
             )
 
     def _read_rows(self, format_fn: FormatFn | None) -> tuple[SupervisedRows, SupervisedRows]:
-        """Return the rows to train on and those held out."""
-        base = self.options.base
-        rows = self._encode(self.options.rows, format_fn)
+        """Return the rows to train on and those held out, of which the answers are scored, whatever is trained."""
+        base, supervision = self.options.base, self.options.supervision
+        answers = dataclasses.replace(supervision, train_on="answers")
+        rows = self._encode(self.options.rows, supervision, format_fn)
         if base.eval_rows is not None:
-            held_out = self._encode(
-                RowOptions(rows=base.eval_rows, on_bad_row=self.options.rows.on_bad_row), format_fn
-            )
-            return rows, held_out
-        shares = [1.0 - base.eval_fraction, base.eval_fraction]
-        train, kept = rows.split(shares, self.setting.options.seed)
-        return train, kept
+            apart = RowOptions(rows=base.eval_rows, on_bad_row=self.options.rows.on_bad_row)
+            return rows, self._encode(apart, answers, format_fn)
+        shares, seed = [1.0 - base.eval_fraction, base.eval_fraction], self.setting.options.seed
+        train, held_out = rows.split(shares, seed)
+        if supervision.train_on == "everything":
+            _, held_out = self._encode(self.options.rows, answers, format_fn).split(shares, seed)
+        return train, held_out
 
-    def _encode(self, options: RowOptions, format_fn: FormatFn | None) -> SupervisedRows:
+    def _encode(
+        self, options: RowOptions, supervision: SupervisionOptions, format_fn: FormatFn | None
+    ) -> SupervisedRows:
         skipped = SkippedRows()
         return encode_rows(
             with_template(read_rows(options, skipped), self.tokenizer, self.options.base.chat_template),
             self.tokenizer,
-            self.options.supervision,
+            supervision,
             format_fn,
             vocab_size=self.model.config.vocab_size,
             on_bad_row=options.on_bad_row,

@@ -360,7 +360,6 @@ class GPTKitForCausalLM(GPTKitPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        shift_labels: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Return the logits (B, T, V) and, if labels are given, the loss.
@@ -369,6 +368,9 @@ class GPTKitForCausalLM(GPTKitPreTrainedModel, GenerationMixin):
         `shift_labels` (B, T) are targets that are shifted already: target t is the token after token t. The loss is
         the mean over trained tokens, or their sum divided by `num_items_in_batch`.
         """
+        # Not a parameter: Trainer takes each one with "label" in its name for an input that every batch must have, and
+        # gives no evaluation loss where one is missing.
+        shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

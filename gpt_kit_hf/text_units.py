@@ -19,7 +19,7 @@ from gpt_kit_hf.errors import DataError
 
 # A unit is what one worker reads and one file of ids holds: large enough that opening it costs nothing, small enough
 # that a run that was stopped does little again.
-UNIT_BYTES = 16 << 20
+UNIT_BYTES = 4 << 20
 PIECE_BYTES = 1 << 20
 _BLOCK = 1 << 20
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
