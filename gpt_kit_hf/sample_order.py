@@ -126,10 +126,19 @@ class MixtureOrder:
         blocks = ShuffledOrder(samples=_MIXTURE_BLOCK, seed=self.seed)
         slots = blocks.ids(consumed)  # a permutation of 0..4095 in each block
         bounds = np.concatenate(([0], np.cumsum(self.quotas)))
+        ranks = np.empty_like(consumed)  # how many of the same source its block has before
+        for block in np.unique(consumed // _MIXTURE_BLOCK):
+            inside = consumed // _MIXTURE_BLOCK == block
+            whole = blocks.ids(np.arange(block * _MIXTURE_BLOCK, (block + 1) * _MIXTURE_BLOCK))
+            sources = np.searchsorted(bounds, whole, side="right") - 1
+            by_source = np.argsort(sources, kind="stable")
+            before = np.empty_like(whole)
+            before[by_source] = np.arange(_MIXTURE_BLOCK) - bounds[sources[by_source]]
+            ranks[inside] = before[consumed[inside] % _MIXTURE_BLOCK]
         ids = np.empty_like(consumed)
         for source, size in enumerate(self.sizes):
             own = (bounds[source] <= slots) & (slots < bounds[source + 1])
-            taken = consumed[own] // _MIXTURE_BLOCK * self.quotas[source] + slots[own] - bounds[source]
+            taken = consumed[own] // _MIXTURE_BLOCK * self.quotas[source] + ranks[own]
             seed = int(_mixed(np.uint64((self.seed + (source + 1) * 0x9E3779B97F4A7C15) % 2**64)))
             ids[own] = ShuffledOrder(samples=size, seed=seed).ids(taken) + sum(self.sizes[:source])
         return ids

@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, TypeAlias
 
@@ -119,9 +119,14 @@ class FileUnit:
         for span in self.spans:
             # The whole of a file that is read in row groups or compressed.
             whole = span.compression or span.form == "parquet"
-            place = f" {span.compression} {span.start} {span.stop}" if whole else ""
-            digest.update(f"{span.form}{place}".encode())
-            for block in _raw_blocks(span.file, 0 if whole else span.start, None if whole else span.stop):
+            length = span.file.stat().st_size
+            # What the same bytes mean: the beginning and the end of a document, and where the next span begins.
+            place = (
+                (span.start, span.stop) if whole else (span.stop - span.start, span.start == 0, span.stop == length)
+            )
+            digest.update(repr((span.form, span.compression, length if whole else 0, place)).encode())
+            first, last = _row_group_bytes(span) if span.form == "parquet" else (span.start, span.stop)
+            for block in _raw_blocks(span.file, first, last):
                 digest.update(block)
         return digest.hexdigest()
 
@@ -146,20 +151,24 @@ class FileUnit:
 
     def _text(self, span: FileSpan, place: int, inside: bool) -> Iterator[tuple[str, bool, int]]:
         mark = None if self.separator is None else self.separator.encode()
-        waiting, whole = bytearray(), not inside  # whole: no part of the document that waits was handed over
+        # whole: no part of the document that waits was handed over, by this unit or the one before.
+        waiting, whole = bytearray(), not inside and (mark is not None or place == 0)
         searched = PIECE_BYTES
+        held = len(mark or b"x") - 1  # so many bytes at the end may begin a mark
         for block in _blocks(span, place):
             waiting += block
             *documents, waiting = [waiting] if mark is None else waiting.split(mark)
-            for document in documents:
-                after = place + len(document) + len(mark or b"")
-                yield from self._part(span, document, place, after, ends=True, whole=whole)
-                place, whole = after, True
-            # At the first place beyond a piece's size, so that the same parts come wherever reading began.
-            while self.may_cut and (cut := _safe_cut(waiting, searched)):
-                yield from self._part(span, waiting[:cut], place, place + cut, ends=False, whole=False)
-                place, waiting, whole, searched = place + cut, waiting[cut:], False, PIECE_BYTES
-            searched = max(PIECE_BYTES, len(waiting))
+            for piece, ends in [*((d, True) for d in documents), (waiting, False)]:
+                # At the first place beyond a piece's size, so that the same parts come wherever reading began.
+                while self.may_cut and (cut := _safe_cut(piece, searched, len(piece) if ends else len(piece) - held)):
+                    yield from self._part(span, piece[:cut], place, place + cut, ends=False, whole=False)
+                    place, piece, whole, searched = place + cut, piece[cut:], False, PIECE_BYTES
+                if ends:
+                    after = place + len(piece) + len(mark or b"")
+                    yield from self._part(span, piece, place, after, ends=True, whole=whole)
+                    place, whole, searched = after, True, PIECE_BYTES
+                waiting = piece
+            searched = max(PIECE_BYTES, len(waiting) - held)
         if waiting:
             ends = bool(span.compression) or span.stop == span.file.stat().st_size or mark is not None
             yield from self._part(span, waiting, place, place + len(waiting), ends=ends, whole=whole and ends)
@@ -181,7 +190,7 @@ class FileUnit:
     def _lines(self, span: FileSpan, place: int, inside: bool) -> Iterator[tuple[str, bool, int]]:
         assert not inside  # a row is read as a whole
         waiting = b""
-        for block in (*_blocks(span, place), b"\n"):  # the last line may lack its end
+        for block in chain(_blocks(span, place), [b"\n"]):  # the last line may lack its end
             *lines, waiting = (waiting + block).split(b"\n")
             for line in lines:
                 if line.strip():
@@ -210,15 +219,19 @@ class FileUnit:
         assert not inside  # a row is read as a whole
         file = _parquet(span.file, self.column)
         number = 0
-        for batch in file.iter_batches(256, range(span.start, span.stop), columns=[self.column]):
-            for value in batch.column(0):
-                if number >= place:
-                    text = value.as_py()
-                    if not isinstance(text, str):
-                        where = f"row {number} from row group {span.start} on"
-                        raise DataError(f"{span.file}: {where}: {self.column!r} must be text, got {text!r:.60}")
-                    yield text, True, number + 1
-                number += 1
+        try:
+            for batch in file.iter_batches(256, range(span.start, span.stop), columns=[self.column]):
+                for value in batch.column(0):
+                    if number >= place:
+                        text = value.as_py()
+                        if not isinstance(text, str):
+                            where = f"row {number} from row group {span.start} on"
+                            raise DataError(f"{span.file}: {where}: {self.column!r} must be text, got {text!r:.60}")
+                        yield text, True, number + 1
+                    number += 1
+        except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+            where = f"row {number} from row group {span.start} on"
+            raise DataError(f"{span.file}: {where} cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def file_units(
@@ -239,9 +252,9 @@ def file_units(
     return made
 
 
-def _safe_cut(data: bytes | bytearray, searched: int = 1) -> int:
+def _safe_cut(data: bytes | bytearray, searched: int = 1, stop: int | None = None) -> int:
     """Return the first place from `searched` on where text can be cut and keep its tokens, 0 if there is none."""
-    found = _SAFE_CUT.search(data, searched - 1)
+    found = _SAFE_CUT.search(data, searched - 1, len(data) if stop is None else max(0, stop))
     return found.end() if found else 0
 
 
@@ -275,16 +288,22 @@ def _spans(file: Path, column: str, separator: str | None, may_cut: bool, unit_b
 
 def _cut_after(stream: BinaryIO, target: int, mark: bytes | None) -> int:
     """Return the first place after `target` where a document ends, or without a mark where a cut is safe."""
-    stream.seek(target)
-    data = b""
+    before = 0 if mark is None else len(mark) - 1  # a mark that begins there would take bytes of one found after it
+    begin = max(0, target - before)
+    stream.seek(begin)
+    data, place = b"", target - begin
     while block := stream.read(_BLOCK):
         data += block
         if mark is None:
             if cut := _safe_cut(data):
                 return target + cut
-        elif (place := data.find(mark)) >= 0:
-            return target + place + len(mark)
-    return target + len(data)
+            continue
+        while (place := data.find(mark, place)) >= 0:
+            if data.find(mark, max(0, place - before), place + before) < 0:
+                return begin + place + len(mark)
+            place += 1
+        place = max(target - begin, len(data) - before)
+    return begin + len(data)
 
 
 def _blocks(span: FileSpan, place: int) -> Iterator[bytes]:
@@ -334,6 +353,19 @@ def _parquet(file: Path, column: str) -> Any:
         known = ", ".join(opened.schema_arrow.names)
         raise DataError(f"{file}: no column {column!r} (text_column); its columns: {known}")
     return opened
+
+
+def _row_group_bytes(span: FileSpan) -> tuple[int, int]:
+    """Return where in a Parquet file the bytes of a span's row groups begin and end."""
+    groups = pq.ParquetFile(span.file).metadata
+    columns = [
+        groups.row_group(group).column(column)
+        for group in range(span.start, span.stop)
+        for column in range(groups.num_columns)
+    ]
+    firsts = [min(filter(None, (c.dictionary_page_offset, c.data_page_offset))) for c in columns]
+    ends = [first + column.total_compressed_size for first, column in zip(firsts, columns, strict=True)]
+    return min(firsts, default=0), max(ends, default=0)
 
 
 def _no_text(row: Any, column: str) -> str:

@@ -24,8 +24,9 @@ from gpt_kit_hf.durable_files import sync_path
 from gpt_kit_hf.errors import DataError
 from gpt_kit_hf.text_units import PIECE_BYTES, TextUnit
 
-_LAYOUT = "ids-2"  # part of every key: another layout is another file
+_LAYOUT = "ids-3"  # part of every key: another layout is another file
 _MOST_OPEN_FILES = 128
+_ROWS = b"rows"
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,12 @@ def _open_file(name: str) -> int:
         os.close(_open_files.popitem(last=False)[1])
     _open_files[key] = os.open(name, os.O_RDONLY)
     return _open_files[key]
+
+
+def _close_file(name: str) -> None:
+    descriptor = _open_files.pop((os.getpid(), name), None)
+    if descriptor is not None:
+        os.close(descriptor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,12 +161,14 @@ def _encode_unit(unit: TextUnit, encoding: tiktoken.Encoding, file: Path) -> int
     whole = np.ones(len(rows), bool)
     whole[-1:] = ends
     table = pa.table({"input_ids": rows, "ends_document": whole})
+    table = table.replace_schema_metadata({_ROWS: str(len(rows))})
 
     def write(stage: Path) -> None:
         with pa.OSFile(str(stage), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
 
     _write_at_once(file, write)
+    _close_file(str(file))  # what lay there before may be open
     return int(ids.size)
 
 
@@ -177,9 +186,10 @@ def _write_at_once(file: Path, write: Callable[[Path], Any]) -> None:
 
 def _is_whole(file: Path) -> bool:
     """Return whether a file of ids is there and can be read to its end."""
-    with suppress(OSError, pa.ArrowInvalid):
-        _read_table(file)
-        return True
+    with suppress(OSError, pa.ArrowException):
+        table = _read_table(file)
+        # A stream that was cut after its schema reads as one without rows.
+        return (table.schema.metadata or {}).get(_ROWS) == str(len(table)).encode()
     return False
 
 

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
+from transformers import DynamicCache
 
+from gpt_kit_hf import GPTModel, create_model_config
 from gpt_kit_hf.errors import DataError, UsageError
+from gpt_kit_hf.invariance import _flex_attention
+from gpt_kit_hf.losses import summed_batch_loss
 from gpt_kit_hf.pretraining_data import (
     IGNORED,
     GPTPretrainingDataset,
     TokenStream,
     TokenWindows,
     WindowOptions,
+    collate_windows,
     create_pretraining_dataloader,
     held_out_split,
 )
@@ -185,3 +195,111 @@ def test_a_text_shorter_than_a_window_is_refused_with_the_numbers() -> None:
 def test_a_batch_that_processes_cannot_share_is_refused() -> None:
     with pytest.raises(UsageError, match="batch_size=9 must be divisible by the number of processes, 2"):
         BatchPlan(order=ShuffledOrder(samples=31, seed=0), batch_size=9, micro_batch_size=3, num_processes=2)
+
+
+# --- packing
+
+
+def naive_packed(flat: np.ndarray, document: np.ndarray, start: int, length: int) -> tuple[list[int], ...]:
+    """A packed window, token by token: (inputs, targets, position_ids)."""
+    inputs: list[int] = []
+    targets: list[int] = []
+    positions: list[int] = []
+    for place in range(start, start + length):
+        goes_on = place > start and document[place] == document[place - 1]
+        positions.append(positions[-1] + 1 if goes_on else 0)
+        inputs.append(int(flat[place]))
+        targets.append(int(flat[place + 1]) if document[place + 1] == document[place] else IGNORED)
+    return inputs, targets, positions
+
+
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("longest", [2, 5, 60])
+def test_packed_windows_equal_a_naive_reference(seed: int, longest: int) -> None:
+    rng = np.random.default_rng(seed)
+    stream, texts = random_stream(rng, documents=12, longest=longest)
+    flat = np.concatenate(texts).astype(np.int64)
+    document = np.repeat(np.arange(12), [text.size for text in texts])
+    max_length = int(rng.integers(1, min(14, flat.size - 1)))
+    stride = int(rng.integers(1, max_length + 1))
+    packed = TokenWindows(stream, max_length, stride, packing=True)
+    plain = TokenWindows(stream, max_length, stride)
+    starts = [*range(0, flat.size - max_length, stride)]
+    last = flat.size - 1 - max_length
+    starts += [last] if starts[-1] < last else []
+    assert len(packed) == len(plain) == len(starts)
+    for index, start in enumerate(starts):
+        inputs, targets, positions = packed[index]
+        expected = naive_packed(flat, document, start, max_length)
+        assert positions.dtype == torch.int64
+        assert inputs.tolist() == expected[0]
+        assert positions.tolist() == expected[2]
+        # A target is trained where the window without packing trains it and the document goes on.
+        unpacked = plain[index][1].tolist()
+        both = [t if u != IGNORED else IGNORED for t, u in zip(expected[1], unpacked, strict=True)]
+        assert targets.tolist() == both
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_packed_windows_train_all_but_first_tokens_exactly_once(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    stream, texts = random_stream(rng, documents=12)
+    size = sum(text.size for text in texts)
+    positions = TokenStream([np.arange(size)], stream.document_starts)
+    max_length = int(rng.integers(1, min(30, size - 1)))
+    times = np.zeros(size, int)
+    for index in range(len(windows := TokenWindows(positions, max_length, max_length, packing=True))):
+        targets = windows[index][1]
+        times[targets[targets != IGNORED]] += 1
+    first = np.zeros(size, bool)
+    first[stream.document_starts] = True
+    np.testing.assert_array_equal(times, ~first)
+
+
+def uncompiled(attention: str) -> AbstractContextManager[None]:
+    return _flex_attention(compiled=False) if attention == "flex_attention" else nullcontext()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's flex attention about torch itself
+@pytest.mark.parametrize("cache", ["none", "default", "dynamic"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+def test_the_packed_loss_is_that_of_the_documents_alone(attention: str, cache: str) -> None:
+    """Each piece of a document inside a window by itself, eager and without packing, against the packed batch."""
+    rng = np.random.default_rng(5)
+    stream, _ = random_stream(rng, documents=14, longest=30)
+    config = create_model_config("nano-xs", vocab_size=256, n_layer=2, n_head=2, n_embd=32, max_position_embeddings=32)
+    torch.manual_seed(3)
+    model = GPTModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0.0, 0.5)  # so that a token seen or not seen moves the loss
+    windows = TokenWindows(stream, 24, 24, packing=True)
+    batch = collate_windows([windows[index] for index in range(len(windows))])
+    assert batch.position_ids is not None
+    arguments: dict[str, Any] = {
+        "none": {"use_cache": False}, "default": {}, "dynamic": {"past_key_values": DynamicCache(config=config)}
+    }[cache]  # fmt: skip
+    with torch.no_grad():
+        model.set_attn_implementation("eager")
+        expected, pieces = 0.0, 0
+        for inputs, targets, positions in zip(batch.input_ids, batch.targets, batch.position_ids, strict=True):
+            bounds = [*torch.nonzero(positions == 0).flatten().tolist(), 24]
+            for first, last in pairwise(bounds):
+                logits = model(inputs[None, first:last], use_cache=False).logits[0]
+                expected += float(cross_entropy(logits, targets[first:last], reduction="sum", ignore_index=IGNORED))
+                pieces += 1
+        assert pieces > len(windows) + 5
+        model.set_attn_implementation(attention)
+        with uncompiled(attention):
+            logits = model(batch.input_ids, position_ids=batch.position_ids, **arguments).logits
+            mixed = model(batch.input_ids, use_cache=False).logits
+            if cache == "none":
+                scored = summed_batch_loss(batch.input_ids, batch.targets, model, position_ids=batch.position_ids)
+                assert float(scored.loss_sum) == pytest.approx(expected, rel=1e-5)
+    losses = [
+        float(cross_entropy(each.flatten(0, 1), batch.targets.flatten(), reduction="sum", ignore_index=IGNORED))
+        for each in (logits, mixed)
+    ]
+    assert losses[0] == pytest.approx(expected, rel=1e-5)
+    assert abs(losses[1] - expected) > 1e-3 * expected, "documents that see each other would score alike"

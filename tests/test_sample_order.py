@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import start_child
 from torch.utils.data import DataLoader
 
 from gpt_kit_hf.errors import UsageError
-from gpt_kit_hf.sample_order import BatchPlan, MixtureOrder, PlannedBatches, ShuffledOrder, shuffled
+from gpt_kit_hf.sample_order import BatchPlan, MixtureOrder, Order, PlannedBatches, ShuffledOrder, shuffled
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1000, 4097])
@@ -128,7 +130,9 @@ def test_a_mixture_is_known_at_any_place() -> None:
     for _ in range(100):
         places = rng.integers(0, 3 * BLOCK, size=rng.integers(1, 40))
         np.testing.assert_array_equal(order.ids(places), whole[places])
-    assert not np.array_equal(MixtureOrder(sizes=order.sizes, weights=order.weights, seed=4).ids(places), whole[places])
+    assert not np.array_equal(
+        MixtureOrder(sizes=order.sizes, weights=order.weights, seed=4).ids(places), whole[places]
+    )
 
 
 def test_sources_of_a_mixture_are_met_among_each_other() -> None:
@@ -146,37 +150,26 @@ def test_a_weight_too_small_to_be_met_is_refused() -> None:
 
 # --- processes
 
-PROCESS = """
-import json, sys
-from gpt_kit_hf.sample_order import BatchPlan, MixtureOrder, ShuffledOrder
-rank, world, micro = map(int, sys.argv[1:])
-orders = [ShuffledOrder(samples=31, seed=7), MixtureOrder(sizes=(50, 9), weights=(1.0, 2.0), seed=7)]
-plans = [
-    BatchPlan(order=order, batch_size=12, micro_batch_size=micro, num_processes=world, process_index=rank)
-    for order in orders
-]
-print(json.dumps([[plan.micro_batches(step) for step in range(40)] for plan in plans]))
-"""
 
+def test_real_processes_share_the_batches_of_one(tmp_path: Path) -> None:
+    """1, 2 and 4 processes write what they would train on."""
+    orders: list[Order] = [ShuffledOrder(samples=31, seed=7), MixtureOrder(sizes=(50, 9), weights=(1.0, 2.0), seed=7)]
 
-def test_real_processes_share_the_batches_of_one() -> None:
-    """1, 2 and 4 processes, each a Python of its own with hashing of its own."""
-    found = {}
-    for world, micro in ((1, 12), (2, 4), (4, 2)):
-        children = [
-            subprocess.Popen([sys.executable, "-c", PROCESS, str(rank), str(world), str(micro)], stdout=subprocess.PIPE)
-            for rank in range(world)
+    def write(rank: int, world: int, micro: int) -> None:
+        plans = [
+            BatchPlan(order=order, batch_size=12, micro_batch_size=micro, num_processes=world, process_index=rank)
+            for order in orders
         ]
-        shares = [json.loads(child.communicate(timeout=200)[0]) for child in children]
-        assert all(child.returncode == 0 for child in children)
-        found[world] = [
-            [[i for share in shares for part in share[plan][step] for i in part] for step in range(40)]
-            for plan in range(2)
-        ]
-    assert found[1] == found[2] == found[4]
-    orders = [ShuffledOrder(samples=31, seed=7), MixtureOrder(sizes=(50, 9), weights=(1.0, 2.0), seed=7)]
-    for order, batches in zip(orders, found[1], strict=True):
-        assert [i for batch in batches for i in batch] == order.ids(np.arange(12 * 40)).tolist()
+        batches = [[plan.micro_batches(step) for step in range(40)] for plan in plans]
+        (tmp_path / f"{rank} of {world}").write_text(json.dumps(batches))
+
+    for world, micro in ((1, 5), (2, 4), (4, 2)):
+        children = [start_child(partial(write, rank, world, micro)) for rank in range(world)]
+        assert [os.waitpid(child, 0)[1] for child in children] == [0] * world
+        shares = [json.loads((tmp_path / f"{rank} of {world}").read_text()) for rank in range(world)]
+        for plan, order in enumerate(orders):
+            met = [i for step in range(40) for share in shares for part in share[plan][step] for i in part]
+            assert met == order.ids(np.arange(12 * 40)).tolist()
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])

@@ -82,7 +82,9 @@ def test_patterns_name_each_file_once_and_in_order(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     write(tmp_path / "sub", c="c")
     (tmp_path / "again.txt").symlink_to(tmp_path / "a.txt")
-    found = find_files([str(tmp_path / "b.txt"), str(tmp_path / "**" / "*.txt"), str(tmp_path / "sub" / ".." / "b.txt")])
+    found = find_files(
+        [str(tmp_path / "b.txt"), str(tmp_path / "**" / "*.txt"), str(tmp_path / "sub" / ".." / "b.txt")]
+    )
     assert [file.name for file in found] == ["b.txt", "a.txt", "c.txt"]
 
 
@@ -187,7 +189,7 @@ def test_a_changed_dataset_folder_is_read_again(tmp_path: Path) -> None:
 def test_options_ask_for_one_source() -> None:
     for given in ({}, {"text_files": ["a"], "dataset_name": "b"}, {"text_files": ["a"], "mixture": ["1:b"]}):
         with pytest.raises(UsageError, match="exactly one of text_files, dataset_name and mixture"):
-            TextOptions(**given)  # type: ignore[arg-type]
+            TextOptions(**given)
 
 
 @pytest.mark.parametrize(

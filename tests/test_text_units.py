@@ -6,6 +6,7 @@ import gzip
 import json
 import random
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,7 +21,21 @@ from gpt_kit_hf.tokenization import END_OF_TEXT, encode_documents, get_encoding,
 
 FORMS = ["txt", "txt.gz", "txt.zst", "jsonl", "jsonl.gz", "jsonl.zst", "ndjson", "json", "parquet"]
 SEPARATORS = [END_OF_TEXT, "\n\n", "--", "END OF", "\n---\n"]
-WORDS = ["the", "cat", "it's", "They'll", "12345", "x=y;", "naïve", "北京", "👍🏽", "e\u0301", "\x00", END_OF_TEXT, "<|endof"]
+WORDS = [
+    "the",
+    "cat",
+    "it's",
+    "They'll",
+    "12345",
+    "x=y;",
+    "naïve",
+    "北京",
+    "👍🏽",
+    "e\u0301",
+    "\x00",
+    END_OF_TEXT,
+    "<|endof",
+]
 BLANKS = [" ", " ", "\n", "  ", "\n\n\n", "\t", "\r\n", "\u00a0", "\u2028", "   \n "]
 
 
@@ -57,7 +72,9 @@ def write_form(folder: Path, form: str, documents: Sequence[str], rng: random.Ra
     """Write documents as a user has them: text a document a file, a row each otherwise."""
     kind, _, packed = form.partition(".")
     if kind == "parquet":
-        pq.write_table(pa.table({"n": range(len(documents)), "text": documents}), folder / "d.parquet", row_group_size=3)
+        pq.write_table(
+            pa.table({"n": range(len(documents)), "text": documents}), folder / "d.parquet", row_group_size=3
+        )
         return [folder / "d.parquet"]
     if kind == "txt":
         contents = [document.encode() for document in documents]
@@ -170,7 +187,7 @@ def test_a_long_document_comes_in_parts_that_fit_in_memory(tmp_path: Path) -> No
         parts = all_parts(units_of([tmp_path / name]))
         assert max(len(part.text) for part in parts) <= 47 + 31 + len("after")
         assert [part.ends_document for part in parts] == [False] * (len(parts) - 1) + [True]
-        assert all(part.text[-1].isalpha() and after.text[0] in " \n" for part, after in zip(parts, parts[1:]))  # noqa: B905
+        assert all(part.text[-1].isalpha() and after.text[0] in " \n" for part, after in pairwise(parts))
 
 
 def test_a_byte_order_mark_is_no_text_at_the_beginning_and_text_elsewhere(tmp_path: Path) -> None:
@@ -247,7 +264,7 @@ def test_units_are_the_same_ones_at_each_call_and_in_order(tmp_path: Path) -> No
     units = units_of(files)
     assert units == units_of(files)
     spans = [span for unit in units for span in unit.spans]
-    assert [file for file in dict.fromkeys(span.file for span in spans)] == files
+    assert list(dict.fromkeys(span.file for span in spans)) == files
     for file in files:
         bounds = [(span.start, span.stop) for span in spans if span.file == file]
         assert [0, *(stop for _, stop in bounds)] == [*(start for start, _ in bounds), file.stat().st_size]
@@ -310,7 +327,7 @@ def test_a_stamp_is_what_nobody_can_set(tmp_path: Path, monkeypatch: pytest.Monk
     unit = unit_of((file, 0, 6))
     assert unit.stamp() is None, "a file that has only just changed may change again within the clock's tick"
     now = time.time_ns
-    monkeypatch.setattr(text_units.time, "time_ns", lambda: now() + 10**11)
+    monkeypatch.setattr(time, "time_ns", lambda: now() + 10**11)
     before, times = unit.stamp(), (file.stat().st_atime_ns, file.stat().st_mtime_ns)
     assert before is not None
     assert unit.stamp() == before
@@ -406,7 +423,9 @@ def test_a_file_that_is_not_parquet_is_named(tmp_path: Path, content: bytes) -> 
 
 def test_parquet_whose_pages_are_damaged_is_named(tmp_path: Path) -> None:
     file = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"text": [f"row {n}" for n in range(400)]}), file, compression="zstd", use_dictionary=False)
+    pq.write_table(
+        pa.table({"text": [f"row {n}" for n in range(400)]}), file, compression="zstd", use_dictionary=False
+    )
     data = bytearray(file.read_bytes())
     data[4:200] = b"\xff" * 196
     file.write_bytes(data)

@@ -676,14 +676,12 @@ def test_a_document_cut_between_a_letter_and_a_blank_keeps_its_ids(encoding: tik
     assert cuts > 200
 
 
-def test_a_cut_elsewhere_would_change_ids(trained_encoding: tiktoken.Encoding) -> None:
-    """What the two tests before would say, if the place of the cut did not matter."""
-    text = "the cat"
-    parts = [(text[:4], False), (text[4:], True)]
-    assert encode_documents(trained_encoding, parts, "here").tolist() != [
-        *trained_encoding.encode_ordinary(text),
-        trained_encoding.eot_token,
-    ]
+@pytest.mark.parametrize(("before", "after"), [("the ", "cat"), ("th", "e"), ("1", "0"), ("a \n", "\n b"), ("=", "=")])
+@pytest.mark.parametrize("kind", ["trained", "gpt2"])
+def test_a_cut_elsewhere_changes_pieces(encoding: tiktoken.Encoding, before: str, after: str) -> None:
+    """The place of the cut matters: elsewhere the pattern joins what stands around it."""
+    cut = [piece for text in (before, after) for piece in regex.findall(encoding._pat_str, text)]
+    assert cut != regex.findall(encoding._pat_str, before + after)
 
 
 def test_a_document_that_cannot_be_encoded_is_named(trained_encoding: tiktoken.Encoding) -> None:
