@@ -7,6 +7,7 @@ from torch.nn import GELU, LayerNorm
 
 from gpt_kit_hf.adapters import AdapterOptions
 from gpt_kit_hf.amp import AMPTrainer, UpdateReport
+from gpt_kit_hf.chat import ChatOptions, Conversation
 from gpt_kit_hf.chat_templates import check_chat_template, get_chat_template
 from gpt_kit_hf.cli import run_command
 from gpt_kit_hf.configuration_gpt_kit import GPTKitConfig
@@ -62,7 +63,9 @@ __all__ = [
     "AdapterOptions",
     "BaseOptions",
     "Batch",
+    "ChatOptions",
     "CheckpointError",
+    "Conversation",
     "Corpus",
     "DataError",
     "EncodingOptions",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,19 +52,29 @@ def add_adapter(model: Any, options: AdapterOptions) -> Any:
         task_type="CAUSAL_LM",
     )
     try:
-        return peft.get_peft_model(model, config)
+        with _without_peft_noise():
+            return peft.get_peft_model(model, config)
     except ValueError as error:
         raise UsageError(f"lora_targets {targets}: {str(error).splitlines()[0]}") from None
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
     """Return the model with the adapter in a folder, to be trained on."""
-    return _peft().PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    with _without_peft_noise():
+        return _peft().PeftModel.from_pretrained(model, str(folder), is_trainable=True)
 
 
 def merged(model: Any) -> Any:
     """Return the model itself, its adapter added to its weights."""
     return model.merge_and_unload()
+
+
+@contextmanager
+def _without_peft_noise() -> Iterator[None]:
+    """Keep from the user that PEFT reads an attribute of transformers by its former name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def _peft() -> Any:

@@ -58,12 +58,12 @@ def _fail(error: object, code: int) -> int:
 
 def train_command(arguments: Sequence[str]) -> int:
     """Pretrain a GPT as the arguments say."""
-    return run_command(lambda: train(parse_run_options(arguments)))
+    return run_command(lambda: train(parse_run_options(arguments), stream=sys.stdout))
 
 
 def finetune_command(arguments: Sequence[str]) -> int:
     """Tune a model on instruction rows as the arguments say."""
-    return run_command(lambda: finetune(parse_finetune_options(arguments)))
+    return run_command(lambda: finetune(parse_finetune_options(arguments), stream=sys.stdout))
 
 
 def inspect_command(

@@ -54,6 +54,10 @@ class BaseOptions:
             "one that writes prompts as the rows do"
         },
     )
+    dropout: float | None = dataclasses.field(
+        default=None,
+        metadata={"help": "dropout in training (embeddings, attention, residuals), if not the model's own"},
+    )
     eval_rows: list[str] | None = dataclasses.field(
         default=None, metadata={"help": "held-out files of rows, instead of eval_fraction"}
     )
@@ -62,6 +66,8 @@ class BaseOptions:
     def __post_init__(self) -> None:
         if self.chat_template not in (_KEEP, "default", "alpaca"):
             raise UsageError(unknown_name("chat_template", self.chat_template, (_KEEP, "default", "alpaca")))
+        if self.dropout is not None and not 0.0 <= self.dropout < 1.0:
+            raise UsageError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         if not 0.0 < self.eval_fraction < 1.0:
             raise UsageError(f"eval_fraction must lie between 0 and 1, got {self.eval_fraction}")
 
@@ -226,14 +232,17 @@ class InstructionTask:
 
     def _load_model(self, source: str) -> Any:
         checkpoint, adapter = self.setting.checkpoint, self.options.adapter
+        dropout = self.options.base.dropout
+        # GPT-2's names and ours; a model that has them under others takes no such argument, and says so.
+        asked = {} if dropout is None else dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), dropout)
         if adapter.lora_rank:
-            base = _load(AutoModelForCausalLM, source, self.options.base.model, dtype=torch.float32)
+            base = _load(AutoModelForCausalLM, source, self.options.base.model, dtype=torch.float32, **asked)
             if checkpoint is not None:
                 return load_adapter(base, checkpoint)
             torch.manual_seed(self.setting.options.seed)
             return add_adapter(base, adapter)
         place = str(checkpoint or source)
-        return _load(AutoModelForCausalLM, place, self.options.base.model, dtype=torch.float32)
+        return _load(AutoModelForCausalLM, place, self.options.base.model, dtype=torch.float32, **asked)
 
     def _check_length(self) -> None:
         context, wanted = context_length(self.model), self.options.supervision.max_length
@@ -297,5 +306,5 @@ def with_template(rows: Iterator[PlacedRow], tokenizer: Any, choice: str) -> Ite
 def _load(kind: Any, place: str, named: str, **options: Any) -> Any:
     try:
         return kind.from_pretrained(place, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"model {named!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from None

@@ -18,11 +18,11 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_tiny_model(folder: Path, *, chat_template: str | None = None) -> None:
+def write_tiny_model(folder: Path, *, chat_template: str | None = None, context: int = CONTEXT) -> None:
     """Write a random model of bytes; the logits of what is not printable are zero, so greedy text is ASCII."""
     torch.manual_seed(0)
     encoding = get_encoding("bytes")
-    sizes = {"vocab_size": 257, "n_layer": 1, "n_head": 2, "n_embd": 16, "max_position_embeddings": CONTEXT}
+    sizes = {"vocab_size": 257, "n_layer": 1, "n_head": 2, "n_embd": 16, "max_position_embeddings": context}
     model = GPTModel(create_model_config("nano-xs", **sizes, tie_word_embeddings=False))
     with torch.no_grad():
         for parameter in model.parameters():
