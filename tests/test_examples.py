@@ -8,9 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gpt_kit_hf import parse_run_options
+from gpt_kit_hf import format_alpaca, generate_text_autoregressive, parse_finetune_options, parse_run_options
+from gpt_kit_hf.durable_files import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,9 +28,18 @@ def run_example(config: str, folder: Path, *arguments: str) -> dict[str, Any]:
     return record
 
 
-@pytest.mark.parametrize("config", sorted((ROOT / "examples" / "configs").glob("*.yaml")), ids=lambda file: file.stem)
+CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda file: file.stem)
 def test_every_configuration_parses(config: Path) -> None:
-    options = parse_run_options(["--config", str(config), "--text_files", "any.txt"])
+    asked = ["--config", str(config)]
+    tunes = "instructions" in config.stem
+    options: Any = (
+        parse_finetune_options([*asked, "--rows", "any.json"])
+        if tunes
+        else parse_run_options([*asked, "--text_files", "any.txt"])
+    )
     assert options.training.output_dir.startswith("runs/")
 
 
@@ -40,7 +53,55 @@ def test_the_smallest_anchor_of_the_field(shared_data: Path, tmp_path: Path) -> 
     assert results["loss"] <= 1.88
 
 
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quickstart") / "run"
+    run_example("quickstart.yaml", folder)
+    return folder
+
+
 @pytest.mark.slow
-def test_the_quickstart_predicts_python_better_than_gzip(tmp_path: Path) -> None:
-    results = run_example("quickstart.yaml", tmp_path / "run")["results"]
-    assert results["bits_per_byte"] < results["beside_bits_per_byte"]["gzip"]
+def test_the_quickstart_predicts_python_better_than_gzip(quickstart: Path) -> None:
+    results = json.loads((quickstart / "run.json").read_text())["results"]
+    assert results["bits_per_byte"] < results["beside_bits_per_byte"]["gzip -9"]
+
+
+@pytest.mark.slow
+def test_a_tuned_quickstart_halves_the_loss_of_answers_and_ends_them(
+    quickstart: Path, shared_data: Path, tmp_path: Path
+) -> None:
+    """1,100 rows, split 85/10/5; the answers to the prompts of both held-out parts end within the limit."""
+    rows = json.loads((shared_data / "instruction-data.json").read_text())
+    order = np.random.default_rng(0).permutation(len(rows))
+    files = {}
+    for name, part in zip(("train", "eval", "test"), np.split(order, [935, 1045]), strict=True):
+        files[name] = tmp_path / f"{name}.json"
+        files[name].write_text(json.dumps([rows[index] for index in part], indent=0))
+    command = [sys.executable, "examples/finetune_instructions.py"]
+    command += ["--config", "examples/configs/instructions_small.yaml", "--model", str(quickstart)]
+    command += [
+        "--rows",
+        str(files["train"]),
+        "--eval_rows",
+        str(files["eval"]),
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    scores = [line for line in read_jsonl(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "evaluation"]
+    assert scores[0]["tokens"] == scores[-1]["tokens"]
+    assert scores[-1]["loss"] <= 0.5 * scores[0]["loss"]
+    held_out = [row for name in ("eval", "test") for row in json.loads(files[name].read_text())]
+    assert share_of_ended_answers(tmp_path / "run", held_out, limit=128) > 0.9
+
+
+def share_of_ended_answers(run: Path, rows: list[dict[str, str]], limit: int) -> float:
+    """Answer each row's prompt greedily; return how many answers end by themselves."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(run).eval(), AutoTokenizer.from_pretrained(run)
+    ended = 0
+    for row in rows:
+        ids = torch.tensor([tokenizer.encode(format_alpaca(row))[-limit:]])
+        answer = generate_text_autoregressive(model, ids, limit, eos_token_id=tokenizer.eos_token_id)
+        ended += int(answer[0, -1] == tokenizer.eos_token_id)
+    return ended / len(rows)
