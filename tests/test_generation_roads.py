@@ -478,7 +478,9 @@ def test_the_table_may_be_filled_and_not_passed(length: int, options: dict[str, 
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     # The last token is generated, never looked up.
     assert greedily(model, **inputs, max_new_tokens=TABLE - length + 1).shape == (1, TABLE + 1)
-    with pytest.raises(ValueError, match=rf"between 0 and {TABLE - 1} \(max_position_embeddings={TABLE}\), got {TABLE}"):
+    with pytest.raises(
+        ValueError, match=rf"between 0 and {TABLE - 1} \(max_position_embeddings={TABLE}\), got {TABLE}"
+    ):
         greedily(model, **inputs, max_new_tokens=TABLE - length + 2)
 
 
@@ -521,8 +523,8 @@ def test_text_streams_as_it_is_generated(folder: Path, capsys: pytest.CaptureFix
 def test_the_pipeline_answers_prompts_of_a_batch_as_it_answers_each(folder: Path) -> None:
     prompts = ["the quick brown", "o", "jumps over the lazy dog"]
     pipe = pipeline("text-generation", model=str(folder), device="cpu")
-    pipe.tokenizer.pad_token_id = pipe.model.config.eos_token_id  # as the pipeline asks for
-    pipe.tokenizer.padding_side = "left"
+    pipe.tokenizer.pad_token_id = pipe.tokenizer.eos_token_id  # as for GPT-2, the pipeline asks the user to choose one
+    assert pipe.tokenizer.padding_side == "left"
     options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "return_full_text": False}
     answers = [answer[0]["generated_text"] for answer in pipe(prompts, batch_size=3, **options)]
     assert answers == [expected_text(folder, prompt, 20) for prompt in prompts]
