@@ -276,7 +276,8 @@ class GPTKitModel(GPTKitPreTrainedModel):
         if not isinstance(self.layers[0], nn.Identity):
             positions = self.embed_positions(position_ids)  # (B, T) or (1, T) -> (B, T, D)
             hidden_states = self.dropout(hidden_states + positions.to(hidden_states.dtype))
-        for layer in self.layers:
+        # As the configuration says now: early exit drafts with the first layers by lowering it for a while.
+        for layer in self.layers[: self.config.n_layer]:
             hidden_states = layer(
                 hidden_states,
                 attention_mask=causal_mask,

@@ -1,4 +1,4 @@
-"""Every road of transformers' generation, with a loop over plain forwards, row by row and without a cache, as oracle."""
+"""Every road of generation, against a loop over plain forwards, row by row and without a cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_modeling import SHAPE, TABLE, VOCAB, gpt2_like, left_padded, random_ids, relative_difference
+from test_modeling import SHAPE, TABLE, gpt2_like, left_padded, random_ids, relative_difference
 from tiny_model import write_tiny_model
 from torch import Tensor
 from transformers import (
