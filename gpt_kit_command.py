@@ -48,9 +48,13 @@ def inspect(
     model: Annotated[
         str | None, typer.Option("--model", help="run, folder or Hub id whose tokens to count; bytes if left out")
     ] = None,
+    row_format: Annotated[
+        str, typer.Option("--format", help="auto (by each row's keys), alpaca, chat or prompt_completion")
+    ] = "auto",
     max_length: Annotated[
-        int, typer.Option("--max_length", "--max-length", help="tokens of a row and of a packed sequence")
-    ] = 1024,
+        int | None,
+        typer.Option("--max_length", "--max-length", help="tokens of a row; what the model reads if left out"),
+    ] = None,
     truncation: Annotated[
         str, typer.Option("--truncation", help="of a longer row: error, drop or truncate_prompt")
     ] = "error",
@@ -65,6 +69,7 @@ def inspect(
         inspect_command(
             rows,
             model=model,
+            row_format=row_format,
             max_length=max_length,
             truncation=truncation,
             train_on=train_on,

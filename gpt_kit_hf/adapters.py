@@ -32,6 +32,8 @@ class AdapterOptions:
     def __post_init__(self) -> None:
         if self.lora_rank < 0:
             raise UsageError(f"lora_rank must be at least 0, got {self.lora_rank}")
+        if self.lora_rank == 0 and (self.lora_alpha is not None or self.lora_dropout):
+            raise UsageError("lora_alpha and lora_dropout are for lora_rank above 0")
         if self.lora_alpha is not None and not self.lora_alpha > 0:
             raise UsageError(f"lora_alpha must be above 0, got {self.lora_alpha}")
         if not 0.0 <= self.lora_dropout < 1.0:

@@ -15,6 +15,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gpt_kit_hf.base_models import model_length
 from gpt_kit_hf.chat import ChatOptions, Conversation, converse
 from gpt_kit_hf.durable_files import save_json
 from gpt_kit_hf.errors import GPTKitError, UsageError
@@ -26,7 +27,7 @@ from gpt_kit_hf.invariance import check_invariance
 from gpt_kit_hf.option_parsing import parse_finetune_options, parse_run_options
 from gpt_kit_hf.progress import printable
 from gpt_kit_hf.run_folder import check_tokenizer, find_model_folder
-from gpt_kit_hf.supervised_rows import SupervisionOptions, TrainOn, Truncation
+from gpt_kit_hf.supervised_rows import SupervisionOptions
 from gpt_kit_hf.tokenization import text_to_token_ids
 from gpt_kit_hf.training import train
 
@@ -70,20 +71,21 @@ def inspect_command(
     rows: Sequence[str],
     *,
     model: str | None,
-    max_length: int,
+    row_format: str,
+    max_length: int | None,
     truncation: str,
     train_on: str,
     skip: bool,
     examples: int,
 ) -> int:
-    """Show what of instruction rows would be trained; a place without a model is read as bytes."""
+    """Show what of instruction rows would be trained: `inspect_rows`; fails if nothing would be."""
 
     def inspect() -> None:
-        options = SupervisionOptions(
-            max_length=max_length, truncation=cast(Truncation, truncation), train_on=cast(TrainOn, train_on)
-        )
+        # Other names than these are refused there.
+        chosen: dict[str, Any] = {"format": row_format, "truncation": truncation, "train_on": train_on}
         source = RowOptions(rows=list(rows), on_bad_row="skip" if skip else "stop")
-        report = inspect_rows(source, options, model=model, examples=examples)
+        length = model_length(model) if max_length is None else max_length
+        report = inspect_rows(source, SupervisionOptions(max_length=length, **chosen), model=model, examples=examples)
         _write(report.text(color=sys.stdout.isatty()) + "\n")
         report.check()
 

@@ -7,7 +7,10 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import tiktoken
 
 from gpt_kit_hf import tokenization
@@ -85,8 +88,8 @@ def prepare_corpus(text: TextOptions, encoding: tiktoken.Encoding, *, seed: int)
     streams = [TokenStream(each.pieces, each.document_starts) for each in stored]
     keys = [each.key for each in stored]
     documents = sum(len(stream.document_starts) for stream in streams)
-    if (outside := text.held_out()) is not None:
-        held_out, key = prepare_held_out(outside, encoding, text.num_proc)
+    if text.held_out() is not None:
+        held_out, key = prepare_held_out(text, encoding)
         split: tuple[object, ...] = (key,)
     else:
         # Each source gives its share, so that the held-out text is a mixture, too.
@@ -106,10 +109,36 @@ def prepare_corpus(text: TextOptions, encoding: tiktoken.Encoding, *, seed: int)
     )
 
 
-def prepare_held_out(source: TextSource, encoding: tiktoken.Encoding, num_proc: int) -> tuple[TokenStream, str]:
-    """Return the tokens of held-out text, and what tells them from others."""
+def prepare_held_out(text: TextOptions, encoding: tiktoken.Encoding) -> tuple[TokenStream, str]:
+    """Return the tokens of held-out text, and what tells them from others.
+
+    Raises UsageError if a file of it is trained on as well.
+    """
+    source, num_proc = text.held_out(), text.num_proc
+    assert source is not None
+    both = source.resolved_files() & {file for _, trained in text.sources() for file in trained.resolved_files()}
+    if both:
+        raise UsageError(f"eval_files: {min(both)} is trained on as well; hold out a file of its own")
+    if text.streaming and source.dataset is not None:
+        return _streamed_head(source, encoding, text.eval_max_tokens)
     stored = _stored(source, encoding, num_proc)
     return TokenStream(stored.pieces, stored.document_starts), stored.key
+
+
+def _streamed_head(source: TextSource, encoding: tiktoken.Encoding, most: int) -> tuple[TokenStream, str]:
+    """Return the first `most` tokens of a dataset that is not to be stored, in memory."""
+    pieces: list[npt.NDArray[Any]] = []
+    for unit in source.streamed_units(tokenization.may_cut(encoding)):
+        for part in unit.parts():
+            pieces.append(tokenization.encode_documents(encoding, [(part.text, part.ends_document)], unit.name))
+            most -= pieces[-1].size
+            if most <= 0:
+                break
+        if most <= 0:
+            break
+    starts = np.cumsum([0, *(piece.size for piece in pieces)])[:-1]
+    stream = TokenStream(pieces, starts.astype(np.int64))
+    return stream, stream.fingerprint()
 
 
 def _stored(source: TextSource, encoding: tiktoken.Encoding, num_proc: int) -> StoredTokens:
@@ -127,8 +156,10 @@ def _vocabulary_text(text: TextOptions, limit: int) -> Iterator[str]:
     units: list[ReadableUnit] = [*stored, *streamed]
     # The size of a stream is not known.
     whole = not text.streaming and sum(unit.size for unit in stored) <= limit
-    share = max(PIECE_BYTES, limit // len(units))
-    for unit in units:
+    # Units from all over the corpus, and not so many that their beginnings together are more than the limit.
+    chosen = units if whole else units[:: -(-len(units) * PIECE_BYTES // limit)]
+    share = max(PIECE_BYTES, limit // len(chosen))
+    for unit in chosen:
         left = share
         for part in unit.parts():
             yield part.text

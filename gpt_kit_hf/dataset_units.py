@@ -23,6 +23,7 @@ class RowsUnit:
     start: int
     stop: int
     column: str
+    bytes_per_row: float
 
     @property
     def name(self) -> str:
@@ -32,11 +33,15 @@ class RowsUnit:
     @property
     def size(self) -> int:
         """About how many bytes the rows take."""
-        return int(self.dataset.data.nbytes * (self.stop - self.start) / max(1, len(self.dataset)))
+        return int(self.bytes_per_row * (self.stop - self.start))
 
     def content_key(self) -> str:
         """Return what `datasets` knows the rows by."""
         return f"{self.dataset._fingerprint} {self.column} {self.start} {self.stop}"
+
+    def sketch(self) -> str:
+        """Return the key, which costs nothing."""
+        return self.content_key()
 
     def stamp(self) -> str | None:
         """Return None: the key costs nothing."""
@@ -64,23 +69,39 @@ class ShardUnit:
         """The dataset and the shard."""
         return f"{self.source} shard {self.index}"
 
+    def sketch(self) -> str:
+        """Return what the dataset says of itself: its name, split, shards and files' digests, where it has them."""
+        info = self.dataset.info
+        known = (info.builder_name, info.config_name, str(self.dataset.split), info.download_checksums, info.splits)
+        return repr((self.name, self.column, self.dataset.num_shards, *known))
+
     def parts(self, position: Position | None = None) -> Iterator[TextPart]:
         """Yield the rows' texts; a position is the state that `datasets` resumes from."""
         shard = self.dataset.shard(num_shards=self.dataset.num_shards, index=self.index)
         if position is not None:
             shard.load_state_dict(position)
         # By `iter`: iterating over the dataset itself would share its rows out among a loader's workers once more.
-        for rows in shard.iter(batch_size=1):
+        for number, rows in enumerate(shard.iter(batch_size=1)):
             if self.column not in rows:
                 raise DataError(f"{self.name}: no column {self.column!r} (text_column); it has {', '.join(rows)}")
-            yield TextPart(_checked(rows[self.column][0], self.name), True, shard.state_dict())
+            # Counted from where reading began: the library's state does not say how many rows lie before it.
+            where = f"{self.name}, row {number}" + ("" if position is None else " after the place it resumed from")
+            yield TextPart(_checked(rows[self.column][0], where), True, shard.state_dict())
 
 
 def row_units(dataset: datasets.Dataset, source: str, column: str) -> list[RowsUnit]:
     """Cut a dataset into units of about UNIT_BYTES, the same ones at each call."""
-    per_unit = max(1, len(dataset) * UNIT_BYTES // max(1, dataset.data.nbytes))
+    size = max(1, dataset.data.nbytes)  # asked once: it is summed over all batches
+    per_unit = max(1, len(dataset) * UNIT_BYTES // size)
     return [
-        RowsUnit(dataset=dataset, source=source, start=first, stop=min(first + per_unit, len(dataset)), column=column)
+        RowsUnit(
+            dataset=dataset,
+            source=source,
+            start=first,
+            stop=min(first + per_unit, len(dataset)),
+            column=column,
+            bytes_per_row=size / len(dataset),
+        )
         for first in range(0, len(dataset), per_unit)
     ]
 

@@ -14,10 +14,10 @@ from typing import Any, TextIO
 
 import torch
 from torch.utils.data import DataLoader, Subset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gpt_kit_hf.adapters import AdapterOptions, add_adapter, load_adapter, merged
-from gpt_kit_hf.chat_templates import get_chat_template
+from gpt_kit_hf.base_models import find_base, load_part, weights_digest
 from gpt_kit_hf.durable_files import save_json
 from gpt_kit_hf.errors import UsageError, unknown_name
 from gpt_kit_hf.evaluation import Evaluation, evaluate_batches, tokenizer_byte_lengths
@@ -27,19 +27,26 @@ from gpt_kit_hf.instruction_rows import PlacedRow, RowOptions, SkippedRows, read
 from gpt_kit_hf.losses import Batch
 from gpt_kit_hf.optimization import OptimizerOptions
 from gpt_kit_hf.progress import printable, short
+from gpt_kit_hf.row_templates import KEEP, with_template
 from gpt_kit_hf.run_folder import find_model_folder, publish_in_run
 from gpt_kit_hf.run_options import TrainingOptions
 from gpt_kit_hf.run_record import RunResult
 from gpt_kit_hf.run_task import RunSetting, map_batches
 from gpt_kit_hf.sample_order import BatchPlan, Order, ShuffledOrder
-from gpt_kit_hf.supervised_rows import PackedRows, PaddedRows, SupervisedRows, SupervisionOptions, encode_rows
+from gpt_kit_hf.supervised_rows import (
+    PackedRows,
+    PaddedRows,
+    SupervisedRows,
+    SupervisionOptions,
+    encode_rows,
+)
 from gpt_kit_hf.supervision_report import SupervisionReport, report_of
+from gpt_kit_hf.text_sources import find_files
 from gpt_kit_hf.tokenization import get_encoding, save_tokenizer
 from gpt_kit_hf.training_run import run_training
 
 REPORT_FILE = "supervision.json"
 ADAPTER_FOLDER = "adapter"
-_KEEP = "keep"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +55,7 @@ class BaseOptions:
 
     model: str = dataclasses.field(metadata={"help": "folder of a run or a model, or a Hub id"})
     chat_template: str = dataclasses.field(
-        default=_KEEP,
+        default=KEEP,
         metadata={
             "help": "default or alpaca, saved with the tokenizer; 'keep' is the model's own, or where it has none the "
             "one that writes prompts as the rows do"
@@ -64,8 +71,8 @@ class BaseOptions:
     eval_fraction: float = dataclasses.field(default=0.1, metadata={"help": "share of the rows to hold out"})
 
     def __post_init__(self) -> None:
-        if self.chat_template not in (_KEEP, "default", "alpaca"):
-            raise UsageError(unknown_name("chat_template", self.chat_template, (_KEEP, "default", "alpaca")))
+        if self.chat_template not in (KEEP, "default", "alpaca"):
+            raise UsageError(unknown_name("chat_template", self.chat_template, (KEEP, "default", "alpaca")))
         if self.dropout is not None and not 0.0 <= self.dropout < 1.0:
             raise UsageError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         if not 0.0 < self.eval_fraction < 1.0:
@@ -113,17 +120,20 @@ def inspect_rows(
 
     Raises DataError for rows that cannot be used, UsageError for a model that cannot be loaded.
     """
+    vocab_size = None
     if model is None:
         with tempfile.TemporaryDirectory() as folder:
             save_tokenizer(get_encoding("bytes"), folder)
             tokenizer = AutoTokenizer.from_pretrained(folder)
     else:
-        tokenizer = _load(AutoTokenizer, find_model_folder(model), model)
+        place = find_model_folder(model)
+        tokenizer, vocab_size = load_part(AutoTokenizer, place, model), load_part(AutoConfig, place, model).vocab_size
     skipped = SkippedRows()
     encoded = encode_rows(
-        with_template(read_rows(rows, skipped), tokenizer, _KEEP),
+        with_template(read_rows(rows, skipped), tokenizer, KEEP, supervision.format),
         tokenizer,
         supervision,
+        vocab_size=vocab_size,
         on_bad_row=rows.on_bad_row,
         skipped=skipped,
     )
@@ -138,8 +148,10 @@ class InstructionTask:
 
     def __init__(self, options: FinetuneOptions, setting: RunSetting, format_fn: FormatFn | None) -> None:
         self.options, self.setting = options, setting
-        source = find_model_folder(options.base.model)
-        self.tokenizer = _load(AutoTokenizer, str(setting.checkpoint or source), options.base.model)
+        # A run that goes on in full does not need its base any more.
+        needs_base = setting.checkpoint is None or options.adapter.lora_rank > 0
+        source = find_base(options.base.model, options.adapter) if needs_base else str(setting.checkpoint)
+        self.tokenizer = load_part(AutoTokenizer, str(setting.checkpoint or source), options.base.model)
         self.model = self._load_model(source)
         self._check_length()
         train, self.held_out = self._read_rows(format_fn)
@@ -149,6 +161,8 @@ class InstructionTask:
         self.order: Order = ShuffledOrder(samples=len(self.dataset), seed=setting.options.seed)
         self.tokens_per_sample = len(train.ids) / len(self.dataset)
         self.fingerprint = f"{train.fingerprint()}-{self.held_out.fingerprint()}"
+        if options.adapter.lora_rank:  # an adapter goes on with the base that it began with, or not at all
+            self.fingerprint += f"-{weights_digest(source, self.model.config)}"
         self.byte_lengths = tokenizer_byte_lengths(self.tokenizer, self.model.config.vocab_size)
 
     def batches(self, plan: BatchPlan, first_step: int, last_step: int, position: Any) -> Iterator[Batch]:
@@ -236,13 +250,13 @@ class InstructionTask:
         # GPT-2's names and ours; a model that has them under others takes no such argument, and says so.
         asked = {} if dropout is None else dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), dropout)
         if adapter.lora_rank:
-            base = _load(AutoModelForCausalLM, source, self.options.base.model, dtype=torch.float32, **asked)
+            base = load_part(AutoModelForCausalLM, source, self.options.base.model, dtype=torch.float32, **asked)
             if checkpoint is not None:
                 return load_adapter(base, checkpoint)
             torch.manual_seed(self.setting.options.seed)
             return add_adapter(base, adapter)
         place = str(checkpoint or source)
-        return _load(AutoModelForCausalLM, place, self.options.base.model, dtype=torch.float32, **asked)
+        return load_part(AutoModelForCausalLM, place, self.options.base.model, dtype=torch.float32, **asked)
 
     def _check_length(self) -> None:
         context, wanted = context_length(self.model), self.options.supervision.max_length
@@ -257,6 +271,12 @@ class InstructionTask:
         answers = dataclasses.replace(supervision, train_on="answers")
         rows = self._encode(self.options.rows, supervision, format_fn)
         if base.eval_rows is not None:
+            named = self.options.rows.rows or []
+            both = {f.resolve() for f in find_files(named, "rows")} & {
+                f.resolve() for f in find_files(base.eval_rows, "eval_rows")
+            }
+            if both:
+                raise UsageError(f"eval_rows: {min(both)} is trained on as well; hold out a file of its own")
             apart = RowOptions(rows=base.eval_rows, on_bad_row=self.options.rows.on_bad_row)
             return rows, self._encode(apart, answers, format_fn)
         shares, seed = [1.0 - base.eval_fraction, base.eval_fraction], self.setting.options.seed
@@ -270,7 +290,7 @@ class InstructionTask:
     ) -> SupervisedRows:
         skipped = SkippedRows()
         return encode_rows(
-            with_template(read_rows(options, skipped), self.tokenizer, self.options.base.chat_template),
+            self._rows(options, skipped) if format_fn is None else read_rows(options, skipped),
             self.tokenizer,
             supervision,
             format_fn,
@@ -278,6 +298,10 @@ class InstructionTask:
             on_bad_row=options.on_bad_row,
             skipped=skipped,
         )
+
+    def _rows(self, options: RowOptions, skipped: SkippedRows) -> Iterator[PlacedRow]:
+        chosen = self.options.base.chat_template
+        return with_template(read_rows(options, skipped), self.tokenizer, chosen, self.options.supervision.format)
 
     def _write(self, model: Any, folder: Path) -> None:
         end = self.tokenizer.eos_token_id
@@ -288,23 +312,3 @@ class InstructionTask:
         model.save_pretrained(str(folder))
         self.tokenizer.save_pretrained(str(folder))
         save_json(folder / REPORT_FILE, self.report.to_dict())
-
-
-def with_template(rows: Iterator[PlacedRow], tokenizer: Any, choice: str) -> Iterator[PlacedRow]:
-    """Hand the rows on; before the first, set the tokenizer's chat template.
-
-    It is the one chosen; or by "keep" its own; or where it has none, the one that writes prompts as the rows do.
-    """
-    for index, placed in enumerate(rows):
-        if index == 0 and choice != _KEEP:
-            tokenizer.chat_template = get_chat_template(choice)
-        elif index == 0 and tokenizer.chat_template is None:
-            tokenizer.chat_template = get_chat_template("alpaca" if "instruction" in placed.row else "default")
-        yield placed
-
-
-def _load(kind: Any, place: str, named: str, **options: Any) -> Any:
-    try:
-        return kind.from_pretrained(place, **options)
-    except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"model {named!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from None

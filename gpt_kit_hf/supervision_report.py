@@ -181,6 +181,8 @@ def report_of(
     )
     return dataclasses.replace(
         report,
+        # Here it is known what a prompt is: a row that is trained from its second token on has one of one token.
+        rows_prompt_trained=report.rows_prompt_trained if rows.options.train_on == "everything" else 0,
         rows_read=rows.n_read,
         skipped=_left_out(rows.skipped),
         dropped=_left_out(rows.dropped),

@@ -28,7 +28,7 @@ _STDLIB_WITHOUT = {
     "lib-dynload",
 }
 _DATASET = "dataset:"
-_SMALLEST_UNIT = 1 << 16
+_SMALLEST_UNIT = 1 << 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,8 @@ class TextOptions:
         metadata={"help": "share of the tokens to hold out: whole documents, then the end of one"},
     )
     eval_max_tokens: int = dataclasses.field(
-        default=2_000_000, metadata={"help": "hold out no more than so many tokens, whatever eval_fraction is"}
+        default=2_000_000,
+        metadata={"help": "hold out no more than so many tokens by eval_fraction, or of a streamed eval_split"},
     )
     streaming: bool = dataclasses.field(
         default=False,
@@ -100,6 +101,12 @@ class TextOptions:
             raise UsageError("document_separator is for text_files: a row of dataset_name is one document")
         if self.eval_split is not None and (self.eval_files or not self.dataset_name):
             raise UsageError("eval_split is for dataset_name, and without eval_files")
+        if self.dataset_config is not None and self.text_files:
+            raise UsageError(
+                f"dataset_config={self.dataset_config!r} is for dataset_name and mixture; files have none"
+            )
+        if self.eval_split is not None and self.eval_split == self.dataset_split:
+            raise UsageError(f"eval_split={self.eval_split!r} is the split to train on: name another one")
         if self.streaming and self.mixture:
             raise UsageError("streaming and mixture: a mixture is read from stored tokens; give one of them")
         if self.streaming and not (self.eval_files or self.eval_split):
@@ -117,7 +124,9 @@ class TextOptions:
                 raise UsageError(f"mixture {entry!r}: give WEIGHT:FILES, such as 0.3:books/*.txt, the weight above 0")
             dataset_name = place.removeprefix(_DATASET) if place.startswith(_DATASET) else None
             files = None if dataset_name else [place]
-            found.append((float(weight), self._source(files, dataset_name, None, self.dataset_split, "mixture")))
+            found.append(
+                (float(weight), self._source(files, dataset_name, self.dataset_config, self.dataset_split, "mixture"))
+            )
         return found
 
     def held_out(self) -> TextSource | None:
@@ -152,6 +161,10 @@ class TextSource:
         """What a user called it."""
         return str(self.dataset) if self.files is None else ", ".join(self.files[:3])
 
+    def resolved_files(self) -> set[Path]:
+        """Return the files, whatever they are called."""
+        return set() if self.files is None else {file.resolve() for file in find_files(self.files, self.option)}
+
     def units(self, may_cut: bool) -> list[TextUnit]:
         """Return the text in units; `may_cut` says whether a document may be encoded in parts.
 
@@ -184,7 +197,8 @@ class TextSource:
         try:
             return datasets.load_dataset(self.dataset, config, split=split, streaming=streaming)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+            told = error.__cause__ or error  # the library's own sentence is "an error occurred"
+            reason = (str(told).strip() or type(told).__name__).split("\n")[0]
             raise DataError(f"dataset_name {self.dataset!r}, split {split!r}, cannot be loaded: {reason}") from None
 
     def _check_column(self, names: Sequence[str]) -> None:

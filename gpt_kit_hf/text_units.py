@@ -24,8 +24,12 @@ PIECE_BYTES = 1 << 20
 _BLOCK = 1 << 20
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# Between a letter and a blank every vocabulary that cuts words from blanks begins a new token.
-_SAFE_CUT = re.compile(rb"[A-Za-z](?=[ \n])")
+# Between a character that is no white space and a blank, the vocabularies known here begin a new token. In UTF-8 that
+# is printable ASCII, or the last byte of a longer character that is none of Unicode's spaces.
+_SAFE_CUT = re.compile(
+    rb"(?:[!-~]|[\x80-\xbf](?<!\xc2\x85)(?<!\xc2\xa0)(?<!\xe1\x9a\x80)(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf])"
+    rb"(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80))(?=[ \n])"
+)
 
 # A place in a unit, as JSON.
 Position: TypeAlias = Any
@@ -48,6 +52,9 @@ class ReadableUnit(Protocol):
 
     def parts(self, position: Position | None = None) -> Iterator[TextPart]:
         """Yield the text from its beginning, or from a part's `next`."""
+
+    def sketch(self) -> str:
+        """Return what usually changes when the text does, without reading all of it."""
 
 
 class TextUnit(ReadableUnit, Protocol):
@@ -130,6 +137,17 @@ class FileUnit:
                 digest.update(block)
         return digest.hexdigest()
 
+    def sketch(self) -> str:
+        """Return a digest of where each span lies in its file, and of its first and last bytes."""
+        digest = xxhash.xxh3_128(repr((self.column, self.separator, self.may_cut)).encode())
+        for span in self.spans:
+            size = span.file.stat().st_size
+            first, last = (0, size) if span.compression or span.form == "parquet" else (span.start, span.stop)
+            digest.update(repr((span.form, span.start, span.stop, size)).encode())
+            for start, stop in ((first, first + _BLOCK // 16), (max(first, last - _BLOCK // 16), last)):
+                digest.update(b"".join(_raw_blocks(span.file, start, min(stop, last))))
+        return digest.hexdigest()
+
     def stamp(self) -> str | None:
         """Return the files' inodes and times of change, which nobody can set; None if one has only just changed."""
         stats = [span.file.stat() for span in self.spans]
@@ -176,13 +194,13 @@ class FileUnit:
     def _part(
         self, span: FileSpan, data: bytearray, place: int, after: int, *, ends: bool, whole: bool
     ) -> Iterator[tuple[str, bool, int]]:
-        data = data.removeprefix(_BYTE_ORDER_MARK) if place == 0 else data
         try:
-            text = data.decode()
+            text = data.decode("utf-8-sig" if place == 0 else "utf-8")
         except UnicodeDecodeError as error:
-            bad = place + error.start
+            bad = place + error.start + (len(data) - len(error.object))  # the mark at the beginning is not counted
             raise DataError(
-                f"{span.file}:{_line_at(span, bad)}: not UTF-8 text (byte 0x{data[error.start]:02x} at offset {bad})"
+                f"{span.file}:{_line_at(span, bad)}: not UTF-8 text (byte 0x{error.object[error.start]:02x} "
+                f"at offset {bad})"
             ) from None
         if text.strip() or not whole:  # blanks inside a document belong to it
             yield text, ends, after
@@ -288,21 +306,24 @@ def _spans(file: Path, column: str, separator: str | None, may_cut: bool, unit_b
 
 def _cut_after(stream: BinaryIO, target: int, mark: bytes | None) -> int:
     """Return the first place after `target` where a document ends, or without a mark where a cut is safe."""
-    before = 0 if mark is None else len(mark) - 1  # a mark that begins there would take bytes of one found after it
+    # As many bytes before a block as a mark, or a character before a blank, may begin in.
+    before = 4 if mark is None else len(mark) - 1
     begin = max(0, target - before)
     stream.seek(begin)
     data, place = b"", target - begin
     while block := stream.read(_BLOCK):
         data += block
         if mark is None:
-            if cut := _safe_cut(data):
-                return target + cut
-            continue
-        while (place := data.find(mark, place)) >= 0:
-            if data.find(mark, max(0, place - before), place + before) < 0:
-                return begin + place + len(mark)
-            place += 1
-        place = max(target - begin, len(data) - before)
+            if cut := _safe_cut(data, max(1, place)):
+                return begin + cut
+        else:
+            while (place := data.find(mark, place)) >= 0:
+                # A mark that begins earlier and reaches into this one takes its bytes.
+                if data.find(mark, max(0, place - before), place + before) < 0:
+                    return begin + place + len(mark)
+                place += 1
+        kept = min(len(data), 2 * before + 1)
+        begin, data, place = begin + len(data) - kept, data[len(data) - kept :], kept - before
     return begin + len(data)
 
 

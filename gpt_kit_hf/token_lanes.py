@@ -143,13 +143,16 @@ class _StepParts(IterableDataset[tuple[list[tuple[int, list[tuple[Tensor, ...]]]
         worker = get_worker_info()
         mine = sorted(self.lanes) if worker is None else sorted(self.lanes)[worker.id :: worker.num_workers]
         readers = {lane: self.lanes[lane].samples(self.states.get(lane)) for lane in mine}
-        for _ in range(self.steps):
-            taken, states = [], {}
-            for lane, reader in readers.items():
-                drawn = [next(reader) for _ in range(self.per_lane)]
-                taken.append((lane, [item for item, _ in drawn]))
-                states[lane] = drawn[-1][1]
-            yield taken, states
+        try:
+            for _ in range(self.steps):
+                taken, states = [], {}
+                for lane, reader in readers.items():
+                    drawn = [next(reader) for _ in range(self.per_lane)]
+                    taken.append((lane, [item for item, _ in drawn]))
+                    states[lane] = drawn[-1][1]
+                yield taken, states
+        except DataError as error:
+            yield error  # raised here, a loader would wrap it in the traceback of its worker
 
 
 class LaneBatches:
@@ -158,8 +161,8 @@ class LaneBatches:
     def __init__(self, lanes: Sequence[Lane], plan: BatchPlan, *, num_workers: int, pin_memory: bool) -> None:
         if len(lanes) % plan.num_processes:
             raise UsageError(
-                f"the stream has {len(lanes)} lanes, which {plan.num_processes} processes cannot share evenly: give "
-                "more files or shards, a batch_size that 8 divides, or another number of processes"
+                f"the stream has {len(lanes)} lanes, which {plan.num_processes} processes cannot share evenly: a "
+                "stream has 8, 4 or 2 lanes where it has as many files, shards or kilobytes and they divide batch_size"
             )
         self.lanes, self.plan = lanes, plan
         self.num_workers, self.pin_memory = num_workers, pin_memory
@@ -179,7 +182,10 @@ class LaneBatches:
         for _ in range(first_step, last_step):
             taken: dict[int, list[tuple[Tensor, ...]]] = {}
             for _ in range(max(1, workers)):
-                samples, after = next(given)
+                arrived = next(given)
+                if isinstance(arrived, DataError):
+                    raise arrived
+                samples, after = arrived
                 taken.update(samples)
                 self.states.update(after)
             # In the order of their numbers: the first of each lane, then the second.

@@ -27,6 +27,7 @@ from gpt_kit_hf.text_units import PIECE_BYTES, TextUnit
 _LAYOUT = "ids-3"  # part of every key: another layout is another file
 _MOST_OPEN_FILES = 128
 _ROWS = b"rows"
+_SECONDS_A_DAY = 24 * 60 * 60
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,9 @@ def store_tokens(units: Sequence[TextUnit], encoding: tiktoken.Encoding, num_pro
     """
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "gpt-kit-tokens"
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".*.arrow.*"):  # of a process that was killed; one that writes is never that old
+        if time.time() - left.stat().st_mtime > _SECONDS_A_DAY:
+            left.unlink(missing_ok=True)
     vocabulary = tokenization.fingerprint(encoding)
     with ThreadPoolExecutor(num_proc) as pool:
         try:

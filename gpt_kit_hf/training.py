@@ -126,8 +126,7 @@ class StreamingTask(TextTask):
 
     def _read_text(self) -> TokenStream:
         text, chosen = self.options.text, self.setting.options
-        (_, source), outside = text.sources()[0], text.held_out()
-        assert outside is not None  # the options see to it
+        _, source = text.sources()[0]
         units = source.streamed_units(tokenization.may_cut(self.encoding))
         count = lane_count(len(units), chosen.batch_size)
         bounds = [lane * len(units) // count for lane in range(count + 1)]
@@ -142,8 +141,8 @@ class StreamingTask(TextTask):
             for lane in range(count)
         ]
         with self.setting.accelerator.local_main_process_first():
-            held_out, key = prepare_held_out(outside, self.encoding, text.num_proc)
-        # The text itself is not read before it is needed: its names stand for it.
-        seen = (key, [unit.name for unit in units], count, tokenization.fingerprint(self.encoding))
+            held_out, key = prepare_held_out(text, self.encoding)
+        # The text itself is not read before it is needed: its sizes and ends stand for it.
+        seen = (key, [unit.sketch() for unit in units], count, tokenization.fingerprint(self.encoding))
         self.fingerprint = hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
         return held_out

@@ -31,7 +31,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from gpt_kit_hf import GPTKitConfig, GPTKitForCausalLM, GPTKitModel, modeling_gpt_kit
 
-VOCAB, WIDTH, LAYERS = 61, 32, 4
+VOCAB, WIDTH, LAYERS = 62, 32, 4
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "n_embd": WIDTH,

@@ -79,6 +79,9 @@ def test_a_corpus_is_split_and_held_out_files_are_kept_apart(tmp_path: Path) -> 
 def test_the_fingerprint_is_of_the_text_and_the_split_and_not_of_names_or_processes(tmp_path: Path) -> None:
     write(tmp_path, a="abcdefghij" * 30, b="klmnopqrst" * 30)
     a, b = str(tmp_path / "a.txt"), str(tmp_path / "b.txt")
+    apart = tmp_path / "apart"
+    apart.mkdir()
+    write(apart, a="abcdefghij" * 30)
     base = prepared(text_files=[a, b]).fingerprint
     assert prepared(text_files=[f"{tmp_path}/*.txt"], num_proc=3).fingerprint == base
     others = [
@@ -88,7 +91,7 @@ def test_the_fingerprint_is_of_the_text_and_the_split_and_not_of_names_or_proces
         prepared(text_files=[a, b], eval_max_tokens=10),
         prepared(text_files=[a, b], seed=1),
         prepared(text_files=[a, b], document_separator="j"),
-        prepared(text_files=[a, b], eval_files=[a]),
+        prepared(text_files=[a, b], eval_files=[str(apart / "a.txt")]),
         prepared(mixture=[f"1:{a}", f"1:{b}"]),
         prepared(mixture=[f"1:{a}", f"2:{b}"]),
     ]
@@ -229,3 +232,43 @@ def test_a_run_on_a_mixture_continues_to_the_bit(tmp_path: Path) -> None:
     losses = [[r["loss"] for r in each if r["kind"] == "train"] for each in lines]
     assert len(losses[0]) == 8
     assert losses[0] == losses[1]
+
+
+def test_text_that_is_trained_is_not_held_out(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text " * 50)
+    (tmp_path / "sub").mkdir()
+    options = TextOptions(text_files=[str(tmp_path / "*.txt")], eval_files=[str(tmp_path / "sub" / ".." / "a.txt")])
+    with pytest.raises(UsageError, match=r"eval_files: .*a\.txt is trained on as well"):
+        prepare_corpus(options, get_encoding("bytes"), seed=0)
+    with pytest.raises(UsageError, match="eval_split='train' is the split to train on"):
+        TextOptions(dataset_name="x", eval_split="train")
+
+
+def test_a_vocabulary_is_trained_on_no_more_text_than_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(text_units, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(text_units, "UNIT_BYTES", 5000)
+    monkeypatch.setattr(text_sources, "UNIT_BYTES", 5000)
+    (tmp_path / "a.txt").write_text("".join(f"line {number}\n" for number in range(60_000)))
+    text = "".join(corpus._vocabulary_text(TextOptions(text_files=[str(tmp_path / "a.txt")]), 50_000))
+    assert 30_000 < len(text) < 110_000
+    assert int(text.rsplit("line ", 1)[1]) > 50_000  # from all over the corpus
+
+
+def test_a_streamed_split_is_held_out_without_storing_the_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(f'{{"text": "{split} {i}"}}\n' for i in range(50)))
+    options = TextOptions(dataset_name=str(tmp_path), eval_split="test", streaming=True, eval_max_tokens=45)
+    load = datasets.load_dataset
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *a, **k: load(*a, **k) if k["streaming"] else pytest.fail("stored")
+    )
+    held_out, key = corpus.prepare_held_out(options, get_encoding("bytes"))
+    assert bytes(held_out.read(0, 6).tolist()) == b"test 0"
+    assert 45 <= len(held_out) < 60
+    assert held_out.document_starts.tolist()[:3] == [0, 7, 14]
+    assert key == corpus.prepare_held_out(options, get_encoding("bytes"))[1]

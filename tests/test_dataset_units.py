@@ -98,7 +98,7 @@ def test_shards_of_a_stream_hold_its_rows_and_go_on_after_any(tmp_path: Path, fo
 def test_a_row_of_a_stream_that_is_no_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": null}\n')
     stream = datasets.load_dataset("json", data_files=[str(tmp_path / "a.jsonl")], split="train", streaming=True)
-    with pytest.raises(DataError, match=r"^the set shard 0 must hold text, got None$"):
+    with pytest.raises(DataError, match=r"^the set shard 0, row 1 must hold text, got None$"):
         list(shard_units(stream, "the set", "text")[0].parts())
     with pytest.raises(DataError, match=r"^the set shard 0: no column 'body' \(text_column\); it has text$"):
         list(shard_units(stream, "the set", "body")[0].parts())

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
+import onnxruntime  # type: ignore[import-untyped]
 import pytest
 import torch
 from test_generation_roads import continuation, lively_model
@@ -62,7 +62,8 @@ def dynamic_shapes(inputs: dict[str, Tensor], longest: int) -> dict[str, Any]:
 
 def frozen(*args: Any, **overrides: Any) -> GPTKitForCausalLM:
     """A model as one exports it: without gradients, and without the cache that would be one more output."""
-    model = lively_model(*args, **overrides).requires_grad_(False)
+    model = lively_model(*args, **overrides)
+    model.requires_grad_(False)
     model.config.use_cache = False
     return model
 
@@ -75,6 +76,8 @@ def export(model: GPTKitForCausalLM, road: Road, **options: Any) -> torch.export
 
 def check_rows(run: Callable[..., Tensor], model: GPTKitForCausalLM, road: Road) -> None:
     """The logits of `run` are those of each row alone, in the model itself, in eager mode."""
+    if road is left_padded:
+        check_rows(run, model, right_padded)
     for inputs, places, rows in batches(road):
         logits = run(**inputs)
         assert torch.isfinite(logits).all()
@@ -102,8 +105,8 @@ KINDS = [("sdpa", "learned"), ("eager", "sinusoidal")]
 @pytest.mark.parametrize(
     ("kind", "road"),
     [
-        *((KINDS[0], road) for road in (side_by_side, left_padded, right_padded, packed)),
-        *((KINDS[1], road) for road in (side_by_side, left_padded)),
+        *((KINDS[0], road) for road in (side_by_side, left_padded, packed)),
+        (KINDS[1], left_padded),
     ],
 )
 def test_an_exported_graph_takes_batches_of_other_shapes(kind: tuple[str, str], road: Road) -> None:
@@ -143,7 +146,8 @@ def test_a_saved_graph_is_the_graph(position_embedding: str, tmp_path: Path) -> 
 
 
 def static_model(*args: Any, **overrides: Any) -> GPTKitForCausalLM:
-    model = lively_model(*args, **overrides).requires_grad_(False)
+    model = lively_model(*args, **overrides)
+    model.requires_grad_(False)
     model.generation_config = GenerationConfig(
         use_cache=True,
         cache_implementation="static",
@@ -280,7 +284,7 @@ def onnx_logits(model: GPTKitForCausalLM, road: Road, file: Path) -> Callable[..
     ("kind", "road"),
     [
         (KINDS[0], left_padded),
-        pytest.param(KINDS[1], right_padded, marks=pytest.mark.slow),
+        pytest.param(KINDS[1], left_padded, marks=pytest.mark.slow),
         pytest.param(KINDS[0], side_by_side, marks=pytest.mark.slow),
         pytest.param(KINDS[0], packed, marks=pytest.mark.slow),
         pytest.param(KINDS[1], packed, marks=pytest.mark.slow),

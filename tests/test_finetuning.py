@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_training import killed_copy, update_lines
 from tiny_model import write_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -33,10 +34,14 @@ from gpt_kit_hf import (
     generate_text_autoregressive,
     read_rows,
 )
+from gpt_kit_hf.chat import CONTINUATION_TEMPLATE
+from gpt_kit_hf.chat_templates import ALPACA_TEMPLATE
 from gpt_kit_hf.checkpointing import list_checkpoints
 from gpt_kit_hf.cli import finetune_command, inspect_command
 from gpt_kit_hf.durable_files import read_jsonl
 from gpt_kit_hf.evaluation import tokenizer_byte_lengths
+from gpt_kit_hf.instruction_rows import PlacedRow
+from gpt_kit_hf.row_templates import with_template
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTEXT = 256
@@ -116,7 +121,7 @@ def test_a_run_continues_to_the_bit(packing: bool, rank: int, base: Path, tmp_pa
     rows = write_rows(tmp_path / "rows.json")
     rooms = {
         "supervision": SupervisionOptions(max_length=CONTEXT, packing=packing),
-        "adapter": AdapterOptions(lora_rank=rank, lora_dropout=0.1),
+        "adapter": AdapterOptions(lora_rank=rank, lora_dropout=0.1 if rank else 0.0),
     }
     finetune(options(tmp_path / "whole", base, rows, **rooms), stream=None)
     killed = killed_copy(tmp_path / "whole", tmp_path / "again", "step-00000008")
@@ -195,7 +200,8 @@ def test_rows_that_train_nothing_or_cannot_be_read_stop_before_anything_is_writt
         (lambda: BaseOptions(model="m", eval_fraction=1.0), "eval_fraction must lie between 0 and 1"),
         (lambda: BaseOptions(model="m", dropout=1.0), "dropout must be at least 0 and below 1"),
         (lambda: AdapterOptions(lora_rank=-1), "lora_rank must be at least 0"),
-        (lambda: AdapterOptions(lora_alpha=0.0), "lora_alpha must be above 0"),
+        (lambda: AdapterOptions(lora_alpha=4.0), "lora_alpha and lora_dropout are for lora_rank above 0"),
+        (lambda: AdapterOptions(lora_rank=1, lora_alpha=0.0), "lora_alpha must be above 0"),
         (lambda: AdapterOptions(lora_targets=[]), "lora_targets is empty"),
     ],
 )
@@ -225,8 +231,8 @@ def test_the_command_tunes_and_refuses_in_one_line(
 def test_inspect_shows_what_would_be_trained(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def inspect(file: Path, **changes: Any) -> int:
         asked = {
-            "model": str(base), "max_length": CONTEXT, "truncation": "error", "train_on": "answers", "skip": False,
-            "examples": 2,
+            "model": str(base), "row_format": "auto", "max_length": None, "truncation": "error",
+            "train_on": "answers", "skip": False, "examples": 2,
         }  # fmt: skip
         return inspect_command([str(file)], **{**asked, **changes})
 
@@ -260,3 +266,73 @@ def test_the_chat_example_answers_each_question(base: Path) -> None:
     )
     assert refused.returncode == 2
     assert "Traceback" not in refused.stderr
+
+
+def test_prompts_are_written_as_the_saved_template_asks(base: Path, tmp_path: Path) -> None:
+    """Whatever the rows look like: what chat sends is, id by id, the prompt that was trained."""
+    forms: dict[str, list[dict[str, Any]]] = {
+        "alpaca": [{"instruction": "Say so", "input": "so", "output": "so"}],
+        "pairs": [{"prompt": "Q: why? A:", "completion": " because"}],
+        "chat": [{"messages": [{"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}]}],
+    }
+    for form, rows in forms.items():
+        for choice in ("keep", "default", "alpaca"):
+            tokenizer = AutoTokenizer.from_pretrained(base)
+            placed = (PlacedRow(f"row {number}", row) for number, row in enumerate(rows))
+            encoded = encode_rows(
+                with_template(placed, tokenizer, choice), tokenizer, SupervisionOptions(max_length=CONTEXT)
+            )
+            row = encoded[0]
+            trained = row.input_ids[: int(row.trained.argmax())].tolist()
+            if form == "alpaca" and tokenizer.chat_template == ALPACA_TEMPLATE:
+                assert trained == tokenizer.encode(format_alpaca(rows[0]))  # with the section that chat does not have
+                continue
+            asked = {
+                "alpaca": "Say so\n\nso", "pairs": "Q: why? A:", "chat": "why"
+            }[form]  # fmt: skip
+            template = CONTINUATION_TEMPLATE if tokenizer.chat_template is None else None
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": asked}],
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+            assert trained == tokenizer.encode(text), (form, choice)
+
+
+def test_a_format_that_the_saved_template_does_not_write_is_refused(base: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    row = PlacedRow("row 0", {"instruction": "a", "input": "", "output": "b"})
+    with pytest.raises(UsageError, match="format='alpaca' writes other prompts than the chat template"):
+        list(with_template(iter([row]), tokenizer, "default", "alpaca"))
+
+
+def test_an_adapter_goes_on_with_its_own_base_only(base: Path, tmp_path: Path) -> None:
+    rows, mine = write_rows(tmp_path / "rows.json"), tmp_path / "mine"
+    shutil.copytree(base, mine)
+    adapter = AdapterOptions(lora_rank=2)
+    finetune(options(tmp_path / "run", mine, rows, adapter=adapter), stream=None)
+    killed = killed_copy(tmp_path / "run", tmp_path / "killed", "step-00000008")
+    write_tiny_model(mine, context=CONTEXT)
+    weights = load_file(mine / "model.safetensors")
+    save_file({name: tensor * 1.5 for name, tensor in weights.items()}, mine / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match="its data had the fingerprint"):
+        finetune(options(killed, mine, rows, resume=True, adapter=adapter), stream=None)
+    unfinished = killed_copy(tmp_path / "run", tmp_path / "unfinished")
+    with pytest.raises(UsageError, match="at a checkpoint of a run"):
+        finetune(options(tmp_path / "no", unfinished, rows, adapter=adapter), stream=None)
+
+
+def test_rows_that_are_trained_are_not_held_out(base: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.json")
+    asked = options(tmp_path / "run", base, rows)
+    with pytest.raises(UsageError, match=r"eval_rows: .*rows\.json is trained on as well"):
+        finetune(replace(asked, base=replace(asked.base, eval_rows=[str(rows)])), stream=None)
+
+
+def test_a_model_that_is_cut_short_is_one_line(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        finetune(options(tmp_path / "run", tmp_path / "cut", write_rows(tmp_path / "rows.json")), stream=None)

@@ -46,7 +46,8 @@ def lively_model(attention: str = "sdpa", **overrides: Any) -> GPTKitForCausalLM
                 parameter.normal_(std=0.6 if "embed" in name or "lm_head" in name else 0.8)
             else:
                 parameter.normal_(mean=float("norm.weight" in name), std=0.1)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def continuation(model: Any, row: Tensor, count: int = NEW) -> list[int]:
@@ -170,7 +171,7 @@ def test_one_graph_serves_all_decoding_steps_by_inductor() -> None:
 def test_a_compiled_forward_has_a_graph_for_the_prompt_and_one_for_the_steps() -> None:
     model = lively_model()
     plain = copy.deepcopy(model)
-    model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")  # type: ignore[method-assign]
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
     for stance in ("default", "fail_on_recompile"):
         rows = random_ids(2, 6)
         with torch.compiler.set_stance(stance):
@@ -372,7 +373,7 @@ def test_several_answers_to_a_prompt_are_draws_of_their_own() -> None:
 # --- processors of the scores
 
 
-class Recorder(LogitsProcessor):
+class Recorder(LogitsProcessor):  # type: ignore[misc]
     """Keeps what it is shown, and forbids the token that was generated last."""
 
     def __init__(self) -> None:

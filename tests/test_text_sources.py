@@ -155,7 +155,7 @@ def test_a_dataset_folder_is_read_by_its_text_column(tmp_path: Path) -> None:
     (tmp_path / "named").mkdir()
     (tmp_path / "named" / "rows.jsonl").write_text('{"text": "one"}\n{"text": null}\n')
     for streamed in (False, True):
-        with pytest.raises(DataError, match=r"named( row 1| shard 0) must hold text, got None"):
+        with pytest.raises(DataError, match=r"named( row 1| shard 0, row 1) must hold text, got None"):
             documents(source(dataset_name=str(tmp_path / "named")), streamed=streamed)
         rows = source(dataset_name=str(body), text_column="body")
         assert documents(rows, streamed=streamed) == ["one", "two"]

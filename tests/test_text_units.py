@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -172,7 +173,7 @@ def test_blanks_at_the_end_of_a_document_are_kept_wherever_it_is_cut(tmp_path: P
         assert documents_in(all_parts(units_of([file]))) == [text], before
 
 
-@pytest.mark.parametrize("text", ["x" * 1500, " " * 700 + "a", "é\u3000" * 400, "1 2" * 500, "a\tb" * 400])
+@pytest.mark.parametrize("text", ["x" * 1500, " " * 700 + "a", "é\u3000" * 400, "1\u20032" * 300, "a\tb" * 400])
 def test_text_without_a_place_to_cut_is_one_part(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.txt").write_text(text)
     units = units_of([tmp_path / "a.txt"])
@@ -458,3 +459,21 @@ def test_a_file_that_vanished_is_named(tmp_path: Path) -> None:
         units = units_of([tmp_path / name])
         (tmp_path / name).unlink()
         assert str(tmp_path / name) in failure(lambda units=units: units)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "text", ["\u6f22\u5b57\u3002" * 30 + "\n", "\u00e9t\u00e9 123, " * 9, "a\u3000 b\u00a0\n c\u2003 d\n" * 20]
+)
+def test_text_of_any_script_is_cut_to_the_same_tokens(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_units, "PIECE_BYTES", 40)
+    monkeypatch.setattr(text_units, "_BLOCK", 64)
+    (tmp_path / "a.txt").write_text(text * 40)
+    encoding = train_bpe([text * 3, "abc def 12 3\n"], 400)
+    units = file_units([tmp_path / "a.txt"], column="text", separator=None, may_cut=True, unit_bytes=500)
+    assert len(units) > 1
+    parts = [(part.text, part.ends_document) for unit in units for part in unit.parts()]
+    assert len(parts) > 10
+    ids = np.concatenate([encode_documents(encoding, [part], "here") for part in parts])
+    np.testing.assert_array_equal(ids, encode_documents(encoding, [(text * 40, True)], "here"))
