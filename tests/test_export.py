@@ -42,21 +42,32 @@ def side_by_side(rows: list[Tensor]) -> tuple[dict[str, Tensor], list[tuple[int,
     ]
 
 
+def packed_then_padded(rows: list[Tensor]) -> tuple[dict[str, Tensor], list[tuple[int, slice]]]:
+    """All rows in one, then padding: what keeps them apart is ours, where transformers sees the mask only."""
+    return packed(rows, (0,) * len(rows) + (3,))
+
+
 def batches(road: Road) -> list[tuple[dict[str, Tensor], list[tuple[int, slice]], list[Tensor]]]:
     """Inputs of many shapes, from one token to as many as the table has."""
     found = []
     for lengths in ((5, 9, 3), (1,), (2,), (4, 4), (TABLE,), (1, TABLE, 7, 2, 11)):
-        if road is packed and sum(lengths) > 2 * TABLE - 1:
-            continue
         rows = [random_ids(length) for length in lengths]
-        found.append((*road(rows), rows))
+        inputs, places = road(rows)
+        if inputs["input_ids"].shape[1] <= longest(road):
+            found.append((inputs, places, rows))
     return found
 
 
-def dynamic_shapes(inputs: dict[str, Tensor], longest: int) -> dict[str, Any]:
+def longest(road: Road) -> int:
+    """The most tokens of a row: packed documents together may have more than the table."""
+    return TABLE if road in (side_by_side, left_padded, right_padded) else 2 * TABLE
+
+
+def dynamic_shapes(inputs: dict[str, Tensor], road: Road) -> dict[str, Any]:
     """Any batch and any length; packed rows come one at a time."""
-    batch = Dim("batch", min=1, max=64) if "position_ids" not in inputs else None
-    axes = {0: batch, 1: Dim("length", min=1, max=longest)} if batch else {1: Dim("length", min=1, max=longest)}
+    axes: dict[int, Any] = {1: Dim("length", min=1, max=longest(road))}
+    if "position_ids" not in inputs:
+        axes[0] = Dim("batch", min=1, max=64)
     return dict.fromkeys(inputs, axes)
 
 
@@ -70,8 +81,7 @@ def frozen(*args: Any, **overrides: Any) -> GPTKitForCausalLM:
 
 def export(model: GPTKitForCausalLM, road: Road, **options: Any) -> torch.export.ExportedProgram:
     inputs, _ = road([random_ids(4), random_ids(7)])
-    shapes = dynamic_shapes(inputs, 2 * TABLE - 1 if road is packed else TABLE)
-    return torch.export.export(model, (), inputs, dynamic_shapes=shapes, **options)
+    return torch.export.export(model, (), inputs, dynamic_shapes=dynamic_shapes(inputs, road), **options)
 
 
 def check_rows(run: Callable[..., Tensor], model: GPTKitForCausalLM, road: Road) -> None:
@@ -105,8 +115,10 @@ KINDS = [("sdpa", "learned"), ("eager", "sinusoidal")]
 @pytest.mark.parametrize(
     ("kind", "road"),
     [
-        *((KINDS[0], road) for road in (side_by_side, left_padded, packed)),
+        *((KINDS[0], road) for road in (side_by_side, left_padded, packed_then_padded)),
         (KINDS[1], left_padded),
+        pytest.param(KINDS[0], packed, marks=pytest.mark.slow),
+        pytest.param(KINDS[1], packed_then_padded, marks=pytest.mark.slow),
     ],
 )
 def test_an_exported_graph_takes_batches_of_other_shapes(kind: tuple[str, str], road: Road) -> None:
@@ -232,6 +244,8 @@ def check_generation(stages: dict[str, Any], model: GPTKitForCausalLM) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`treespec.children_specs` is deprecated:FutureWarning:transformers.exporters")
+# The exporter's module compiles a function of its own by it at import, in the older versions.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_transformers_exports_prompt_and_step() -> None:
     from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 
@@ -260,7 +274,7 @@ def onnx_logits(model: GPTKitForCausalLM, road: Road, file: Path) -> Callable[..
         (),
         file,
         kwargs=inputs,
-        dynamic_shapes=dynamic_shapes(inputs, 2 * TABLE - 1 if road is packed else TABLE),
+        dynamic_shapes=dynamic_shapes(inputs, road),
         input_names=list(inputs),
         output_names=["logits"],
         dynamo=True,
@@ -269,7 +283,7 @@ def onnx_logits(model: GPTKitForCausalLM, road: Road, file: Path) -> Callable[..
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     assert [argument.name for argument in session.get_inputs()] == list(inputs)
     assert [argument.shape[:2] for argument in session.get_inputs()] == [
-        [1 if road is packed else "batch", "length"] for _ in inputs
+        [1 if "position_ids" in inputs else "batch", "length"] for _ in inputs
     ]
 
     def run(**inputs: Tensor) -> Tensor:
@@ -287,7 +301,7 @@ def onnx_logits(model: GPTKitForCausalLM, road: Road, file: Path) -> Callable[..
         pytest.param(KINDS[1], left_padded, marks=pytest.mark.slow),
         pytest.param(KINDS[0], side_by_side, marks=pytest.mark.slow),
         pytest.param(KINDS[0], packed, marks=pytest.mark.slow),
-        pytest.param(KINDS[1], packed, marks=pytest.mark.slow),
+        pytest.param(KINDS[1], packed_then_padded, marks=pytest.mark.slow),
     ],
 )
 def test_the_onnx_runtime_gives_the_same_logits(kind: tuple[str, str], road: Road, tmp_path: Path) -> None:
