@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
@@ -256,7 +256,7 @@ class GPTKitModel(GPTKitPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past = past_key_values.get_seq_length(self._first_own_layer()) if past_key_values is not None else 0
         if input_ids is not None:
             _check_range(input_ids, self.config.vocab_size, "input_ids", "vocab_size")
             inputs_embeds = self.embed_tokens(input_ids)  # (B, T) -> (B, T, D)
@@ -264,6 +264,10 @@ class GPTKitModel(GPTKitPreTrainedModel):
 
         # The mask comes before the cache: transformers looks for packed documents only while there is no cache.
         causal_mask = self._causal_mask(inputs_embeds, attention_mask, position_ids, past_key_values, past)
+        if position_ids is not None and is_flash_attention_requested(self.config) and "cu_seq_lens_q" not in kwargs:
+            lengths = _document_lengths(position_ids.expand(inputs_embeds.shape[0], -1), attention_mask, past)
+            causal_mask = None if lengths else causal_mask  # the lengths keep padding apart, too
+            kwargs.update(lengths)
         if position_ids is None:
             position_ids = self._count_positions(inputs_embeds.shape[1], attention_mask, past)
         else:
@@ -272,8 +276,7 @@ class GPTKitModel(GPTKitPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
 
         hidden_states = inputs_embeds
-        # With pipeline parallelism a later stage receives hidden states here: its first layer is another stage's.
-        if not isinstance(self.layers[0], nn.Identity):
+        if self._first_own_layer() == 0:  # what a later pipeline stage receives has its positions
             positions = self.embed_positions(position_ids)  # (B, T) or (1, T) -> (B, T, D)
             hidden_states = self.dropout(hidden_states + positions.to(hidden_states.dtype))
         # As the configuration says now: early exit drafts with the first layers by lowering it for a while.
@@ -287,6 +290,14 @@ class GPTKitModel(GPTKitPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _first_own_layer(self) -> int:
+        """Return the index of the first layer that is here; with none of them here, the number of layers.
+
+        Pipeline parallelism puts an identity where another stage owns the layer, whose part of the cache stays empty.
+        """
+        own = (index for index, layer in enumerate(self.layers) if not isinstance(layer, nn.Identity))
+        return next(own, len(self.layers))
 
     def _count_positions(self, length: int, attention_mask: Tensor | None, past: int | Tensor) -> Tensor:
         """Return the positions (B, T), or (1, T) without padding, of `length` tokens after `past` cached ones."""
@@ -333,6 +344,7 @@ class GPTKitModel(GPTKitPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
             and_mask_function=overlay,
+            layer_idx=self._first_own_layer(),
         )
 
 
@@ -440,13 +452,8 @@ def _check_range(ids: Tensor, size: int, name: str, limit: str) -> None:
         raise ValueError(f"{name} must lie between 0 and {size - 1} ({limit}={size}), got {low if low < 0 else high}")
 
 
-def _same_document(
-    position_ids: Tensor, attention_mask: Tensor | None, past: int | Tensor
-) -> Callable[..., Any] | None:
-    """Return a mask function that keeps packed documents apart, or None if no row holds more than one.
-
-    transformers finds packed documents only without padding and without a cache; this covers the rest.
-    """
+def _documents(position_ids: Tensor, attention_mask: Tensor | None, past: int | Tensor) -> Tensor | None:
+    """Return a number for each token (B, T), equal within a document, or None if no row holds more than one."""
     if isinstance(past, Tensor) and is_tracing(past):
         return None  # a compiled step into a static cache: whether it is still empty is not known
     if int(past) > 0:
@@ -455,8 +462,37 @@ def _same_document(
     real = torch.ones_like(position_ids) if attention_mask is None else attention_mask[:, :length].long()
     # How far a token's position lies from its place among the real tokens: documents that restart at 0 all differ.
     document = (position_ids - (real.cumsum(dim=-1) - 1)) * real  # (B, T)
-    if not is_tracing(document) and not bool(document.any()):
+    return document if is_tracing(document) or bool(document.any()) else None
+
+
+def _document_lengths(position_ids: Tensor, attention_mask: Tensor | None, past: int | Tensor) -> dict[str, Any]:
+    """Return where packed documents begin, for FlashAttention: it reads no mask function, and one row's packing only.
+
+    `cu_seq_lens_*` count through the rows laid end to end; each padding token is a document of its own.
+    """
+    document = _documents(position_ids, attention_mask, past)
+    if document is None or is_tracing(document):  # how many there are is not known in a trace: they must be given
+        return {}
+    if attention_mask is not None:
+        alone = position_ids.max() + 1 + torch.arange(document.shape[1], device=document.device)
+        document = torch.where(attention_mask[:, : document.shape[1]].bool(), document, alone)
+    begins = nn.functional.pad(document[:, 1:] != document[:, :-1], (1, 0), value=True)  # (B, T)
+    bounds = nn.functional.pad(begins.flatten().nonzero().flatten(), (0, 1), value=document.numel()).int()
+    longest = int(bounds.diff().max())
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+
+
+def _same_document(
+    position_ids: Tensor, attention_mask: Tensor | None, past: int | Tensor
+) -> Callable[..., Any] | None:
+    """Return a mask function that keeps packed documents apart, or None if no row holds more than one.
+
+    transformers finds packed documents only without padding and without a cache; this covers the rest.
+    """
+    document = _documents(position_ids, attention_mask, past)
+    if document is None:
         return None
+    length = document.shape[1]
 
     def same_document(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         # A static cache has room beyond this row; causality hides it already, but the index must exist.
