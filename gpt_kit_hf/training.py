@@ -42,10 +42,7 @@ class PretrainingTask(TextTask):
 
     def __init__(self, options: RunOptions, setting: RunSetting) -> None:
         super().__init__(options, setting)
-        cut, seed = options.windows, setting.options.seed
-        self.windows = [
-            TokenWindows(stream, cut.max_length, cut.step, packing=cut.packing) for stream in self.corpus.sources
-        ]
+        seed = setting.options.seed
         self.fingerprint = self.corpus.fingerprint
         self.order: Order = ShuffledOrder(samples=len(self.windows[0]), seed=seed)
         if len(self.windows) > 1:
@@ -89,6 +86,10 @@ class PretrainingTask(TextTask):
         # One process of a machine tokenises; the others find what it stored.
         with self.setting.accelerator.local_main_process_first():
             self.corpus = prepare_corpus(self.options.text, self.encoding, seed=self.setting.options.seed)
+        cut = self.options.windows
+        self.windows = [
+            TokenWindows(stream, cut.max_length, cut.step, packing=cut.packing) for stream in self.corpus.sources
+        ]
         return self.corpus.held_out
 
 
