@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from gpt_kit_hf.adapters import AdapterOptions
+from gpt_kit_hf.durable_files import feed_file
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.run_folder import find_model_folder
 
@@ -41,9 +42,7 @@ def weights_digest(source: str, config: Any) -> str:
         return str(config._commit_hash)
     digest = xxhash.xxh3_64()
     for file in sorted(Path(source).glob("*.safetensors")):
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
+        feed_file(digest, file)
     return str(digest.hexdigest())
 
 
@@ -53,4 +52,4 @@ def load_part(kind: Any, place: str, named: str, **options: Any) -> Any:
         return kind.from_pretrained(place, **options)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"model {named!r} cannot be loaded: {reason}") from None
+        raise UsageError(f"{named!r} cannot be loaded: {reason}") from None

@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError
 
-from gpt_kit_hf.durable_files import Report, free_name, load_json, save_json, sync_path
+from gpt_kit_hf.durable_files import Report, feed_file, free_name, load_json, save_json, sync_path
 from gpt_kit_hf.errors import CheckpointError, UsageError
 
 MANIFEST = "manifest.json"
@@ -237,9 +237,7 @@ def _compare(name: str, path: Path | None, entry: tuple[int, str]) -> Iterator[s
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+    feed_file(digest, path)
     return digest.hexdigest()
 
 

@@ -12,10 +12,9 @@ from typing import Any, cast
 import datasets
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gpt_kit_hf.base_models import model_length
+from gpt_kit_hf.base_models import load_part, model_length
 from gpt_kit_hf.chat import ChatOptions, Conversation, converse
 from gpt_kit_hf.durable_files import save_json
 from gpt_kit_hf.errors import GPTKitError, UsageError
@@ -189,7 +188,7 @@ def check_command(
     """Show whether a model's answers depend on how it is asked: `check_invariance`; fails if any cell does."""
 
     def check() -> None:
-        model = _load_part(AutoModelForCausalLM, find_model_folder(place), place)
+        model = load_part(AutoModelForCausalLM, find_model_folder(place), place)
         try:
             model.to(device)
         except (RuntimeError, AssertionError) as error:  # torch built without the device asserts
@@ -209,18 +208,10 @@ def check_command(
 def _load(place: str) -> tuple[Any, Any]:
     """Return the model and the tokenizer of a run, a folder or a Hub repository."""
     folder = find_model_folder(place)
-    tokenizer = _load_part(AutoTokenizer, folder, place)
-    model = _load_part(AutoModelForCausalLM, folder, place)
+    tokenizer = load_part(AutoTokenizer, folder, place)
+    model = load_part(AutoModelForCausalLM, folder, place)
     check_tokenizer(folder, model.config)
     return model, tokenizer
-
-
-def _load_part(kind: Any, folder: str, place: str) -> Any:
-    """Return what an Auto class loads from the model folder of a place."""
-    try:
-        return kind.from_pretrained(folder)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UsageError(f"{place!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
 
 
 def _read_lines() -> Iterator[str]:

@@ -89,6 +89,18 @@ class ShardUnit:
             yield TextPart(_checked(rows[self.column][0], where), True, shard.state_dict())
 
 
+def load_split(named: str, name: str, config: str | None, split: str, *, streaming: bool = False) -> Any:
+    """Return a split of a dataset of the Hub or of a folder. Raises DataError with `named`, what a user called it."""
+    try:
+        return datasets.load_dataset(name, config, split=split, streaming=streaming)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        # The library's own sentence is that an error occurred.
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+        told = cause or error
+        reason = (str(told).strip() or type(told).__name__).split("\n")[0]
+        raise DataError(f"{named} cannot be loaded: {reason}") from None
+
+
 def row_units(dataset: datasets.Dataset, source: str, column: str) -> list[RowsUnit]:
     """Cut a dataset into units of about UNIT_BYTES, the same ones at each call."""
     size = max(1, dataset.data.nbytes)  # asked once: it is summed over all batches

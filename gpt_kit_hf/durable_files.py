@@ -219,3 +219,10 @@ def _jsonl_lines(path: Path, report: Report) -> list[tuple[bytes, dict[str, Any]
         except CheckpointError as error:
             report(f"dropped a torn last line: {error}")
     return lines
+
+
+def feed_file(digest: Any, path: Path) -> None:
+    """Give a digest of any kind all bytes of a file, some at a time."""
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)

@@ -95,10 +95,6 @@ class FinetuneOptions:
     adapter: AdapterOptions = dataclasses.field(default_factory=AdapterOptions)
     optimizer: OptimizerOptions = dataclasses.field(default_factory=finetuning_optimizer)
 
-    def flat(self) -> dict[str, Any]:
-        """Return the options as "room.name": value."""
-        return {f"{room}.{k}": v for room, values in dataclasses.asdict(self).items() for k, v in values.items()}
-
 
 def finetune(
     options: FinetuneOptions, *, format_fn: FormatFn | None = None, stream: TextIO | None = sys.stdout

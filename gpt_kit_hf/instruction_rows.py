@@ -14,15 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gpt_kit_hf.dataset_units import load_split
 from gpt_kit_hf.errors import DataError, UsageError, unknown_name
 from gpt_kit_hf.text_sources import find_files
+from gpt_kit_hf.text_units import COMPRESSIONS
 
 _JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 # Python's own bound for the conversion of an integer; more is no number of a row.
 _MOST_DIGITS = 4300
 _WHITE_SPACE = " \t\n\r"
@@ -160,13 +160,13 @@ def _reader(file: Path) -> Callable[[Path], Found]:
 
 
 def _format_suffix(file: Path) -> str:
-    return Path(file.stem).suffix if file.suffix in _COMPRESSIONS else file.suffix
+    return Path(file.stem).suffix if file.suffix in COMPRESSIONS else file.suffix
 
 
 def _read_json_file(file: Path) -> Found:
     """Yield the rows of an array, or of one object a line; which of the two a .json holds its first character says."""
     try:
-        with pa.input_stream(str(file), compression=_COMPRESSIONS.get(file.suffix)) as unpacked:
+        with pa.input_stream(str(file), compression=COMPRESSIONS.get(file.suffix)) as unpacked:
             stream = io.BufferedReader(unpacked, 1 << 20)
             lines = _numbered_lines(stream)
             first = next(lines, None)
@@ -354,11 +354,7 @@ def _check_columns(file: Path, names: list[str]) -> None:
 
 def _read_dataset(options: RowOptions, on_fault: OnFault) -> Iterator[PlacedRow]:
     name = options.rows_dataset
-    try:
-        rows = datasets.load_dataset(name, options.rows_config, split=options.rows_split or "train")
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
-        raise DataError(f"rows_dataset {name!r} cannot be loaded: {_first_line(cause or error)}") from None
+    rows = load_split(f"rows_dataset {name!r}", str(name), options.rows_config, options.rows_split or "train")
     if not len(rows):
         raise DataError(f"rows_dataset {name!r}: holds no row")
     for number in range(len(rows)):

@@ -194,16 +194,27 @@ class TokenWindows(Dataset["tuple[Tensor, ...]"]):
             start, fresh = len(self.stream) - 1 - self.max_length, self._tail
         elif self.score_once and index > 0:
             fresh = self.stride
-        ids = torch.from_numpy(self.stream.read(start, start + self.max_length + 1))
-        target = ids[1:].clone()
-        target[: self.max_length - fresh] = IGNORED
-        if not self.packing:
-            return ids[:-1], target
-        starts = self.stream.document_starts
-        inside = starts[np.searchsorted(starts, start, side="right") :]
-        inside = inside[: np.searchsorted(inside, start + self.max_length, side="right")] - start
-        target[inside - 1] = IGNORED
-        return ids[:-1], target, torch.from_numpy(restarting_positions(inside, self.max_length))
+        inside = None
+        if self.packing:
+            starts = self.stream.document_starts
+            inside = starts[np.searchsorted(starts, start, side="right") :]
+            inside = inside[: np.searchsorted(inside, start + self.max_length, side="right")] - start
+        window = window_item(self.stream.read(start, start + self.max_length + 1), inside)
+        window[1][: self.max_length - fresh] = IGNORED
+        return window
+
+
+def window_item(ids: npt.NDArray[np.int64], starts: npt.NDArray[np.int64] | None) -> tuple[Tensor, ...]:
+    """Return (input, target), both (T,), of T + 1 ids; with `starts` also positions, and the documents kept apart.
+
+    `starts` are the places from 1 to T at which documents begin, ascending: such an id is no target.
+    """
+    tokens = torch.from_numpy(ids)
+    target = tokens[1:].clone()
+    if starts is None:
+        return tokens[:-1], target
+    target[starts - 1] = IGNORED
+    return tokens[:-1], target, torch.from_numpy(restarting_positions(starts, len(target)))
 
 
 def restarting_positions(starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:

@@ -86,6 +86,8 @@ class RunOptions:
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     optimizer: OptimizerOptions = dataclasses.field(default_factory=OptimizerOptions)
 
-    def flat(self) -> dict[str, Any]:
-        """Return the options as "room.name": value."""
-        return {f"{room}.{k}": v for room, values in dataclasses.asdict(self).items() for k, v in values.items()}
+
+def flat_options(options: Any) -> dict[str, Any]:
+    """Return the options of a run, a dataclass of rooms, as "room.name": value."""
+    rooms = dataclasses.asdict(options)
+    return {f"{room}.{name}": value for room, values in rooms.items() for name, value in values.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -123,25 +124,33 @@ class MixtureOrder:
 
     def ids(self, consumed: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the samples that a run takes after so many others."""
-        blocks = ShuffledOrder(samples=_MIXTURE_BLOCK, seed=self.seed)
-        slots = blocks.ids(consumed)  # a permutation of 0..4095 in each block
-        bounds = np.concatenate(([0], np.cumsum(self.quotas)))
-        ranks = np.empty_like(consumed)  # how many of the same source its block has before
-        for block in np.unique(consumed // _MIXTURE_BLOCK):
-            inside = consumed // _MIXTURE_BLOCK == block
-            whole = blocks.ids(np.arange(block * _MIXTURE_BLOCK, (block + 1) * _MIXTURE_BLOCK))
-            sources = np.searchsorted(bounds, whole, side="right") - 1
-            by_source = np.argsort(sources, kind="stable")
-            before = np.empty_like(whole)
-            before[by_source] = np.arange(_MIXTURE_BLOCK) - bounds[sources[by_source]]
-            ranks[inside] = before[consumed[inside] % _MIXTURE_BLOCK]
+        blocks, places = np.divmod(consumed, _MIXTURE_BLOCK)
+        sources, ranks = np.empty_like(consumed), np.empty_like(consumed)
+        for block in np.unique(blocks):
+            inside = blocks == block
+            by_place = _mixture_block(self.quotas, self.seed, int(block))
+            sources[inside], ranks[inside] = (column[places[inside]] for column in by_place)
         ids = np.empty_like(consumed)
         for source, size in enumerate(self.sizes):
-            own = (bounds[source] <= slots) & (slots < bounds[source + 1])
-            taken = consumed[own] // _MIXTURE_BLOCK * self.quotas[source] + ranks[own]
+            own = sources == source
+            taken = blocks[own] * self.quotas[source] + ranks[own]
             seed = int(_mixed(np.uint64((self.seed + (source + 1) * 0x9E3779B97F4A7C15) % 2**64)))
             ids[own] = ShuffledOrder(samples=size, seed=seed).ids(taken) + sum(self.sizes[:source])
         return ids
+
+
+@functools.lru_cache(maxsize=2)  # a step lies in one block, or in two
+def _mixture_block(
+    quotas: tuple[int, ...], seed: int, block: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return for each place in a block its source, and how many of the same source the block has before it."""
+    bounds = np.concatenate(([0], np.cumsum(quotas)))
+    order = shuffled(np.arange(_MIXTURE_BLOCK), _MIXTURE_BLOCK, seed, block)
+    sources = np.searchsorted(bounds, order, side="right") - 1
+    by_source = np.argsort(sources, kind="stable")
+    ranks = np.empty_like(sources)
+    ranks[by_source] = np.arange(_MIXTURE_BLOCK) - bounds[sources[by_source]]
+    return sources, ranks
 
 
 @dataclass(frozen=True, kw_only=True)

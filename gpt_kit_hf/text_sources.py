@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
-
-from gpt_kit_hf.dataset_units import RowsUnit, ShardUnit, row_units, shard_units
+from gpt_kit_hf.dataset_units import RowsUnit, ShardUnit, load_split, row_units, shard_units
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.text_units import UNIT_BYTES, FileUnit, TextUnit, file_units
 
@@ -194,12 +192,8 @@ class TextSource:
 
     def _load(self, *, streaming: bool) -> Any:
         config, split = self.part
-        try:
-            return datasets.load_dataset(self.dataset, config, split=split, streaming=streaming)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            told = error.__cause__ or error  # the library's own sentence is "an error occurred"
-            reason = (str(told).strip() or type(told).__name__).split("\n")[0]
-            raise DataError(f"dataset_name {self.dataset!r}, split {split!r}, cannot be loaded: {reason}") from None
+        named = f"dataset_name {self.dataset!r}, split {split!r},"
+        return load_split(named, str(self.dataset), config, split, streaming=streaming)
 
     def _check_column(self, names: Sequence[str]) -> None:
         if self.column not in names:

@@ -22,7 +22,7 @@ from gpt_kit_hf.errors import DataError
 UNIT_BYTES = 4 << 20
 PIECE_BYTES = 1 << 20
 _BLOCK = 1 << 20
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # Between a character that is no white space and a blank, the vocabularies known here begin a new token. In UTF-8 that
 # is printable ASCII, or the last byte of a longer character that is none of Unicode's spaces.
@@ -81,7 +81,12 @@ class FileSpan(NamedTuple):
     @property
     def compression(self) -> str | None:
         """How the file is compressed as a whole."""
-        return _COMPRESSIONS.get(self.file.suffix.lower())
+        return COMPRESSIONS.get(self.file.suffix.lower())
+
+    @property
+    def is_of_bytes(self) -> bool:
+        """Whether start and stop count bytes of the file."""
+        return self.compression is None and self.form != "parquet"
 
     @property
     def form(self) -> str:
@@ -114,19 +119,13 @@ class FileUnit:
     @property
     def size(self) -> int:
         """About how many bytes it holds: those on the disk."""
-        whole = (s.compression or s.form == "parquet" for s in self.spans)
-        return sum(
-            s.file.stat().st_size if all_of_it else s.stop - s.start
-            for s, all_of_it in zip(self.spans, whole, strict=True)
-        )
+        return sum(s.stop - s.start if s.is_of_bytes else s.file.stat().st_size for s in self.spans)
 
     def content_key(self) -> str:
         """Return a digest of the bytes and of how they are read."""
         digest = xxhash.xxh3_128(repr((self.column, self.separator, self.may_cut)).encode())
         for span in self.spans:
-            # The whole of a file that is read in row groups or compressed.
-            whole = span.compression or span.form == "parquet"
-            length = span.file.stat().st_size
+            whole, length = not span.is_of_bytes, span.file.stat().st_size
             # What the same bytes mean: the beginning and the end of a document, and where the next span begins.
             place = (
                 (span.start, span.stop) if whole else (span.stop - span.start, span.start == 0, span.stop == length)
@@ -142,7 +141,7 @@ class FileUnit:
         digest = xxhash.xxh3_128(repr((self.column, self.separator, self.may_cut)).encode())
         for span in self.spans:
             size = span.file.stat().st_size
-            first, last = (0, size) if span.compression or span.form == "parquet" else (span.start, span.stop)
+            first, last = (span.start, span.stop) if span.is_of_bytes else (0, size)
             digest.update(repr((span.form, span.start, span.stop, size)).encode())
             for start, stop in ((first, first + _BLOCK // 16), (max(first, last - _BLOCK // 16), last)):
                 digest.update(b"".join(_raw_blocks(span.file, start, min(stop, last))))

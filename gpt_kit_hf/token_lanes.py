@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from gpt_kit_hf import tokenization
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.losses import Batch
-from gpt_kit_hf.pretraining_data import IGNORED, WindowOptions, collate_windows, restarting_positions
+from gpt_kit_hf.pretraining_data import WindowOptions, collate_windows, window_item
 from gpt_kit_hf.sample_order import BatchPlan, shuffled
 from gpt_kit_hf.text_units import ReadableUnit
 
@@ -111,13 +111,8 @@ class Lane:
             done, first, inside = done + 1, 0, 0
 
     def _item(self, sample: _Sample) -> tuple[Tensor, ...]:
-        ids = torch.from_numpy(sample.ids.astype(np.int64))
-        target = ids[1:].clone()
-        if not self.windows.packing:
-            return ids[:-1], target
-        starts = sample.starts[sample.starts > 0]
-        target[starts - 1] = IGNORED
-        return ids[:-1], target, torch.from_numpy(restarting_positions(starts, self.windows.max_length))
+        starts = sample.starts[sample.starts > 0] if self.windows.packing else None
+        return window_item(sample.ids.astype(np.int64), starts)
 
 
 def _gather(held: Sequence[_Part], skip: int, length: int) -> _Sample:

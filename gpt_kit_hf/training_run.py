@@ -33,7 +33,7 @@ from gpt_kit_hf.run_folder import (
     refuse_changes,
 )
 from gpt_kit_hf.run_lock import RunLock
-from gpt_kit_hf.run_options import FREE_ON_RESUME, TrainingOptions
+from gpt_kit_hf.run_options import FREE_ON_RESUME, TrainingOptions, flat_options
 from gpt_kit_hf.run_record import RunRecord, RunResult, finished_before
 from gpt_kit_hf.run_task import RunSetting, RunTask
 from gpt_kit_hf.sample_order import BatchPlan
@@ -50,9 +50,6 @@ class OptionsOfRun(Protocol):
     @property
     def optimizer(self) -> OptimizerOptions:
         """How the weights move."""
-
-    def flat(self) -> dict[str, Any]:
-        """Return all options as "room.name": value."""
 
 
 def run_training(
@@ -89,7 +86,7 @@ def run_training(
         if continues and accelerator.is_main_process:
             stack.enter_context(RunLock(folder))
         if continues:
-            refuse_changes(load_json(folder / OPTIONS_FILE), options.flat(), folder, FREE_ON_RESUME)
+            refuse_changes(load_json(folder / OPTIONS_FILE), flat_options(options), folder, FREE_ON_RESUME)
             if (result := finished_before(folder)) is not None:
                 console.say(
                     f"{folder} is complete: {result.steps} steps, {result.evaluation.bits_per_byte:.3f} bits per byte"
@@ -165,7 +162,7 @@ class _Run:
     def go(self) -> RunResult:
         """Train from the first step, or the one after the checkpoint, to the last."""
         done = 0 if self.checkpoint is None else checkpoint_step(self.checkpoint)
-        self.record.start(self.options.flat(), self._facts(), done=done, total=self.total_steps)
+        self.record.start(flat_options(self.options), self._facts(), done=done, total=self.total_steps)
         if self.checkpoint is not None:
             self._restore(self.checkpoint)
         self._introduce()

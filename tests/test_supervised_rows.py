@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
+from tiny_model import byte_tokenizer
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from gpt_kit_hf import GPTModel, create_model_config
-from gpt_kit_hf.chat_templates import get_chat_template
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.instruction_data import InstructionDataset, format_alpaca
 from gpt_kit_hf.instruction_rows import PlacedRow, RowOptions, SkippedRows, read_rows
@@ -29,7 +29,7 @@ from gpt_kit_hf.supervised_rows import (
     best_fit_decreasing,
     encode_rows,
 )
-from gpt_kit_hf.tokenization import get_encoding, save_tokenizer
+from gpt_kit_hf.tokenization import get_encoding
 
 END = 256
 BYTES = get_encoding("bytes")
@@ -40,11 +40,7 @@ CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "c
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(BYTES, folder)
-    loaded = AutoTokenizer.from_pretrained(folder)
-    loaded.chat_template = get_chat_template("default")
-    return loaded
+    return byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def encode(rows: list[Any], tokenizer: Any = BYTES, **options: Any) -> SupervisedRows:

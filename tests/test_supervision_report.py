@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
+from tiny_model import byte_tokenizer
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
-from gpt_kit_hf.chat_templates import get_chat_template
 from gpt_kit_hf.errors import DataError
 from gpt_kit_hf.instruction_data import format_alpaca
 from gpt_kit_hf.instruction_rows import RowOptions, SkippedRows, read_rows
@@ -26,11 +26,7 @@ ROW = {"prompt": "Q:", "completion": " A"}
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(BYTES, folder)
-    loaded = AutoTokenizer.from_pretrained(folder)
-    loaded.chat_template = get_chat_template("default")
-    return loaded
+    return byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def encode(rows: list[Any], **options: Any) -> SupervisedRows:

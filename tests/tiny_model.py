@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from gpt_kit_hf import GPTModel, create_model_config, get_encoding
+from gpt_kit_hf import GPTModel, create_model_config, get_chat_template, get_encoding, save_tokenizer
 from gpt_kit_hf.run_folder import write_model_folder
 
 CONTEXT = 64
@@ -35,3 +35,11 @@ def write_tiny_model(folder: Path, *, chat_template: str | None = None, context:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         tokenizer.chat_template = chat_template
         tokenizer.save_pretrained(folder)
+
+
+def byte_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The twin of the encoding of bytes, with the default chat template."""
+    save_tokenizer(get_encoding("bytes"), folder)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = get_chat_template("default")
+    return tokenizer
