@@ -117,11 +117,13 @@ class AMPTrainer:
         micro_batches: Sequence[Batch | tuple[Tensor, Tensor]],
         *,
         before_micro_batch: Callable[[int], None] | None = None,
+        spike_limit: float = math.inf,
     ) -> UpdateReport:
         """Update the weights by a batch that comes in parts; each process passes its own parts, equally many.
 
         The loss is the sum over all parts and processes divided by the number of trained tokens in all of them, so
-        that the cut into parts changes nothing. `before_micro_batch(i)` is called before part i is computed.
+        that the cut into parts changes nothing. `before_micro_batch(i)` is called before part i is computed. An
+        update whose gradient norm is above `spike_limit` is skipped.
         """
         self.model.train()
         batches = [Batch(*parts) for parts in micro_batches]
@@ -146,7 +148,7 @@ class AMPTrainer:
                 self.scaler.scale(share).backward()
             total += loss_sum.detach()
         loss = float(self.accelerator.reduce(total, reduction="sum")) / max(tokens, 1)
-        return self._step(loss, tokens)
+        return self._step(loss, tokens, spike_limit)
 
     def _trained_tokens(self, batches: Sequence[Batch]) -> int:
         own = sum(int((batch.targets != self.ignore_index).sum()) for batch in batches)
@@ -154,8 +156,8 @@ class AMPTrainer:
             return own
         return int(self.accelerator.reduce(torch.tensor(own, device=self.accelerator.device), reduction="sum"))
 
-    def _step(self, loss: float, tokens: int) -> UpdateReport:
-        """Clip and step, unless something is not finite."""
+    def _step(self, loss: float, tokens: int, spike_limit: float) -> UpdateReport:
+        """Clip and step, unless something is not finite or too large."""
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
         self.scaler.unscale_(self.optimizer)
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
@@ -167,6 +169,8 @@ class AMPTrainer:
             skipped = f"loss is {loss}"
         elif not math.isfinite(grad_norm):
             skipped = f"gradient norm is {grad_norm}"
+        elif grad_norm > spike_limit:
+            skipped = f"gradient norm {grad_norm:.4g} is a spike: above {spike_limit:.4g}"
         if skipped is None:
             self.scaler.step(self.optimizer)
         # The scaler has seen the gradients in unscale_: it halves the scale if one of them was not finite.

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gpt_kit_hf.base_models import load_part, model_length
 from gpt_kit_hf.chat import ChatOptions, Conversation, converse
 from gpt_kit_hf.durable_files import save_json
-from gpt_kit_hf.errors import GPTKitError, UsageError
+from gpt_kit_hf.errors import GPTKitError, StoppedError, UsageError
 from gpt_kit_hf.finetuning import finetune, inspect_rows
 from gpt_kit_hf.generation import stream_text
 from gpt_kit_hf.gpt2_checkpoint import Activation, Layout, convert_checkpoint
@@ -26,6 +26,7 @@ from gpt_kit_hf.invariance import check_invariance
 from gpt_kit_hf.option_parsing import parse_finetune_options, parse_run_options
 from gpt_kit_hf.progress import printable
 from gpt_kit_hf.run_folder import check_tokenizer, find_model_folder
+from gpt_kit_hf.stop_signals import EXIT_STOPPED
 from gpt_kit_hf.supervised_rows import SupervisionOptions
 from gpt_kit_hf.tokenization import text_to_token_ids
 from gpt_kit_hf.training import train
@@ -44,6 +45,8 @@ def run_command(command: Callable[[], object]) -> int:
         command()
     except UsageError as error:
         return _fail(error, USAGE_ERROR)
+    except StoppedError as error:
+        return _fail(error, EXIT_STOPPED)
     except (GPTKitError, OSError) as error:
         return _fail(error, FAILURE)
     except KeyboardInterrupt:

@@ -26,6 +26,14 @@ class NonFiniteError(GPTKitError):
     """Training met too many non-finite losses or gradients in a row; the weights are those before the first."""
 
 
+class RunError(GPTKitError):
+    """A run that cannot go on: one of its processes has ended, or a step needs more memory than there is."""
+
+
+class StoppedError(GPTKitError):
+    """A run that was asked to stop, and did between two steps; the message says what is saved."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     """Return "unknown <kind> '<name>'; did you mean ...?", or the list of known names if none is near."""
     names = {spelling.lower(): spelling for spelling in known}

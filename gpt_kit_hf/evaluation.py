@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedTokenizerBase
 
-from gpt_kit_hf.errors import UsageError
+from gpt_kit_hf.errors import StoppedError, UsageError
 from gpt_kit_hf.losses import Batch, evaluation_mode, summed_batch_loss
 from gpt_kit_hf.pretraining_data import IGNORED, TokenStream, TokenWindows, collate_windows
 from gpt_kit_hf.tokenization import END_OF_TEXT
@@ -79,13 +79,14 @@ def evaluate_stream(
     max_windows: int | None = None,
     accelerator: Accelerator | None = None,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Score each token of a stream once, by windows of `max_length` tokens that start `stride` apart.
 
     With a stride below max_length each token is seen with at least max_length - stride tokens before it. With
     `max_windows` only so many windows, spread evenly, are scored. Processes share the windows and all get the
     result. The model keeps its mode and torch's random state does not move. Raises UsageError for a text without
-    bytes to score.
+    bytes to score, StoppedError where `stop()`, asked before each batch, was true in any of the processes.
     """
     windows = TokenWindows(stream, max_length, stride, score_once=True, packing=packing)
     chosen = np.arange(len(windows))
@@ -98,7 +99,7 @@ def evaluate_stream(
         collate_fn=collate_windows,
         generator=torch.Generator(),
     )
-    return evaluate_batches(model, loader, byte_lengths, accelerator=accelerator, autocast=autocast)
+    return evaluate_batches(model, loader, byte_lengths, accelerator=accelerator, autocast=autocast, stop=stop)
 
 
 def evaluate_batches(
@@ -108,15 +109,18 @@ def evaluate_batches(
     *,
     accelerator: Accelerator | None = None,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Score the trained tokens of batches, each process its own; all processes get the result.
 
-    The model keeps its mode. Raises UsageError if the tokens spell no bytes.
+    The model keeps its mode. Raises UsageError if the tokens spell no bytes, StoppedError as `evaluate_stream`.
     """
     world = accelerator.num_processes if accelerator else 1
-    total, tokens, text_bytes = 0.0, 0, 0
+    total, tokens, text_bytes, stopped = 0.0, 0, 0, False
     with evaluation_mode(model), torch.no_grad():
         for batch in batches:
+            if stopped := stop():
+                break
             with autocast():
                 scores = summed_batch_loss(batch.input_ids, batch.targets, model, position_ids=batch.position_ids)
             total += float(scores.loss_sum)
@@ -124,8 +128,10 @@ def evaluate_batches(
             tokens += scored.size
             text_bytes += int(byte_lengths[scored].sum())
     if accelerator is not None and world > 1:
-        sums = torch.tensor([total, tokens, text_bytes], dtype=torch.float64, device=accelerator.device)
-        total, tokens, text_bytes = accelerator.reduce(sums, reduction="sum").tolist()
+        sums = torch.tensor([total, tokens, text_bytes, stopped], dtype=torch.float64, device=accelerator.device)
+        total, tokens, text_bytes, stopped = accelerator.reduce(sums, reduction="sum").tolist()
+    if stopped:
+        raise StoppedError("the evaluation was stopped")
     if text_bytes == 0:
         raise UsageError("the held-out text spells no bytes: there is nothing to score")
     return Evaluation(loss=total / tokens, tokens=int(tokens), text_bytes=int(text_bytes))

@@ -157,8 +157,10 @@ class InstructionTask:
         self.order: Order = ShuffledOrder(samples=len(self.dataset), seed=setting.options.seed)
         self.tokens_per_sample = len(train.ids) / len(self.dataset)
         self.fingerprint = f"{train.fingerprint()}-{self.held_out.fingerprint()}"
+        self.base_digest = None
         if options.adapter.lora_rank:  # an adapter goes on with the base that it began with, or not at all
-            self.fingerprint += f"-{weights_digest(source, self.model.config)}"
+            self.base_digest = weights_digest(source, self.model.config)
+            self.fingerprint += f"-{self.base_digest}"
         self.byte_lengths = tokenizer_byte_lengths(self.tokenizer, self.model.config.vocab_size)
 
     def batches(self, plan: BatchPlan, first_step: int, last_step: int, position: Any) -> Iterator[Batch]:
@@ -178,7 +180,14 @@ class InstructionTask:
         loader = DataLoader(
             Subset(rows, own), batch_size=batch_size, collate_fn=rows.collate, generator=torch.Generator()
         )
-        return evaluate_batches(self.model, loader, self.byte_lengths, accelerator=accelerator, autocast=autocast)
+        return evaluate_batches(
+            self.model,
+            loader,
+            self.byte_lengths,
+            accelerator=accelerator,
+            autocast=autocast,
+            stop=self.setting.stop.asked,
+        )
 
     def sample(self) -> str:
         """Return what the model answers to the first held-out prompt."""
@@ -211,6 +220,7 @@ class InstructionTask:
         """Return what the record keeps of the rows."""
         return {
             "base_model": self.options.base.model,
+            "base_digest": self.base_digest,
             "supervision": self.report.to_dict(),
             "held_out_rows": len(self.held_out),
         }
@@ -219,9 +229,9 @@ class InstructionTask:
         """Return nothing: gzip does not answer."""
         return {}
 
-    def write_model(self, folder: Path) -> None:
+    def write_model(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         """Write the model, or the adapter alone, with the tokenizer and the report."""
-        self._write(self.model, folder)
+        self._write(self.model, folder, weights)
 
     def publish(self, run: Path, checkpoint: Path) -> None:
         """Put the finished model into the run's root, an adapter merged into its base and beside it."""
@@ -299,12 +309,12 @@ class InstructionTask:
         chosen = self.options.base.chat_template
         return with_template(read_rows(options, skipped), self.tokenizer, chosen, self.options.supervision.format)
 
-    def _write(self, model: Any, folder: Path) -> None:
+    def _write(self, model: Any, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
         end = self.tokenizer.eos_token_id
         defaults = model.generation_config
         defaults.eos_token_id = end
         # Padding has an id in generation only, where the attention mask hides it.
         defaults.pad_token_id = end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
-        model.save_pretrained(str(folder))
+        model.save_pretrained(str(folder), state_dict=weights)
         self.tokenizer.save_pretrained(str(folder))
         save_json(folder / REPORT_FILE, self.report.to_dict())

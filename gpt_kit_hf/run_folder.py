@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import tiktoken
+import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
 from gpt_kit_hf.checkpointing import latest_checkpoint, list_checkpoints
@@ -66,27 +65,20 @@ def holds_run(run: Path) -> bool:
     return (run / OPTIONS_FILE).is_file() or bool(list_checkpoints(run))
 
 
-def refuse_changes(stored: Mapping[str, Any], given: Mapping[str, Any], run: Path, free: frozenset[str]) -> None:
-    """Raise UsageError with each option that differs from the run's own, those in `free` aside."""
-    missing = object()
-    changed = [
-        f"{name} was {stored.get(name)!r}, is {given.get(name)!r}"
-        for name in sorted(stored.keys() | given.keys())
-        if name not in free and stored.get(name, missing) != given.get(name, missing)
-    ]
-    if changed:
-        raise UsageError(
-            f"cannot resume {str(run)!r} with other options ({'; '.join(changed)}): "
-            "give them as they were, or name another output_dir"
-        )
+def write_model_folder(
+    folder: Path,
+    model: GPTKitForCausalLM,
+    encoding: tiktoken.Encoding,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write what `from_pretrained` loads: weights, configuration, remote code, generation defaults, tokenizer.
 
-
-def write_model_folder(folder: Path, model: GPTKitForCausalLM, encoding: tiktoken.Encoding) -> None:
-    """Write what `from_pretrained` loads: weights, configuration, remote code, generation defaults, tokenizer."""
+    `weights` are the model's of an earlier moment, if not of now.
+    """
     end = encoding.encode_single_token(END_OF_TEXT)
     # Padding has an id in generation only, where the attention mask hides it; the tokenizer has none (see there).
     model.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end)
-    model.save_pretrained(str(folder))
+    model.save_pretrained(str(folder), state_dict=weights)
     save_tokenizer(encoding, folder, model_max_length=model.config.max_position_embeddings)
 
 

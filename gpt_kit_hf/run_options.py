@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 from gpt_kit_hf.corpus import EncodingOptions
-from gpt_kit_hf.errors import UsageError
+from gpt_kit_hf.errors import UsageError, unknown_name
 from gpt_kit_hf.optimization import OptimizerOptions
 from gpt_kit_hf.presets import ModelOptions
 from gpt_kit_hf.pretraining_data import WindowOptions
@@ -38,6 +40,8 @@ class TrainingOptions:
     eval_windows: int = _option(128, "held-out windows of an evaluation; the last one scores all")
     save_every: int = _option(500, "steps between checkpoints")
     keep_last: int = _option(2, "checkpoints to keep")
+    keep_best: int = _option(0, "checkpoints to keep besides, by held-out loss; each save is then scored")
+    background_save: bool = _option(True, "write checkpoints while training goes on, where there is memory for a copy")
     log_every: int = _option(50, "steps between progress lines and tracker entries")
     sample_every: int = _option(500, "steps between text samples; 0 for none")
     sample_prompt: str = _option("", "text that samples continue")
@@ -47,7 +51,20 @@ class TrainingOptions:
         metadata={"help": "trackers: none, auto (TensorBoard if installed), or names that Accelerate knows"},
     )
     num_workers: int = _option(0, "processes that load batches; the windows are views, so 0 is fast")
-    max_skipped: int = _option(20, "updates in a row that may be skipped, non-finite, before the run stops")
+    max_skipped: int = _option(20, "updates in a row that may be skipped, non-finite or spikes, before the run stops")
+    spike_factor: float = _option(
+        0.0, "skip an update whose gradient norm is above so many times the median of the last 100; 0 for none"
+    )
+    out_of_memory: Literal["halve", "stop"] = _option(
+        "halve", "when a step runs out of memory: halve the micro-batch (not on several processes), or stop"
+    )
+    activation_checkpointing: bool = _option(
+        False, "compute activations again in the backward pass: less memory, slower steps, the same updates"
+    )
+    allow_changes: list[str] | None = dataclasses.field(
+        default=None,
+        metadata={"help": "options that may differ when the run is resumed: learning_rate, max_steps and the like"},
+    )
 
     def __post_init__(self) -> None:
         if self.max_steps is not None and self.epochs is not None:
@@ -61,7 +78,11 @@ class TrainingOptions:
                 raise UsageError(f"{name} must be at least 1, got {value}")
         if self.seed >= 2**63:
             raise UsageError(f"seed must be below 2**63, got {self.seed}")
-        for name in ("seed", "sample_every", "num_workers"):
+        if self.spike_factor and not 1.0 < self.spike_factor < math.inf:
+            raise UsageError(f"spike_factor must be above 1 and finite, or 0 for none, got {self.spike_factor}")
+        if self.out_of_memory not in ("halve", "stop"):
+            raise UsageError(unknown_name("out_of_memory", self.out_of_memory, ("halve", "stop")))
+        for name in ("seed", "sample_every", "num_workers", "keep_best"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} must be at least 0, got {getattr(self, name)}")
 
@@ -71,8 +92,26 @@ FREE_ON_RESUME = frozenset(
     {"training." + name for name in ("output_dir", "resume", "overwrite", "micro_batch_size", "save_every")}
     | {"training." + name for name in ("eval_every", "eval_windows", "keep_last", "log_every", "report_to")}
     | {"training." + name for name in ("sample_every", "sample_prompt", "sample_tokens", "num_workers")}
-    | {"training.max_skipped", "text.num_proc"}
+    | {"training." + name for name in ("max_skipped", "keep_best", "background_save", "out_of_memory")}
+    | {"training.activation_checkpointing", "training.allow_changes", "text.num_proc"}
 )
+# What may change besides, if the user names it: the batches stay the same, the numbers do not.
+_CHANGEABLE = frozenset(
+    {"training." + name for name in ("max_steps", "epochs", "mixed_precision", "compile", "cpu", "spike_factor")}
+    | {"optimizer." + field.name for field in dataclasses.fields(OptimizerOptions) if field.name != "optimizer"}
+)
+
+
+class OptionsOfRun(Protocol):
+    """What every kind of run is asked for, among other things."""
+
+    @property
+    def training(self) -> TrainingOptions:
+        """How the run goes."""
+
+    @property
+    def optimizer(self) -> OptimizerOptions:
+        """How the weights move."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,3 +130,33 @@ def flat_options(options: Any) -> dict[str, Any]:
     """Return the options of a run, a dataclass of rooms, as "room.name": value."""
     rooms = dataclasses.asdict(options)
     return {f"{room}.{name}": value for room, values in rooms.items() for name, value in values.items()}
+
+
+def changed_options(stored: Mapping[str, Any], options: OptionsOfRun, run: Path) -> dict[str, list[Any]]:
+    """Return {option: [before, now]} of what differs from a run's own options, `stored` by `flat_options`.
+
+    Raises UsageError, with all that differs and what to do, unless every change is free or named in allow_changes.
+    """
+    given, missing = flat_options(options), object()
+    changed = {
+        name: [stored.get(name), given.get(name)]
+        for name in sorted(stored.keys() | given.keys())
+        if stored.get(name, missing) != given.get(name, missing)
+    }
+    fixed = changed.keys() - FREE_ON_RESUME - _allowed(options.training.allow_changes or ())
+    if fixed:
+        listed = "; ".join(f"{name} was {changed[name][0]!r}, is {changed[name][1]!r}" for name in sorted(fixed))
+        way = "name another output_dir"
+        if fixed <= _CHANGEABLE:
+            way = f"allow it by --allow_changes {' '.join(sorted(name.split('.')[1] for name in fixed))}"
+        raise UsageError(f"cannot resume {str(run)!r} with other options ({listed}): give them as they were, or {way}")
+    return changed
+
+
+def _allowed(names: Sequence[str]) -> set[str]:
+    """Return the options, "room.name", that a user's list of names lets change."""
+    known = {option.split(".")[1]: option for option in _CHANGEABLE}
+    for name in names:
+        if name not in known:
+            raise UsageError(f"allow_changes: {unknown_name('changeable option', name, sorted(known))}")
+    return {known[name] for name in names}

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
@@ -18,6 +19,7 @@ from gpt_kit_hf.losses import Batch
 from gpt_kit_hf.progress import Console
 from gpt_kit_hf.run_options import TrainingOptions
 from gpt_kit_hf.sample_order import BatchPlan, Order, PlannedBatches
+from gpt_kit_hf.stop_signals import StopSignals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,7 @@ class RunSetting:
     console: Console
     folder: Path
     checkpoint: Path | None
+    stop: StopSignals
 
 
 class RunTask(Protocol):
@@ -50,7 +53,10 @@ class RunTask(Protocol):
     def evaluate(
         self, max_samples: int | None, batch_size: int, autocast: Callable[[], AbstractContextManager[object]]
     ) -> Evaluation:
-        """Score held-out samples, all if there is no maximum; every process calls."""
+        """Score held-out samples, all if there is no maximum; every process calls.
+
+        Raises StoppedError where any process was asked to stop meanwhile.
+        """
 
     def sample(self) -> str:
         """Return text that shows what the model does, in lines; the main process calls."""
@@ -64,8 +70,11 @@ class RunTask(Protocol):
     def baselines(self) -> Mapping[str, float]:
         """Return what is easily reached on the held-out text, in bits per byte, by name."""
 
-    def write_model(self, folder: Path) -> None:
-        """Write what `from_pretrained` loads, and what continues from there."""
+    def write_model(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Write what `from_pretrained` loads, with these weights, and what continues from there.
+
+        Called from another thread while the model trains: nothing that a step reads may change.
+        """
 
     def publish(self, run: Path, checkpoint: Path) -> None:
         """Put the finished model into the run's root."""

@@ -61,6 +61,7 @@ class TextTask:
             max_windows=max_samples,
             accelerator=self.setting.accelerator,
             autocast=autocast,
+            stop=self.setting.stop.asked,
         )
 
     def sample(self) -> str:
@@ -97,9 +98,9 @@ class TextTask:
         """Return what gzip reaches on the held-out text."""
         return {"gzip -9": gzip_bits_per_byte(self.held_out, self.encoding)}
 
-    def write_model(self, folder: Path) -> None:
+    def write_model(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         """Write what `from_pretrained` loads."""
-        write_model_folder(folder, self.model, self.encoding)
+        write_model_folder(folder, self.model, self.encoding, weights)
 
     def publish(self, run: Path, checkpoint: Path) -> None:
         """Put the finished model into the run's root."""

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shlex
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, NoReturn, TextIO
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from gpt_kit_hf.amp import AMPTrainer, UpdateReport, resolve_precision
-from gpt_kit_hf.checkpointing import checkpoint_step, latest_checkpoint, save_checkpoint
+from gpt_kit_hf.amp import resolve_precision
+from gpt_kit_hf.checkpoint_writer import CheckpointWriter
+from gpt_kit_hf.checkpointing import checkpoint_step, latest_checkpoint, list_checkpoints
 from gpt_kit_hf.durable_files import load_json
-from gpt_kit_hf.errors import NonFiniteError, UsageError
+from gpt_kit_hf.errors import CheckpointError, NonFiniteError, StoppedError, UsageError
 from gpt_kit_hf.evaluation import Evaluation
-from gpt_kit_hf.optimization import OptimizerOptions, create_optimizer, learning_rate_at, set_learning_rate
 from gpt_kit_hf.progress import Console, Pace, duration, trackers
 from gpt_kit_hf.run_folder import (
     CURVE_FILE,
@@ -30,35 +29,25 @@ from gpt_kit_hf.run_folder import (
     check_run_folder,
     holds_run,
     make_run_folder,
-    refuse_changes,
 )
 from gpt_kit_hf.run_lock import RunLock
-from gpt_kit_hf.run_options import FREE_ON_RESUME, TrainingOptions, flat_options
+from gpt_kit_hf.run_options import OptionsOfRun, changed_options, flat_options
 from gpt_kit_hf.run_record import RunRecord, RunResult, finished_before
+from gpt_kit_hf.run_steps import StepReport, Steps
+from gpt_kit_hf.run_summary import explained, introduction, score_lines
 from gpt_kit_hf.run_task import RunSetting, RunTask
-from gpt_kit_hf.sample_order import BatchPlan
-from gpt_kit_hf.training_state import read_position, restore_training_state, write_training_state
+from gpt_kit_hf.stop_signals import EXIT_STOPPED, StopSignals
+from gpt_kit_hf.training_state import read_position, training_state
+
+Prepare = Callable[[RunSetting], RunTask]
 
 
-class OptionsOfRun(Protocol):
-    """What every kind of run is asked for, among other things."""
-
-    @property
-    def training(self) -> TrainingOptions:
-        """How the run goes."""
-
-    @property
-    def optimizer(self) -> OptimizerOptions:
-        """How the weights move."""
-
-
-def run_training(
-    options: OptionsOfRun, prepare: Callable[[RunSetting], RunTask], *, stream: TextIO | None
-) -> RunResult:
+def run_training(options: OptionsOfRun, prepare: Prepare, *, stream: TextIO | None) -> RunResult:
     """Begin a run, or continue it, in the folder that the options name; `prepare` reads the data and makes the model.
 
-    Raises UsageError for options that do not fit each other, the data or the device, before anything is written;
-    NonFiniteError if too many updates in a row could not be made.
+    Raises UsageError for options that do not fit each other, the data, the launch or the device, before anything is
+    written; NonFiniteError if too many updates in a row could not be made; RunError if one of its processes ended or
+    memory ran out; StoppedError when a signal asked it to stop, and it did so after saving.
     """
     chosen = options.training
     accelerator = Accelerator(
@@ -69,30 +58,23 @@ def run_training(
     )
     folder = Path(chosen.output_dir)
     console = Console(stream if accelerator.is_main_process else None)
-    facts: list[Any] = [None, False]
-    if accelerator.is_main_process:
-        try:
-            check_run_folder(folder, resume=chosen.resume, overwrite=chosen.overwrite)
-            facts = [None, chosen.resume and holds_run(folder)]
-        except UsageError as error:
-            facts = [error, False]
-    refused, continues = broadcast_object_list(facts)
-    if refused is not None:
-        # One process says why; the others end with it.
-        raise refused if accelerator.is_main_process else SystemExit(2)
     with ExitStack() as stack:
         stack.callback(accelerator.end_training)
         stack.callback(console.close)
-        if continues and accelerator.is_main_process:
-            stack.enter_context(RunLock(folder))
+        stop = stack.enter_context(StopSignals())
+        continues = _may_go_on(accelerator, folder, options)
+        changes: dict[str, Any] = {}
         if continues:
-            refuse_changes(load_json(folder / OPTIONS_FILE), flat_options(options), folder, FREE_ON_RESUME)
-            if (result := finished_before(folder)) is not None:
+            if accelerator.is_main_process:
+                stack.enter_context(RunLock(folder))
+            changes = changed_options(load_json(folder / OPTIONS_FILE), options, folder)
+            longer = changes.keys() & {"training.max_steps", "training.epochs"}
+            if not longer and (result := finished_before(folder)) is not None:
                 console.say(
                     f"{folder} is complete: {result.steps} steps, {result.evaluation.bits_per_byte:.3f} bits per byte"
                 )
                 return result
-        run = _Run(options, prepare, accelerator, console, continues=continues)
+        run = _Run(options, prepare, accelerator, console, stop, changes if continues else None)
         if not continues and accelerator.is_main_process:
             # Only now: options that do not fit have left everything as it was.
             moved = make_run_folder(folder, overwrite=chosen.overwrite)
@@ -104,8 +86,27 @@ def run_training(
         return run.go()
 
 
+def _may_go_on(accelerator: Accelerator, folder: Path, options: OptionsOfRun) -> bool:
+    """Return whether the run continues one in the folder; one process looks, and all end where it may do neither."""
+    chosen = options.training
+    facts: list[Any] = [None, False]
+    if accelerator.is_main_process:
+        try:
+            check_run_folder(folder, resume=chosen.resume, overwrite=chosen.overwrite)
+            facts = [None, chosen.resume and holds_run(folder)]
+        except UsageError as error:
+            facts = [error, False]
+    refused, continues = broadcast_object_list(facts)
+    if refused is not None:
+        # One process says why; the others end with it.
+        raise refused if accelerator.is_main_process else SystemExit(2)
+    return bool(continues)
+
+
 # So many steps show how long the rest will take.
 _STEPS_TO_ESTIMATE = 10
+# What a message names of a batch.
+_IDS_SHOWN = 8
 
 
 class _Run:
@@ -114,92 +115,121 @@ class _Run:
     def __init__(
         self,
         options: OptionsOfRun,
-        prepare: Callable[[RunSetting], RunTask],
+        prepare: Prepare,
         accelerator: Accelerator,
         console: Console,
-        *,
-        continues: bool,
+        stop: StopSignals,
+        changes: Mapping[str, Any] | None,
     ) -> None:
-        self.options, self.accelerator, self.console = options, accelerator, console
+        self.options, self.accelerator, self.console, self.stop = options, accelerator, console, stop
         self.chosen = options.training
         self.folder = Path(self.chosen.output_dir)
-        self.checkpoint = latest_checkpoint(self.folder, report=console.say) if continues else None
-        self._check_before_reading()
+        self.changes = changes or {}
+        self.checkpoint = self._latest_checkpoint() if changes is not None else None
+        self._check_precision()
         setting = RunSetting(
             options=self.chosen,
             accelerator=accelerator,
             console=console,
             folder=self.folder,
             checkpoint=self.checkpoint,
+            stop=stop,
         )
         self.task = prepare(setting)
         self._check_data()
-        share = -(-self.chosen.batch_size // accelerator.num_processes)
-        self.plan = BatchPlan(
-            order=self.task.order,
-            batch_size=self.chosen.batch_size,
-            micro_batch_size=self.chosen.micro_batch_size or share,
-            num_processes=accelerator.num_processes,
-            process_index=accelerator.process_index,
+        if self.chosen.activation_checkpointing:
+            self.task.model.gradient_checkpointing_enable()
+        self.steps = Steps(options, setting, self.task)
+        self.writer = CheckpointWriter(
+            self.folder, keep_last=self.chosen.keep_last, report=console.say, last=self.checkpoint
         )
-        epochs = self.chosen.epochs or 1.0
-        self.total_steps = self.chosen.max_steps or max(
-            1, math.ceil(epochs * self.task.order.samples / self.plan.batch_size)
-        )
-        self.model = self.task.model
-        self.trainer = AMPTrainer(
-            self.model,
-            create_optimizer(self.model, options.optimizer),
-            mixed_precision=self.chosen.mixed_precision,
-            max_grad_norm=options.optimizer.grad_clip or None,
-            accelerator=accelerator,
-        )
-        self.record = RunRecord(self.folder, accelerator)
-        self.step = 0
-        self.skipped_in_a_row = 0
-        self.data_position: Any = None
+        self.record = RunRecord(self.folder, accelerator, console.say)
+        self.scores: dict[int, float] = {}  # of the main process
 
     def go(self) -> RunResult:
         """Train from the first step, or the one after the checkpoint, to the last."""
+        try:
+            with self.stop.granted_between_steps():
+                return self._train()
+        except RuntimeError as error:
+            raise explained(error, self.accelerator.num_processes, self._last_checkpoint) from error
+        finally:
+            self.writer.wait()
+
+    def _train(self) -> RunResult:
+        steps = self.steps
         done = 0 if self.checkpoint is None else checkpoint_step(self.checkpoint)
-        self.record.start(flat_options(self.options), self._facts(), done=done, total=self.total_steps)
+        self.record.start(flat_options(self.options), self._facts(), self.changes, done=done, total=steps.total)
+        if self.accelerator.is_main_process:
+            self.scores = self.record.scores()
         if self.checkpoint is not None:
-            self._restore(self.checkpoint)
+            steps.restore(self.checkpoint)
         self._introduce()
         if self.chosen.compile:
-            self.model.compile()
-        batches = self.task.batches(self.plan, self.step, self.total_steps, self.data_position)
-        self.console.start(self.step, self.total_steps)
-        if self.task.scored_first and self.step == 0:
-            self._say_score(self._evaluate(None))
-        pace, first = Pace(), self.step
-        while self.step < self.total_steps:
-            began = time.perf_counter()
-            micro_batches = [next(batches) for _ in range(self.plan.micro_steps)]
-            rate = learning_rate_at(self.step, self.total_steps, self.options.optimizer)
-            set_learning_rate(self.trainer.optimizer, rate)
-            report = self.trainer.update(micro_batches, before_micro_batch=self._seed_micro_batch)
-            self.step += 1
-            self._after_update(report, rate)
-            pace.add(time.perf_counter() - began)
-            if self.step == first + _STEPS_TO_ESTIMATE:
-                left = pace.seconds_per_step * (self.total_steps - self.step)
-                self.console.say(f"expected {duration(left)}, and the evaluations")
-            if self.step % self.chosen.log_every == 0 or self.step == self.total_steps:
-                self._log(report, rate, pace.seconds_per_step)
-            if self.step < self.total_steps:
-                self._now_and_then()
-        self._save()
+            self.task.model.compile()
+        steps.begin()
+        self.console.start(steps.step, steps.total)
+        self._loop()
+        self._save(in_background=False)
         return self._finish()
+
+    def _loop(self) -> None:
+        steps, pace, first = self.steps, Pace(), self.steps.step
+        if self.task.scored_first and first == 0:
+            self._say_score(self._evaluate(None))
+        while steps.step < steps.total:
+            began = time.perf_counter()
+            report = steps.take()
+            if report is None:
+                self._stop()
+            self._after_update(report)
+            pace.add(time.perf_counter() - began)
+            if steps.step == first + _STEPS_TO_ESTIMATE:
+                left = pace.seconds_per_step * (steps.total - steps.step)
+                self.console.say(f"expected {duration(left)}, and the evaluations")
+            if steps.step % self.chosen.log_every == 0 or steps.step == steps.total:
+                self._log(report, pace.seconds_per_step)
+            if report.stop:
+                self._stop()
+            if steps.step < steps.total:
+                self._now_and_then()
+
+    def _stop(self) -> NoReturn:
+        """Save where the run is, and end it: somebody asked."""
+        done, saved = self.steps.step, "nothing to save yet"
+        if done:
+            self._save(in_background=False)
+            saved = f"saved in {self.folder}: continue with --resume"
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            raise SystemExit(EXIT_STOPPED)  # one process says it
+        cause = self.stop.reason or "a signal to another of its processes"
+        raise StoppedError(f"stopped by {cause} after step {done} of {self.steps.total}, {saved}")
 
     # --- preparation
 
-    def _check_before_reading(self) -> None:
+    def _latest_checkpoint(self) -> Path | None:
+        """Return the checkpoint to go on from; one process looks, so that all go on from the same."""
+        found: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                found = [latest_checkpoint(self.folder, report=self.console.say), None]
+            except CheckpointError as error:
+                found = [None, error]
+        checkpoint, damaged = broadcast_object_list(found)
+        if damaged is not None:
+            raise damaged if self.accelerator.is_main_process else SystemExit(1)
+        return None if checkpoint is None else Path(checkpoint)
+
+    def _check_precision(self) -> None:
         """Refuse what can be refused before a large text is read."""
         precision = resolve_precision(self.chosen.mixed_precision, self.accelerator.device)
         before = load_json(self.folder / RECORD_FILE)["precision"] if self.checkpoint is not None else precision
-        if before != precision:
-            raise UsageError(f"cannot resume {str(self.folder)!r} in {precision}: it was begun in {before}")
+        if before != precision and "mixed_precision" not in (self.chosen.allow_changes or ()):
+            raise UsageError(
+                f"cannot resume {str(self.folder)!r} in {precision}: it was begun in {before}; give --mixed_precision "
+                f"{before}, or allow it by --allow_changes mixed_precision"
+            )
         if self.chosen.batch_size % self.accelerator.num_processes:
             raise UsageError(
                 f"batch_size={self.chosen.batch_size} must be divisible by the number of processes, "
@@ -207,96 +237,97 @@ class _Run:
             )
 
     def _check_data(self) -> None:
-        """Refuse to continue with other data than before."""
-        if self.checkpoint is not None:
-            before = read_position(self.checkpoint)["corpus"]
-            if before != self.task.fingerprint:
-                raise UsageError(
-                    f"cannot resume {str(self.folder)!r}: its data had the fingerprint {before}, "
-                    f"the data named now has {self.task.fingerprint}"
-                )
-
-    def _seed_micro_batch(self, index: int) -> None:
-        """Make dropout a function of (seed, step, part of the batch): a resumed run needs no random state."""
-        part = self.accelerator.process_index * self.plan.micro_steps + index
-        digest = hashlib.sha256(f"{self.chosen.seed} {self.step} {part}".encode()).digest()
-        torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        """Refuse to continue with other data than before, and say what is other."""
+        if self.checkpoint is None:
+            return
+        before = read_position(self.checkpoint)["corpus"]
+        if before != self.task.fingerprint:
+            record, now = load_json(self.folder / RECORD_FILE), self.task.facts()
+            differ = [
+                f"{name} was {record.get(name)}, is {now[name]}" for name in now if record.get(name) != now[name]
+            ]
+            listed = "; ".join(line for line in differ if len(line) < 200) or "as much, but other"
+            raise UsageError(
+                f"cannot resume {str(self.folder)!r} with other data ({listed}): its fingerprint was {before}, "
+                f"that of the data now is {self.task.fingerprint}; bring it back, or name another output_dir"
+            )
 
     # --- what is said and written
 
     def _facts(self) -> dict[str, Any]:
         return {
-            "parameters": self.model.num_parameters(),
+            "parameters": self.task.model.num_parameters(),
             **self.task.facts(),
             "data_fingerprint": self.task.fingerprint,
-            "precision": self.trainer.precision,
+            "precision": self.steps.trainer.precision,
             "device": str(self.accelerator.device),
             "processes": self.accelerator.num_processes,
         }
 
     def _introduce(self) -> None:
-        device, say = self.accelerator.device, self.console.say
-        where = {"cpu": "the CPU", "cuda": "the GPU"}.get(device.type, device.type)
-        if device.type == "cuda":
-            where = torch.cuda.get_device_name(device)
-        for line in self.task.describe():
-            say(line)
-        samples, processes = self.task.order.samples, self.accelerator.num_processes
-        epochs = f"{self.total_steps * self.plan.batch_size / samples:.2f} epochs, " if samples else ""
-        say(
-            f"training {self.total_steps:,} steps of {self.plan.batch_size} x {self.task.tokens_per_sample:.0f} "
-            f"tokens, {epochs}{self.trainer.precision} on {where}, {processes} process{'es' if processes > 1 else ''}"
-        )
-        if self.options.optimizer.warmup_steps >= self.total_steps:
-            warmup = self.options.optimizer.warmup_steps
-            say(f"note     warmup_steps={warmup} is not below the {self.total_steps} steps: the rate only rises")
+        for line in introduction(self.task, self.steps, self.options, self.accelerator):
+            self.console.say(line)
         if self.checkpoint is not None:
-            say(f"resumed  after step {self.step} ({self.checkpoint.name})")
+            self.console.say(f"resumed  after step {self.steps.step} ({self.checkpoint.name})")
+        for note in self.record.notes:
+            self.console.say(f"note     {note}")
 
-    def _after_update(self, report: UpdateReport, rate: float) -> None:
+    def _after_update(self, report: StepReport) -> None:
         """Record the step; stop the run if too many in a row left the weights as they were."""
-        self.record.update(self.step, report, rate)
+        step, update = self.steps.step, report.update
+        self.record.update(step, report)
         self.console.advance()
-        self.skipped_in_a_row = 0 if report.skipped is None else self.skipped_in_a_row + 1
-        if report.skipped is not None:
-            self.console.say(f"step {self.step} left the weights as they were: {report.skipped}")
-        if self.skipped_in_a_row >= self.chosen.max_skipped:
+        if update.skipped is not None:
+            self.console.say(f"step {step} left the weights as they were: {update.skipped}")
+        if self.steps.skipped_in_a_row >= self.chosen.max_skipped:
+            ids = self.steps.plan.sample_ids(step - 1).tolist()
+            shown = ", ".join(map(str, ids[:_IDS_SHOWN])) + (", ..." if len(ids) > _IDS_SHOWN else "")
             raise NonFiniteError(
-                f"{self.skipped_in_a_row} updates in a row were skipped, the last at step {self.step}: "
-                f"{report.skipped}; {self._last_checkpoint()}"
+                f"{self.steps.skipped_in_a_row} updates in a row were skipped, the last at step {step}: "
+                f"{update.skipped}; its batch is {report.batch}, samples {shown}; "
+                f"{self._last_checkpoint()}"
             )
 
     def _last_checkpoint(self) -> str:
-        last = latest_checkpoint(self.folder, report=self.console.say)
-        return f"the last checkpoint is {last.name}" if last else "there is no checkpoint yet"
+        last = self.writer.last
+        return f"the last good checkpoint is {last.name}" if last else "there is no checkpoint yet"
 
-    def _log(self, report: UpdateReport, rate: float, seconds_per_step: float) -> None:
-        speed = self.plan.batch_size * self.task.tokens_per_sample / seconds_per_step
-        left = (self.total_steps - self.step) * seconds_per_step
-        self.console.step(self.step, self.total_steps, report.loss, speed, left)
-        values = {"loss": report.loss, "learning_rate": rate, "grad_norm": report.grad_norm}
-        self.record.track("train", self.step, {**values, "tokens_per_second": speed})
+    def _log(self, report: StepReport, seconds_per_step: float) -> None:
+        step, total, update = self.steps.step, self.steps.total, report.update
+        speed = self.steps.plan.batch_size * self.task.tokens_per_sample / seconds_per_step
+        self.console.step(step, total, update.loss, speed, (total - step) * seconds_per_step)
+        values = {"loss": update.loss, "learning_rate": report.learning_rate, "grad_norm": update.grad_norm}
+        self.record.track("train", step, {**values, "tokens_per_second": speed})
 
     # --- now and then
 
     def _now_and_then(self) -> None:
-        if self.step % self.chosen.eval_every == 0:
+        step, saves = self.steps.step, self.steps.step % self.chosen.save_every == 0
+        if step % self.chosen.eval_every == 0 or (saves and self.chosen.keep_best):
             self._say_score(self._evaluate(self.chosen.eval_windows))
-        if self.chosen.sample_every and self.step % self.chosen.sample_every == 0:
+        if self.chosen.sample_every and step % self.chosen.sample_every == 0:
             self.console.say(self._sample())
-        if self.step % self.chosen.save_every == 0:
-            self._save()
+        if saves:
+            self._save(in_background=self.chosen.background_save)
 
     def _say_score(self, scored: Evaluation) -> None:
         self.console.say(
-            f"step {self.step}  held-out loss {scored.loss:.3f}, {scored.bits_per_byte:.3f} bits per byte"
+            f"step {self.steps.step}  held-out loss {scored.loss:.3f}, {scored.bits_per_byte:.3f} bits per byte"
         )
 
     def _evaluate(self, max_samples: int | None) -> Evaluation:
-        scored = self.task.evaluate(max_samples, self.plan.micro_batch_size, self.trainer.autocast)
+        """Score held-out samples; ends the run where it is asked to stop meanwhile."""
+        try:
+            scored = self.task.evaluate(max_samples, self.steps.plan.micro_batch_size, self.steps.trainer.autocast)
+        except StoppedError:
+            self._stop()
         if not math.isfinite(scored.loss):
-            raise NonFiniteError(f"the held-out loss is {scored.loss} at step {self.step}: {self._last_checkpoint()}")
-        self.record.evaluation(self.step, scored)
+            raise NonFiniteError(
+                f"the held-out loss is {scored.loss} at step {self.steps.step}: {self._last_checkpoint()}"
+            )
+        self.record.evaluation(self.steps.step, scored)
+        if max_samples is not None:  # scores on all samples do not compare with these
+            self.scores[self.steps.step] = scored.loss
         return scored
 
     def _sample(self) -> str:
@@ -307,7 +338,7 @@ class _Run:
         with (
             torch.no_grad(),
             torch.random.fork_rng(),
-            self.trainer.autocast(),
+            self.steps.trainer.autocast(),
             torch.compiler.set_stance("force_eager"),
         ):
             torch.manual_seed(self.chosen.seed)
@@ -315,34 +346,37 @@ class _Run:
 
     # --- checkpoints
 
-    def _save(self) -> None:
-        """Write the checkpoint of this step; the other processes wait until it has its name."""
-        self.data_position = self.task.position()
-        if self.accelerator.is_main_process:
-            self.checkpoint = save_checkpoint(
-                self.folder,
-                self.step,
-                self._write_checkpoint,
-                keep_last=self.chosen.keep_last,
-                report=self.console.say,
+    def _save(self, *, in_background: bool) -> None:
+        """Write the checkpoint of this step; every process calls, the main one writes."""
+        position = self.steps.position()
+        if not self.accelerator.is_main_process:
+            return
+        self.writer.wait()  # or there would be two copies of everything
+        state = training_state(self.task.model, self.steps.trainer, position, copied=in_background)
+
+        def write(folder: Path) -> None:
+            self.task.write_model(folder, state.weights)
+            state.write(folder)
+
+        try:
+            self.record.flush()
+            self.writer.save(
+                self.steps.step,
+                write,
+                required_bytes=state.required_bytes,
+                keep=self._best_steps(),
+                in_background=in_background and state.own,
             )
-        self.accelerator.wait_for_everyone()
+        except CheckpointError as error:
+            if not in_background:
+                raise
+            self.console.say(f"{error}; the run goes on, and keeps the checkpoints that it has")
 
-    def _write_checkpoint(self, folder: Path) -> None:
-        self.task.write_model(folder)
-        position = {
-            "step": self.step,
-            "corpus": self.task.fingerprint,
-            "data_position": self.data_position,
-            "skipped_in_a_row": self.skipped_in_a_row,
-        }
-        write_training_state(folder, self.model, self.trainer, position)
-
-    def _restore(self, folder: Path) -> None:
-        """Take up where a checkpoint ended; the weights are in the model already."""
-        position = restore_training_state(folder, self.model, self.trainer)
-        self.step, self.skipped_in_a_row = position["step"], position["skipped_in_a_row"]
-        self.data_position = position["data_position"]
+    def _best_steps(self) -> list[int]:
+        """Return the steps whose checkpoints are kept for their held-out loss, the best first."""
+        there = {checkpoint_step(folder) for folder in list_checkpoints(self.folder)} | {self.steps.step}
+        ranked = sorted((loss, step) for step, loss in self.scores.items() if step in there)
+        return [step for _, step in ranked[: self.chosen.keep_best]]
 
     # --- the end
 
@@ -350,24 +384,25 @@ class _Run:
         """Score all held-out samples, put the model where the run is, and say what there is now."""
         scored = self._evaluate(None)
         if self.accelerator.is_main_process:
-            assert self.checkpoint is not None
-            self.task.publish(self.folder, self.checkpoint)
+            checkpoint = self.writer.last
+            assert checkpoint is not None
+            self.task.publish(self.folder, checkpoint)
             beside = self.task.baselines()
-            self._conclude(scored, beside, self.record.finish(self.step, scored, beside))
+            self._conclude(scored, beside, self.record.finish(self.steps.step, scored, beside))
         self.accelerator.wait_for_everyone()
-        return RunResult(folder=self.folder, steps=self.step, evaluation=scored)
+        return RunResult(folder=self.folder, steps=self.steps.step, evaluation=scored)
 
     def _conclude(self, scored: Evaluation, beside: Mapping[str, float], drawn: bool) -> None:
-        say = self.console.say
         self.console.close()
-        others = ", ".join(f"{name} {value:.3f}" for name, value in beside.items())
-        say(
-            f"\n{self.task.scored} ({scored.text_bytes:,} bytes): {scored.bits_per_byte:.3f} bits per byte"
-            + (f"; {others}" if others else "")
-        )
-        say(f"loss {scored.loss:.4f} nats per token, perplexity {scored.perplexity:.1f}")
-        say(self._sample())
-        say(f"model    {self.folder} (from_pretrained loads it)")
-        say(f"curve    {self.folder / CURVE_FILE if drawn else 'not drawn: pip install matplotlib'}")
-        say(f"metrics  {self.folder / METRICS_FILE}")
-        say(f"next     {shlex.join(self.task.next_command(self.folder))}")
+        best = self._best_steps()
+        lines = [
+            *score_lines(self.task.scored, scored, beside),
+            self._sample(),
+            f"model    {self.folder} (from_pretrained loads it)",
+            *(f"best     checkpoints/step-{s:08d}, held-out loss {self.scores[s]:.3f} in the run" for s in best[:1]),
+            f"curve    {self.folder / CURVE_FILE if drawn else 'not drawn: pip install matplotlib'}",
+            f"metrics  {self.folder / METRICS_FILE}",
+            f"next     {shlex.join(self.task.next_command(self.folder))}",
+        ]
+        for line in lines:
+            self.console.say(line)
