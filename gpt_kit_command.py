@@ -206,6 +206,22 @@ def convert(
 
 
 @app.command()
+def verify(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="folder of a run")],
+    replay: Annotated[
+        str | None,
+        typer.Option(
+            "--replay", metavar="FROM:TO", help="compute these steps again and say whether they are identical"
+        ),
+    ] = None,
+) -> None:
+    """Check a run folder: every byte of its checkpoints, its metrics, its receipt; ends with 1 if anything differs."""
+    from gpt_kit_hf.cli import verify_command
+
+    raise typer.Exit(verify_command(run, steps=replay))
+
+
+@app.command()
 def check(
     model: Annotated[str, typer.Argument(metavar="RUN_OR_REPO", help="folder of a run or model, or a Hub id")],
     attention: Annotated[

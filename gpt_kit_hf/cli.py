@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gpt_kit_hf.base_models import load_part, model_length
 from gpt_kit_hf.chat import ChatOptions, Conversation, converse
 from gpt_kit_hf.durable_files import save_json
-from gpt_kit_hf.errors import GPTKitError, StoppedError, UsageError
+from gpt_kit_hf.errors import CheckpointError, GPTKitError, StoppedError, UsageError
 from gpt_kit_hf.finetuning import finetune, inspect_rows
 from gpt_kit_hf.generation import stream_text
 from gpt_kit_hf.gpt2_checkpoint import Activation, Layout, convert_checkpoint
@@ -25,7 +25,9 @@ from gpt_kit_hf.instruction_rows import RowOptions
 from gpt_kit_hf.invariance import check_invariance
 from gpt_kit_hf.option_parsing import parse_finetune_options, parse_run_options
 from gpt_kit_hf.progress import printable
+from gpt_kit_hf.replay import replay_steps
 from gpt_kit_hf.run_folder import check_tokenizer, find_model_folder
+from gpt_kit_hf.run_verification import verify_run
 from gpt_kit_hf.stop_signals import EXIT_STOPPED
 from gpt_kit_hf.supervised_rows import SupervisionOptions
 from gpt_kit_hf.tokenization import text_to_token_ids
@@ -177,6 +179,28 @@ def convert_command(source: str, destination: str, *, layout: str, hidden_act: s
         _write(f"{destination} holds the model now\n")
 
     return run_command(convert)
+
+
+def verify_command(run: str, *, steps: str | None) -> int:
+    """Show whether a run folder is what its run wrote: `verify_run`, `replay_steps`; fails if not."""
+
+    def verify() -> None:
+        folder = Path(run)
+        found = verify_run(folder)
+        for line in [*found.lines, *(f"FAULT  {problem}" for problem in found.problems)]:
+            _write(f"{line}\n")
+        if found.problems:
+            raise CheckpointError(f"{run}: {len(found.problems)} faults, the first: {found.problems[0]}")
+        if steps is not None:
+            first, _, last = steps.partition(":")
+            if not (first.isdecimal() and last.isdecimal()):
+                raise UsageError(f"replay must be FROM:TO, two step numbers, got {steps!r}")
+            replayed = replay_steps(folder, int(first), int(last), say=_note)
+            if replayed.difference:
+                raise CheckpointError(replayed.difference)
+            _write(f"{replayed.text()}\n")
+
+    return run_command(verify)
 
 
 def check_command(

@@ -7,14 +7,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar, get_type_hints
 
 from gpt_kit_hf.corpus import EncodingOptions
-from gpt_kit_hf.errors import UsageError, unknown_name
+from gpt_kit_hf.errors import CheckpointError, UsageError, unknown_name
 from gpt_kit_hf.optimization import OptimizerOptions
 from gpt_kit_hf.presets import ModelOptions
 from gpt_kit_hf.pretraining_data import WindowOptions
 from gpt_kit_hf.text_sources import TextOptions
+
+T = TypeVar("T")
 
 
 def _option(default: Any, help_text: str) -> Any:
@@ -130,6 +132,22 @@ def flat_options(options: Any) -> dict[str, Any]:
     """Return the options of a run, a dataclass of rooms, as "room.name": value."""
     rooms = dataclasses.asdict(options)
     return {f"{room}.{name}": value for room, values in rooms.items() for name, value in values.items()}
+
+
+def stored_options(kind: type[T], stored: Mapping[str, Any]) -> T:
+    """Return the options that `flat_options` made flat; `kind` is their class.
+
+    Raises CheckpointError for what another version has written, or a stranger.
+    """
+    rooms: dict[str, dict[str, Any]] = {}
+    for name, value in stored.items():
+        room, _, option = name.partition(".")
+        rooms.setdefault(room, {})[option] = value
+    hints = get_type_hints(kind)
+    try:
+        return kind(**{room: hints[room](**values) for room, values in rooms.items()})
+    except (TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"these are not the options of a run of this version: {error}") from error
 
 
 def changed_options(stored: Mapping[str, Any], options: OptionsOfRun, run: Path) -> dict[str, list[Any]]:
