@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ import tiktoken
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedTokenizerBase
 
@@ -118,7 +119,7 @@ def evaluate_batches(
     world = accelerator.num_processes if accelerator else 1
     total, tokens, text_bytes, stopped = 0.0, 0, 0, False
     with evaluation_mode(model), torch.no_grad():
-        for batch in batches:
+        for batch in batches if not isinstance(model, FSDPModule) else _in_step(batches, accelerator, stop):
             if stopped := stop():
                 break
             with autocast():
@@ -135,6 +136,24 @@ def evaluate_batches(
     if text_bytes == 0:
         raise UsageError("the held-out text spells no bytes: there is nothing to score")
     return Evaluation(loss=total / tokens, tokens=int(tokens), text_bytes=int(text_bytes))
+
+
+def _in_step(batches: Iterable[Batch], accelerator: Accelerator | None, stop: Callable[[], bool]) -> Iterator[Batch]:
+    """Yield batches until all processes have had theirs, or one shall stop.
+
+    In each pass through a model that is cut over processes each waits for the others: one that has no batch left takes
+    part with one that scores nothing.
+    """
+    assert accelerator is not None
+    own = iter(batches)
+    idle = Batch(torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), IGNORED), None)
+    while True:
+        batch = next(own, None)
+        state = torch.tensor([batch is not None, stop()], dtype=torch.long, device=accelerator.device)
+        more, stopped = accelerator.reduce(state, reduction="sum").tolist()
+        if stopped or not more:
+            return
+        yield idle if batch is None else batch
 
 
 def unigram_bits_per_byte(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Subset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -33,6 +34,7 @@ from gpt_kit_hf.run_options import TrainingOptions
 from gpt_kit_hf.run_record import RunResult
 from gpt_kit_hf.run_task import RunSetting, map_batches
 from gpt_kit_hf.sample_order import BatchPlan, Order, ShuffledOrder
+from gpt_kit_hf.sharded_state import uncut_model
 from gpt_kit_hf.supervised_rows import (
     PackedRows,
     PaddedRows,
@@ -315,6 +317,7 @@ class InstructionTask:
         defaults.eos_token_id = end
         # Padding has an id in generation only, where the attention mask hides it.
         defaults.pad_token_id = end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
-        model.save_pretrained(str(folder), state_dict=weights)
+        whole = uncut_model(model) if isinstance(model, FSDPModule) else model
+        whole.save_pretrained(str(folder), state_dict=weights)
         self.tokenizer.save_pretrained(str(folder))
         save_json(folder / REPORT_FILE, self.report.to_dict())

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Muon, Optimizer
+from transformers.pytorch_utils import Conv1D
 
-from gpt_kit_hf.errors import UsageError
+from gpt_kit_hf.errors import UsageError, unknown_name
+
+OptimizerName = Literal["adamw", "muon"]
+Schedule = Literal["cosine", "wsd", "linear", "constant"]
+
+# The key of a parameter group that tells its share of the learning rate of a step, if that is not the whole.
+_RATE_RATIO = "rate_ratio"
 
 
 def _option(default: float, help_text: str) -> float:
@@ -22,8 +30,12 @@ def _option(default: float, help_text: str) -> float:
 class OptimizerOptions:
     """How the weights follow the gradient."""
 
+    optimizer: OptimizerName = dataclasses.field(
+        default="adamw",
+        metadata={"help": "adamw, or muon for the matrices of the blocks beside adamw for the rest"},
+    )
     learning_rate: float = _option(1e-3, "highest learning rate")
-    schedule: Literal["cosine", "wsd", "linear", "constant"] = dataclasses.field(
+    schedule: Schedule = dataclasses.field(
         default="cosine",
         metadata={"help": "learning rate after the warm-up; wsd is warmup-stable-decay, linear in the decay"},
     )
@@ -35,27 +47,132 @@ class OptimizerOptions:
     beta2: float = _option(0.99, "decay of AdamW's mean of squared gradients")
     adam_epsilon: float = _option(1e-8, "AdamW's guard against division by zero")
     grad_clip: float = _option(1.0, "greatest norm of the gradient; 0 for no clipping")
+    muon_momentum: float = _option(0.95, "decay of Muon's mean of gradients")
+    muon_learning_rate: float | None = dataclasses.field(
+        default=None, metadata={"help": "highest learning rate of the matrices, if not learning_rate"}
+    )
 
     def __post_init__(self) -> None:
+        for name, known in (("optimizer", OptimizerName), ("schedule", Schedule)):
+            if getattr(self, name) not in get_args(known):
+                raise UsageError(unknown_name(name, getattr(self, name), get_args(known)))
         for name in ("learning_rate", "adam_epsilon"):
             self._require(name, 0.0 < getattr(self, name) < math.inf, "positive and finite")
         for name in ("weight_decay", "grad_clip"):
             self._require(name, 0.0 <= getattr(self, name) < math.inf, "at least 0 and finite")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "muon_momentum"):
             self._require(name, 0.0 <= getattr(self, name) < 1.0, "at least 0 and below 1")
         for name in ("min_lr_ratio", "decay_ratio"):
             self._require(name, 0.0 <= getattr(self, name) <= 1.0, "between 0 and 1")
         self._require("warmup_steps", self.warmup_steps >= 0, "at least 0")
+        if self.muon_learning_rate is not None:
+            self._require("muon_learning_rate", 0.0 < self.muon_learning_rate < math.inf, "positive and finite")
+        for name in ("muon_momentum", "muon_learning_rate"):
+            if self.optimizer != "muon" and getattr(self, name) != getattr(type(self), name):
+                raise UsageError(f"{name}={getattr(self, name)} is for optimizer=muon, not {self.optimizer}")
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
         if not holds:
             raise UsageError(f"{name} must be {rule}, got {getattr(self, name)}")
 
 
+class MuonWithAdamW(Optimizer):
+    """Muon and AdamW as one optimizer: their parameter groups, Muon's first, and one state for both.
+
+    A group that is added later is AdamW's. `step` raises UsageError, with nothing changed, if a matrix of Muon's has
+    been sharded: its update is not that of its parts.
+    """
+
+    def __init__(self, muon: Muon, adamw: AdamW) -> None:
+        self.muon, self.adamw = muon, adamw
+        super().__init__([*muon.param_groups, *adamw.param_groups], {})
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update all parameters that have a gradient; return what `closure` returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # Accelerate replaces parameters by their shards in the groups when it prepares a model.
+        _require_whole(parameter for group in self.muon.param_groups for parameter in group["params"])
+        self.muon.step()  # type: ignore[no-untyped-call]
+        self.adamw.step()
+        return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters that AdamW updates."""
+        known = [*self.muon.param_groups, *self.adamw.param_groups]
+        super().add_param_group(param_group)
+        if all(param_group is not group for group in known):
+            self.adamw.add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "muon": self.muon, "adamw": self.adamw}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # load_state_dict brings new groups and a new state by this.
+        super().__setstate__(state)
+        self._share()
+
+    def _share(self) -> None:
+        """Give both optimizers their groups of this one, the very objects, and its state."""
+        count = len(self.muon.param_groups)
+        self.muon.__setstate__({"state": self.state, "param_groups": self.param_groups[:count]})
+        self.adamw.__setstate__(  # type: ignore[no-untyped-call]
+            {"state": self.state, "param_groups": self.param_groups[count:]}
+        )
+
+
+def _require_whole(matrices: Iterable[torch.Tensor]) -> None:
+    for matrix in matrices:
+        if matrix.dim() != 2 or _is_dtensor(matrix):
+            shape = tuple(matrix.shape)
+            raise UsageError(
+                f"optimizer=muon needs whole matrices, one of shape {shape} is sharded: use optimizer=adamw"
+            )
+
+
+def _is_dtensor(tensor: torch.Tensor) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor  # a torch without torch.distributed lacks it
+
+    return isinstance(tensor, DTensor)
+
+
 def create_optimizer(model: nn.Module, options: OptimizerOptions) -> Optimizer:
-    """Return AdamW (Loshchilov and Hutter 2019) in two groups: matrices decay, biases and norms do not."""
+    """Return the optimizer of the parameters that are trained.
+
+    AdamW (Loshchilov and Hutter 2019) comes in two groups: matrices decay, biases and norms do not. Muon (Jordan et
+    al. 2024, "Muon: An optimizer for hidden layers in neural networks") takes the matrices of linear layers, adapters
+    included, but the output projection; embeddings and all else stay with AdamW. Its updates are scaled to the size
+    of AdamW's (Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2), so that the same learning rate and
+    decay fit. Raises UsageError if Muon would have no matrix, or a sharded one.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(
+    if options.optimizer == "adamw":
+        return _create_adamw(trained, options)
+    hidden = _hidden_matrices(model)
+    matrices = [parameter for parameter in trained if parameter in hidden]
+    if not matrices:
+        raise UsageError("optimizer=muon: no matrix of a linear layer is trained in this model: use optimizer=adamw")
+    _require_whole(matrices)
+    rate = options.learning_rate if options.muon_learning_rate is None else options.muon_learning_rate
+    muon = Muon(
+        [{"params": matrices, _RATE_RATIO: rate / options.learning_rate}],
+        lr=rate,
+        weight_decay=options.weight_decay,
+        momentum=options.muon_momentum,
+        nesterov=True,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return MuonWithAdamW(muon, _create_adamw([p for p in trained if p not in hidden], options))
+
+
+def _create_adamw(trained: Sequence[nn.Parameter], options: OptimizerOptions) -> AdamW:
+    return AdamW(
         [
             {"params": [p for p in trained if p.dim() >= 2], "weight_decay": options.weight_decay},
             {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
@@ -65,6 +182,19 @@ def create_optimizer(model: nn.Module, options: OptimizerOptions) -> Optimizer:
         eps=options.adam_epsilon,
         fused=True,
     )
+
+
+def _hidden_matrices(model: Any) -> set[nn.Parameter]:
+    """Return the matrices of linear layers but the output projection, which counts as an embedding even untied."""
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if output is None:
+        raise UsageError(
+            f"optimizer=muon: {type(model).__name__} does not tell its output projection (get_output_embeddings), "
+            "which Muon must leave out: use optimizer=adamw"
+        )
+    # GPT-2 of transformers has linear layers of its own kind.
+    found: set[Any] = {m.weight for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))}
+    return found.difference(output.parameters())
 
 
 def learning_rate_at(step: int, total_steps: int, options: OptimizerOptions) -> float:
@@ -92,9 +222,9 @@ def learning_rate_at(step: int, total_steps: int, options: OptimizerOptions) -> 
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
-    """Give all groups the learning rate of a step.
+    """Give all groups the learning rate of a step, or their share of it.
 
     The rate is a function of the step, so there is no scheduler whose state could be lost or step too often.
     """
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get(_RATE_RATIO, 1.0)

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import tiktoken
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, PreTrainedConfig
 
 from gpt_kit_hf.checkpointing import latest_checkpoint, list_checkpoints
 from gpt_kit_hf.durable_files import sync_path
 from gpt_kit_hf.errors import CheckpointError, UsageError
+from gpt_kit_hf.folder_checks import check_model_folder
 from gpt_kit_hf.modeling_gpt_kit import GPTKitForCausalLM
 from gpt_kit_hf.run_lock import move_aside
+from gpt_kit_hf.sharded_state import uncut_model
 from gpt_kit_hf.tokenization import END_OF_TEXT, check_fingerprint
 from gpt_kit_hf.tokenizer_twin import load_encoding, save_tokenizer
 
@@ -78,7 +81,8 @@ def write_model_folder(
     end = encoding.encode_single_token(END_OF_TEXT)
     # Padding has an id in generation only, where the attention mask hides it; the tokenizer has none (see there).
     model.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end)
-    model.save_pretrained(str(folder), state_dict=weights)
+    whole = uncut_model(model) if isinstance(model, FSDPModule) else model
+    whole.save_pretrained(str(folder), state_dict=weights)
     save_tokenizer(encoding, folder, model_max_length=model.config.max_position_embeddings)
 
 
@@ -100,7 +104,8 @@ def publish_in_run(run: Path, source: Path) -> None:
 def find_model_folder(place: str) -> str:
     """Return what `from_pretrained` takes for a run folder, a model folder or a Hub id.
 
-    A run that has not ended is read at its newest intact checkpoint. Raises UsageError for a folder with no model.
+    A run that has not ended is read at its newest intact checkpoint. Raises UsageError for a folder with no model,
+    CheckpointError for one that cannot be loaded safely (`check_model_folder`).
     """
     folder = Path(place)
     if not folder.exists():
@@ -108,12 +113,13 @@ def find_model_folder(place: str) -> str:
         if place.count("/") > 1 or place.startswith((".", "/", "~")):
             raise UsageError(f"{place!r}: no such folder")
         return place
-    if (folder / "config.json").is_file():
-        return str(folder)
-    checkpoint = latest_checkpoint(folder)
-    if checkpoint is None:
-        raise UsageError(f"{place!r} holds no model: neither a config.json nor a checkpoint")
-    return str(checkpoint)
+    if not (folder / "config.json").is_file():
+        checkpoint = latest_checkpoint(folder)
+        if checkpoint is None:
+            raise UsageError(f"{place!r} holds no model: neither a config.json nor a checkpoint")
+        folder = checkpoint
+    check_model_folder(folder)
+    return str(folder)
 
 
 def check_tokenizer(folder: str, config: PreTrainedConfig) -> None:

@@ -155,11 +155,13 @@ def changed_options(stored: Mapping[str, Any], options: OptionsOfRun, run: Path)
 
     Raises UsageError, with all that differs and what to do, unless every change is free or named in allow_changes.
     """
-    given, missing = flat_options(options), object()
+    # An option that came into being after the run began was at its default.
+    before, given = {**_defaults(options), **stored}, flat_options(options)
+    names, missing = sorted(before.keys() | given.keys()), object()
     changed = {
-        name: [stored.get(name), given.get(name)]
-        for name in sorted(stored.keys() | given.keys())
-        if stored.get(name, missing) != given.get(name, missing)
+        name: [before.get(name), given.get(name)]
+        for name in names
+        if before.get(name, missing) != given.get(name, missing)
     }
     fixed = changed.keys() - FREE_ON_RESUME - _allowed(options.training.allow_changes or ())
     if fixed:
@@ -169,6 +171,16 @@ def changed_options(stored: Mapping[str, Any], options: OptionsOfRun, run: Path)
             way = f"allow it by --allow_changes {' '.join(sorted(name.split('.')[1] for name in fixed))}"
         raise UsageError(f"cannot resume {str(run)!r} with other options ({listed}): give them as they were, or {way}")
     return changed
+
+
+def _defaults(options: Any) -> dict[str, Any]:
+    """Return the defaults of options, flat, of those that have one."""
+    found: dict[str, Any] = {}
+    for room in dataclasses.fields(options):
+        for option in dataclasses.fields(getattr(options, room.name)):
+            if option.default is not dataclasses.MISSING:
+                found[f"{room.name}.{option.name}"] = option.default
+    return found
 
 
 def _allowed(names: Sequence[str]) -> set[str]:

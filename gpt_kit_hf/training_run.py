@@ -6,13 +6,13 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 
 from gpt_kit_hf.amp import resolve_precision
 from gpt_kit_hf.checkpoint_writer import CheckpointWriter
@@ -20,6 +20,8 @@ from gpt_kit_hf.checkpointing import checkpoint_step, latest_checkpoint, list_ch
 from gpt_kit_hf.durable_files import load_json
 from gpt_kit_hf.errors import CheckpointError, NonFiniteError, StoppedError, UsageError
 from gpt_kit_hf.evaluation import Evaluation
+from gpt_kit_hf.folder_checks import check_model_folder
+from gpt_kit_hf.launching import check_launch, launcher_pid
 from gpt_kit_hf.progress import Console, Pace, duration, trackers
 from gpt_kit_hf.run_folder import (
     CURVE_FILE,
@@ -36,8 +38,9 @@ from gpt_kit_hf.run_record import RunRecord, RunResult, finished_before
 from gpt_kit_hf.run_steps import StepReport, Steps
 from gpt_kit_hf.run_summary import explained, introduction, score_lines
 from gpt_kit_hf.run_task import RunSetting, RunTask
+from gpt_kit_hf.sharded_state import full_state, write_sharded_state
 from gpt_kit_hf.stop_signals import EXIT_STOPPED, StopSignals
-from gpt_kit_hf.training_state import read_position, training_state
+from gpt_kit_hf.training_state import SHARDS, read_position, training_state, write_position
 
 Prepare = Callable[[RunSetting], RunTask]
 
@@ -56,12 +59,17 @@ def run_training(options: OptionsOfRun, prepare: Prepare, *, stream: TextIO | No
         log_with=trackers(chosen.report_to) or None,
         project_dir=chosen.output_dir,
     )
+    check_launch(accelerator)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise UsageError(
+            "DeepSpeed's engine is not driven by this loop: use examples/accelerate/fsdp2.yaml, or ddp.yaml"
+        )
     folder = Path(chosen.output_dir)
     console = Console(stream if accelerator.is_main_process else None)
     with ExitStack() as stack:
         stack.callback(accelerator.end_training)
         stack.callback(console.close)
-        stop = stack.enter_context(StopSignals())
+        stop = stack.enter_context(StopSignals(launcher_pid()))
         continues = _may_go_on(accelerator, folder, options)
         changes: dict[str, Any] = {}
         if continues:
@@ -219,7 +227,10 @@ class _Run:
         checkpoint, damaged = broadcast_object_list(found)
         if damaged is not None:
             raise damaged if self.accelerator.is_main_process else SystemExit(1)
-        return None if checkpoint is None else Path(checkpoint)
+        if checkpoint is None:
+            return None
+        check_model_folder(Path(checkpoint))
+        return Path(checkpoint)
 
     def _check_precision(self) -> None:
         """Refuse what can be refused before a large text is read."""
@@ -332,7 +343,7 @@ class _Run:
 
     def _sample(self) -> str:
         """Return lines that show what the model does; torch's random state does not move."""
-        if not self.accelerator.is_main_process:
+        if not (self.accelerator.is_main_process or self.accelerator.is_fsdp2):
             return ""
         # A compiled model would be compiled anew for each length of the growing text.
         with (
@@ -349,6 +360,9 @@ class _Run:
     def _save(self, *, in_background: bool) -> None:
         """Write the checkpoint of this step; every process calls, the main one writes."""
         position = self.steps.position()
+        if self.accelerator.is_fsdp2:
+            self._save_shards(position, must=not in_background)
+            return
         if not self.accelerator.is_main_process:
             return
         self.writer.wait()  # or there would be two copies of everything
@@ -372,6 +386,39 @@ class _Run:
                 raise
             self.console.say(f"{error}; the run goes on, and keeps the checkpoints that it has")
 
+    def _save_shards(self, position: dict[str, Any], *, must: bool) -> None:
+        """Write a checkpoint of a model that is cut: the main process says to which folder, all write their shards."""
+        model, trainer = self.task.model, self.steps.trainer
+        weights = full_state(model)
+        failure: CheckpointError | None = None
+
+        def write(folder: Path) -> None:
+            self.task.write_model(folder, weights)
+            write_position(folder, trainer, position)
+            broadcast_object_list([folder / SHARDS, None])
+            write_sharded_state(folder / SHARDS, model, trainer.optimizer.optimizer)
+
+        if self.accelerator.is_main_process:
+            try:
+                self.record.flush()
+                self.writer.save(
+                    self.steps.step, write, required_bytes=0, keep=self._best_steps(), in_background=False
+                )
+            except CheckpointError as error:
+                failure = error
+            failed = broadcast_object_list([None, failure is not None])[1]
+        else:
+            while True:
+                folder, failed = broadcast_object_list([None, None])
+                if folder is None:
+                    break
+                with suppress(CheckpointError):  # the main process says it
+                    write_sharded_state(folder, model, trainer.optimizer.optimizer)
+        if failed and must:
+            raise failure or SystemExit(1)
+        if failure is not None:
+            self.console.say(f"{failure}; the run goes on, and keeps the checkpoints that it has")
+
     def _best_steps(self) -> list[int]:
         """Return the steps whose checkpoints are kept for their held-out loss, the best first."""
         there = {checkpoint_step(folder) for folder in list_checkpoints(self.folder)} | {self.steps.step}
@@ -383,21 +430,22 @@ class _Run:
     def _finish(self) -> RunResult:
         """Score all held-out samples, put the model where the run is, and say what there is now."""
         scored = self._evaluate(None)
+        sample = self._sample()  # of a model that is cut, by all processes
         if self.accelerator.is_main_process:
             checkpoint = self.writer.last
             assert checkpoint is not None
             self.task.publish(self.folder, checkpoint)
             beside = self.task.baselines()
-            self._conclude(scored, beside, self.record.finish(self.steps.step, scored, beside))
+            self._conclude(scored, beside, sample, self.record.finish(self.steps.step, scored, beside))
         self.accelerator.wait_for_everyone()
         return RunResult(folder=self.folder, steps=self.steps.step, evaluation=scored)
 
-    def _conclude(self, scored: Evaluation, beside: Mapping[str, float], drawn: bool) -> None:
+    def _conclude(self, scored: Evaluation, beside: Mapping[str, float], sample: str, drawn: bool) -> None:
         self.console.close()
         best = self._best_steps()
         lines = [
             *score_lines(self.task.scored, scored, beside),
-            self._sample(),
+            sample,
             f"model    {self.folder} (from_pretrained loads it)",
             *(f"best     checkpoints/step-{s:08d}, held-out loss {self.scores[s]:.3f} in the run" for s in best[:1]),
             f"curve    {self.folder / CURVE_FILE if drawn else 'not drawn: pip install matplotlib'}",

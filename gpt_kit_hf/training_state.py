@@ -9,12 +9,15 @@ from typing import Any
 
 import psutil
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gpt_kit_hf.amp import AMPTrainer
 from gpt_kit_hf.durable_files import load_json, load_tensors, save_json, save_tensors
 from gpt_kit_hf.errors import CheckpointError
 from gpt_kit_hf.optimizer_state import flatten_optimizer_state, restore_optimizer_state
+from gpt_kit_hf.sharded_state import restore_sharded_state
 
+SHARDS = "sharded"
 _STATE_FILE = "training_state.json"
 _OPTIMIZER_FILE = "optimizer.safetensors"
 _POSITION = ("step", "corpus", "data_position", "skipped_in_a_row", "recent_norms", "chain")
@@ -68,6 +71,11 @@ def training_state(
     return TrainingState(weights=weights, optimizer=optimizer, values=values, own=own)
 
 
+def write_position(folder: Path, trainer: AMPTrainer, position: Mapping[str, Any]) -> None:
+    """Write where the run is, beside the shards of a model that is cut, which hold the rest."""
+    save_json(folder / _STATE_FILE, {**position, "scaler": trainer.scaler.state_dict()})
+
+
 def restore_training_state(folder: Path, model: nn.Module, trainer: AMPTrainer) -> dict[str, Any]:
     """Put optimizer and loss scale back as they were written and return the position.
 
@@ -77,8 +85,11 @@ def restore_training_state(folder: Path, model: nn.Module, trainer: AMPTrainer) 
     state = _read(folder)
     optimizer = trainer.optimizer.optimizer
     built = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    tensors = load_tensors(folder / _OPTIMIZER_FILE)
-    restore_optimizer_state(optimizer, tensors, state["optimizer"], _names(model))
+    if (folder / SHARDS).is_dir():
+        restore_sharded_state(folder / SHARDS, model, optimizer)
+    else:
+        tensors = _cut_alike(load_tensors(folder / _OPTIMIZER_FILE), model)
+        restore_optimizer_state(optimizer, tensors, state["optimizer"], _names(model))
     for group, options in zip(optimizer.param_groups, built, strict=True):
         group.update(options)
     trainer.scaler.load_state_dict(state["scaler"])
@@ -93,13 +104,28 @@ def read_position(folder: Path) -> dict[str, Any]:
 
 def _read(folder: Path) -> dict[str, Any]:
     state = load_json(folder / _STATE_FILE)
-    missing = {*_POSITION, "optimizer", "scaler"} - state.keys()
+    missing = {*_POSITION, "scaler"} - state.keys()
     if missing:
         raise CheckpointError(f"{folder / _STATE_FILE} lacks {', '.join(sorted(missing))}")
     step, skipped = state["step"], state["skipped_in_a_row"]
     if type(step) is not int or type(skipped) is not int or not 0 <= skipped <= step:
         raise CheckpointError(f"{folder / _STATE_FILE}: step {step!r} with {skipped!r} skipped is no position")
     return state
+
+
+def _cut_alike(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return an optimizer's tensors, cut over the processes as the parameters are that they belong to."""
+    cut = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor)}
+    found: dict[str, Tensor] = {}
+    for label, tensor in tensors.items():
+        p = cut.get(label.partition(".")[2])
+        whole = p is None or tensor.shape != p.shape
+        found[label] = (
+            tensor
+            if p is None or whole
+            else distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+        )
+    return found
 
 
 def _names(model: nn.Module) -> dict[nn.Parameter, str]:
