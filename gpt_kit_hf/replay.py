@@ -126,8 +126,6 @@ def _steps(options: RunOptions | FinetuneOptions, setting: RunSetting, format_fn
         before = read_position(setting.checkpoint)["corpus"]
         if before != task.fingerprint:
             raise UsageError(f"the data has changed: its fingerprint was {before}, is {task.fingerprint}")
-    if options.training.activation_checkpointing:
-        task.model.gradient_checkpointing_enable()
     steps = Steps(options, setting, task)
     if setting.checkpoint is not None:
         steps.restore(setting.checkpoint)

@@ -62,6 +62,10 @@ class Steps:
             num_processes=self._accelerator.num_processes,
             process_index=self._accelerator.process_index,
         )
+        if self._chosen.activation_checkpointing:
+            # Its name before transformers had the other.
+            named = "activation" if hasattr(task.model, "activation_checkpointing_enable") else "gradient"
+            getattr(task.model, f"{named}_checkpointing_enable")()
         epochs = self._chosen.epochs or 1.0
         self.total = self._chosen.max_steps or max(1, math.ceil(epochs * task.order.samples / self.plan.batch_size))
         self.trainer = AMPTrainer(

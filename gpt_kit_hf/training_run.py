@@ -145,8 +145,6 @@ class _Run:
         )
         self.task = prepare(setting)
         self._check_data()
-        if self.chosen.activation_checkpointing:
-            self.task.model.gradient_checkpointing_enable()
         self.steps = Steps(options, setting, self.task)
         self.writer = CheckpointWriter(
             self.folder, keep_last=self.chosen.keep_last, report=console.say, last=self.checkpoint

@@ -127,6 +127,7 @@ def _fork(run: RunOptions, rank: int, processes: int, port: str) -> int:
         warnings.simplefilter("ignore", DeprecationWarning)  # no thread of the parent has computed anything
         pid = os.fork()
     if pid:
+        _codes.pop(pid, None)
         return pid
     code = _FAILED
     try:
@@ -149,15 +150,19 @@ def _fork(run: RunOptions, rank: int, processes: int, port: str) -> int:
         os._exit(code)
 
 
+# A process can be asked for its exit code once.
+_codes: dict[int, int] = {}
+
+
 def ended(pids: Sequence[int], patience: float) -> dict[int, int]:
     """Return the exit codes of those processes that have ended; wait so long for all."""
-    codes: dict[int, int] = {}
     until = time.monotonic() + patience
     while True:
-        for pid in [pid for pid in pids if pid not in codes]:
+        for pid in [pid for pid in pids if pid not in _codes]:
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
-                codes[pid] = os.waitstatus_to_exitcode(status)
+                _codes[pid] = os.waitstatus_to_exitcode(status)
+        codes = {pid: _codes[pid] for pid in pids if pid in _codes}
         if len(codes) == len(pids) or time.monotonic() > until:
             return codes
         time.sleep(0.002)

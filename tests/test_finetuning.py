@@ -335,5 +335,5 @@ def test_a_model_that_is_cut_short_is_one_line(base: Path, tmp_path: Path) -> No
     shutil.copytree(base, tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="its header claims .* bytes of 1,000"):
+    with pytest.raises(CheckpointError, match=r"its header claims .* bytes of 1,000"):
         finetune(options(tmp_path / "run", tmp_path / "cut", write_rows(tmp_path / "rows.json")), stream=None)
