@@ -79,3 +79,23 @@ def test_a_batch_that_two_processes_cannot_share_is_refused(tmp_path: Path, text
     assert ended.returncode != 0
     assert "error: batch_size=9 must be divisible by the number of processes, 2" in ended.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_one_then_two_then_one_process_meet_the_same_batches(tmp_path: Path, text: Path) -> None:
+    """In the middle of an epoch: none lost, none repeated."""
+    course = ["--schedule=constant", "--resume"]
+    ended = launch(1, tmp_path / "whole", text, *course)
+    assert ended.returncode == 0, ended.stderr
+    for processes, steps in ((1, 3), (2, 6), (1, 8)):
+        ended = launch(
+            processes, tmp_path / "moved", text, *course, f"--max_steps={steps}", "--allow_changes", "max_steps"
+        )
+        assert ended.returncode == 0, ended.stderr
+    whole, moved = (
+        [line for line in metrics(tmp_path / name) if line["kind"] == "train"] for name in ("whole", "moved")
+    )
+    assert [line["chain"] for line in moved] == [line["chain"] for line in whole]
+    assert [line["loss"] for line in moved] == pytest.approx([line["loss"] for line in whole], abs=1e-4)
+    sessions = json.loads((tmp_path / "moved" / "run.json").read_text())["sessions"]
+    assert [session["processes"] for session in sessions] == [1, 2, 1]
+    assert "note     processes was 2, is 1: the same batches" in ended.stdout
