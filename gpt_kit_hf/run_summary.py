@@ -48,9 +48,7 @@ def explained(error: RuntimeError, processes: int, last_checkpoint: Callable[[],
     first = text.splitlines()[0][:160] if text else ""
     if first.startswith("DataLoader worker"):
         return RunError(f"a process that loads batches ended ({first}); {last_checkpoint()}: continue with --resume")
-    talk = isinstance(error, torch.distributed.DistError) or any(
-        word in text.lower() for word in ("gloo", "nccl", "connection closed", "connection reset")
-    )
-    if processes > 1 and talk:
+    named = any(word in text.lower() for word in ("gloo", "nccl", "connection closed", "connection reset"))
+    if isinstance(error, torch.distributed.DistError) or (processes > 1 and named):
         return RunError(f"another process of the run does not answer ({first}); {last_checkpoint()}: use --resume")
     return error

@@ -53,12 +53,14 @@ def run_training(options: OptionsOfRun, prepare: Prepare, *, stream: TextIO | No
     memory ran out; StoppedError when a signal asked it to stop, and it did so after saving.
     """
     chosen = options.training
-    accelerator = Accelerator(
-        cpu=chosen.cpu,
-        mixed_precision="no",  # AMPTrainer does it
-        log_with=trackers(chosen.report_to) or None,
-        project_dir=chosen.output_dir,
-    )
+    tracked = trackers(chosen.report_to) or None
+    try:
+        # AMPTrainer does the mixed precision.
+        accelerator = Accelerator(
+            cpu=chosen.cpu, mixed_precision="no", log_with=tracked, project_dir=chosen.output_dir
+        )
+    except RuntimeError as error:  # a process may end while they find each other
+        raise explained(error, 1, lambda: "nothing was computed yet") from error
     check_launch(accelerator)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise UsageError(

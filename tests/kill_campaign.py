@@ -179,7 +179,7 @@ def kill(pids: Sequence[int]) -> None:
 def attempt_and_kill(run: RunOptions, course: Course, count: Count, draw: random.Random, seconds: float) -> bool:
     """Start the run and kill it at some moment; return whether it came to its end before."""
     folder = Path(run.training.output_dir)
-    before = leavings(folder)
+    before, written_before = leavings(folder), written(folder)
     pids = start(run, course.processes)
     count.attempts += 1
     in_a_save = draw.random() < 0.5
@@ -199,7 +199,10 @@ def attempt_and_kill(run: RunOptions, course: Course, count: Count, draw: random
     count.kills += 1
     count.of_one_rank += one_rank
     left = ended(pids, _PATIENCE)
-    if len(left) < len(pids):
+    if len(left) < len(pids) and written(folder) == written_before:
+        kill(pids)  # as a launcher does with those that still wait for the one to come
+        ended(pids, _PATIENCE)
+    elif len(left) < len(pids):
         count.faults.append("a process lived on after another was killed")
         kill(pids)
         ended(pids, _PATIENCE)
@@ -207,6 +210,12 @@ def attempt_and_kill(run: RunOptions, course: Course, count: Count, draw: random
         count.faults.append(f"a traceback after a kill: exit codes {left}")
     count.in_a_save += bool(leavings(folder) - before)
     return False
+
+
+def written(run: Path) -> int:
+    """Return the time of the last line of a run's metrics, 0 if there is none."""
+    file = run / "metrics.jsonl"
+    return file.stat().st_mtime_ns if file.exists() else 0
 
 
 def leavings(run: Path) -> set[tuple[str, int]]:
