@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, broadcast_object_list
 
 from gpt_kit_hf.amp import resolve_precision
@@ -52,15 +52,18 @@ def run_training(options: OptionsOfRun, prepare: Prepare, *, stream: TextIO | No
     written; NonFiniteError if too many updates in a row could not be made; RunError if one of its processes ended or
     memory ran out; StoppedError when a signal asked it to stop, and it did so after saving.
     """
+    try:
+        return _begin_or_continue(options, prepare, stream)
+    except RuntimeError as error:  # another process may end while all make ready
+        processes = PartialState().num_processes if PartialState._shared_state else 1
+        raise explained(error, processes, lambda: "no step was computed since the last checkpoint") from error
+
+
+def _begin_or_continue(options: OptionsOfRun, prepare: Prepare, stream: TextIO | None) -> RunResult:
     chosen = options.training
     tracked = trackers(chosen.report_to) or None
-    try:
-        # AMPTrainer does the mixed precision.
-        accelerator = Accelerator(
-            cpu=chosen.cpu, mixed_precision="no", log_with=tracked, project_dir=chosen.output_dir
-        )
-    except RuntimeError as error:  # a process may end while they find each other
-        raise explained(error, 1, lambda: "nothing was computed yet") from error
+    # AMPTrainer does the mixed precision.
+    accelerator = Accelerator(cpu=chosen.cpu, mixed_precision="no", log_with=tracked, project_dir=chosen.output_dir)
     check_launch(accelerator)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise UsageError(
