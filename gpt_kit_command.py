@@ -222,6 +222,91 @@ def verify(
 
 
 @app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="RUN_OR_REPO", help="folder of a run or model, or a Hub id")],
+    data: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="DATA...", help="text or instruction rows: files or globs, or python-stdlib"),
+    ] = None,
+    kind: Annotated[str, typer.Option("--kind", help="text, rows, or auto: rows where a file's keys say so")] = "auto",
+    max_length: Annotated[
+        int | None, typer.Option("--max_length", "--max-length", help="tokens of a window; what the model reads")
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option("--stride", help="tokens between two windows: fewer give each token more context; max_length"),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch_size", "--batch-size", help="windows of a pass; no change of the result")
+    ] = 8,
+    padding_side: Annotated[
+        str, typer.Option("--padding_side", "--padding-side", help="right or left; no change of the result")
+    ] = "right",
+    max_tokens: Annotated[
+        int | None, typer.Option("--max_tokens", "--max-tokens", help="score about so many tokens of the text only")
+    ] = None,
+    text_column: Annotated[
+        str, typer.Option("--text_column", "--text-column", help="column or key that holds text")
+    ] = "text",
+    document_separator: Annotated[
+        str | None,
+        typer.Option("--document_separator", "--document-separator", help="text that ends a document in a file"),
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", help="beginnings to let the model continue, and show")] = 0,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 and so on")] = "cpu",
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option("--task", help="instead of DATA: a task of lm-evaluation-harness; may be repeated (extra: eval)"),
+    ] = None,
+    include_path: Annotated[
+        str | None, typer.Option("--include_path", "--include-path", help="folder of task files of your own")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="examples of each task")] = None,
+    json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="write the result there too")] = None,
+) -> None:
+    """Score a model: loss, perplexity and bits per byte of text, or of the answers of instruction rows.
+
+    Each token of a document is scored once, by windows; the score of a run is kept for its card. With --task the
+    tasks of lm-evaluation-harness, which give the same number for the same text.
+    """
+    from gpt_kit_hf.cli import evaluate_command, harness_command
+
+    if tasks:
+        if data:
+            raise typer.BadParameter("give DATA or --task, not both")
+        code = harness_command(
+            model,
+            tasks,
+            include_path=include_path,
+            limit=limit,
+            batch_size=batch_size,
+            max_length=max_length,
+            device=device,
+            json_file=json_file,
+        )
+        raise typer.Exit(code)
+    if not data:
+        raise typer.BadParameter("give DATA to score, or --task")
+    raise typer.Exit(
+        evaluate_command(
+            model,
+            data,
+            kind=kind,
+            max_length=max_length,
+            stride=stride,
+            batch_size=batch_size,
+            padding_side=padding_side,
+            max_tokens=max_tokens,
+            text_column=text_column,
+            document_separator=document_separator,
+            samples=samples,
+            device=device,
+            json_file=json_file,
+        )
+    )
+
+
+@app.command()
 def check(
     model: Annotated[str, typer.Argument(metavar="RUN_OR_REPO", help="folder of a run or model, or a Hub id")],
     attention: Annotated[

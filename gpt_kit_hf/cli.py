@@ -28,6 +28,7 @@ from gpt_kit_hf.progress import printable
 from gpt_kit_hf.replay import replay_steps
 from gpt_kit_hf.run_folder import check_tokenizer, find_model_folder
 from gpt_kit_hf.run_verification import verify_run
+from gpt_kit_hf.scoring import ScoreOptions, score_model
 from gpt_kit_hf.stop_signals import EXIT_STOPPED
 from gpt_kit_hf.supervised_rows import SupervisionOptions
 from gpt_kit_hf.tokenization import text_to_token_ids
@@ -201,6 +202,32 @@ def verify_command(run: str, *, steps: str | None) -> int:
             _write(f"{replayed.text()}\n")
 
     return run_command(verify)
+
+
+def evaluate_command(place: str, data: Sequence[str], *, json_file: str | None, **options: Any) -> int:
+    """Show what a model scores on text or rows: `score_model`; the options are those of `ScoreOptions`."""
+
+    def evaluate() -> None:
+        report = score_model(place, ScoreOptions(data=list(data), **options))
+        _write(report.text() + "\n")
+        if json_file is not None:
+            save_json(Path(json_file), report.to_dict())
+
+    return run_command(evaluate)
+
+
+def harness_command(place: str, tasks: Sequence[str], *, json_file: str | None, **options: Any) -> int:
+    """Show what a model scores on tasks of lm-evaluation-harness: `run_harness`."""
+    # Not before: it is an extra, and its import is slow.
+    from gpt_kit_hf.harness import run_harness
+
+    def evaluate() -> None:
+        report = run_harness(place, tasks, **options)
+        _write(report.text() + "\n")
+        if json_file is not None:
+            save_json(Path(json_file), report.results)
+
+    return run_command(evaluate)
 
 
 def check_command(

@@ -109,6 +109,13 @@ def prepare_corpus(text: TextOptions, encoding: tiktoken.Encoding, *, seed: int)
     )
 
 
+def prepare_text(text: TextOptions, encoding: tiktoken.Encoding) -> tuple[TokenStream, str]:
+    """Return all tokens of the text, none held out, and what tells them from others."""
+    stored = [_stored(source, encoding, text.num_proc) for _, source in text.sources()]
+    stream = join_streams([TokenStream(each.pieces, each.document_starts) for each in stored])
+    return stream, hashlib.sha256(repr([each.key for each in stored]).encode()).hexdigest()[:16]
+
+
 def prepare_held_out(text: TextOptions, encoding: tiktoken.Encoding) -> tuple[TokenStream, str]:
     """Return the tokens of held-out text, and what tells them from others.
 

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,8 @@ from transformers import PreTrainedTokenizerBase
 
 from gpt_kit_hf.errors import StoppedError, UsageError
 from gpt_kit_hf.losses import Batch, evaluation_mode, summed_batch_loss
-from gpt_kit_hf.pretraining_data import IGNORED, TokenStream, TokenWindows, collate_windows
+from gpt_kit_hf.pretraining_data import IGNORED, TokenStream
+from gpt_kit_hf.scored_windows import DocumentWindows, PaddingSide, pad_windows
 from gpt_kit_hf.tokenization import END_OF_TEXT
 
 
@@ -73,31 +75,31 @@ def evaluate_stream(
     stream: TokenStream,
     byte_lengths: npt.NDArray[np.int64],
     *,
+    end_of_text: int,
     max_length: int,
     stride: int,
     batch_size: int,
-    packing: bool = False,
-    max_windows: int | None = None,
+    padding_side: PaddingSide = "right",
+    max_tokens: int | None = None,
     accelerator: Accelerator | None = None,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
-    """Score each token of a stream once, by windows of `max_length` tokens that start `stride` apart.
+    """Score each token of a stream's documents once, by windows of `max_length` tokens that start `stride` apart.
 
-    With a stride below max_length each token is seen with at least max_length - stride tokens before it. With
-    `max_windows` only so many windows, spread evenly, are scored. Processes share the windows and all get the
-    result. The model keeps its mode and torch's random state does not move. Raises UsageError for a text without
-    bytes to score, StoppedError where `stop()`, asked before each batch, was true in any of the processes.
+    A document is read alone, after an end of text; with a stride below max_length each token is seen with at least
+    max_length - stride tokens before it, where its document has them (`DocumentWindows`). The result does not depend
+    on `batch_size` or `padding_side`. With `max_tokens` only about so many tokens, from all over the text, are scored.
+    Processes share the windows and all get the result. The model keeps its mode and torch's random state does not
+    move. Raises DataError for a stream without text, StoppedError where `stop()`, asked before each batch, was true
+    in any of the processes.
     """
-    windows = TokenWindows(stream, max_length, stride, score_once=True, packing=packing)
-    chosen = np.arange(len(windows))
-    if max_windows is not None and max_windows < len(windows):
-        chosen = np.linspace(0, len(windows) - 1, max_windows).round().astype(np.int64)
+    windows = DocumentWindows(stream, end_of_text=end_of_text, max_length=max_length, stride=stride)
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     loader = DataLoader(
-        Subset(windows, chosen[rank::world].tolist()),
+        Subset(windows, windows.spread(max_tokens)[rank::world].tolist()),
         batch_size=batch_size,
-        collate_fn=collate_windows,
+        collate_fn=partial(pad_windows, filler=end_of_text, side=padding_side),
         generator=torch.Generator(),
     )
     return evaluate_batches(model, loader, byte_lengths, accelerator=accelerator, autocast=autocast, stop=stop)

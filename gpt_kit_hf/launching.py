@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,16 @@ class _Launcher:
     name: Literal["torchrun", "accelerate"]
     arguments: list[str]
     folder: Path
+
+
+def end_processes(accelerator: Accelerator) -> None:
+    """End what binds the processes of a launch together, and the trackers."""
+    if accelerator.num_processes > 1:
+        # gloo's thread frees the last collective's tensors under its lock, for which it needs Python's own. What owns
+        # the group waits for gloo's lock with Python's in its hands: either one waits for ever if they meet
+        # (pytorch/pytorch#56297). Asleep, this thread leaves the other time to come to its end.
+        time.sleep(0.2)
+    accelerator.end_training()
 
 
 def launcher_pid() -> int | None:

@@ -151,9 +151,8 @@ class TokenWindows(Dataset["tuple[Tensor, ...]"]):
     """Windows of a stream: (input, target), both (max_length,) int64, where target t is the token after input t.
 
     A window reads max_length + 1 ids, so that at stride = max_length each token but the first is a target exactly
-    once. The last window ends with the stream; targets that an earlier one had are ignored (-100) in it. With
-    `score_once` that holds for all windows: each target counts once, with the longest context that the stride allows.
-    Without `keep_tail` the tokens after the last regular window are left out.
+    once. The last window ends with the stream; targets that an earlier one had are ignored (-100) in it. Without
+    `keep_tail` the tokens after the last regular window are left out.
 
     With `packing` a window is (input, target, position_ids): positions restart where a document begins, so that the
     model keeps documents apart, and a document's first token, which nothing of its own precedes, is no target.
@@ -165,7 +164,6 @@ class TokenWindows(Dataset["tuple[Tensor, ...]"]):
         max_length: int,
         stride: int,
         *,
-        score_once: bool = False,
         keep_tail: bool = True,
         packing: bool = False,
     ) -> None:
@@ -177,7 +175,7 @@ class TokenWindows(Dataset["tuple[Tensor, ...]"]):
                 f"the text has {len(stream)} tokens, fewer than one window: "
                 f"max_length={max_length} needs {max_length + 1}"
             )
-        self.stream, self.max_length, self.stride, self.score_once = stream, max_length, stride, score_once
+        self.stream, self.max_length, self.stride = stream, max_length, stride
         self.packing = packing
         targets = len(stream) - 1
         self._regular = (targets - max_length) // stride + 1
@@ -192,8 +190,6 @@ class TokenWindows(Dataset["tuple[Tensor, ...]"]):
         start, fresh = index * self.stride, self.max_length
         if index == self._regular:
             start, fresh = len(self.stream) - 1 - self.max_length, self._tail
-        elif self.score_once and index > 0:
-            fresh = self.stride
         inside = None
         if self.packing:
             starts = self.stream.document_starts

@@ -49,16 +49,16 @@ class TextTask:
         self, max_samples: int | None, batch_size: int, autocast: Callable[[], AbstractContextManager[object]]
     ) -> Evaluation:
         """Score the held-out text, each token once."""
-        windows = self.options.windows
+        max_length = self.options.windows.max_length
         return evaluate_stream(
             self.model,  # not the wrapped one: processes may have unequally many windows
             self.held_out,
             self.byte_lengths,
-            max_length=windows.max_length,
-            stride=windows.max_length,
-            packing=windows.packing,
+            end_of_text=self.encoding.encode_single_token(tokenization.END_OF_TEXT),
+            max_length=max_length,
+            stride=max_length,
             batch_size=batch_size,
-            max_windows=max_samples,
+            max_tokens=None if max_samples is None else max_samples * max_length,
             accelerator=self.setting.accelerator,
             autocast=autocast,
             stop=self.setting.stop.asked,

@@ -6,7 +6,7 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -21,7 +21,7 @@ from gpt_kit_hf.durable_files import load_json
 from gpt_kit_hf.errors import CheckpointError, NonFiniteError, StoppedError, UsageError
 from gpt_kit_hf.evaluation import Evaluation
 from gpt_kit_hf.folder_checks import check_model_folder
-from gpt_kit_hf.launching import check_launch, launcher_pid
+from gpt_kit_hf.launching import check_launch, end_processes, launcher_pid
 from gpt_kit_hf.progress import Console, Pace, duration, trackers
 from gpt_kit_hf.run_folder import (
     CURVE_FILE,
@@ -72,7 +72,7 @@ def _begin_or_continue(options: OptionsOfRun, prepare: Prepare, stream: TextIO |
     folder = Path(chosen.output_dir)
     console = Console(stream if accelerator.is_main_process else None)
     with ExitStack() as stack:
-        stack.callback(accelerator.end_training)
+        stack.callback(end_processes, accelerator)
         stack.callback(console.close)
         stop = stack.enter_context(StopSignals(launcher_pid()))
         continues = _may_go_on(accelerator, folder, options)
@@ -331,8 +331,10 @@ class _Run:
 
     def _evaluate(self, max_samples: int | None) -> Evaluation:
         """Score held-out samples; ends the run where it is asked to stop meanwhile."""
+        # The score on all of them is that of the weights as they are saved, whatever the precision of the training.
+        autocast = nullcontext if max_samples is None else self.steps.trainer.autocast
         try:
-            scored = self.task.evaluate(max_samples, self.steps.plan.micro_batch_size, self.steps.trainer.autocast)
+            scored = self.task.evaluate(max_samples, self.steps.plan.micro_batch_size, autocast)
         except StoppedError:
             self._stop()
         if not math.isfinite(scored.loss):

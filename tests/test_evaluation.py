@@ -9,16 +9,23 @@ import numpy as np
 import pytest
 import torch
 
-from gpt_kit_hf import GPTModel, TokenStream, create_model_config, evaluate_stream, get_encoding, train_bpe
+from gpt_kit_hf import (
+    DataError,
+    Evaluation,
+    GPTModel,
+    TokenStream,
+    UsageError,
+    create_model_config,
+    evaluate_stream,
+    get_encoding,
+    train_bpe,
+)
 from gpt_kit_hf.evaluation import byte_counts, gzip_bits_per_byte, token_byte_lengths, unigram_bits_per_byte
+from gpt_kit_hf.scored_windows import DocumentWindows
 
 ENCODING = get_encoding("bytes")
+END = 256
 TEXT = "Now is the winter of our discontent, made glorious summer by this sun of York. " * 3
-
-
-def stream_of_text(text: str) -> TokenStream:
-    ids = [*ENCODING.encode_ordinary(text), 256]
-    return TokenStream([np.array(ids, dtype=np.uint16)], np.zeros(1, np.int64))
 
 
 def tiny_model() -> GPTModel:
@@ -27,46 +34,86 @@ def tiny_model() -> GPTModel:
     return GPTModel(create_model_config("nano-xs", initializer_range=0.3, dropout=0.2, **shape))
 
 
+def random_documents(seed: int) -> tuple[TokenStream, list[np.ndarray]]:
+    """Documents of 0 to 70 tokens, all but some with an end of text, in pieces that do not follow the documents."""
+    rng = np.random.default_rng(seed)
+    texts = [rng.integers(0, 256, int(rng.integers(0, 70))) for _ in range(9)]
+    texts[int(rng.integers(9))] = rng.integers(0, 256, 45)
+    with_end = [np.append(text, END) if rng.random() < 0.8 else text for text in texts]
+    flat, cut = np.concatenate(with_end), int(rng.integers(1, 40))
+    starts = np.cumsum([0, *map(len, with_end)])[:-1]
+    return TokenStream([flat[:cut], flat[cut:]], starts.astype(np.int64)), texts
+
+
+def score(model: GPTModel, stream: TokenStream, **options: object) -> Evaluation:
+    chosen: dict = {"max_length": 20, "stride": 20, "batch_size": 4, "end_of_text": END} | options
+    return evaluate_stream(model, stream, token_byte_lengths(ENCODING), **chosen)
+
+
+def by_hand(model: GPTModel, texts: list[np.ndarray], max_length: int, stride: int) -> tuple[float, int]:
+    """Each token of each text by one pass over what a sliding window shows of the text before it."""
+    total, tokens = 0.0, 0
+    for text in texts:
+        whole = torch.tensor([END, *text.tolist()])
+        for target in range(1, len(whole)):
+            # Windows read from 0, stride, 2 * stride, ...; the last one ends with the text.
+            first = max(0, math.ceil((target - max_length) / stride)) * stride
+            first = max(0, min(first, len(whole) - 1 - max_length))
+            log_probs = model(whole[None, first:target]).logits[0, -1].log_softmax(-1)
+            total -= log_probs[whole[target]].item()
+            tokens += 1
+    return total, tokens
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("padding_side", ["right", "left"])
 @pytest.mark.parametrize(("stride", "batch_size"), [(20, 1), (20, 16), (7, 3), (1, 50)])
-def test_each_token_is_scored_once_with_the_context_that_the_stride_allows(stride: int, batch_size: int) -> None:
-    model, stream, max_length = tiny_model().train(), stream_of_text(TEXT), 20
-    scored = evaluate_stream(
-        model, stream, token_byte_lengths(ENCODING), max_length=max_length, stride=stride, batch_size=batch_size
-    )
+def test_each_token_is_scored_once_with_the_context_that_the_stride_allows(
+    stride: int, batch_size: int, padding_side: str, seed: int
+) -> None:
+    model = tiny_model().train()
+    stream, texts = random_documents(seed)
+    scored = score(model, stream, stride=stride, batch_size=batch_size, padding_side=padding_side)
     assert model.training
-    model.eval()
-    ids = torch.from_numpy(stream.read(0, len(stream)))
-    total, targets = 0.0, len(ids) - 1
-    for target in range(1, len(ids)):
-        # The first window scores all its targets, each later one its last `stride`, the last ends with the text.
-        first = max(0, math.ceil((target - max_length) / stride)) * stride
-        first = min(first, targets - max_length)
-        log_probs = model(ids[None, first:target]).logits[0, -1].log_softmax(-1)
-        total -= log_probs[ids[target]].item()
-    assert scored.tokens == targets
-    assert scored.loss == pytest.approx(total / targets, abs=1e-5)
-    assert scored.text_bytes == len(TEXT) - 1  # all but the first byte; end of text spells none
-    assert scored.bits_per_byte == pytest.approx(total / math.log(2) / (len(TEXT) - 1), abs=1e-5)
-    assert scored.perplexity == pytest.approx(math.exp(total / targets), rel=1e-4)
+    total, tokens = by_hand(model.eval(), texts, 20, stride)
+    assert scored.tokens == scored.text_bytes == tokens  # a byte a token; end of text is neither
+    assert scored.loss == pytest.approx(total / tokens, abs=1e-5)
+    assert scored.bits_per_byte == pytest.approx(total / math.log(2) / tokens, abs=1e-5)
+    assert scored.perplexity == pytest.approx(math.exp(total / tokens), rel=1e-4)
+
+
+def test_a_longer_context_tells_the_model_more() -> None:
+    """The oracle above can tell strides apart: with this model they do not score alike."""
+    model = tiny_model().eval()
+    stream, _ = random_documents(0)
+    assert abs(score(model, stream, stride=20).loss - score(model, stream, stride=1).loss) > 1e-3
 
 
 def test_a_limit_takes_windows_from_all_over_the_text() -> None:
-    stream = stream_of_text("a" * 400 + "b" * 400)
-    lengths = token_byte_lengths(ENCODING)
-    scored = evaluate_stream(tiny_model(), stream, lengths, max_length=20, stride=20, batch_size=4, max_windows=5)
-    assert 80 < scored.tokens <= 100
-    whole = evaluate_stream(tiny_model(), stream, lengths, max_length=20, stride=20, batch_size=4, max_windows=999)
-    assert whole.tokens == 800
+    ids = np.array([*ENCODING.encode_ordinary("a" * 400 + "b" * 400), END])
+    stream = TokenStream([ids], np.zeros(1, np.int64))
+    windows = DocumentWindows(stream, end_of_text=END, max_length=20, stride=20)
+    chosen = windows.spread(100)
+    seen = {int(windows[i][1][0]) for i in chosen.tolist()}
+    assert seen == {ord("a"), ord("b")}
+    assert score(tiny_model(), stream, max_tokens=100).tokens == 100
+    assert score(tiny_model(), stream, max_tokens=9999).tokens == 800
+
+
+def test_text_that_is_not_there_cannot_be_scored() -> None:
+    ends_only = TokenStream([np.array([END, END])], np.array([0, 1]))
+    with pytest.raises(DataError, match="no text to score"):
+        score(tiny_model(), ends_only)
+    with pytest.raises(UsageError, match="stride must lie between 1 and max_length=20, got 21"):
+        score(tiny_model(), random_documents(0)[0], stride=21)
+    with pytest.raises(UsageError, match="padding_side 'lefft'; did you mean 'left'"):
+        score(tiny_model(), random_documents(0)[0], padding_side="lefft")
 
 
 def test_evaluation_leaves_the_random_state() -> None:
-    before = torch.random.get_rng_state()
-    evaluate_stream(
-        tiny_model().eval(), stream_of_text(TEXT), token_byte_lengths(ENCODING), max_length=8, stride=8, batch_size=4
-    )
     model = tiny_model()
     before = torch.random.get_rng_state()
-    evaluate_stream(model, stream_of_text(TEXT), token_byte_lengths(ENCODING), max_length=8, stride=8, batch_size=4)
+    score(model, random_documents(0)[0])
     assert torch.equal(torch.random.get_rng_state(), before)
 
 

@@ -78,25 +78,19 @@ def test_windows_equal_a_naive_reference(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(30))
-@pytest.mark.parametrize("score_once", [False, True])
-def test_every_target_is_trained_exactly_once(seed: int, score_once: bool) -> None:
-    """At stride = max_length by default, at any stride with score_once; each target after its own context."""
+def test_every_target_is_trained_exactly_once_at_the_stride_of_max_length(seed: int) -> None:
     rng = np.random.default_rng(seed)
     stream, texts = random_stream(rng, documents=8)
     flat = np.concatenate(texts).astype(np.int64)
     max_length = int(rng.integers(1, min(12, flat.size - 1)))
-    stride = int(rng.integers(1, max_length + 1)) if score_once else max_length
     # Ids that name their own position show which target each one is.
     positions = TokenStream([np.arange(flat.size)], stream.document_starts)
     times = np.zeros(flat.size, dtype=int)
-    windows = TokenWindows(positions, max_length, stride, score_once=score_once)
+    windows = TokenWindows(positions, max_length, max_length)
     for index in range(len(windows)):
         inputs, targets = windows[index]
         trained = targets != IGNORED
         assert torch.equal(targets[trained], inputs[trained] + 1)
-        if index:
-            # Nothing is scored with less context than the stride promises.
-            assert int(trained.nonzero()[0]) >= max_length - stride or not score_once
         times[targets[trained]] += 1
     assert times[0] == 0
     assert (times[1:] == 1).all()
