@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 from transformers.pytorch_utils import Conv1D
 
+from gpt_kit_hf.batched_muon import BatchedMuon
 from gpt_kit_hf.errors import UsageError, unknown_name
 
 OptimizerName = Literal["adamw", "muon"]
@@ -160,7 +161,7 @@ def create_optimizer(model: nn.Module, options: OptimizerOptions) -> Optimizer:
         raise UsageError("optimizer=muon: no matrix of a linear layer is trained in this model: use optimizer=adamw")
     _require_whole(matrices)
     rate = options.learning_rate if options.muon_learning_rate is None else options.muon_learning_rate
-    muon = Muon(
+    muon = BatchedMuon(
         [{"params": matrices, _RATE_RATIO: rate / options.learning_rate}],
         lr=rate,
         weight_decay=options.weight_decay,
