@@ -307,6 +307,78 @@ def evaluate(
 
 
 @app.command()
+def card(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="folder of a run or model")],
+    repo: Annotated[
+        str | None, typer.Option("--repo", help="the model's id on the Hub, for the lines that load it")
+    ] = None,
+) -> None:
+    """Write RUN/README.md, the model card, from what the run recorded; what a person wrote around it stays."""
+    from gpt_kit_hf.cli import card_command
+
+    raise typer.Exit(card_command(run, repo=repo))
+
+
+@app.command()
+def push(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="folder of a run or model; left out with --verify_only")],
+    repo: Annotated[str | None, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hub")] = None,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="of a new repository; the account's own default")
+    ] = None,
+    branch: Annotated[str | None, typer.Option("--branch", help="where the commit goes; main")] = None,
+    pull_request: Annotated[
+        bool, typer.Option("--pull_request", "--pull-request", help="make it a pull request instead")
+    ] = False,
+    message: Annotated[str, typer.Option("--message", "-m", help="of the commit")] = "Publish the model",
+    card: Annotated[
+        str | None, typer.Option("--card", help="hub or run: whose words to keep where both cards were edited")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry_run", "--dry-run", help="list the files that would be sent, and send nothing")
+    ] = False,
+    verify_only: Annotated[
+        bool, typer.Option("--verify_only", "--verify-only", help="look only whether REPO is what was published")
+    ] = False,
+) -> None:
+    """Publish a model on the Hub as one commit, with its card; then fetch it again and compare.
+
+    Ends with 1 if what is on the Hub does not load, with this package and without, or is not what was sent.
+    """
+    from gpt_kit_hf.cli import push_command
+
+    if verify_only:
+        raise typer.Exit(push_command(None, repo or run, verify_only=True, branch=branch))
+    if repo is None:
+        raise typer.BadParameter("give REPO, OWNER/NAME on the Hub")
+    raise typer.Exit(
+        push_command(
+            run,
+            repo,
+            verify_only=False,
+            private=private,
+            branch=branch,
+            pull_request=pull_request,
+            message=message,
+            card=card,
+            dry_run=dry_run,
+        )
+    )
+
+
+@app.command()
+def pull(
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hub")],
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="new or empty folder to write")],
+    revision: Annotated[str | None, typer.Option("--revision", help="branch, tag or commit; main")] = None,
+) -> None:
+    """Fetch a model from the Hub, every byte checked; none of its code is run."""
+    from gpt_kit_hf.cli import pull_command
+
+    raise typer.Exit(pull_command(repo, folder, revision=revision))
+
+
+@app.command()
 def check(
     model: Annotated[str, typer.Argument(metavar="RUN_OR_REPO", help="folder of a run or model, or a Hub id")],
     attention: Annotated[

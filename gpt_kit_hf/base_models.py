@@ -26,8 +26,8 @@ def model_length(model: str | None) -> int:
 def find_base(model: str, adapter: AdapterOptions) -> str:
     """Return the folder or Hub id of the model to tune; for an adapter it must be one that stays."""
     place = find_model_folder(model)
-    if not Path(place).exists():
-        return place
+    if not Path(model).exists():
+        return model  # its id stays the same on other machines, unlike its place in the cache
     if adapter.lora_rank and Path(place).parent.name == "checkpoints":
         raise UsageError(
             f"model {model!r} is at a checkpoint of a run, which may be removed, and an adapter is nothing without "

@@ -21,8 +21,11 @@ from gpt_kit_hf.errors import CheckpointError, GPTKitError, StoppedError, UsageE
 from gpt_kit_hf.finetuning import finetune, inspect_rows
 from gpt_kit_hf.generation import stream_text
 from gpt_kit_hf.gpt2_checkpoint import Activation, Layout, convert_checkpoint
+from gpt_kit_hf.hub import PushOptions, pull_model, push_to_hub
+from gpt_kit_hf.hub_gate import GateReport, verify_publication
 from gpt_kit_hf.instruction_rows import RowOptions
 from gpt_kit_hf.invariance import check_invariance
+from gpt_kit_hf.model_card import write_card
 from gpt_kit_hf.option_parsing import parse_finetune_options, parse_run_options
 from gpt_kit_hf.progress import printable
 from gpt_kit_hf.replay import replay_steps
@@ -228,6 +231,52 @@ def harness_command(place: str, tasks: Sequence[str], *, json_file: str | None, 
             save_json(Path(json_file), report.results)
 
     return run_command(evaluate)
+
+
+def card_command(run: str, *, repo: str | None) -> int:
+    """Write the card of a run: `write_card`."""
+
+    def card() -> None:
+        written = write_card(Path(run), repo=repo)
+        _write(f"{written.path} is up to date\n")
+        if written.kept is not None:
+            parts = ", ".join(written.edited)
+            _note(f"edited between the marks, and renewed: {parts}; the card as it was is {written.kept}")
+
+    return run_command(card)
+
+
+def push_command(run: str | None, repo: str, *, verify_only: bool, **options: Any) -> int:
+    """Publish a run: `push_to_hub`; or look only whether what is published is what was: `verify_publication`."""
+
+    def push() -> None:
+        if verify_only:
+            gate = verify_publication(repo, options["branch"])
+            for difference in gate.differences:
+                _write(f"FAULT  {difference}\n")
+            gate.require()
+            _write(_gate_lines(gate))
+            return
+        assert run is not None
+        done = push_to_hub(run, repo, PushOptions(**options), say=_note)
+        if done.gate is None:
+            lines = [f"would send    {size / 1e6:9.3f} MB  {name}" for name, size in done.sent.items()]
+            lines += [f"would remove  {'':12}  {name}" for name in done.removed]
+            _write("\n".join([*lines, f"{len(done.sent)} files, {sum(done.sent.values()) / 1e6:.1f} MB"]) + "\n")
+            return
+        what = f"{len(done.sent)} files sent" if done.sent or done.removed else "it was there already"
+        _write(f"{done.url}\n{what}\n{_gate_lines(done.gate)}")
+
+    return run_command(push)
+
+
+def _gate_lines(gate: GateReport) -> str:
+    return f"{gate.repo} at {gate.commit[:12]} is what was published: {'; '.join(gate.checks)}\n"
+
+
+def pull_command(repo: str, folder: str, *, revision: str | None) -> int:
+    """Fetch a model from the Hub into a folder, every byte checked: `pull_model`."""
+    return run_command(lambda: _write(f"{pull_model(repo, folder, revision=revision)} holds the model now\n"))
 
 
 def check_command(

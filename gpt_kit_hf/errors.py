@@ -30,6 +30,10 @@ class RunError(GPTKitError):
     """A run that cannot go on: one of its processes has ended, or a step needs more memory than there is."""
 
 
+class HubError(GPTKitError):
+    """What was to be sent to or fetched from the Hub was not, or is not what it should be; the message says why."""
+
+
 class StoppedError(GPTKitError):
     """A run that was asked to stop, and did between two steps; the message says what is saved."""
 

@@ -8,22 +8,25 @@ read. Files beside that, such as pickles next to safetensors, are left alone, as
 from __future__ import annotations
 
 import copy
-import json
-import math
 import os
 import re
-import reprlib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from gpt_kit_hf.configuration_gpt_kit import GPTKitConfig
-from gpt_kit_hf.durable_files import parse_object
-from gpt_kit_hf.errors import CheckpointError
-
-Shapes: TypeAlias = dict[str, tuple[int, ...]]
+from gpt_kit_hf.untrusted_files import (
+    Shapes,
+    check_size,
+    count_numbers,
+    largest_size,
+    read_header,
+    read_object,
+    refuse,
+    show,
+)
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", ".safetensors.index.json"
 _ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -46,23 +49,11 @@ _MOST_BYTES = {
     **dict.fromkeys(("tokenizer.json", "tekken.json", "vocab.json", "vocab.txt", "merges.txt"), 64 * _MIB),
     **dict.fromkeys(("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model"), 64 * _MIB),
 }
-_READ_BEFORE = {_CONFIG, _ADAPTER_CONFIG, _STATE, _MANIFEST, f"model{_INDEX}", "tokenizer_config.json"}
 _MOST_TEMPLATE_BYTES = 1 * _MIB
-_MOST_HEADER_BYTES = 16 * _MIB
-# Few bytes make many objects: what parsing costs hangs on their number. A key costs as much as three values.
-_MARKS = {b",": 1, b"{": 1, b"[": 1, b":": 2}
-_MOST_VALUES, _MOST_VOCABULARY_VALUES = 750_000, 3_000_000
+_MOST_VOCABULARY_VALUES = 3_000_000  # the ordinary bound is that of `read_object`
+_READ_BEFORE = {_CONFIG, _ADAPTER_CONFIG, _STATE, _MANIFEST, f"model{_INDEX}", "tokenizer_config.json"}
 _MOST_FIELDS = 1_000
 _MOST_TENSORS, _MOST_FILES = 200_000, 10_000
-
-# Bits of an element, by the names of the format.
-_BITS = {
-    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
-    **dict.fromkeys(("F32", "I32", "U32"), 32),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
-    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8", "BOOL"), 8),
-    **{"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4},
-}
 
 _LAYERS = ("n_layer", "num_hidden_layers", "num_layers", "n_layers")
 _WIDTHS = ("n_embd", "hidden_size", "d_model")
@@ -89,13 +80,13 @@ def check_model_folder(folder: Path) -> None:
     try:
         _check_folder(folder, has_base=False)
     except (OSError, RuntimeError) as error:  # before Python 3.13, links in a circle are a RuntimeError
-        _refuse(folder, f"it cannot be read: {error}")
+        refuse(folder, f"it cannot be read: {error}")
 
 
 def _check_folder(folder: Path, *, has_base: bool) -> None:
     files, pickles = _list_folder(folder)
     if _CONFIG not in files and (has_base or _ADAPTER_CONFIG not in files):
-        _refuse(folder, f"it holds no {_CONFIG}")
+        refuse(folder, f"it holds no {_CONFIG}")
     config: dict[str, Any] = {}
     if _CONFIG in files:
         config = _load_json(files[_CONFIG])
@@ -111,13 +102,7 @@ def _check_folder(folder: Path, *, has_base: bool) -> None:
         _check_state(folder, files, shapes)
     for name in sorted(files.keys() & _MOST_BYTES.keys() - _READ_BEFORE):
         # Not before: among these are the slow ones.
-        _load_json(files[name]) if name.endswith(".json") else _check_size(files[name], _MOST_BYTES[name])
-
-
-def _refuse(path: Path, problem: str) -> NoReturn:
-    # A stranger names files, too: with line ends, or with what moves a terminal's cursor.
-    line = " ".join(f"{path}: {problem}".split())
-    raise CheckpointError("".join(character if character.isprintable() else "?" for character in line)) from None
+        _load_json(files[name]) if name.endswith(".json") else check_size(files[name], _MOST_BYTES[name])
 
 
 # --- files -----------------------------------------------------------------------------------------------
@@ -130,7 +115,7 @@ def _list_folder(folder: Path) -> tuple[dict[str, Path], list[str]]:
     files = {name: folder / name for name in names if name.endswith(_READ)}
     pickles = [name for name in names if name.endswith(_PICKLES)]
     if len(files) > _MOST_FILES:
-        _refuse(folder, f"it holds {len(files):,} files of a model's kinds; {_MOST_FILES:,} are allowed")
+        refuse(folder, f"it holds {len(files):,} files of a model's kinds; {_MOST_FILES:,} are allowed")
     templates = folder / _TEMPLATES
     if _TEMPLATES in names and templates.is_dir():
         files |= {f"{_TEMPLATES}/{path.name}": path for path in sorted(templates.iterdir()) if path.suffix == ".jinja"}
@@ -138,9 +123,9 @@ def _list_folder(folder: Path) -> tuple[dict[str, Path], list[str]]:
     for name, path in files.items():
         _check_plain(path, (root, *stores))
         if _RANK_SHARD.fullmatch(name):
-            _refuse(path, "a part of a distributed checkpoint, which transformers would read in place of the weights")
+            refuse(path, "a part of a distributed checkpoint, which transformers would read in place of the weights")
         if name.endswith(".jinja"):
-            _check_size(path, _MOST_TEMPLATE_BYTES)
+            check_size(path, _MOST_TEMPLATE_BYTES)
     return files, pickles
 
 
@@ -156,35 +141,14 @@ def _hub_stores(root: Path) -> tuple[Path, ...]:
 def _check_plain(path: Path, roots: tuple[Path, ...]) -> None:
     real = path.resolve(strict=True)
     if not any(real.is_relative_to(root) for root in roots):
-        _refuse(path, "it is a link out of its folder; a model's files must lie in it")
+        refuse(path, "it is a link out of its folder; a model's files must lie in it")
     if not real.is_file():
-        _refuse(path, "it must be a plain file, not a folder, a pipe or a device")
-
-
-def _check_size(path: Path, most: int) -> None:
-    if (size := path.stat().st_size) > most:
-        _refuse(path, f"it has {size:,} bytes; such a file may have {most:,}")
+        refuse(path, "it must be a plain file, not a folder, a pipe or a device")
 
 
 def _load_json(path: Path) -> dict[str, Any]:
-    """Return the object in a file, as Python's own reader gives it to transformers, too."""
-    most = _MOST_BYTES.get(path.name, 4 * _MIB)
-    _check_size(path, most)
-    data = path.read_bytes()
-    _check_values(path, data, _MOST_VOCABULARY_VALUES if path.name in ("tokenizer.json", "tekken.json") else None)
-    try:
-        value = json.loads(data.decode())
-    except (ValueError, RecursionError) as error:
-        _refuse(path, f"it is not valid JSON: {error}")
-    if not isinstance(value, dict):
-        _refuse(path, f"it must be a JSON object, is a {type(value).__name__}")
-    return value
-
-
-def _check_values(path: Path, data: bytes, most: int | None = None) -> None:
-    most = most or _MOST_VALUES
-    if sum(cost * data.count(mark) for mark, cost in _MARKS.items()) > most:
-        _refuse(path, f"it holds more than the {most:,} values that such a file may have")
+    values = {"most_values": _MOST_VOCABULARY_VALUES} if path.name in ("tokenizer.json", "tekken.json") else {}
+    return read_object(path, most_bytes=_MOST_BYTES.get(path.name, 4 * _MIB), **values)
 
 
 # --- weights ---------------------------------------------------------------------------------------------
@@ -196,14 +160,14 @@ def _read_weights(folder: Path, files: Mapping[str, Path], pickles: list[str], c
     if name is None:
         name = next((name for name in (_WEIGHTS, f"model{_INDEX}") if name in files), None)
     elif not isinstance(name, str) or name not in files or not name.endswith((".safetensors", _INDEX)):
-        _refuse(folder / _CONFIG, f"transformers_weights is {_show(name)}; it must name safetensors beside it")
+        refuse(folder / _CONFIG, f"transformers_weights is {show(name)}; it must name safetensors beside it")
     if name is None:
         if pickles:
-            _refuse(folder / pickles[0], "its weights are a pickle, which can run code: store them as safetensors")
+            refuse(folder / pickles[0], "its weights are a pickle, which can run code: store them as safetensors")
         return {}
-    shapes = _read_shards(files[name], files) if name.endswith(_INDEX) else _read_header(files[name])
+    shapes = _read_shards(files[name], files) if name.endswith(_INDEX) else read_header(files[name])
     if not shapes:
-        _refuse(files[name], "it holds no tensors")
+        refuse(files[name], "it holds no tensors")
     return shapes
 
 
@@ -211,81 +175,22 @@ def _read_shards(index: Path, files: Mapping[str, Path]) -> Shapes:
     """Return the shapes of the tensors in all files that an index names."""
     weight_map = _load_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
-        _refuse(index, "it has no weight_map from tensors to files")
+        refuse(index, "it has no weight_map from tensors to files")
     shapes: Shapes = {}
     for shard in sorted(weight_map.values(), key=str):
         # Only names of the folder's own listing: nothing that leaves it is among them.
         if not isinstance(shard, str) or shard not in files or not shard.endswith(".safetensors"):
-            _refuse(index, f"it points to {_show(shard)}; a shard must be a safetensors file beside its index")
+            refuse(index, f"it points to {show(shard)}; a shard must be a safetensors file beside its index")
     for shard in sorted(set(weight_map.values())):
-        stored = _read_header(files[shard])
+        stored = read_header(files[shard])
         if twice := stored.keys() & shapes.keys():
-            _refuse(files[shard], f"it holds {_show(min(twice))}, which another shard holds, too")
+            refuse(files[shard], f"it holds {show(min(twice))}, which another shard holds, too")
         shapes |= stored
         if len(shapes) > _MOST_TENSORS:
-            _refuse(index, f"its shards hold more than the {_MOST_TENSORS:,} tensors that a model may have")
+            refuse(index, f"its shards hold more than the {_MOST_TENSORS:,} tensors that a model may have")
     if missing := weight_map.keys() - shapes.keys():
-        _refuse(index, f"it lists {_show(min(missing))}, which no shard holds")
+        refuse(index, f"it lists {show(min(missing))}, which no shard holds")
     return shapes
-
-
-def _count(shapes: Shapes) -> int:
-    return sum(math.prod(shape) for shape in shapes.values())
-
-
-def _largest(shapes: Shapes) -> int:
-    return max((size for shape in shapes.values() if math.prod(shape) for size in shape), default=0)
-
-
-def _read_header(path: Path) -> Shapes:
-    """Return the shape of each tensor in a safetensors file whose header describes all of its bytes, each once."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(_MOST_HEADER_BYTES, size - 8):
-            _refuse(path, f"its header claims {length:,} bytes of {size:,}; it may have {_MOST_HEADER_BYTES:,}")
-        data = file.read(length)
-    _check_values(path, data)
-    try:
-        # With more care than Python's own reader: the library that reads it is another.
-        header = parse_object(data, "its header")
-    except CheckpointError as error:
-        _refuse(path, str(error))
-    header.pop("__metadata__", None)
-    spans = [_read_span(path, name, entry) for name, entry in header.items()]
-    end = 0
-    for begin, stop, name in sorted(spans):
-        if begin != end:
-            _refuse(path, f"{_show(name)} begins at byte {begin:,} of the data, the one before ends at {end:,}")
-        end = stop
-    if end != size - 8 - length:
-        _refuse(path, f"its header describes {end:,} bytes of data, the file has {size - 8 - length:,}")
-    return {name: tuple(entry["shape"]) for name, entry in header.items()}
-
-
-def _read_span(path: Path, name: str, entry: Any) -> tuple[int, int, str]:
-    """Return where a tensor begins and ends in the data, which its shape and type must agree with."""
-    entry = entry if isinstance(entry, dict) else {}
-    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not isinstance(dtype, str) or dtype not in _BITS:
-        _refuse(path, f"{_show(name)} has the unknown type {_show(dtype)}")
-    if not _are_counts(shape) or len(shape) > 64:
-        _refuse(path, f"{_show(name)} has the shape {_show(shape)}; it must be a list of sizes")
-    if not _are_counts(offsets) or len(offsets) != 2:
-        _refuse(path, f"{_show(name)} has the offsets {_show(offsets)}; they must be where it begins and ends")
-    bits = math.prod(shape) * _BITS[dtype]
-    if bits != 8 * (offsets[1] - offsets[0]):
-        _refuse(path, f"{_show(name)} of {dtype} {_show(shape)} cannot have the offsets {_show(offsets)}")
-    return offsets[0], offsets[1], name
-
-
-def _are_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(count) is int and 0 <= count < 1 << 63 for count in value)
-
-
-def _show(value: object) -> str:
-    """Return a stranger's value in one short line."""
-    return reprlib.repr(value)
 
 
 # --- configuration ---------------------------------------------------------------------------------------
@@ -296,19 +201,19 @@ def _check_configuration(path: Path, config: Mapping[str, Any]) -> None:
     model_type, own = config.get("model_type"), _own_code(path, config)
     if own and (model_type not in tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) or "AutoTokenizer" in own):
         # transformers would ask, and at a terminal a user might say yes.
-        _refuse(path, f"model_type {_show(model_type)} needs code of its own (auto_map), which is not run")
+        refuse(path, f"model_type {show(model_type)} needs code of its own (auto_map), which is not run")
     if len(config) > _MOST_FIELDS:  # each unknown one is compared with all that are known
-        _refuse(path, f"it has {len(config):,} fields; it may have {_MOST_FIELDS:,}")
+        refuse(path, f"it has {len(config):,} fields; it may have {_MOST_FIELDS:,}")
     if "configuration_files" in config:
-        _refuse(path, "configuration_files names other files to be read in its place")
+        refuse(path, "configuration_files names other files to be read in its place")
     for name, value in _walk(config):
         if name.endswith("_implementation") and isinstance(value, str) and "/" in value:
-            _refuse(path, f"{name} is {_show(value)}, code from the Hub, which is not run")
+            refuse(path, f"{name} is {show(value)}, code from the Hub, which is not run")
         if type(value) is not int:
             continue
         most = next((most for end, most in _MOST if end.search(name)), (1 << 63) - 1)
         if abs(value) > most:
-            _refuse(path, f"{name} is {_show(value)}; it may be {most:,} at most")
+            refuse(path, f"{name} is {show(value)}; it may be {most:,} at most")
 
 
 def _own_code(path: Path, settings: Mapping[str, Any]) -> Collection[str]:
@@ -317,7 +222,7 @@ def _own_code(path: Path, settings: Mapping[str, Any]) -> Collection[str]:
     if isinstance(auto_map, list):  # the oldest form
         return ("AutoTokenizer",)
     if not isinstance(auto_map, dict):
-        _refuse(path, f"auto_map is {_show(auto_map)}; it must be a JSON object")
+        refuse(path, f"auto_map is {show(auto_map)}; it must be a JSON object")
     return auto_map.keys()
 
 
@@ -339,10 +244,10 @@ def _walk(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def _check_tokenizer_settings(path: Path) -> None:
     settings = _load_json(path)
     if "AutoTokenizer" in _own_code(path, settings):
-        _refuse(path, "the tokenizer needs code of its own (auto_map), which is not run")
+        refuse(path, "the tokenizer needs code of its own (auto_map), which is not run")
     for name in _TOKENIZER_ROADS:
         if settings.get(name):
-            _refuse(path, f"{name} names what to read; a tokenizer is read from the files of its folder")
+            refuse(path, f"{name} names what to read; a tokenizer is read from the files of its folder")
 
 
 def _check_claims(path: Path, config: Mapping[str, Any], shapes: Shapes) -> None:
@@ -355,10 +260,10 @@ def _check_claims(path: Path, config: Mapping[str, Any], shapes: Shapes) -> None
     try:
         ours = GPTKitConfig.from_dict(copy.deepcopy(dict(config)))
     except Exception as error:  # a stranger's values can fail as anything
-        _refuse(path, f"it is not a configuration of this model: {error.__cause__ or error}")
+        refuse(path, f"it is not a configuration of this model: {error.__cause__ or error}")
     layers = {int(found[1]) for found in map(re.compile(r"(?:model\.)?layers\.(\d{1,9})\.").match, shapes) if found}
     if layers != set(range(ours.n_layer)):
-        _refuse(path, f"n_layer is {ours.n_layer}, the weights hold {len(layers)} layers")
+        refuse(path, f"n_layer is {ours.n_layer}, the weights hold {len(layers)} layers")
     if not config.get("quantization_config"):  # which stores a matrix as other tensors, each method its own
         _check_shapes(path, ours, shapes)
 
@@ -367,19 +272,22 @@ def _check_sizes(path: Path, config: Mapping[str, Any], shapes: Shapes) -> None:
     """Refuse sizes that no model with such weights has, whatever its type; a size that is not given is not checked."""
     for name in (*_LAYERS, *_WIDTHS, "vocab_size"):
         value = config.get(name)
-        most = max(128, len(shapes)) if name in _LAYERS else _largest(shapes)
+        most = max(128, len(shapes)) if name in _LAYERS else largest_size(shapes)
         if value is not None and not (type(value) is int and 1 <= value <= most):
-            _refuse(path, f"{name} is {_show(value)}; by the weights it must be a whole number from 1 to {most:,}")
+            refuse(path, f"{name} is {show(value)}; by the weights it must be a whole number from 1 to {most:,}")
     width = max((config[name] for name in _WIDTHS if config.get(name)), default=1)
     per_head = config.get("head_dim")
     # Quantised, 16 numbers can be one.
-    most = max(_HARMLESS, 16 * _count(shapes)) // width
+    most = max(_HARMLESS, 16 * count_numbers(shapes)) // width
     for name in (*_LAYERS, "vocab_size", *_OTHER_SIZES, *_HEADS):
         values = config.get(name)
         by = width if name in _LAYERS else per_head if name in _HEADS and type(per_head) is int else 1
         for value in values if isinstance(values, list) else [values]:
             if type(value) is int and value * by > most:
-                _refuse(path, f"{name} is {_show(value)}, more than the weights, {_count(shapes):,} numbers, can hold")
+                refuse(
+                    path,
+                    f"{name} is {show(value)}, more than the weights, {count_numbers(shapes):,} numbers, can hold",
+                )
 
 
 def _check_shapes(path: Path, config: GPTKitConfig, shapes: Shapes) -> None:
@@ -404,10 +312,10 @@ def _check_shapes(path: Path, config: GPTKitConfig, shapes: Shapes) -> None:
     for name, shape in expected.items():
         if shapes.get(name) != shape:
             stored = f"have shape {list(shapes[name])}" if name in shapes else "lack it"
-            _refuse(path, f"{name} must have shape {list(shape)}, the weights {stored}")
+            refuse(path, f"{name} must have shape {list(shape)}, the weights {stored}")
     own = tuple(f"{prefix}{part}" for part in ("layers.", "norm.", "embed_"))
     if unread := sorted(name for name in shapes.keys() - expected.keys() if name.startswith(own)):
-        _refuse(path, f"the model that it describes has no {_show(unread[0])}, which the weights hold")
+        refuse(path, f"the model that it describes has no {show(unread[0])}, which the weights hold")
 
 
 # --- adapters and checkpoints ----------------------------------------------------------------------------
@@ -419,17 +327,17 @@ def _check_adapter(folder: Path, files: Mapping[str, Path], *, alone: bool) -> S
     settings = _load_json(path)
     if settings.get("peft_type") != "LORA":
         # Others can read files and fetch tokenizers that their settings name.
-        _refuse(path, f"peft_type is {_show(settings.get('peft_type'))}; only adapters of type 'LORA' are loaded")
+        refuse(path, f"peft_type is {show(settings.get('peft_type'))}; only adapters of type 'LORA' are loaded")
     for name in _ADAPTER_ROADS:
         if settings.get(name):
-            _refuse(path, f"{name} makes of an adapter more than added matrices, and is not loaded")
+            refuse(path, f"{name} makes of an adapter more than added matrices, and is not loaded")
     if _ADAPTER_WEIGHTS not in files:
-        _refuse(folder / _ADAPTER_WEIGHTS, "it is missing; the weights of an adapter must be safetensors")
-    shapes = _read_header(files[_ADAPTER_WEIGHTS])
-    most, pattern = _largest(shapes), settings.get("rank_pattern") or {}
+        refuse(folder / _ADAPTER_WEIGHTS, "it is missing; the weights of an adapter must be safetensors")
+    shapes = read_header(files[_ADAPTER_WEIGHTS])
+    most, pattern = largest_size(shapes), settings.get("rank_pattern") or {}
     for rank in [settings.get("r", 8), *(pattern.values() if isinstance(pattern, dict) else [pattern])]:
         if type(rank) is not int or not 1 <= rank <= most:
-            _refuse(path, f"the rank is {_show(rank)}; by the weights it must be a whole number from 1 to {most:,}")
+            refuse(path, f"the rank is {show(rank)}; by the weights it must be a whole number from 1 to {most:,}")
     base = settings.get("base_model_name_or_path")
     if alone and isinstance(base, str) and _is_folder(base):
         _check_folder(Path(base), has_base=True)
@@ -451,17 +359,17 @@ def _check_state(folder: Path, files: Mapping[str, Path], shapes: Shapes) -> Non
     tensors = 0
     for path in _files_below(folder):
         if path.name.endswith(_PICKLES):
-            _refuse(path, "it is a pickle, which can run code; a checkpoint of a run holds none")
+            refuse(path, "it is a pickle, which can run code; a checkpoint of a run holds none")
         if path.suffix != ".safetensors" or (path.parent == folder and path.name != _OPTIMIZER):
             continue
         _check_plain(path, (folder.resolve(), *_hub_stores(folder.resolve())))
-        state = _read_header(path)
+        state = read_header(path)
         tensors += len(state)
         if tensors > _MOST_TENSORS:
-            _refuse(folder, f"its state has more than the {_MOST_TENSORS:,} tensors that it may have")
+            refuse(folder, f"its state has more than the {_MOST_TENSORS:,} tensors that it may have")
         # A few numbers for each weight, and one or two for each tensor.
-        if path.name == _OPTIMIZER and _count(state) > 16 * (_count(shapes) + len(shapes)):
-            _refuse(path, f"it holds {_count(state):,} numbers, too many for {_count(shapes):,} weights")
+        if path.name == _OPTIMIZER and count_numbers(state) > 16 * (count_numbers(shapes) + len(shapes)):
+            refuse(path, f"it holds {count_numbers(state):,} numbers, too many for {count_numbers(shapes):,} weights")
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
@@ -470,5 +378,5 @@ def _files_below(folder: Path) -> Iterator[Path]:
     for parent, _, names in os.walk(folder):
         seen += len(names)
         if seen > _MOST_FILES:
-            _refuse(folder, f"it holds more than the {_MOST_FILES:,} files that a checkpoint may have")
+            refuse(folder, f"it holds more than the {_MOST_FILES:,} files that a checkpoint may have")
         yield from (Path(parent, name) for name in sorted(names))

@@ -15,6 +15,7 @@ from gpt_kit_hf.checkpointing import latest_checkpoint, list_checkpoints
 from gpt_kit_hf.durable_files import sync_path
 from gpt_kit_hf.errors import CheckpointError, UsageError
 from gpt_kit_hf.folder_checks import check_model_folder
+from gpt_kit_hf.hub_client import fetch_model
 from gpt_kit_hf.modeling_gpt_kit import GPTKitForCausalLM
 from gpt_kit_hf.run_lock import move_aside
 from gpt_kit_hf.sharded_state import uncut_model
@@ -102,18 +103,19 @@ def publish_in_run(run: Path, source: Path) -> None:
 
 
 def find_model_folder(place: str) -> str:
-    """Return what `from_pretrained` takes for a run folder, a model folder or a Hub id.
+    """Return the folder that `from_pretrained` loads for a run folder, a model folder or a Hub id.
 
-    A run that has not ended is read at its newest intact checkpoint. Raises UsageError for a folder with no model,
-    CheckpointError for one that cannot be loaded safely (`check_model_folder`).
+    A run that has not ended is read at its newest intact checkpoint; what is on the Hub is fetched into its cache, and
+    every byte checked. Raises UsageError for a folder with no model, HubError for what cannot be fetched,
+    CheckpointError for a folder that cannot be loaded safely (`check_model_folder`).
     """
     folder = Path(place)
     if not folder.exists():
         # A Hub id has a name and at most an owner before it.
         if place.count("/") > 1 or place.startswith((".", "/", "~")):
             raise UsageError(f"{place!r}: no such folder")
-        return place
-    if not (folder / "config.json").is_file():
+        folder = fetch_model(place)
+    elif not (folder / "config.json").is_file():
         checkpoint = latest_checkpoint(folder)
         if checkpoint is None:
             raise UsageError(f"{place!r} holds no model: neither a config.json nor a checkpoint")

@@ -56,6 +56,8 @@ def serve(place: str, *, host: str = "127.0.0.1", port: int = 8000, announce: Ca
     if not is_serve_available():
         raise UsageError("the server needs packages that are not installed: pip install 'gpt-kit-hf[serve]'")
     folder = find_model_folder(place)
+    if not Path(place).exists():
+        folder = place  # requests name the model as its users do, not by its place in the cache
     if "@" in folder and Path(folder).is_dir():
         raise UsageError(f"{place!r}: the server takes what follows '@' for a revision; serve the folder by a link")
     with _listen(host, port) as listener:

@@ -6,7 +6,7 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -15,14 +15,13 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, broadcast_object_list
 
 from gpt_kit_hf.amp import resolve_precision
-from gpt_kit_hf.checkpoint_writer import CheckpointWriter
-from gpt_kit_hf.checkpointing import checkpoint_step, latest_checkpoint, list_checkpoints
+from gpt_kit_hf.checkpointing import checkpoint_step
 from gpt_kit_hf.durable_files import load_json
-from gpt_kit_hf.errors import CheckpointError, NonFiniteError, StoppedError, UsageError
+from gpt_kit_hf.errors import DataError, NonFiniteError, StoppedError, UsageError
 from gpt_kit_hf.evaluation import Evaluation
-from gpt_kit_hf.folder_checks import check_model_folder
 from gpt_kit_hf.launching import check_launch, end_processes, launcher_pid
 from gpt_kit_hf.progress import Console, Pace, duration, trackers
+from gpt_kit_hf.run_checkpoints import RunCheckpoints, checkpoint_to_continue
 from gpt_kit_hf.run_folder import (
     CURVE_FILE,
     METRICS_FILE,
@@ -38,9 +37,8 @@ from gpt_kit_hf.run_record import RunRecord, RunResult, finished_before
 from gpt_kit_hf.run_steps import StepReport, Steps
 from gpt_kit_hf.run_summary import explained, introduction, score_lines
 from gpt_kit_hf.run_task import RunSetting, RunTask
-from gpt_kit_hf.sharded_state import full_state, write_sharded_state
 from gpt_kit_hf.stop_signals import EXIT_STOPPED, StopSignals
-from gpt_kit_hf.training_state import SHARDS, read_position, training_state, write_position
+from gpt_kit_hf.training_state import read_position
 
 Prepare = Callable[[RunSetting], RunTask]
 
@@ -138,7 +136,9 @@ class _Run:
         self.chosen = options.training
         self.folder = Path(self.chosen.output_dir)
         self.changes = changes or {}
-        self.checkpoint = self._latest_checkpoint() if changes is not None else None
+        self.checkpoint = None
+        if changes is not None:
+            self.checkpoint = checkpoint_to_continue(self.folder, accelerator, console.say)
         self._check_precision()
         setting = RunSetting(
             options=self.chosen,
@@ -151,11 +151,8 @@ class _Run:
         self.task = prepare(setting)
         self._check_data()
         self.steps = Steps(options, setting, self.task)
-        self.writer = CheckpointWriter(
-            self.folder, keep_last=self.chosen.keep_last, report=console.say, last=self.checkpoint
-        )
         self.record = RunRecord(self.folder, accelerator, console.say)
-        self.scores: dict[int, float] = {}  # of the main process
+        self.checkpoints = RunCheckpoints(setting, self.task, self.steps, self.record)
 
     def go(self) -> RunResult:
         """Train from the first step, or the one after the checkpoint, to the last."""
@@ -163,16 +160,16 @@ class _Run:
             with self.stop.granted_between_steps():
                 return self._train()
         except RuntimeError as error:
-            raise explained(error, self.accelerator.num_processes, self._last_checkpoint) from error
+            raise explained(error, self.accelerator.num_processes, self.checkpoints.say_last) from error
         finally:
-            self.writer.wait()
+            self.checkpoints.wait()
 
     def _train(self) -> RunResult:
         steps = self.steps
         done = 0 if self.checkpoint is None else checkpoint_step(self.checkpoint)
         self.record.start(flat_options(self.options), self._facts(), self.changes, done=done, total=steps.total)
         if self.accelerator.is_main_process:
-            self.scores = self.record.scores()
+            self.checkpoints.scores = self.record.scores()
         if self.checkpoint is not None:
             steps.restore(self.checkpoint)
         self._introduce()
@@ -181,7 +178,7 @@ class _Run:
         steps.begin()
         self.console.start(steps.step, steps.total)
         self._loop()
-        self._save(in_background=False)
+        self.checkpoints.save(must=True)
         return self._finish()
 
     def _loop(self) -> None:
@@ -190,7 +187,7 @@ class _Run:
             self._say_score(self._evaluate(None))
         while steps.step < steps.total:
             began = time.perf_counter()
-            report = steps.take()
+            report = self._take()
             if report is None:
                 self._stop()
             self._after_update(report)
@@ -205,11 +202,30 @@ class _Run:
             if steps.step < steps.total:
                 self._now_and_then()
 
+    def _take(self) -> StepReport | None:
+        """Compute the next step; what of a batch cannot be read or computed is an error of one line."""
+        try:
+            return self.steps.take()
+        except (ConnectionError, EOFError) as error:
+            if not self.chosen.num_workers or str(error).startswith("Caught"):  # which is of a loader that lives
+                raise
+            # The tensors of a loader that was killed cannot be fetched any more.
+            ended = RuntimeError(f"DataLoader worker: {error}")
+            raise explained(ended, self.accelerator.num_processes, self.checkpoints.say_last) from error
+        except ValueError as error:
+            if isinstance(error, UsageError) or "vocab_size" not in str(error):
+                raise
+            step = self.steps.step + 1
+            raise DataError(
+                f"step {step} cannot be computed: {error}; its samples are {self._samples(step)}; "
+                f"{self.checkpoints.say_last()}"
+            ) from error
+
     def _stop(self) -> NoReturn:
         """Save where the run is, and end it: somebody asked."""
         done, saved = self.steps.step, "nothing to save yet"
         if done:
-            self._save(in_background=False)
+            self.checkpoints.save(must=True)
             saved = f"saved in {self.folder}: continue with --resume"
         self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
@@ -218,22 +234,6 @@ class _Run:
         raise StoppedError(f"stopped by {cause} after step {done} of {self.steps.total}, {saved}")
 
     # --- preparation
-
-    def _latest_checkpoint(self) -> Path | None:
-        """Return the checkpoint to go on from; one process looks, so that all go on from the same."""
-        found: list[Any] = [None, None]
-        if self.accelerator.is_main_process:
-            try:
-                found = [latest_checkpoint(self.folder, report=self.console.say), None]
-            except CheckpointError as error:
-                found = [None, error]
-        checkpoint, damaged = broadcast_object_list(found)
-        if damaged is not None:
-            raise damaged if self.accelerator.is_main_process else SystemExit(1)
-        if checkpoint is None:
-            return None
-        check_model_folder(Path(checkpoint))
-        return Path(checkpoint)
 
     def _check_precision(self) -> None:
         """Refuse what can be refused before a large text is read."""
@@ -294,17 +294,15 @@ class _Run:
         if update.skipped is not None:
             self.console.say(f"step {step} left the weights as they were: {update.skipped}")
         if self.steps.skipped_in_a_row >= self.chosen.max_skipped:
-            ids = self.steps.plan.sample_ids(step - 1).tolist()
-            shown = ", ".join(map(str, ids[:_IDS_SHOWN])) + (", ..." if len(ids) > _IDS_SHOWN else "")
             raise NonFiniteError(
                 f"{self.steps.skipped_in_a_row} updates in a row were skipped, the last at step {step}: "
-                f"{update.skipped}; its batch is {report.batch}, samples {shown}; "
-                f"{self._last_checkpoint()}"
+                f"{update.skipped}; its batch is {report.batch}, samples {self._samples(step)}; "
+                f"{self.checkpoints.say_last()}"
             )
 
-    def _last_checkpoint(self) -> str:
-        last = self.writer.last
-        return f"the last good checkpoint is {last.name}" if last else "there is no checkpoint yet"
+    def _samples(self, step: int) -> str:
+        ids = self.steps.plan.sample_ids(step - 1).tolist()
+        return ", ".join(map(str, ids[:_IDS_SHOWN])) + (", ..." if len(ids) > _IDS_SHOWN else "")
 
     def _log(self, report: StepReport, seconds_per_step: float) -> None:
         step, total, update = self.steps.step, self.steps.total, report.update
@@ -322,7 +320,7 @@ class _Run:
         if self.chosen.sample_every and step % self.chosen.sample_every == 0:
             self.console.say(self._sample())
         if saves:
-            self._save(in_background=self.chosen.background_save)
+            self.checkpoints.save(must=False)
 
     def _say_score(self, scored: Evaluation) -> None:
         self.console.say(
@@ -339,11 +337,11 @@ class _Run:
             self._stop()
         if not math.isfinite(scored.loss):
             raise NonFiniteError(
-                f"the held-out loss is {scored.loss} at step {self.steps.step}: {self._last_checkpoint()}"
+                f"the held-out loss is {scored.loss} at step {self.steps.step}: {self.checkpoints.say_last()}"
             )
         self.record.evaluation(self.steps.step, scored)
         if max_samples is not None:  # scores on all samples do not compare with these
-            self.scores[self.steps.step] = scored.loss
+            self.checkpoints.scores[self.steps.step] = scored.loss
         return scored
 
     def _sample(self) -> str:
@@ -360,76 +358,6 @@ class _Run:
             torch.manual_seed(self.chosen.seed)
             return "\n".join(f"  | {line}" for line in self.task.sample().splitlines())
 
-    # --- checkpoints
-
-    def _save(self, *, in_background: bool) -> None:
-        """Write the checkpoint of this step; every process calls, the main one writes."""
-        position = self.steps.position()
-        if self.accelerator.is_fsdp2:
-            self._save_shards(position, must=not in_background)
-            return
-        if not self.accelerator.is_main_process:
-            return
-        self.writer.wait()  # or there would be two copies of everything
-        state = training_state(self.task.model, self.steps.trainer, position, copied=in_background)
-
-        def write(folder: Path) -> None:
-            self.task.write_model(folder, state.weights)
-            state.write(folder)
-
-        try:
-            self.record.flush()
-            self.writer.save(
-                self.steps.step,
-                write,
-                required_bytes=state.required_bytes,
-                keep=self._best_steps(),
-                in_background=in_background and state.own,
-            )
-        except CheckpointError as error:
-            if not in_background:
-                raise
-            self.console.say(f"{error}; the run goes on, and keeps the checkpoints that it has")
-
-    def _save_shards(self, position: dict[str, Any], *, must: bool) -> None:
-        """Write a checkpoint of a model that is cut: the main process says to which folder, all write their shards."""
-        model, trainer = self.task.model, self.steps.trainer
-        weights = full_state(model)
-        failure: CheckpointError | None = None
-
-        def write(folder: Path) -> None:
-            self.task.write_model(folder, weights)
-            write_position(folder, trainer, position)
-            broadcast_object_list([folder / SHARDS, None])
-            write_sharded_state(folder / SHARDS, model, trainer.optimizer.optimizer)
-
-        if self.accelerator.is_main_process:
-            try:
-                self.record.flush()
-                self.writer.save(
-                    self.steps.step, write, required_bytes=0, keep=self._best_steps(), in_background=False
-                )
-            except CheckpointError as error:
-                failure = error
-            failed = broadcast_object_list([None, failure is not None])[1]
-        else:
-            while True:
-                folder, failed = broadcast_object_list([None, None])
-                if folder is None:
-                    break
-                with suppress(CheckpointError):  # the main process says it
-                    write_sharded_state(folder, model, trainer.optimizer.optimizer)
-        if failed and must:
-            raise failure or SystemExit(1)
-        if failure is not None:
-            self.console.say(f"{failure}; the run goes on, and keeps the checkpoints that it has")
-
-    def _best_steps(self) -> list[int]:
-        """Return the steps whose checkpoints are kept for their held-out loss, the best first."""
-        there = {checkpoint_step(folder) for folder in list_checkpoints(self.folder)} | {self.steps.step}
-        ranked = sorted((loss, step) for step, loss in self.scores.items() if step in there)
-        return [step for _, step in ranked[: self.chosen.keep_best]]
-
     # --- the end
 
     def _finish(self) -> RunResult:
@@ -437,7 +365,7 @@ class _Run:
         scored = self._evaluate(None)
         sample = self._sample()  # of a model that is cut, by all processes
         if self.accelerator.is_main_process:
-            checkpoint = self.writer.last
+            checkpoint = self.checkpoints.last
             assert checkpoint is not None
             self.task.publish(self.folder, checkpoint)
             beside = self.task.baselines()
@@ -447,12 +375,12 @@ class _Run:
 
     def _conclude(self, scored: Evaluation, beside: Mapping[str, float], sample: str, drawn: bool) -> None:
         self.console.close()
-        best = self._best_steps()
+        best, scores = self.checkpoints.best_steps(), self.checkpoints.scores
         lines = [
             *score_lines(self.task.scored, scored, beside),
             sample,
             f"model    {self.folder} (from_pretrained loads it)",
-            *(f"best     checkpoints/step-{s:08d}, held-out loss {self.scores[s]:.3f} in the run" for s in best[:1]),
+            *(f"best     checkpoints/step-{s:08d}, held-out loss {scores[s]:.3f} in the run" for s in best[:1]),
             f"curve    {self.folder / CURVE_FILE if drawn else 'not drawn: pip install matplotlib'}",
             f"metrics  {self.folder / METRICS_FILE}",
             f"next     {shlex.join(self.task.next_command(self.folder))}",

@@ -251,7 +251,7 @@ def test_matrices_in_batches_step_as_torchs_muon_steps_them_one_by_one(
         for optimizer in optimizers:
             optimizer.step()
     for own, other in zip(ours, theirs, strict=True):
-        assert (own - other).norm() < 0.03 * other.norm()  # torch's rounds to bfloat16
+        assert (own - other).norm() < 0.08 * other.norm()  # torch's rounds to bfloat16
     assert optimizers[0].state_dict()["param_groups"] == optimizers[1].state_dict()["param_groups"]
 
 

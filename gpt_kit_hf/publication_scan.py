@@ -1,0 +1,120 @@
+"""Whether files may be published: no secret, no pickle, no optimizer, no path of the machine that made them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from gpt_kit_hf.errors import CheckpointError
+
+# The shapes in which services give out keys. What is found is never shown.
+_SECRETS = {
+    "a Hugging Face token": r"\bhf_[A-Za-z0-9]{16,}|\bapi_org_[A-Za-z0-9]{16,}",
+    "a GitHub token": r"\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_[A-Za-z0-9_]{20,}",
+    "a GitLab token": r"\bglpat-[A-Za-z0-9_-]{16,}",
+    "an AWS key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
+    "a Google key": r"\bAIza[0-9A-Za-z_-]{35}",
+    "a Slack token": r"\bxox[abposr]-[A-Za-z0-9-]{10,}",
+    "an API key": r"\bsk-[A-Za-z0-9_-]{20,}",
+    "a PyPI token": r"\bpypi-[A-Za-z0-9_-]{30,}",
+    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY",
+    "a web token": r"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}",
+    "a password in an address": r"\b[a-z][a-z0-9+.-]*://[^\s/:@\"']+:[^\s/@\"']+@",
+    "a secret": r"(?i)\b(?:api[_-]?key|secret[_-]?key|access[_-]?token|auth[_-]?token|password)[\"']?\s*[:=]\s*[\"']"
+    r"[^\s\"']{8,}",
+}
+_SECRET_PATTERNS = {kind: re.compile(pattern) for kind, pattern in _SECRETS.items()}
+_HOME = re.compile(
+    r"(?<![\w.:/-])(?:/(?:home|Users|root|mnt|tmp|var|scratch|workspace|data|opt|private)/[^\s\"'<>|`)\]]+"
+    r"|[A-Za-z]:\\\\?(?:Users|home)\\[^\s\"'<>|`)\]]+)"
+)
+_PICKLE_NAMES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".distcp", ".joblib")
+_TRAINING_NAMES = re.compile(
+    r"(?:^|/)(?:optimizer|scheduler|scaler|training_state|training_args|rng_state|options|metrics|run|trainer_state)"
+    r"[^/]*\.(?:safetensors|json|jsonl|bin|pt|lock)$"
+)
+_OPTIMIZER_TENSORS = re.compile(r"(?:^|[./|])(?:exp_avg|exp_avg_sq|momentum_buffer|max_exp_avg_sq)(?:$|[./|])")
+# A vocabulary is drawn from text: a piece of it may look like a path.
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt")
+_PICTURES = (".png",)
+_MOST_HEADER = 100 << 20
+
+
+def scan_for_publication(folder: Path, private_names: tuple[str, ...] = ()) -> None:
+    """Raise CheckpointError, which names file and place but never what was found, if a folder must not be published.
+
+    Looked for are secrets, pickles, optimizers and the other parts of a checkpoint, and paths of a machine: home
+    folders and the like, and each of `private_names` as it stands.
+    """
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = file.relative_to(folder).as_posix()
+        fault = next(_faults(file, name, private_names), None)
+        if fault is not None:
+            raise CheckpointError(f"{name} cannot be published: {fault}")
+
+
+def hide_secrets(text: str) -> str:
+    """Return the text with anything that looks like a secret left out, for messages that quote others."""
+    for kind, pattern in _SECRET_PATTERNS.items():
+        text = pattern.sub(f"[{kind}]", text)
+    return text
+
+
+def _faults(file: Path, name: str, private_names: tuple[str, ...]) -> Iterator[str]:
+    if name.endswith(_PICKLE_NAMES):
+        yield "by its name it is a pickle"
+    if _TRAINING_NAMES.search(name):
+        yield "it is a part of a run or a checkpoint, not of a model"
+    with file.open("rb") as opened:
+        start = opened.read(8)
+    if start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05":
+        yield "it holds a pickle"
+    if name.endswith(".safetensors"):
+        yield from _header_faults(file)
+    elif start.startswith(b"PK\x03\x04"):
+        yield "it is a zip archive, in which torch keeps pickles"
+    elif not name.endswith(_PICTURES):
+        yield from _text_faults(file, name, private_names)
+
+
+def _header_faults(file: Path) -> Iterator[str]:
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = opened.read(min(length, _MOST_HEADER))
+    try:
+        entries = json.loads(header)
+    except ValueError:
+        yield "its header is not JSON"
+        return
+    if any(_OPTIMIZER_TENSORS.search(tensor) for tensor in entries):
+        yield "it holds the state of an optimizer"
+    metadata = json.dumps(entries.get("__metadata__", {}), ensure_ascii=False)
+    for kind, pattern in _SECRET_PATTERNS.items():
+        if pattern.search(metadata):
+            yield f"its metadata hold what looks like {kind}"
+    if _HOME.search(metadata):
+        yield "its metadata hold a path of a machine"
+
+
+def _text_faults(file: Path, name: str, private_names: tuple[str, ...]) -> Iterator[str]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        yield "it is not text (UTF-8)"
+        return
+    for kind, pattern in _SECRET_PATTERNS.items():
+        if found := pattern.search(text):
+            yield f"line {_line(text, found.start())} holds what looks like {kind}"
+    if Path(name).name in _VOCABULARIES:
+        return
+    for private in private_names:
+        if private in text:
+            yield f"line {_line(text, text.index(private))} holds a path of this machine"
+    if found := _HOME.search(text):
+        yield f"line {_line(text, found.start())} holds a path of a machine"
+
+
+def _line(text: str, position: int) -> int:
+    return text.count("\n", 0, position) + 1
