@@ -12,15 +12,18 @@ from gpt_kit_hf.chat_templates import check_chat_template, get_chat_template
 from gpt_kit_hf.cli import run_command
 from gpt_kit_hf.configuration_gpt_kit import GPTKitConfig
 from gpt_kit_hf.corpus import Corpus, EncodingOptions, choose_encoding, prepare_corpus
-from gpt_kit_hf.errors import CheckpointError, DataError, GPTKitError, NonFiniteError, UsageError
+from gpt_kit_hf.errors import CheckpointError, DataError, GPTKitError, HubError, NonFiniteError, UsageError
 from gpt_kit_hf.evaluation import Evaluation, evaluate_stream
 from gpt_kit_hf.finetuning import BaseOptions, FinetuneOptions, finetune, inspect_rows
 from gpt_kit_hf.generation import generate_text_autoregressive, stream_text
 from gpt_kit_hf.gpt2_checkpoint import convert_checkpoint, load_gpt2_checkpoint, save_as_gpt2
+from gpt_kit_hf.hub import PushOptions, PushResult, pull_model, push_to_hub
+from gpt_kit_hf.hub_gate import GateReport, verify_publication
 from gpt_kit_hf.instruction_data import InstructionDataset, create_instruction_collate_fn, format_alpaca
 from gpt_kit_hf.instruction_rows import RowOptions, read_rows
 from gpt_kit_hf.invariance import check_invariance
 from gpt_kit_hf.losses import Batch, compute_batch_loss, compute_loader_loss, train_step_with_gradient_clipping
+from gpt_kit_hf.model_card import card_facts, render_card, write_card
 from gpt_kit_hf.modeling_gpt_kit import (
     FeedForward,
     GPTKitForCausalLM,
@@ -42,6 +45,7 @@ from gpt_kit_hf.pretraining_data import (
 from gpt_kit_hf.registration import register
 from gpt_kit_hf.run_options import RunOptions, TrainingOptions
 from gpt_kit_hf.run_record import RunResult
+from gpt_kit_hf.scoring import ScoreOptions, ScoreReport, score_model
 from gpt_kit_hf.supervised_rows import PackedRows, PaddedRows, SupervisedRows, SupervisionOptions, encode_rows
 from gpt_kit_hf.supervision_report import SupervisionReport, inspect_batches, report_of
 from gpt_kit_hf.text_sources import TextOptions
@@ -79,6 +83,8 @@ __all__ = [
     "GPTKitPreTrainedModel",
     "GPTModel",
     "GPTPretrainingDataset",
+    "GateReport",
+    "HubError",
     "InstructionDataset",
     "LayerNorm",
     "ModelOptions",
@@ -87,9 +93,13 @@ __all__ = [
     "OptimizerOptions",
     "PackedRows",
     "PaddedRows",
+    "PushOptions",
+    "PushResult",
     "RowOptions",
     "RunOptions",
     "RunResult",
+    "ScoreOptions",
+    "ScoreReport",
     "SupervisedRows",
     "SupervisionOptions",
     "SupervisionReport",
@@ -101,6 +111,7 @@ __all__ = [
     "UpdateReport",
     "UsageError",
     "WindowOptions",
+    "card_facts",
     "check_chat_template",
     "check_invariance",
     "choose_encoding",
@@ -126,15 +137,21 @@ __all__ = [
     "parse_finetune_options",
     "parse_run_options",
     "prepare_corpus",
+    "pull_model",
+    "push_to_hub",
     "read_rows",
+    "render_card",
     "report_of",
     "run_command",
     "save_as_gpt2",
     "save_tokenizer",
+    "score_model",
     "stream_text",
     "text_to_token_ids",
     "token_ids_to_text",
     "train",
     "train_bpe",
     "train_step_with_gradient_clipping",
+    "verify_publication",
+    "write_card",
 ]

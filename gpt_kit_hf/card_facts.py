@@ -23,10 +23,9 @@ from gpt_kit_hf.durable_files import load_json, parse_object, read_jsonl
 from gpt_kit_hf.errors import CheckpointError, UsageError
 from gpt_kit_hf.finetuning import REPORT_FILE
 from gpt_kit_hf.invariance import ATTENTIONS, PRECISIONS
-from gpt_kit_hf.run_folder import CURVE_FILE, METRICS_FILE, OPTIONS_FILE, RECORD_FILE
+from gpt_kit_hf.run_folder import CURVE_FILE, EVALUATIONS_FILE, METRICS_FILE, OPTIONS_FILE, RECORD_FILE
 
 INVARIANCE_FILE = "invariance.json"
-EVALUATIONS_FILE = "evaluations.json"
 
 _PACKAGES = ("gpt-kit-hf", "torch", "transformers", "accelerate", "datasets", "tiktoken", "python")
 _BASELINES = ("gzip -9", "byte unigram")

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gpt_kit_hf.adapters import AdapterOptions, add_adapter, load_adapter, merged
 from gpt_kit_hf.base_models import find_base, load_part, weights_digest
-from gpt_kit_hf.durable_files import save_json
+from gpt_kit_hf.durable_files import load_json, save_json
 from gpt_kit_hf.errors import UsageError, unknown_name
 from gpt_kit_hf.evaluation import Evaluation, evaluate_batches, tokenizer_byte_lengths
 from gpt_kit_hf.generation import context_length, generate_text_autoregressive
@@ -29,7 +29,7 @@ from gpt_kit_hf.losses import Batch
 from gpt_kit_hf.optimization import OptimizerOptions
 from gpt_kit_hf.progress import printable, short
 from gpt_kit_hf.row_templates import KEEP, with_template
-from gpt_kit_hf.run_folder import find_model_folder, publish_in_run
+from gpt_kit_hf.run_folder import RECORD_FILE, find_model_folder, publish_in_run
 from gpt_kit_hf.run_options import TrainingOptions
 from gpt_kit_hf.run_record import RunResult
 from gpt_kit_hf.run_task import RunSetting, map_batches
@@ -159,6 +159,7 @@ class InstructionTask:
         self.order: Order = ShuffledOrder(samples=len(self.dataset), seed=setting.options.seed)
         self.tokens_per_sample = len(train.ids) / len(self.dataset)
         self.fingerprint = f"{train.fingerprint()}-{self.held_out.fingerprint()}"
+        self.base_commit = self._base_commit(needs_base)
         self.base_digest = None
         if options.adapter.lora_rank:  # an adapter goes on with the base that it began with, or not at all
             self.base_digest = weights_digest(source, self.model.config)
@@ -222,6 +223,7 @@ class InstructionTask:
         """Return what the record keeps of the rows."""
         return {
             "base_model": self.options.base.model,
+            "base_commit": self.base_commit,
             "base_digest": self.base_digest,
             "supervision": self.report.to_dict(),
             "held_out_rows": len(self.held_out),
@@ -265,6 +267,16 @@ class InstructionTask:
             return add_adapter(base, adapter)
         place = str(checkpoint or source)
         return load_part(AutoModelForCausalLM, place, self.options.base.model, dtype=torch.float32, **asked)
+
+    def _base_commit(self, loaded: bool) -> str | None:
+        """Return the commit on the Hub that the base is of, None for a folder's; a run that goes on recorded it."""
+        if Path(self.options.base.model).exists():
+            return None
+        if loaded:
+            return str(self.model.config._commit_hash)
+        record = self.setting.folder / RECORD_FILE
+        commit: str | None = load_json(record).get("base_commit") if record.is_file() else None
+        return commit
 
     def _check_length(self) -> None:
         context, wanted = context_length(self.model), self.options.supervision.max_length

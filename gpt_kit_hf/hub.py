@@ -106,13 +106,14 @@ def push_to_hub(
         stage_files(Path(run), stage)
         head = None if chosen.dry_run else _prepare_repository(repo, chosen, api)
         head = _head(repo, chosen.branch, api) if chosen.dry_run else head
-        _write_card(Path(run), stage, repo, head, chosen, api)
+        there = _files_on_hub(repo, head, api)
+        _write_card(Path(run), stage, repo, _card_on_hub(repo, head, there, api), chosen)
         say("asking a fresh process what the model does")
         probe = run_probe([probe_request(str(stage), Path(place))], Path(place) / "probe", with_package=True)[0]
         for part, reason in probe["failures"].items():
             raise HubError(f"{run} was not published: its {part} cannot be used: {reason}")
         publication = seal(stage, probe, _private_names(Path(run)))
-        sent, removed = _changes(repo, head, publication, api)
+        sent, removed = _changes(there, publication)
         if chosen.dry_run:
             return _result(repo, None, publication, sent, removed, None, api)
         commit = head
@@ -176,10 +177,9 @@ def _find_head(repo: str, branch: str | None, api: HfApi) -> str | None:
         return None
 
 
-def _write_card(run: Path, stage: Path, repo: str, head: str | None, options: PushOptions, api: HfApi) -> None:
+def _write_card(run: Path, stage: Path, repo: str, there: str | None, options: PushOptions) -> None:
     """Write the card, around what a person wrote in the one on the Hub, or in the run's for the first time."""
-    own = (run / CARD_FILE).read_text(encoding="utf-8") if (run / CARD_FILE).is_file() else None
-    there = _card_on_hub(repo, head, api)
+    own = _text_of(run / CARD_FILE) if (run / CARD_FILE).is_file() else None
     both = own is not None and there is not None and without_generated(own) != without_generated(there)
     if both and options.card is None:
         raise HubError(
@@ -187,23 +187,26 @@ def _write_card(run: Path, stage: Path, repo: str, head: str | None, options: Pu
             "keep, --card hub or --card run"
         )
     base = own if there is None or options.card == "run" else there
-    (stage / CARD_FILE).write_text(render_card(card_facts(run), repo=repo, existing=base), encoding="utf-8")
+    (stage / CARD_FILE).write_bytes(render_card(card_facts(run), repo=repo, existing=base).encode())
 
 
-def _card_on_hub(repo: str, head: str | None, api: HfApi) -> str | None:
-    if head is None:
+def _card_on_hub(repo: str, head: str | None, there: Mapping[str, RepoFile], api: HfApi) -> str | None:
+    if CARD_FILE not in there:
         return None
     with hub_errors(f"the card of {repo} was not fetched"), tempfile.TemporaryDirectory() as place:
-        if not api.file_exists(repo, CARD_FILE, revision=head):
-            return None
-        return Path(api.hf_hub_download(repo, CARD_FILE, revision=head, local_dir=place)).read_text(encoding="utf-8")
+        return _text_of(Path(api.hf_hub_download(repo, CARD_FILE, revision=head, local_dir=place)))
 
 
-def _changes(
-    repo: str, head: str | None, publication: Publication, api: HfApi
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _text_of(card: Path) -> str:
+    """Return a card with the line ends that its writer chose."""
+    try:
+        return card.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{card.name} is not UTF-8: {error}") from None
+
+
+def _changes(there: Mapping[str, RepoFile], publication: Publication) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return which files the repository lacks or has otherwise, and which it has too much."""
-    there = {file.path: file for file in _files_on_hub(repo, head, api)}
     names = [*publication.files, PUBLICATION_FILE]
     sent = tuple(name for name in names if not _is_same(publication.folder / name, there.get(name)))
     removed = tuple(
@@ -212,12 +215,13 @@ def _changes(
     return sent, removed
 
 
-def _files_on_hub(repo: str, head: str | None, api: HfApi) -> list[RepoFile]:
+def _files_on_hub(repo: str, head: str | None, api: HfApi) -> dict[str, RepoFile]:
+    """Return the files of a commit by name; none where there is no commit."""
     if head is None:
-        return []
+        return {}
     with hub_errors(f"the files of {repo} were not listed"):
         entries = api.list_repo_tree(repo, revision=head, recursive=True)
-        return [entry for entry in entries if isinstance(entry, RepoFile)]
+        return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
 
 def _is_same(path: Path, file: RepoFile | None) -> bool:

@@ -99,8 +99,10 @@ def judge(
         except GPTKitError as error:
             differences.append(str(error).replace(f"{folder}/", ""))
     is_ours = GPTKitConfig.model_type in (_model_type(folder), _type_of(reference.probe if reference else {}))
-    differences += _own_faults(folder, with_package, is_ours)
+    if is_ours:
+        differences += _kit_faults(folder)
     for road, answer in (("with the package", with_package), ("without the package", without)):
+        differences += [f"{line} ({road})" for line in _faults_of_its_own(answer, is_ours)]
         for part, reason in answer["failures"].items():
             differences.append(f"{part} cannot be used {road}: {hide_secrets(reason)}")
         if reference is not None:
@@ -197,17 +199,20 @@ def _model_differences(expected: Mapping[str, Any], found: Mapping[str, Any], ex
         yield f"the logits differ: a loss is {found['loss']:.5f}, was {expected['loss']:.5f}"
 
 
-def _own_faults(folder: Path, answer: Mapping[str, Any], is_ours: bool) -> Iterator[str]:
-    """Yield what is wrong with a published model whatever was published."""
-    if is_ours:
-        missing = sorted(set(_AUTO_CLASSES) - _auto_map(folder))
-        if missing:
-            yield f"config.json has no auto_map entry for {', '.join(missing)}"
-        yield from (f"{name} is missing on the Hub" for name in _CODE if not (folder / name).is_file())
-        try:
-            check_tokenizer(str(folder), GPTKitConfig.from_pretrained(str(folder)))
-        except (GPTKitError, OSError, ValueError, KeyError) as error:
-            yield f"the tokenizer is not the one of the training: {_first_line(error)}"
+def _kit_faults(folder: Path) -> Iterator[str]:
+    """Yield what the files of a model of this kit lack, whatever was published."""
+    missing = sorted(set(_AUTO_CLASSES) - _auto_map(folder))
+    if missing:
+        yield f"config.json has no auto_map entry for {', '.join(missing)}"
+    yield from (f"{name} is missing on the Hub" for name in _CODE if not (folder / name).is_file())
+    try:
+        check_tokenizer(str(folder), GPTKitConfig.from_pretrained(str(folder)))
+    except (GPTKitError, OSError, ValueError, KeyError) as error:
+        yield f"the tokenizer is not the one of the training: {_first_line(error)}"
+
+
+def _faults_of_its_own(answer: Mapping[str, Any], is_ours: bool) -> Iterator[str]:
+    """Yield what is wrong with what a process found, whatever was published."""
     tokenizer, model = answer.get("tokenizer"), answer.get("model")
     if tokenizer and tokenizer["eos"] is None:
         yield "the tokenizer has no end of text"

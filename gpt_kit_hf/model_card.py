@@ -98,10 +98,13 @@ def edited_parts(existing: str) -> list[str]:
 
 
 def without_generated(card: str) -> str:
-    """Return what of a card is a person's: the text outside the generated parts, and where these stood."""
-    _, _, body = split_card(card.removeprefix(_BYTE_ORDER_MARK))
-    lines = _PART.sub(lambda match: f"[{match['name']}]", body).split()
-    return " ".join(lines)
+    """Return what of a card is a person's: metadata and text but for the generated parts, and where these stood."""
+    _, block, body = split_card(card.removeprefix(_BYTE_ORDER_MARK))
+    metadata = read_metadata(block)
+    theirs = {name: value for name, value in metadata.items() if name not in generated_in(metadata)}
+    theirs.pop("model-index", None)
+    words = _PART.sub(lambda match: f"[{match['name']}]", body).split()
+    return json.dumps(theirs, sort_keys=True, default=str) + " ".join(words)
 
 
 def write_card(run: Path, *, repo: str | None = None) -> CardWritten:

@@ -11,9 +11,9 @@ from gpt_kit_hf.errors import CheckpointError
 
 # The shapes in which services give out keys. What is found is never shown.
 _SECRETS = {
-    "a Hugging Face token": r"\bhf_[A-Za-z0-9]{16,}|\bapi_org_[A-Za-z0-9]{16,}",
-    "a GitHub token": r"\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_[A-Za-z0-9_]{20,}",
-    "a GitLab token": r"\bglpat-[A-Za-z0-9_-]{16,}",
+    "a Hugging Face token": r"hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}",
+    "a GitHub token": r"gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}",
+    "a GitLab token": r"glpat-[A-Za-z0-9_-]{16,}",
     "an AWS key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
     "a Google key": r"\bAIza[0-9A-Za-z_-]{35}",
     "a Slack token": r"\bxox[abposr]-[A-Za-z0-9-]{10,}",

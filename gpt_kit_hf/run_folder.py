@@ -26,6 +26,7 @@ OPTIONS_FILE = "options.json"
 RECORD_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss.png"
+EVALUATIONS_FILE = "evaluations.json"
 LOCK_FILE = "run.lock"
 
 

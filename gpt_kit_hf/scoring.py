@@ -28,7 +28,7 @@ from gpt_kit_hf.instruction_rows import RowError, RowOptions, read_rows
 from gpt_kit_hf.progress import printable
 from gpt_kit_hf.row_encoding import format_of
 from gpt_kit_hf.row_templates import KEEP, with_template
-from gpt_kit_hf.run_folder import check_tokenizer, find_model_folder, holds_run
+from gpt_kit_hf.run_folder import EVALUATIONS_FILE, check_tokenizer, find_model_folder, holds_run
 from gpt_kit_hf.scored_windows import PaddingSide, pad_windows
 from gpt_kit_hf.supervised_rows import PaddedRows, SupervisedRows, SupervisionOptions, encode_rows
 from gpt_kit_hf.text_sources import TextOptions
@@ -36,7 +36,6 @@ from gpt_kit_hf.text_units import COMPRESSIONS
 from gpt_kit_hf.tokenization import END_OF_TEXT
 from gpt_kit_hf.tokenizer_twin import load_encoding
 
-EVALUATIONS_FILE = "evaluations.json"
 Kind = Literal["auto", "text", "rows"]
 _UNKNOWN_LENGTH = 1024  # where a model does not say what it reads
 _SAMPLE_PROMPT = 32  # tokens of a document that a sample continues

@@ -78,6 +78,10 @@ class Faults:
             self._armed.append(armed)
         return armed
 
+    def clear(self) -> None:
+        with self._lock:
+            self._armed.clear()
+
     def claim(self, method: str, target: str) -> Fault | None:
         due = None
         with self._lock:

@@ -355,6 +355,10 @@ class HubServer:
         """Put a fault in place; what is returned counts how often it fired."""
         return self._listening.faults.add(fault)
 
+    def clear_faults(self) -> None:
+        """Take all faults away."""
+        self._listening.faults.clear()
+
     def environment(self) -> dict[str, str]:
         """What a child process needs in its environment to speak to this Hub, as ann."""
         return {

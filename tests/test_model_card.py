@@ -220,15 +220,22 @@ def test_the_scores_stand_in_table_and_metadata(runs: Path, copied: Callable[...
         assert values["other-txt", "loss"] == 2.0
 
 
-def test_invariance_supervision_and_the_curve_stand_where_they_were_recorded(runs: Path) -> None:
-    first, tuned = (render_card(card_facts(runs / name)) for name in ("first", "tuned"))
-    cells = json.loads((runs / "first" / "invariance.json").read_text())["cells"]
+def test_invariance_supervision_and_the_curve_stand_where_they_were_recorded(
+    runs: Path, copied: Callable[..., Path]
+) -> None:
+    file = copied("first") / "invariance.json"
+    matrix = json.loads(file.read_text())
+    matrix["cells"][3] |= {"holds": False, "difference": 0.5}
+    matrix["cells"][4] |= {"holds": False, "difference": None, "error": "no finite logits"}
+    file.write_text(json.dumps(matrix))
+    first, tuned = render_card(card_facts(file.parent)), render_card(card_facts(runs / "tuned"))
+    cells = matrix["cells"]
     (rows,) = tables(part(first, "invariance"))
     for precision, attention, holds, difference, _ in rows[1:]:
         own = [each for each in cells if (each["precision"], each["attention"]) == (precision, attention)]
         assert holds == f"{sum(each['holds'] for each in own)} of {len(own)}"
-        assert float(difference) == pytest.approx(max(each["difference"] for each in own), rel=0.05)
-    assert len(rows) == 3
+        assert float(difference) == pytest.approx(max(each["difference"] or 0.0 for each in own), rel=0.05)
+    assert [row[2] for row in rows[1:]] == ["10 of 12", "12 of 12"]
     report = json.loads((runs / "tuned" / "supervision.json").read_text())
     counted = {name: as_number(cell) for name, cell in table(tuned, "supervision").items()}
     assert counted["rows used"] == report["rows_used"]
@@ -448,7 +455,18 @@ def test_text_of_a_person_is_shown_and_does_nothing(copied: Callable[..., Path])
 
 
 def test_words_of_a_command_are_what_they_were_to_a_shell() -> None:
-    words = [*HOSTILE[:-3], "", "plain", "</doc>", "\n\n", "x" * 300, *(f"--o{i}" for i in range(40)), "é\n", "'"]
+    words = [
+        *HOSTILE[:-3],
+        "",
+        "plain",
+        "</doc>",
+        "<!-- gpt-kit: data",
+        "\n\n",
+        "x" * 300,
+        *(f"--o{i}" for i in range(40)),
+        "é\n",
+        "'",
+    ]
     words = [word.replace("\x00", "") for word in words]
     shown = command_lines(["printf", "%s\\0", *words])
     assert "<!--" not in shown
