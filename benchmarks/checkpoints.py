@@ -83,8 +83,9 @@ def benchmark(options: argparse.Namespace, folder: Path) -> None:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     files = find_files(["python-stdlib"])
-    text = "\n".join(file.read_text("utf-8", "ignore") for file in files)[:TEXT_CHARACTERS]
-    (folder / "text.txt").write_text(text)
+    text = "\n".join(file.read_text("utf-8", "ignore") for file in files)
+    (folder / "text.txt").write_text(text[:TEXT_CHARACTERS])
+    (folder / "held-out.txt").write_text(text[-10 * options.context :])  # what is not timed shall be short
     times = Times()
     with noted(times):
         train(run_options(options, folder), stream=None)
@@ -102,10 +103,10 @@ def run_options(options: argparse.Namespace, folder: Path) -> RunOptions:
     return RunOptions(
         training=TrainingOptions(
             output_dir=str(folder / "run"), batch_size=options.batch, max_steps=options.steps, eval_every=10**6,
-            sample_every=0, save_every=options.save_every, keep_last=1, cpu=True, report_to=["none"],
+            sample_every=0, sample_tokens=1, save_every=options.save_every, keep_last=1, cpu=True, report_to=["none"],
             mixed_precision=options.precision, background_save=not options.at_once,
         ),
-        text=TextOptions(text_files=[str(folder / "text.txt")]),
+        text=TextOptions(text_files=[str(folder / "text.txt")], eval_files=[str(folder / "held-out.txt")]),
         encoding=EncodingOptions(encoding=options.encoding),
         windows=WindowOptions(max_length=options.context),
         model=ModelOptions(model=options.model),
@@ -160,7 +161,10 @@ def saves_of(times: Times) -> tuple[list[Save], list[float]]:
         # Those between the save before and the one after: a machine that becomes slower does not count.
         before = spans[number - 1][1] if number else -math.inf
         after = spans[number + 1][0] if number + 1 < len(spans) else math.inf
-        extra = sum(mine) - len(mine) * statistics.median(lengths(before, after, beside=False))
+        near = lengths(before, after, beside=False)
+        if not near:
+            sys.exit(f"save {number + 1} was still written when the next one began: raise --save-every")
+        extra = sum(mine) - len(mine) * statistics.median(near)
         stop, write = (end - begin for begin, end in (times.stops[number], times.writes[number]))
         saves.append(Save(stop=stop, write=write, steps_beside=len(mine), extra=extra))
     return saves, lengths(-math.inf, math.inf, beside=False)

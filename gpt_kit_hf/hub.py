@@ -26,6 +26,7 @@ from gpt_kit_hf.publication import (
     seal,
     stage_files,
 )
+from gpt_kit_hf.template_limits import check_templates
 
 CardBase = Literal["hub", "run"]
 # Weights of an earlier model, which a loader would read instead of, or beside, those of this one.
@@ -138,6 +139,7 @@ def pull_model(repo: str, folder: str | Path, *, revision: str | None = None, ap
         raise UsageError(f"folder {str(folder)!r} is not empty: name a new one")
     source = fetch_model(repo, revision=revision, with_code=True, api=api)
     check_model_folder(source)
+    check_templates(source)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as place:

@@ -19,6 +19,7 @@ from gpt_kit_hf.hub_client import fetch_model
 from gpt_kit_hf.modeling_gpt_kit import GPTKitForCausalLM
 from gpt_kit_hf.run_lock import move_aside
 from gpt_kit_hf.sharded_state import uncut_model
+from gpt_kit_hf.template_limits import check_templates
 from gpt_kit_hf.tokenization import END_OF_TEXT, check_fingerprint
 from gpt_kit_hf.tokenizer_twin import load_encoding, save_tokenizer
 
@@ -116,7 +117,10 @@ def find_model_folder(place: str) -> str:
         if place.count("/") > 1 or place.startswith((".", "/", "~")):
             raise UsageError(f"{place!r}: no such folder")
         folder = fetch_model(place)
-    elif not (folder / "config.json").is_file():
+        check_model_folder(folder)
+        check_templates(folder)
+        return str(folder)
+    if not (folder / "config.json").is_file():
         checkpoint = latest_checkpoint(folder)
         if checkpoint is None:
             raise UsageError(f"{place!r} holds no model: neither a config.json nor a checkpoint")

@@ -79,13 +79,22 @@ def api(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> HfApi:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
     template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    # transformers lists chat templates by a client that it keeps.
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", hub.url)
     return HfApi(endpoint=hub.url, token=hub.token)
 
 
-def in_process(requests: list[dict[str, Any]], *_: Any, **__: Any) -> list[dict[str, Any]]:
+def in_process(
+    requests: list[dict[str, Any]], work: Path, with_package: bool, api: HfApi | None = None
+) -> list[dict[str, Any]]:
     """The probe without a process of its own: quick, and not what the gate relies on."""
     with _LOADING:
-        return [published_probe.probe(request, with_package=True) for request in requests]
+        answers = [published_probe.probe(request, with_package=True) for request in requests]
+    for answer in answers:
+        if not with_package and "model" in answer:
+            answer["model"]["module"] = "transformers_modules.here"
+    return answers
 
 
 # --- push, gate, and the way back -------------------------------------------------------------------------
@@ -148,6 +157,33 @@ def test_what_is_pushed_loads_without_the_package_to_the_bit(run: Path, hub: Hub
     torch.set_num_threads(1)
     assert torch.equal(found["logits"], model(ids).logits.detach())
     torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_is_pushed_loads_with_the_oldest_transformers_to_the_bit(
+    run: Path, hub: HubServer, api: HfApi, tmp_path: Path
+) -> None:
+    """Without the package, in the environment of `make test-oldest`; both ways where this is the newest."""
+    other = ROOT / ".venv-oldest" / "bin" / "python"
+    if not other.exists():
+        pytest.skip("there is no environment with the oldest transformers: make test-oldest builds it")
+    push_to_hub(run, REPO, api=api)
+    found = {}
+    for name, python in (("here", sys.executable), ("oldest", str(other))):
+        environment = {**os.environ, **hub.environment(), "HF_HOME": str(tmp_path / name), "OMP_NUM_THREADS": "1"}
+        output = tmp_path / f"{name}.safetensors"
+        ended = subprocess.run(
+            [python, "-c", _LOADER, REPO, str(output)],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ended.returncode == 0, ended.stderr
+        found[name] = load_file(output)
+    for name in ("ids", "logits"):
+        assert torch.equal(found["here"][name], found["oldest"][name])
 
 
 @pytest.mark.usefixtures("quick")
