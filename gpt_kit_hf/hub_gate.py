@@ -23,7 +23,8 @@ from gpt_kit_hf.folder_checks import check_model_folder
 from gpt_kit_hf.hub_client import check_blobs, hub_errors
 from gpt_kit_hf.publication import CARD_FILE, PUBLICATION_FILE, Publication, read_publication
 from gpt_kit_hf.publication_scan import hide_secrets, scan_for_publication
-from gpt_kit_hf.run_folder import check_tokenizer
+from gpt_kit_hf.tokenization import check_fingerprint
+from gpt_kit_hf.tokenizer_twin import load_encoding
 
 _AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
 _CODE = ("configuration_gpt_kit.py", "modeling_gpt_kit.py")
@@ -205,9 +206,11 @@ def _kit_faults(folder: Path) -> Iterator[str]:
     if missing:
         yield f"config.json has no auto_map entry for {', '.join(missing)}"
     yield from (f"{name} is missing on the Hub" for name in _CODE if not (folder / name).is_file())
+    expected = _configuration(folder).get("tokenizer_fingerprint")
     try:
-        check_tokenizer(str(folder), GPTKitConfig.from_pretrained(str(folder)))
-    except (GPTKitError, OSError, ValueError, KeyError) as error:
+        if expected is not None:
+            check_fingerprint(load_encoding(folder), str(expected), "the repository")
+    except (GPTKitError, OSError, ValueError, KeyError, TypeError) as error:
         yield f"the tokenizer is not the one of the training: {_first_line(error)}"
 
 

@@ -8,6 +8,7 @@ the same wherever the token stands in a text.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from itertools import pairwise
@@ -114,7 +115,7 @@ def build_twin(encoding: tiktoken.Encoding) -> Tokenizer:
     vocab = {_as_characters(token): rank for token, rank in ranks.items()} | specials
     if len(vocab) != len(ranks) + len(specials):
         raise UsageError(f"encoding {encoding.name!r} has a special token that is an ordinary token, too")
-    twin = Tokenizer(models.BPE(vocab=vocab, merges=_merges(ranks)))
+    twin = Tokenizer(models.BPE(vocab=vocab, merges=_merges_of(encoding)))
     twin.pre_tokenizer = byte_level_split(pattern)
     twin.decoder = decoders.ByteLevel()
     twin.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
@@ -151,6 +152,12 @@ _CHARACTERS = dict(enumerate(byte_characters()))
 def _as_characters(token: bytes) -> str:
     # Latin-1 maps byte b to code point b.
     return token.decode("latin-1").translate(_CHARACTERS)
+
+
+@functools.lru_cache(maxsize=2)
+def _merges_of(encoding: tiktoken.Encoding) -> list[tuple[str, str]]:
+    """Return the merges of an encoding; a run asks with each checkpoint, and the steps wait for the interpreter."""
+    return _merges(encoding._mergeable_ranks)
 
 
 def _merges(ranks: dict[bytes, int]) -> list[tuple[str, str]]:
