@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
 from collections.abc import Callable, Collection
-from contextlib import suppress
 from pathlib import Path
 
 from gpt_kit_hf.checkpointing import save_checkpoint
 from gpt_kit_hf.durable_files import Report
 from gpt_kit_hf.errors import CheckpointError
-
-# How much a thread that writes gives way to those that compute a step, which wait for each other: what holds up one
-# holds up all. It still gets its share where others use the machine, too.
-_NICENESS = 10
 
 
 class CheckpointWriter:
@@ -67,7 +60,7 @@ class CheckpointWriter:
                 self._failure = error
 
         if in_background:
-            self._thread = threading.Thread(target=_giving_way, args=[run], name=f"checkpoint-{step}")
+            self._thread = threading.Thread(target=run, name=f"checkpoint-{step}")
             self._thread.start()
             return
         run()
@@ -85,12 +78,3 @@ class CheckpointWriter:
             self._report(f"{failure}; the run goes on, and keeps the checkpoints that it has")
         elif failure is not None:
             raise failure
-
-
-def _giving_way(act: Callable[[], None]) -> None:
-    """Act in this thread, at a lower priority than the process has."""
-    if sys.platform == "linux":  # elsewhere a thread has no priority of its own
-        with suppress(OSError):
-            thread = threading.get_native_id()
-            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS)
-    act()

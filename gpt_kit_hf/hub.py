@@ -26,6 +26,7 @@ from gpt_kit_hf.publication import (
     seal,
     stage_files,
 )
+from gpt_kit_hf.publication_scan import scan_for_publication
 from gpt_kit_hf.template_limits import check_templates
 
 CardBase = Literal["hub", "run"]
@@ -105,8 +106,8 @@ def push_to_hub(
         stage = Path(place) / "stage"
         stage.mkdir()
         stage_files(Path(run), stage)
-        head = None if chosen.dry_run else _prepare_repository(repo, chosen, api)
-        head = _head(repo, chosen.branch, api) if chosen.dry_run else head
+        scan_for_publication(stage, _private_names(Path(run)))  # before anything is done on the Hub
+        head = _head(repo, chosen.branch, api) if chosen.dry_run else _prepare_repository(repo, chosen, api)
         there = _files_on_hub(repo, head, api)
         _write_card(Path(run), stage, repo, _card_on_hub(repo, head, there, api), chosen)
         say("asking a fresh process what the model does")

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from gpt_kit_hf.errors import HubError
+from gpt_kit_hf.errors import GPTKitError, HubError
 from gpt_kit_hf.file_digests import digest_of, git_digest_of
 from gpt_kit_hf.publication_scan import hide_secrets
 
@@ -38,6 +38,8 @@ def hub_errors(doing: str) -> Iterator[None]:
     """Raise HubError, one sentence that says what failed and what to do, for whatever the client of the Hub raises."""
     try:
         yield
+    except GPTKitError:
+        raise
     except HFValidationError as error:
         raise HubError(f"{doing}: {_first(error)}: name it OWNER/NAME, of letters, digits, '-', '_' and '.'") from None
     except LocalTokenNotFoundError:

@@ -77,6 +77,28 @@ class OptimizerOptions:
             raise UsageError(f"{name} must be {rule}, got {getattr(self, name)}")
 
 
+# What an optimizer's options are where a user says no more than the name.
+_RECIPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "fast": {
+        "optimizer": "muon",
+        "muon_learning_rate": 2e-2,
+        "learning_rate": 4e-3,
+        "schedule": "wsd",
+        "decay_ratio": 0.4,
+        "min_lr_ratio": 0.02,
+        "warmup_steps": 60,
+    },
+}
+
+
+def recipe_options(recipe: str) -> dict[str, Any]:
+    """Return the fields of `OptimizerOptions` that a recipe sets, "plain" (none) or "fast"."""
+    if recipe not in _RECIPES:
+        raise UsageError(unknown_name("recipe", recipe, _RECIPES))
+    return dict(_RECIPES[recipe])
+
+
 class MuonWithAdamW(Optimizer):
     """Muon and AdamW as one optimizer: their parameter groups, Muon's first, and one state for both.
 

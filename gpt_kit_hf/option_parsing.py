@@ -15,7 +15,7 @@ from gpt_kit_hf.corpus import EncodingOptions
 from gpt_kit_hf.errors import UsageError, unknown_name
 from gpt_kit_hf.finetuning import BaseOptions, FinetuneOptions, finetuning_optimizer
 from gpt_kit_hf.instruction_rows import RowOptions
-from gpt_kit_hf.optimization import OptimizerOptions
+from gpt_kit_hf.optimization import OptimizerOptions, recipe_options
 from gpt_kit_hf.presets import ModelOptions
 from gpt_kit_hf.pretraining_data import WindowOptions
 from gpt_kit_hf.run_options import RunOptions, TrainingOptions
@@ -45,6 +45,11 @@ def parse_run_options(arguments: Sequence[str], prog: str = "gpt-kit train") -> 
     """
     rooms = (TrainingOptions, TextOptions, EncodingOptions, WindowOptions, ModelOptions, OptimizerOptions)
     parser = _Parser(rooms, prog=prog, allow_abbrev=False, description="Pretrain a GPT on text.")
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help="plain, or fast: Muon and a schedule that falls along a line, as defaults of the optimizer's options",
+    )
     training, text, encoding, windows, model, optimizer = _parsed(parser, arguments)
     return RunOptions(
         training=training, text=text, encoding=encoding, windows=windows, model=model, optimizer=optimizer
@@ -66,8 +71,11 @@ def _parsed(parser: _Parser, arguments: Sequence[str]) -> list[Any]:
     """Return an instance of each of the parser's option classes."""
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line wins over it")
     names = [action.dest for action in parser._actions if action.dest != "help"]
-    config = _config_argument(arguments)
+    config = _value_of("--config", arguments)
     from_file = _arguments_of_file(Path(config), names, _replaced(arguments)) if config else []
+    recipe = _value_of("--recipe", [*from_file, *arguments]) if "recipe" in names else None
+    if recipe is not None:
+        parser.set_defaults(**recipe_options(recipe))
     *rooms, rest, unknown = parser.parse_args_into_dataclasses(
         [*from_file, *arguments], look_for_args_file=False, return_remaining_strings=True
     )
@@ -76,20 +84,20 @@ def _parsed(parser: _Parser, arguments: Sequence[str]) -> list[Any]:
         if first.startswith("--"):
             raise UsageError(unknown_name("option", first.split("=")[0].lstrip("-").replace("-", "_"), names))
         raise UsageError(f"unexpected argument {first!r}: options are given as --name value")
-    del rest  # the namespace of --config
+    del rest  # the namespace of --config and --recipe
     return list(rooms)
 
 
-def _config_argument(arguments: Sequence[str]) -> str | None:
-    """Return the file that --config names: it must be read before the rest is parsed."""
+def _value_of(option: str, arguments: Sequence[str]) -> str | None:
+    """Return the last value of an option that must be known before the rest is parsed."""
     found = None
     for index, argument in enumerate(arguments):
-        if argument == "--config":
+        if argument == option:
             if index + 1 == len(arguments):
-                raise UsageError("argument --config: expected a file")
+                raise UsageError(f"argument {option}: expected one value")
             found = arguments[index + 1]
-        elif argument.startswith("--config="):
-            found = argument.removeprefix("--config=")
+        elif argument.startswith(f"{option}="):
+            found = argument.removeprefix(f"{option}=")
     return found
 
 

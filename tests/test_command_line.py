@@ -269,3 +269,20 @@ def test_ci_runs_what_a_user_runs() -> None:
     script = ROOT / ".ci" / "run"
     assert script.stat().st_mode & stat.S_IXUSR
     assert "make test" in script.read_text()
+
+
+def test_a_recipe_sets_defaults_that_options_win_over(tmp_path: Path) -> None:
+    needed = ["--output_dir", "x", "--text_files", "python-stdlib", "--max_steps", "3"]
+    plain = parse_run_options(needed).optimizer
+    assert parse_run_options([*needed, "--recipe", "plain"]).optimizer == plain
+    fast = parse_run_options([*needed, "--recipe", "fast"]).optimizer
+    assert (fast.optimizer, fast.schedule, fast.muon_learning_rate) == ("muon", "wsd", 2e-2)
+    assert fast.weight_decay == plain.weight_decay
+    own = parse_run_options([*needed, "--recipe=fast", "--learning_rate", "1e-3"]).optimizer
+    assert (own.optimizer, own.learning_rate) == ("muon", 1e-3)
+    config = tmp_path / "config.yaml"
+    config.write_text("recipe: fast\nschedule: cosine\n")
+    from_file = parse_run_options([*needed, "--config", str(config)]).optimizer
+    assert (from_file.optimizer, from_file.schedule) == ("muon", "cosine")
+    with pytest.raises(UsageError, match="unknown recipe 'fsat'; did you mean 'fast'"):
+        parse_run_options([*needed, "--recipe", "fsat"])
