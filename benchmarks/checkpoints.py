@@ -64,8 +64,8 @@ class Save:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=44)
-    parser.add_argument("--save-every", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--save-every", type=int, default=9)
     parser.add_argument("--batch", type=int, default=2, help="windows of a step")
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--model", default="gpt2-small")
@@ -144,8 +144,8 @@ def noted(times: Times) -> Iterator[None]:
 
 def saves_of(times: Times) -> tuple[list[Save], list[float]]:
     """Return what each save took, and the steps beside which nothing was written."""
-    # The last one comes after the last step, and is never in the background.
-    spans = [(stop[0], write[1]) for stop, write in zip(times.stops[:-1], times.writes[:-1], strict=True)]
+    spans = [(stop[0], write[1]) for stop, write in zip(times.stops, times.writes, strict=True)]
+    spans = [span for span in spans if span[1] < times.steps[-1]]  # those that all of their steps are timed of
     steps = list(zip(times.steps, times.steps[1:], strict=False))[WARM_UP:]
 
     def lengths(low: float, high: float, *, beside: bool) -> list[float]:

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from gpt_kit_hf.checkpointing import latest_checkpoint, list_checkpoints
 from gpt_kit_hf.durable_files import sync_path
-from gpt_kit_hf.errors import CheckpointError, UsageError
+from gpt_kit_hf.errors import CheckpointError, HubError, UsageError
 from gpt_kit_hf.folder_checks import check_model_folder
 from gpt_kit_hf.hub_client import fetch_model
 from gpt_kit_hf.modeling_gpt_kit import GPTKitForCausalLM
@@ -116,7 +116,10 @@ def find_model_folder(place: str) -> str:
         # A Hub id has a name and at most an owner before it.
         if place.count("/") > 1 or place.startswith((".", "/", "~")):
             raise UsageError(f"{place!r}: no such folder")
-        folder = fetch_model(place)
+        try:
+            folder = fetch_model(place)
+        except HubError as error:
+            raise HubError(f"{place!r} is no folder here, and {error}") from None
         check_model_folder(folder)
         check_templates(folder)
         return str(folder)

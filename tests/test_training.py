@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from gpt_kit_hf import (
     EncodingOptions,
+    HubError,
     ModelOptions,
     NonFiniteError,
     OptimizerOptions,
@@ -246,11 +247,15 @@ def test_too_many_skipped_updates_stop_the_run_before_the_weights_are_hurt(
     assert all(line["skipped"] == "loss is nan" for line in lines)
 
 
-def test_a_run_that_has_not_ended_is_read_at_its_newest_checkpoint(finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_run_that_has_not_ended_is_read_at_its_newest_checkpoint(
+    finished: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(finished[0] / "checkpoints", tmp_path / "run" / "checkpoints")
     assert find_model_folder(str(tmp_path / "run")).endswith("step-00000012")
     assert find_model_folder(str(finished[0])) == str(finished[0])
-    assert find_model_folder("someone/model") == "someone/model"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="'someone/model' is no folder here, and someone/model was not"):
+        find_model_folder("someone/model")
     with pytest.raises(UsageError, match="holds no model"):
         find_model_folder(str(tmp_path))
     with pytest.raises(UsageError, match="no such folder"):
