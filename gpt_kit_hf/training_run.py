@@ -53,7 +53,8 @@ def run_training(options: OptionsOfRun, prepare: Prepare, *, stream: TextIO | No
     try:
         return _begin_or_continue(options, prepare, stream)
     except RuntimeError as error:  # another process may end while all make ready
-        processes = PartialState().num_processes if PartialState._shared_state else 1
+        state = PartialState._shared_state  # which does not know how many there are until all have met
+        processes = state.get("num_processes", 2) if state else 1
         raise explained(error, processes, lambda: "no step was computed since the last checkpoint") from error
 
 

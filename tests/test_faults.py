@@ -35,6 +35,7 @@ from kill_campaign import Course, differences, write_texts
 from kill_campaign import options as campaign_options
 from safetensors.torch import load_file
 from test_run_verification import flip
+from torch.distributed import distributed_c10d
 from transformers import AutoModelForCausalLM
 
 from gpt_kit_hf import Batch, RunOptions, run_command, train
@@ -147,13 +148,13 @@ class Runs:
         """Begin a run, or continue it, and wait for the end of the process."""
         return self.begin(self.options(run, **changes), inject).ended()
 
-    def pair(self, run: Path, inject: Inject | None = None) -> list[Attempt]:
-        """Begin a run, or continue it, in two processes, and wait for both; `inject` is for the second."""
+    def pair(self, run: Path, inject: Inject | None = None, *, of: int = 1) -> list[Attempt]:
+        """Begin a run, or continue it, in two processes, and wait for both; `inject` is for one of them."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         options = self.options(run, processes=2)
-        both = [self.begin(options, inject if rank else None, rank, port) for rank in range(2)]
+        both = [self.begin(options, inject if rank == of else None, rank, port) for rank in range(2)]
         return [attempt.ended() for attempt in both]
 
 
@@ -332,6 +333,11 @@ def kill_a_worker() -> None:
     os.kill(worker.pid or 0, signal.SIGKILL)
 
 
+def die_alone() -> None:
+    """Die when the other process has found this one, and is about to talk to it."""
+    distributed_c10d._new_process_group_helper = lambda *arguments, **options: die()
+
+
 def wait_for(file: Path, said: Path) -> None:
     said.touch()
     while not file.exists():
@@ -408,11 +414,16 @@ def test_a_dead_rank(runs: Runs, tmp_path: Path, table: Table) -> None:
     assert "another process of the run does not answer" in first.refusal
     newest = loadable(run)
     assert newest.name == "step-00000004"
+    table.add("dead rank", "SIGKILL to the second of 2", newest.name, "see the next row", first.refusal)
+    first, second = runs.pair(run, die_alone, of=0)
+    assert (first.code, second.code) == (KILLED, 1)
+    assert second.refusal.startswith("another process of the run does not answer")
+    assert loadable(run) == newest
     again = runs.pair(run)
     assert [attempt.code for attempt in again] == [0, 0]
     assert "resumed  after step 4" in again[0].output
     assert differences(whole, run) == []
-    table.add("dead rank", "SIGKILL to the second of 2", newest.name, CONTINUES, first.refusal)
+    table.add("dead rank at the start", "SIGKILL to the first, continuing", newest.name, CONTINUES, second.refusal)
 
 
 # --- processes that are asked to stop, or are one too many ----------------------------------------------------
