@@ -15,6 +15,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpt_kit_hf.base_models import load_part, model_length
+from gpt_kit_hf.card_facts import INVARIANCE_FILE
 from gpt_kit_hf.chat import ChatOptions, Conversation, converse
 from gpt_kit_hf.durable_files import save_json
 from gpt_kit_hf.errors import CheckpointError, GPTKitError, StoppedError, UsageError
@@ -29,7 +30,7 @@ from gpt_kit_hf.model_card import write_card
 from gpt_kit_hf.option_parsing import parse_finetune_options, parse_run_options
 from gpt_kit_hf.progress import printable
 from gpt_kit_hf.replay import replay_steps
-from gpt_kit_hf.run_folder import check_tokenizer, find_model_folder
+from gpt_kit_hf.run_folder import check_tokenizer, find_model_folder, holds_run
 from gpt_kit_hf.run_verification import verify_run
 from gpt_kit_hf.scoring import ScoreOptions, score_model
 from gpt_kit_hf.stop_signals import EXIT_STOPPED
@@ -302,6 +303,8 @@ def check_command(
         _write(report.table() + "\n")
         if json_file is not None:
             save_json(Path(json_file), report.to_dict())
+        if Path(place).is_dir() and holds_run(Path(place)):
+            save_json(Path(place) / INVARIANCE_FILE, report.to_dict())  # for its card
         if not report.holds:
             raise GPTKitError(f"{report.verdict()}: {', '.join(cell.name for cell in report.failures)}")
 

@@ -28,10 +28,13 @@ from gpt_kit_hf import (
     TrainingOptions,
     UsageError,
     WindowOptions,
+    card_facts,
     finetune,
+    render_card,
     score_model,
     train,
 )
+from gpt_kit_hf.cli import check_command
 
 ROOT = Path(__file__).parent.parent
 HELD_OUT = "\n".join(["Was ever woman in this humour wooed? Was ever woman in this humour won? Größe, ein Wort."] * 7)
@@ -220,3 +223,11 @@ def test_the_score_is_kept_for_the_card_once(trained: RunResult, held_out: str) 
 def test_mistakes_are_named(trained: RunResult, held_out: str, options: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         score_model(str(trained.folder), ScoreOptions(**({"data": [held_out]} | options)))
+
+
+def test_what_check_found_of_a_run_is_kept_for_its_card_too(trained: RunResult) -> None:
+    code = check_command(
+        str(trained.folder), attention=["eager"], compile_flex=None, device="cpu", seed=0, json_file=None
+    )
+    assert code == 0
+    assert "## Invariance" in render_card(card_facts(trained.folder))
