@@ -186,7 +186,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     (base / "texts").mkdir()
     write_texts(base / "texts")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # of the server, which starts now
+        # Of the server, which starts now. torch's C++ writes frames of its own where a connection ends.
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        patch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
         first = FORKS.Process(target=int)
         first.start()
         first.join()

@@ -500,7 +500,8 @@ def test_verify_only_says_what_changed_since(run: Path, hub: HubServer, api: HfA
     verify_publication(REPO, api=api).require()
     hub.plant(REPO, {"config.json": changed_json(hub.files(REPO, "main")["config.json"], hidden_act="gelu_new")})
     gate = verify_publication(REPO, api=api)
-    assert any('config.hidden_act is "gelu_new", was "gelu_pytorch_tanh"' in line for line in gate.differences), gate.differences
+    expected = 'config.hidden_act is "gelu_new", was "gelu_pytorch_tanh"'
+    assert any(expected in line for line in gate.differences), gate.differences
 
 
 # --- what must not be published ---------------------------------------------------------------------------
