@@ -64,9 +64,9 @@ class Save:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=64)
-    parser.add_argument("--save-every", type=int, default=9)
-    parser.add_argument("--batch", type=int, default=2, help="windows of a step")
+    parser.add_argument("--steps", type=int, default=36)
+    parser.add_argument("--save-every", type=int, default=6)
+    parser.add_argument("--batch", type=int, default=4, help="windows of a step")
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--model", default="gpt2-small")
     parser.add_argument("--encoding", default="gpt2", help="which sets the vocabulary; gpt2 is 50,257 tokens")
