@@ -55,7 +55,7 @@ def run_training(options: OptionsOfRun, prepare: Prepare, *, stream: TextIO | No
     except RuntimeError as error:  # another process may end while all make ready
         state = PartialState._shared_state  # which does not know how many there are until all have met
         processes = state.get("num_processes", 2) if state else 1
-        raise explained(error, processes, lambda: "no step was computed since the last checkpoint") from error
+        raise explained(error, processes, lambda: "its checkpoints are as they were") from error
 
 
 def _begin_or_continue(options: OptionsOfRun, prepare: Prepare, stream: TextIO | None) -> RunResult:
