@@ -87,6 +87,14 @@ def summed_batch_loss(
     # No attention mask: rows are padded on the right, where causal attention never looks, and pads train
     # nothing.
     packing = {} if position_ids is None else {"position_ids": position_ids.to(device)}
+    if (vocab_size := _vocab_size_without_logits(model)) is not None:
+        if target_batch.is_cpu:
+            _check_targets(target_batch, vocab_size, ignore_index)
+        targets = target_batch.to(device)
+        # The number of items is what the model divides the sum by.
+        asked = {"shift_labels": targets, "num_items_in_batch": 1, "ignore_index": ignore_index, "skip_logits": True}
+        output = model(input_batch.to(device), use_cache=False, **packing, **asked)
+        return SummedLoss(output.loss, (targets != ignore_index).sum())
     logits = _logits(model, input_batch.to(device), packing)  # (B, T) -> (B, T, V)
     if logits.shape[:-1] != target_batch.shape:
         raise UsageError(
@@ -206,8 +214,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def _summed_cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
     """Return the sum of -log softmax(logits)[target] over the trained targets, computed in float32.
 
-    (B, T, V), (B, T) -> (). Every loss of the package is computed here: a fused or chunked one takes this
-    place.
+    (B, T, V), (B, T) -> (). For models that cannot do without the logits.
     """
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=ignore_index, reduction="sum")
 
@@ -215,7 +222,7 @@ def _summed_cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) ->
 def _logits(model: nn.Module, input_ids: Tensor, packing: dict[str, Tensor]) -> Tensor:
     """Return the model's logits (B, T, V), whether it returns them bare or in an output object."""
     # A key-value cache serves generation; in training it would only hold memory.
-    cacheless = {"use_cache": False} if _takes_use_cache(model) else {}
+    cacheless = {"use_cache": False} if _takes(model, "use_cache") else {}
     output = model(input_ids, **packing, **cacheless)
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
@@ -223,12 +230,22 @@ def _logits(model: nn.Module, input_ids: Tensor, packing: dict[str, Tensor]) -> 
     return logits
 
 
-def _takes_use_cache(model: nn.Module) -> bool:
-    """Return whether the model inside the wrappers takes ``use_cache``: by name, or to hand it on."""
+def _vocab_size_without_logits(model: nn.Module) -> int | None:
+    """Return the vocabulary size of a model that computes the loss without logits, else None."""
+    if not _takes(model, "skip_logits"):
+        return None
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and "skip_logits" in inspect.signature(module.forward).parameters:
+            return int(module.config.get_text_config().vocab_size)
+    return None
+
+
+def _takes(model: nn.Module, argument: str) -> bool:
+    """Return whether the model inside the wrappers takes an argument: by name, or to hand it on."""
     while (inner := extract_model_from_parallel(model, keep_torch_compile=False)) is not model:
         model = inner
     parameters = inspect.signature(model.forward).parameters
-    if "use_cache" in parameters:
+    if argument in parameters:
         return True
     hands_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     return hands_on and any(isinstance(module, PreTrainedModel) for module in model.modules())

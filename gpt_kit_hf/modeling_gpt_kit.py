@@ -26,6 +26,7 @@ from transformers.utils.generic import is_flash_attention_requested, merge_with_
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
+from .chunked_loss import summed_cross_entropy
 from .configuration_gpt_kit import GPTKitConfig
 
 
@@ -373,13 +374,15 @@ class GPTKitForCausalLM(GPTKitPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        skip_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Return the logits (B, T, V) and, if labels are given, the loss.
 
         `labels` (B, T) are the input ids themselves with -100 where no loss is wanted; they are shifted in here.
         `shift_labels` (B, T) are targets that are shifted already: target t is the token after token t. The loss is
-        the mean over trained tokens, or their sum divided by `num_items_in_batch`.
+        the mean over trained tokens, or their sum divided by `num_items_in_batch`. With `skip_logits` it is computed
+        without the logits, of which a large vocabulary makes the greatest part of a step's memory; they are None then.
         """
         # Not a parameter: Trainer takes each one with "label" in its name for an input that every batch must have, and
         # gives no evaluation loss where one is missing.
@@ -394,11 +397,14 @@ class GPTKitForCausalLM(GPTKitPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = _keep_positions(outputs.last_hidden_state, logits_to_keep)
-        logits = self.lm_head(hidden_states)  # (B, T, D) -> (B, T, V)
-        loss = None
+        logits, loss = None, None
         if shift_labels is not None:
             shift_labels = shift_labels.contiguous()  # a slice of a batch is not, and the loss views it flat
-        if labels is not None or shift_labels is not None:
+        if skip_logits and (labels is not None or shift_labels is not None) and self._projects_plainly(hidden_states):
+            loss = self._loss_without_logits(hidden_states, labels, shift_labels, **kwargs)
+        else:
+            logits = self.lm_head(hidden_states)  # (B, T, D) -> (B, T, V)
+        if loss is None and (labels is not None or shift_labels is not None):
             loss = self.loss_function(
                 logits, labels, vocab_size=self.config.vocab_size, shift_labels=shift_labels, **kwargs
             )
@@ -409,6 +415,38 @@ class GPTKitForCausalLM(GPTKitPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _projects_plainly(self, hidden_states: Tensor) -> bool:
+        """Return whether the logits are the product of hidden states and one weight that is here as a whole.
+
+        They are not with an adapter, a hook, or weights cut over devices; a compiler fuses the plain road by itself.
+        """
+        head = self.lm_head
+        hooked = head._forward_hooks or head._forward_pre_hooks
+        return (
+            type(head) is nn.Linear and type(head.weight.data) is Tensor and not (hooked or is_tracing(hidden_states))
+        )
+
+    def _loss_without_logits(
+        self,
+        hidden_states: Tensor,
+        labels: Tensor | None,
+        shift_labels: Tensor | None,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
+        **_: Unpack[TransformersKwargs],
+    ) -> Tensor:
+        """Return what transformers' loss for causal models returns, which needs the logits."""
+        if shift_labels is None:
+            assert labels is not None
+            shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        targets = shift_labels.reshape(-1).to(hidden_states.device)  # (B, T) -> (B * T,)
+        total = summed_cross_entropy(hidden_states.flatten(0, -2), self.lm_head.weight, targets, ignore_index)
+        if num_items_in_batch is None:
+            return total / (targets != ignore_index).sum()
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(total.device)
+        return total / num_items_in_batch
 
 
 class _FrozenCacheLengths:

@@ -29,6 +29,7 @@ _NAMES = (
     "chat_template.jinja",
     "configuration_gpt_kit.py",
     "modeling_gpt_kit.py",
+    "chunked_loss.py",
     "supervision.json",
     "model.safetensors.index.json",
     "adapter_config.json",

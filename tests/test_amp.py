@@ -39,7 +39,8 @@ def assert_same_weights(one: nn.Module, other: nn.Module, tolerance: float = 0.0
 
 
 def test_fp32_updates_equal_a_hand_written_loop() -> None:
-    model = tiny_model()
+    # In float64: AdamW makes a full step of a gradient that is all rounding.
+    model = tiny_model().double()
     reference = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-2)
     trainer = trainer_of(model, max_grad_norm=0.5)
@@ -56,7 +57,7 @@ def test_fp32_updates_equal_a_hand_written_loop() -> None:
         assert report.grad_norm == pytest.approx(norm.item(), rel=1e-4)
         assert report.trained_tokens == int((targets != -100).sum())
         assert report.skipped is None
-    assert_same_weights(model, reference, 2e-5)
+    assert_same_weights(model, reference, 1e-9)
 
 
 @pytest.mark.parametrize("cuts", [[1, 2, 3], [2, 2, 2], [5, 1]])

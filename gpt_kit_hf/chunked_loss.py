@@ -1,0 +1,124 @@
+"""Cross entropy of an output projection without its logits. This file travels into model repositories as remote code.
+
+Shapes: N tokens, D model width, V vocabulary size.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Logits that are held at once: enough rows for a matrix product to be fast, little beside the model's own memory.
+_CPU_LOGITS, _DEVICE_LOGITS = 1 << 25, 1 << 27
+# Rows of logits begin at multiples of this: matrix units and vector units take unaligned rows at a third less speed.
+_ALIGNMENT = 64
+
+
+def summed_cross_entropy(hidden_states: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
+    """Return the sum of -log softmax(hidden_states @ weight.T)[target] over the targets that are not `ignore_index`.
+
+    (N, D), (V, D), (N,) -> (), in float32 or better. Only a few rows of logits exist at a time: the gradients are
+    computed with the loss, block by block, and a backward pass only scales them, once. Products run in autocast's
+    precision where it is on, sums and softmax in float32. On a CPU rows that are not trained cost nothing.
+    """
+    if targets.device.type == "cpu":  # elsewhere the number of rows would have to be waited for
+        trained = targets != ignore_index
+        if not trained.all():
+            rows = trained.nonzero().flatten()
+            hidden_states, targets = hidden_states.index_select(0, rows), targets.index_select(0, rows)
+    device = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+    if not torch.is_grad_enabled():
+        return _loss_and_gradients(hidden_states, weight, targets, ignore_index, dtype, (False, False))[0]
+    total: Tensor = _SummedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden_states, weight, targets, ignore_index, dtype
+    )
+    return total
+
+
+def _loss_and_gradients(
+    hidden_states: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    dtype: torch.dtype,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the summed loss and its gradients by the hidden states and the weight, those that are wanted."""
+    exact = torch.promote_types(dtype, torch.float32)
+    losses = torch.zeros(len(targets), dtype=exact, device=targets.device)
+    hidden_grad = torch.empty_like(hidden_states) if wanted[0] else None
+    weight_grad = torch.zeros_like(weight, dtype=exact) if wanted[1] else None
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        inputs, projection = hidden_states.to(dtype), weight.to(dtype)
+        for rows, scores in _blocks(inputs, projection, exact):
+            losses[rows] = _turn_into_slopes(scores, targets[rows], ignore_index, needed=any(wanted))
+            slopes = scores.to(dtype)
+            if hidden_grad is not None:
+                hidden_grad[rows] = slopes @ projection  # (n, V) @ (V, D) -> (n, D)
+            if weight_grad is None:
+                continue
+            if dtype == exact:
+                weight_grad.addmm_(slopes.T, inputs[rows])  # (V, n) @ (n, D) -> (V, D)
+            else:
+                weight_grad += slopes.T @ inputs[rows]
+    return losses.sum(), hidden_grad, weight_grad
+
+
+def _rows_at_once(rows: int, columns: int, device: torch.device) -> int:
+    """Return how many rows of logits to hold: a power of two, or all."""
+    most = max(1, (_CPU_LOGITS if device.type == "cpu" else _DEVICE_LOGITS) // columns)
+    return min(rows, 1 << (most.bit_length() - 1))
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_states: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, dtype: torch.dtype
+    ) -> Tensor:
+        total, *gradients = _loss_and_gradients(
+            hidden_states, weight, targets, ignore_index, dtype, ctx.needs_input_grad[:2]
+        )
+        ctx.save_for_backward(*gradients)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        hidden_grad, weight_grad = ctx.saved_tensors
+        # In place: a second backward pass finds them changed, and autograd refuses it.
+        if hidden_grad is not None:
+            hidden_grad.mul_(scale)
+        if weight_grad is not None:
+            weight_grad = weight_grad.mul_(scale).to(ctx.weight_dtype)
+        return hidden_grad, weight_grad, None, None, None
+
+
+def _blocks(hidden_states: Tensor, weight: Tensor, exact: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yield blocks of rows, as slices, with their logits in `exact`, (n, V); a block's memory is the next one's."""
+    count, columns = len(hidden_states), len(weight)
+    padded = -(-columns // _ALIGNMENT) * _ALIGNMENT
+    size = _rows_at_once(count, padded, weight.device)
+    room = hidden_states.new_empty(size, padded)
+    for first in range(0, count, max(1, size)):
+        rows = slice(first, min(first + size, count))
+        scores = room[: rows.stop - first, :columns]
+        torch.mm(hidden_states[rows], weight.T, out=scores)
+        yield rows, scores.to(exact)
+
+
+def _turn_into_slopes(scores: Tensor, targets: Tensor, ignore_index: int, *, needed: bool) -> Tensor:
+    """Return each row's loss, (n,); turn the logits (n, V) into its gradients: softmax, less one at the target."""
+    trained = (targets != ignore_index)[:, None]
+    column = targets.where(trained[:, 0], 0)[:, None]
+    scores -= scores.amax(dim=-1, keepdim=True)
+    at_target = scores.gather(1, column)
+    total = scores.exp_().sum(dim=-1, keepdim=True)
+    losses = torch.where(trained, total.log() - at_target, 0.0)
+    if needed:
+        scores *= torch.where(trained, total.reciprocal(), 0.0)
+        scores.scatter_add_(1, column, -trained.to(scores.dtype))
+    return losses[:, 0]
