@@ -42,6 +42,9 @@ def finetune(context: typer.Context) -> None:
     raise typer.Exit(finetune_command(context.args))
 
 
+_WEIGHTS_HELP = "same, or, for fewer bytes a token on a CPU, half or int8"
+
+
 @app.command()
 def inspect(
     rows: Annotated[list[str], typer.Argument(metavar="DATA...", help=".json, .jsonl (also .gz, .zst) or .parquet")],
@@ -93,6 +96,7 @@ def generate(
     slide: Annotated[
         bool, typer.Option("--slide", help="go on past the model's context, seeing its end only")
     ] = False,
+    weights: Annotated[str, typer.Option("--weights", help=_WEIGHTS_HELP)] = "same",
 ) -> None:
     """Stream text that a model continues from a prompt."""
     from gpt_kit_hf.cli import generate_command
@@ -106,6 +110,7 @@ def generate(
             top_k=top_k,
             seed=seed,
             slide=slide,
+            weights=weights,
         )
     )
 
@@ -119,12 +124,20 @@ def chat(
     temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token")] = 0.8,
     top_k: Annotated[int | None, typer.Option("--top_k", "--top-k", help="sample among the k likeliest")] = 50,
     seed: Annotated[int | None, typer.Option("--seed", help="makes a sample repeatable")] = None,
+    weights: Annotated[str, typer.Option("--weights", help=_WEIGHTS_HELP)] = "same",
 ) -> None:
     """Talk with a model: a line of yours, then its answer. A model without a chat template continues your text."""
     from gpt_kit_hf.cli import chat_command
 
     raise typer.Exit(
-        chat_command(model, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed)
+        chat_command(
+            model,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            seed=seed,
+            weights=weights,
+        )
     )
 
 

@@ -10,6 +10,7 @@ from typing import TypeAlias
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gpt_kit_hf.decoding import DecodingWeights
 from gpt_kit_hf.errors import UsageError, unknown_name
 from gpt_kit_hf.generation import context_length, stream_text
 
@@ -29,7 +30,7 @@ COMMANDS = ("/clear", "/exit")
 
 @dataclass(frozen=True, kw_only=True)
 class ChatOptions:
-    """How an answer is made; `temperature` and `top_k` as in `stream_text`.
+    """How an answer is made; `temperature`, `top_k` and `weights` as in `stream_text`.
 
     Attributes:
         max_new_tokens: the most tokens of an answer, 1 or more.
@@ -39,6 +40,7 @@ class ChatOptions:
     max_new_tokens: int = 200
     temperature: float = 0.8
     top_k: int | None = 50
+    weights: DecodingWeights = "same"
 
     def __post_init__(self) -> None:
         """Refuse an answer without tokens."""
@@ -82,6 +84,7 @@ class Conversation:
             max_new_tokens=min(self._options.max_new_tokens, room),
             temperature=self._options.temperature,
             top_k=self._options.top_k,
+            weights=self._options.weights,
             on_text=on_text,
         )
         self._messages = [*kept, {"role": "assistant", "content": answer}]

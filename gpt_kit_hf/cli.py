@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gpt_kit_hf.base_models import load_part, model_length
 from gpt_kit_hf.card_facts import INVARIANCE_FILE
 from gpt_kit_hf.chat import ChatOptions, Conversation, converse
+from gpt_kit_hf.decoding import Decoder, DecodingWeights
 from gpt_kit_hf.durable_files import save_json
 from gpt_kit_hf.errors import CheckpointError, GPTKitError, StoppedError, UsageError
 from gpt_kit_hf.finetuning import finetune, inspect_rows
@@ -39,6 +40,7 @@ from gpt_kit_hf.tokenization import text_to_token_ids
 from gpt_kit_hf.training import train
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+_TOKENS_COMPARED = 128  # by which --weights shows what it costs
 _TOKENS = 200  # what generate adds if nobody says how many
 
 
@@ -110,6 +112,7 @@ def generate_command(
     top_k: int | None,
     seed: int | None,
     slide: bool,
+    weights: str = "same",
 ) -> int:
     """Stream text that a run's, a folder's or a Hub repository's model continues from the prompt.
 
@@ -132,8 +135,9 @@ def generate_command(
                 f"the prompt's {prompt_tokens} tokens and {wanted} more exceed the model's context, "
                 f"max_position_embeddings={model.config.max_position_embeddings}: lower --max_new_tokens, or --slide"
             )
+        precision = cast("DecodingWeights", weights)  # other names are refused there
         _write(prompt)
-        stream_text(
+        text = stream_text(
             model,
             tokenizer,
             start,
@@ -141,18 +145,29 @@ def generate_command(
             temperature=temperature,
             top_k=top_k,
             overflow="slide" if slide else "error",
+            weights=precision,
             on_text=_write,
         )
         _write("\n")
+        if precision != "same":
+            ids = text_to_token_ids(start + text, tokenizer)[:, -_TOKENS_COMPARED:]
+            divergence, same = Decoder(model, precision).divergence(ids)
+            _note(
+                f"weights in {weights}: KL divergence from the model's own predictions {divergence:.2g} nats a token, "
+                f"the same likeliest token at {same:.1%} of the last {ids.shape[1]}"
+            )
 
     return run_command(generate)
 
 
-def chat_command(place: str, *, max_new_tokens: int, temperature: float, top_k: int | None, seed: int | None) -> int:
+def chat_command(
+    place: str, *, max_new_tokens: int, temperature: float, top_k: int | None, seed: int | None, weights: str = "same"
+) -> int:
     """Talk with a run's, a folder's or a Hub repository's model: lines from standard input, answers on the output."""
 
     def chat() -> None:
-        options = ChatOptions(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
+        precision = cast("DecodingWeights", weights)
+        options = ChatOptions(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, weights=precision)
         model, tokenizer = _load(place)
         if seed is not None:
             torch.manual_seed(seed)

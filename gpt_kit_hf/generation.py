@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from gpt_kit_hf.decoding import Decoder, DecodingWeights, pays, why_not
 from gpt_kit_hf.errors import UsageError, unknown_name
 
 AnyTokenizer: TypeAlias = tiktoken.Encoding | PreTrainedTokenizerBase
@@ -32,6 +33,7 @@ def generate_text_autoregressive(
     top_k: int | None = None,
     eos_token_id: int | None = None,
     overflow: Overflow = "error",
+    weights: DecodingWeights = "same",
 ) -> Tensor:
     """Return the prompt and its continuation, predicted a token at a time by any causal LM of transformers.
 
@@ -49,6 +51,8 @@ def generate_text_autoregressive(
         overflow: what to do where T + max_new_tokens exceeds the model's ``max_position_embeddings``:
             "error", or "slide": each further token is predicted from the last ``max_position_embeddings``
             tokens, without a cache, which is slower.
+        weights: for a model of this package on a CPU, the precision in which its matrices are read for each
+            token: "same" as they are, "half" or "int8"; see ``Decoder``.
 
     Returns:
         (B, T + N) int64 on the model's device, N at most ``max_new_tokens``: fewer where every row has
@@ -61,7 +65,7 @@ def generate_text_autoregressive(
     """
     prompt = _checked_prompt(model, token_ids)
     decoding = _decoding(model, temperature, top_k, eos_token_id)
-    return _extended(model, prompt, max_new_tokens, decoding, overflow, streamer=None)
+    return _extended(model, prompt, max_new_tokens, decoding, overflow, weights, streamer=None)
 
 
 def stream_text(
@@ -74,6 +78,7 @@ def stream_text(
     top_k: int | None = None,
     eos_token_id: int | None = None,
     overflow: Overflow = "error",
+    weights: DecodingWeights = "same",
     on_text: Callable[[str], None],
 ) -> str:
     """Call ``on_text`` with each piece of the continuation as soon as it decodes, and return all of it.
@@ -93,7 +98,7 @@ def stream_text(
     prompt_ids = _checked_prompt(model, torch.tensor(ids, dtype=torch.long))
     decoding = _decoding(model, temperature, top_k, eos_token_id)
     pieces = _TextPieces(_decoder(tokenizer), ids[-_CONTEXT_TOKENS:], decoding.eos_token_id or [], on_text)
-    _extended(model, prompt_ids, max_new_tokens, decoding, overflow, streamer=pieces)
+    _extended(model, prompt_ids, max_new_tokens, decoding, overflow, weights, streamer=pieces)
     return pieces.finish()
 
 
@@ -173,9 +178,10 @@ def _extended(
     max_new_tokens: int,
     decoding: GenerationConfig,
     overflow: Overflow,
+    weights: DecodingWeights,
     streamer: BaseStreamer | None,
 ) -> Tensor:
-    """(B, T) -> (B, T + N): by one call of ``generate`` where the text fits the model's positions."""
+    """(B, T) -> (B, T + N): by a ``Decoder`` or one call of ``generate`` where the text fits the model's positions."""
     if overflow not in get_args(Overflow):
         raise UsageError(unknown_name("overflow", str(overflow), get_args(Overflow)))
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
@@ -190,10 +196,55 @@ def _extended(
             f"prompt of {prompt.shape[1]} tokens + max_new_tokens={max_new_tokens} is {length}, more than the "
             f'model\'s max_position_embeddings={context}; ask for fewer, or pass overflow="slide"'
         )
+    if fits and (weights != "same" or why_not(model) is None):
+        return _decode(Decoder(model, weights), prompt, max_new_tokens, decoding, streamer)
+    if weights != "same":
+        raise UsageError(f"weights={weights}: not where the text slides through the model's positions; use same")
     with _decoding_by(model, decoding):
         if context is None or fits:
             return _generate(model, prompt, max_new_tokens, streamer)
         return _slide(model, prompt, max_new_tokens, context, decoding, streamer)
+
+
+@torch.no_grad()
+def _decode(
+    decoder: Decoder, ids: Tensor, max_new_tokens: int, decoding: GenerationConfig, streamer: BaseStreamer | None
+) -> Tensor:
+    """(B, T) -> (B, T + N), as ``generate`` gives it, by the same draws."""
+    eos = torch.tensor(decoding.eos_token_id or [], dtype=torch.long)
+    ended = torch.zeros(len(ids), dtype=torch.bool)
+    if streamer is not None:
+        streamer.put(ids)
+    with torch.autocast("cpu", enabled=False):
+        logits = decoder.start(ids, ids.shape[1] + max_new_tokens)
+        tokens: list[Tensor] = []  # (B,) each
+        while True:
+            token = _next_tokens(logits, decoding)
+            if tokens and ended.any():
+                token = token.masked_fill(ended, decoding.pad_token_id)
+            tokens.append(token)
+            if streamer is not None:
+                streamer.put(token)
+            ended |= torch.isin(token, eos)
+            if len(tokens) == max_new_tokens or ended.all():
+                break
+            if len(tokens) == 1 and pays(max_new_tokens):
+                decoder.pack()  # behind the first token, which need not wait for it
+            logits = decoder.step(token)
+    if streamer is not None:
+        streamer.end()
+    return torch.cat((ids, torch.stack(tokens, dim=1)), dim=1)
+
+
+def _next_tokens(logits: Tensor, decoding: GenerationConfig) -> Tensor:
+    """(B, V) -> (B,)"""
+    if not decoding.do_sample:
+        return logits.argmax(dim=-1)
+    scores = logits / decoding.temperature
+    if decoding.top_k:
+        least = scores.topk(decoding.top_k, dim=-1).values[:, -1:]
+        scores = scores.masked_fill(scores < least, -math.inf)
+    return torch.multinomial(scores.softmax(dim=-1), num_samples=1)[:, 0]
 
 
 def _generate(
