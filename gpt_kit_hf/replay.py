@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from gpt_kit_hf.checkpointing import checkpoint_step, list_checkpoints, verify_checkpoint
+from gpt_kit_hf.compilation import compile_blocks
 from gpt_kit_hf.durable_files import load_json, read_jsonl
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.finetuning import FinetuneOptions, InstructionTask
@@ -129,8 +130,7 @@ def _steps(options: RunOptions | FinetuneOptions, setting: RunSetting, format_fn
     steps = Steps(options, setting, task)
     if setting.checkpoint is not None:
         steps.restore(setting.checkpoint)
-    if options.training.compile:
-        task.model.compile()
+    compile_blocks(task.model, options.training.compile, setting.accelerator.device, setting.console.say)
     return steps
 
 

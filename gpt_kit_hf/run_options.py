@@ -35,7 +35,9 @@ class TrainingOptions:
     max_steps: int | None = _option(None, "steps to train, instead of epochs")
     epochs: float | None = _option(None, "passes over the training text, if not 1")
     mixed_precision: str = _option("auto", "auto, fp32, bf16 or fp16; auto is bf16 where the device computes in it")
-    compile: bool = _option(False, "compile the model (torch.compile): a slow start, faster steps")
+    compile: bool | None = _option(
+        None, "compile the model's blocks (torch.compile), a slow start and then faster steps; if not said, on a GPU"
+    )
     seed: int = _option(0, "seed of the first weights, the order, dropout and the held-out documents")
     cpu: bool = _option(False, "train on the CPU even if there is a GPU")
     eval_every: int = _option(250, "steps between evaluations")

@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType, broadcast_object_list
 
 from gpt_kit_hf.amp import resolve_precision
 from gpt_kit_hf.checkpointing import checkpoint_step
+from gpt_kit_hf.compilation import compile_blocks
 from gpt_kit_hf.durable_files import load_json
 from gpt_kit_hf.errors import DataError, NonFiniteError, StoppedError, UsageError
 from gpt_kit_hf.evaluation import Evaluation
@@ -174,8 +175,7 @@ class _Run:
         if self.checkpoint is not None:
             steps.restore(self.checkpoint)
         self._introduce()
-        if self.chosen.compile:
-            self.task.model.compile()
+        compile_blocks(self.task.model, self.chosen.compile, self.accelerator.device, self.console.say)
         steps.begin()
         self.console.start(steps.step, steps.total)
         self._loop()
