@@ -50,7 +50,7 @@ def _loss_and_gradients(
     exact = torch.promote_types(dtype, torch.float32)
     losses = torch.zeros(len(targets), dtype=exact, device=targets.device)
     hidden_grad = torch.empty_like(hidden_states) if wanted[0] else None
-    weight_grad = torch.zeros_like(weight, dtype=exact) if wanted[1] else None
+    weight_grad = None
     with torch.autocast(hidden_states.device.type, enabled=False):
         inputs, projection = hidden_states.to(dtype), weight.to(dtype)
         for rows, scores in _blocks(inputs, projection, exact):
@@ -58,12 +58,14 @@ def _loss_and_gradients(
             slopes = scores.to(dtype)
             if hidden_grad is not None:
                 hidden_grad[rows] = slopes @ projection  # (n, V) @ (V, D) -> (n, D)
-            if weight_grad is None:
-                continue
-            if dtype == exact:
-                weight_grad.addmm_(slopes.T, inputs[rows])  # (V, n) @ (n, D) -> (V, D)
-            else:
+            if wanted[1] and weight_grad is None:
+                weight_grad = (slopes.T @ inputs[rows]).to(exact)  # (V, n) @ (n, D) -> (V, D)
+            elif weight_grad is not None and dtype == exact:
+                weight_grad.addmm_(slopes.T, inputs[rows])
+            elif weight_grad is not None:
                 weight_grad += slopes.T @ inputs[rows]
+        if wanted[1] and weight_grad is None:  # no row is trained
+            weight_grad = torch.zeros_like(weight, dtype=exact)
     return losses.sum(), hidden_grad, weight_grad
 
 

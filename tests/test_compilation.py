@@ -66,9 +66,7 @@ def test_a_model_without_blocks_is_refused_if_it_was_asked_for(pretended: pytest
 
 
 @pytest.mark.slow  # torch's compiler takes half a minute
-@pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore:The .grad attribute"
-)  # torch's compiler about itself
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")  # of torch itself
 def test_a_compiled_run_has_the_losses_of_one_that_is_not(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog.\n" * 200)
