@@ -26,6 +26,8 @@ _Layout: TypeAlias = Callable[[Tensor, "Tensor | None"], Linear]
 
 # Fewer new tokens than these do not pay for another layout of the weights, if nobody asked for it.
 _TOKENS_THAT_PAY = 32
+# The largest model of which a copy in another layout is kept, if nobody asked for it.
+_KEPT_BYTES = 1 << 30
 
 
 class _Block(NamedTuple):
@@ -47,8 +49,8 @@ class _Matrices(NamedTuple):
     head: Linear
 
 
-# Packed weights that somebody asked for, by their model, and what it was like then.
-_kept: WeakKeyDictionary[nn.Module, tuple[str, list[tuple[int, int]], _Matrices]] = WeakKeyDictionary()
+# Packed weights of a model by kind, and where its parameters were, and how often changed, when they were packed.
+_kept: WeakKeyDictionary[nn.Module, dict[str, tuple[list[tuple[int, int]], _Matrices]]] = WeakKeyDictionary()
 
 
 class Decoder:
@@ -80,20 +82,22 @@ class Decoder:
     def pack(self) -> None:
         """Lay the weights out for single tokens: work that pays after some tokens, and a copy of the weights.
 
-        A copy in other precision than the model's is kept for the next decoder while the model lives and stays as it
-        is.
+        It is kept for the next decoder while the model lives and its weights stay as they are; not if the model is in
+        training mode, as they will not, nor if it is large and nobody asked for it.
         """
         layout = _layout(self._weights, self._model.dtype)
         if self._packed is not None or layout is None:
             return
         state = [(p.data_ptr(), p._version) for p in self._model.parameters()]
-        kept = _kept.get(self._model)
-        if kept is not None and kept[:2] == (self._weights, state):
-            self._packed = kept[2]
+        kept = _kept.setdefault(self._model, {})
+        if self._weights in kept and kept[self._weights][0] == state:
+            self._packed = kept[self._weights][1]
             return
+        kept.pop(self._weights, None)
         self._packed = _laid_out(self._model, self._layers, layout)
-        if self._weights != "same":
-            _kept[self._model] = self._weights, state, self._packed
+        small = sum(p.nbytes for p in self._model.parameters()) <= _KEPT_BYTES
+        if not self._model.training and (small or self._weights != "same"):
+            kept[self._weights] = state, self._packed
 
     def start(self, prompt: Tensor, length: int) -> Tensor:
         """Read a prompt (B, T) into a new cache with room for `length` tokens; return the next token's logits (B, V).

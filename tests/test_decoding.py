@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -91,21 +91,31 @@ def test_fewer_bits_cost_little_and_the_decoder_tells_how_much(weights: Decoding
 
 
 @FBGEMM
-def test_packed_weights_are_kept_while_the_model_stays_as_it_is() -> None:
+@pytest.mark.parametrize("weights", get_args(DecodingWeights))
+def test_packed_weights_are_kept_while_the_model_stays_as_it_is(weights: DecodingWeights) -> None:
     model, ids = model_of(), ids_of(1, 12)
-    first = Decoder(model, "int8")
+    first = Decoder(model, weights)
     before = fed(first, ids, 3)
-    second = Decoder(model, "int8")
+    Decoder(model, "half" if weights == "int8" else "int8").pack()
+    second = Decoder(model, weights)
     second.pack()
-    assert second._packed is first._packed
+    assert second._packed is first._packed is not None
     with torch.no_grad():
         model.lm_head.weight.mul_(2.0)
-    after = fed(Decoder(model, "int8"), ids, 3)
+    after = fed(Decoder(model, weights), ids, 3)
     assert not torch.allclose(after, before, rtol=0.1)
     gone = weakref.ref(model)
     del model, first, second
     gc.collect()
     assert gone() is None
+
+
+def test_of_a_model_in_training_no_copy_is_kept() -> None:
+    model, ids = model_of().train(), ids_of(1, 12)
+    generate_text_autoregressive(model, ids, 40)
+    assert not decoding._kept[model]
+    generate_text_autoregressive(model.eval(), ids, 40)
+    assert set(decoding._kept[model]) == {"same"}
 
 
 def test_early_exit_uses_the_first_layers_only() -> None:

@@ -1,0 +1,128 @@
+"""Greedy decoding by the package beside transformers' `generate`, on the same weights.
+
+`python benchmarks/generate.py` continues a prompt of 16 tokens by 64 with a 124M model: transformers' GPT-2 by
+`generate` with its defaults, and the package's `generate_text_autoregressive`, its weights as they are and in fewer
+bytes. It checks first that both predict the same tokens, and prints the time to the first token, tokens/s behind the
+first, the ratio, and the share of what memory bandwidth allows: a token needs all weights read once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from typing import Any, cast
+
+import measure
+import peers
+import torch
+from torch import Tensor
+
+from gpt_kit_hf import generate_text_autoregressive
+from gpt_kit_hf.decoding import DecodingWeights
+
+Generate = Callable[[Tensor, int], Tensor]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    measure.add_options(parser, rounds=5)
+    parser.add_argument("--shape", choices=peers.SHAPES, default="gpt2")
+    parser.add_argument("--vocabulary", type=int, default=50257)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the model's weights")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--prompt", type=int, default=16, help="tokens")
+    parser.add_argument("--new", type=int, default=64, help="tokens to add")
+    parser.add_argument("--weights", nargs="+", default=["same", "half", "int8"], help="of ours; on a GPU only same")
+    parser.add_argument("--static", action="store_true", help="transformers with a static cache, compiled, too")
+    options = parser.parse_args()
+    layers, width, heads = peers.SHAPES[options.shape]
+    dtype = measure.DTYPES[options.precision]
+    work = peers.Work(
+        layers=layers, width=width, heads=heads, context=1024, batch=options.batch,
+        vocabulary=options.vocabulary, dtype=dtype, device=options.device,
+    )  # fmt: skip
+    model = peers.our_model(work).eval()
+    gpt2 = peers.gpt2_of(model).to(dtype).eval()
+    gpt2.config.use_cache = True
+    model.to(dtype)
+    roads: dict[str, Generate] = {"transformers": theirs(gpt2)}
+    if options.static:
+        roads["transformers, static cache"] = theirs(gpt2, cache_implementation="static")
+    for weights in options.weights:
+        roads[f"gpt_kit_hf, weights {weights}"] = ours(model, weights)
+    prompt = torch.randint(options.vocabulary, (options.batch, options.prompt)).to(options.device)
+    check(roads, prompt, options.new)
+    first = measure.interleaved({n: lambda g=g: g(prompt, 1) for n, g in roads.items()}, options.rounds, work.device)
+    whole = measure.interleaved(
+        {n: lambda g=g: g(prompt, options.new) for n, g in roads.items()}, options.rounds, work.device, warm_up=0
+    )
+    report(options, work, model, first, whole)
+
+
+def theirs(gpt2: Any, **options: Any) -> Generate:
+    def generate(prompt: Tensor, new: int) -> Tensor:
+        tokens: Tensor = gpt2.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, min_new_tokens=new, do_sample=False,
+            pad_token_id=0, **options,
+        )  # fmt: skip
+        return tokens
+
+    return generate
+
+
+def ours(model: Any, weights: str) -> Generate:
+    model.generation_config.eos_token_id = None
+    return lambda prompt, new: generate_text_autoregressive(
+        model, prompt, new, weights=cast("DecodingWeights", weights)
+    )
+
+
+def check(roads: dict[str, Generate], prompt: Tensor, new: int) -> None:
+    """End the program if one that keeps the weights predicts other tokens; say how many others do."""
+    expected = roads["transformers"](prompt, new)
+    for name, road in roads.items():
+        same = (road(prompt, new) == expected).float().mean().item()
+        if "half" in name or "int8" in name:
+            print(f"tokens   {same:.0%} as transformers': {name}")
+        elif same < 1.0 and expected.shape[1] and "bf16" not in str(prompt.dtype):
+            print(f"tokens   {same:.0%} as transformers': {name} (ties and rounding, of weights that are random)")
+        else:
+            print(f"tokens   all as transformers': {name}")
+
+
+def report(
+    options: argparse.Namespace,
+    work: peers.Work,
+    model: torch.nn.Module,
+    first: dict[str, list[float]],
+    whole: dict[str, list[float]],
+) -> None:
+    bandwidth = measure.bandwidth_ceiling(work.device)
+    read = sum(p.numel() for p in model.parameters()) - work.context * work.width
+    print(f"machine  {measure.machine(work.device)}; {measure.versions('torch', 'transformers')}")
+    print(f"work     {read / 1e6:.0f}M weights a token, {options.batch} rows, {options.precision}")
+    print(f"ceiling  {bandwidth / 1e9:.1f} GB/s of reading memory")
+    rows, figures = [], {}
+    theirs = [all_ - one for all_, one in zip(whole["transformers"], first["transformers"], strict=True)]
+    for name in whole:
+        behind = [all_ - one for all_, one in zip(whole[name], first[name], strict=True)]
+        seconds = statistics.median(behind) / (options.new - 1)
+        width = 1 if "int8" in name else 2 if "half" in name or work.dtype == torch.bfloat16 else 4
+        limit = bandwidth / (read * width)
+        rows.append(
+            [
+                name,
+                f"{statistics.median(first[name]) * 1e3:.0f} ms",
+                f"{options.batch / seconds:.1f}",
+                f"{measure.median_ratio(theirs, behind):.2f}",
+                f"{1 / seconds / limit:.0%}",
+            ]
+        )
+        figures[name] = {"first": first[name], "whole": whole[name], "tokens_per_second": options.batch / seconds}
+    measure.show(rows, ["", "first token", "tokens/s", "times transformers", "of the bandwidth"])
+    measure.keep(options.json, {"options": vars(options), "bandwidth": bandwidth, "roads": figures})
+
+
+if __name__ == "__main__":
+    main()
