@@ -7,12 +7,13 @@ ahead.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import extract_model_from_parallel  # type: ignore[import-untyped, unused-ignore]
@@ -234,17 +235,24 @@ def _vocab_size_without_logits(model: nn.Module) -> int | None:
     """Return the vocabulary size of a model that computes the loss without logits, else None."""
     if not _takes(model, "skip_logits"):
         return None
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and "skip_logits" in inspect.signature(module.forward).parameters:
+    for module in model.modules():  # the model itself, or the first inside what wraps it
+        if isinstance(module, PreTrainedModel) and "skip_logits" in _parameters(type(module).forward):
             return int(module.config.get_text_config().vocab_size)
     return None
+
+
+@functools.cache
+def _parameters(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(forward).parameters
 
 
 def _takes(model: nn.Module, argument: str) -> bool:
     """Return whether the model inside the wrappers takes an argument: by name, or to hand it on."""
     while (inner := extract_model_from_parallel(model, keep_torch_compile=False)) is not model:
         model = inner
-    parameters = inspect.signature(model.forward).parameters
+    # What a class's function takes may be kept; a function that is an instance's own would be kept alive.
+    own = "forward" in vars(model)
+    parameters = inspect.signature(model.forward).parameters if own else _parameters(type(model).forward)
     if argument in parameters:
         return True
     hands_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())

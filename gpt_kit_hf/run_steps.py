@@ -174,7 +174,13 @@ class Steps:
             raise _GivenUpError
         part = self._accelerator.process_index * parts + index
         digest = hashlib.sha256(f"{self._chosen.seed} {self.step} {part}".encode()).digest()
-        torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        seed = int.from_bytes(digest[:8], "little") >> 1
+        if self._accelerator.device.type == "cpu":
+            torch.default_generator.manual_seed(
+                seed
+            )  # the other function walks the stack for devices that are not used
+        else:
+            torch.manual_seed(seed)
 
     def _spike_limit(self) -> float:
         if not self._chosen.spike_factor or len(self._norms) < _NORMS // 10:
