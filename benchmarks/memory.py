@@ -20,6 +20,8 @@ import peers
 import psutil
 import torch
 
+from gpt_kit_hf.memory_reuse import reuse_freed_memory
+
 COMPARED = ["gpt_kit_hf", "transformers GPT-2", "transformers GPT-2, compiled", "by hand", "by hand, compiled"]
 
 
@@ -50,6 +52,8 @@ def in_a_process(name: str) -> dict[str, float]:
 def measured(options: argparse.Namespace) -> dict[str, float]:
     work = peers.work_of(options)
     warm_up()
+    if options.measure.startswith("gpt_kit_hf") and work.device == "cpu":
+        reuse_freed_memory()  # as `gpt-kit train` does
     before = psutil.Process().memory_info().rss
     step = peers.STEPS[options.measure](work)
     if work.device == "cuda":

@@ -1,19 +1,26 @@
 """A training step of the package beside its peers' on the same weights and batches.
 
 `python benchmarks/train_step.py` runs the package's step with its defaults, transformers' GPT-2 and a GPT written by
-hand, both as they are and compiled, in turns in one process. It checks first that all of them compute the same losses
-over three steps, and prints the median time of a step, tokens/s, the ratio to the package's, and the share of the
-machine's matrix ceiling.
+hand, both as they are and compiled, each in a process of its own, of which one at a time computes a step, in turns. It
+checks first that all of them compute the same losses over three steps, and prints the median time of a step, tokens/s,
+the ratio to the package's, and the share of the machine's matrix ceiling.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import measure
 import peers
+
+from gpt_kit_hf.memory_reuse import reuse_freed_memory
 
 CHECKED = 3  # steps whose losses are compared
 TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
@@ -24,24 +31,59 @@ def main() -> None:
     measure.add_options(parser, rounds=7)
     peers.add_work_options(parser)
     parser.add_argument("--only", nargs="+", choices=peers.STEPS, default=list(peers.STEPS))
+    parser.add_argument("--worker", choices=peers.STEPS, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.worker:
+        work_in_turns(options)
+        return
+    with ExitStack() as stack:
+        turns = {name: Turns(name, stack) for name in options.only}
+        check({name: [turn.take()[0] for _ in range(CHECKED)] for name, turn in turns.items()}, options.precision)
+        rounds = [{name: turn.take()[1] for name, turn in turns.items()} for _ in range(options.rounds)]
+    report(options, peers.work_of(options), {name: [r[name] for r in rounds] for name in options.only})
+
+
+def work_in_turns(options: argparse.Namespace) -> None:
+    """Compute a step for each line of the input, and print its loss and its seconds."""
     work = peers.work_of(options)
-    batches = peers.batches_of(work, CHECKED + options.rounds)
-    steps = {name: peers.STEPS[name](work) for name in options.only}
-    losses = {name: [step(*batch) for batch in batches[:CHECKED]] for name, step in steps.items()}
-    check(losses, TOLERANCE[options.precision])
-    positions = {name: iter(batches[CHECKED:]) for name in steps}
-    taken = measure.interleaved(
-        {name: lambda name=name: steps[name](*next(positions[name])) for name in steps},
-        options.rounds,
-        work.device,
-        warm_up=0,
-    )
-    report(options, work, taken)
+    if options.worker.startswith("gpt_kit_hf") and work.device == "cpu":
+        reuse_freed_memory()  # as `gpt-kit train` does
+    step = peers.STEPS[options.worker](work)
+    for batch, _ in zip(peers.batches_of(work, CHECKED + options.rounds), sys.stdin, strict=False):
+        measure.synchronise(work.device)
+        began = time.perf_counter()
+        loss = step(*batch)
+        measure.synchronise(work.device)
+        print(f"TURN {loss!r} {time.perf_counter() - began!r}", flush=True)
 
 
-def check(losses: dict[str, list[float]], tolerance: float) -> None:
+class Turns:
+    """A process that takes a step when it is told to."""
+
+    def __init__(self, name: str, stack: ExitStack) -> None:
+        command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--worker", name]
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        self.name, self.process = name, stack.enter_context(process)
+        stack.callback(process.terminate)
+
+    def take(self) -> tuple[float, float]:
+        """Return the loss of the next step, and its seconds."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("TURN "):
+                loss, seconds = map(float, line.split()[1:])
+                return loss, seconds
+        raise SystemExit(f"{self.name} ended: run it alone by --only {self.name!r} --worker {self.name!r}")
+
+
+def check(losses: dict[str, list[float]], precision: str) -> None:
     """End the program where the variants do not do the same work."""
+    tolerance = TOLERANCE[precision]
     first, expected = next(iter(losses.items()))
     for name, values in losses.items():
         for step, (one, other) in enumerate(zip(values, expected, strict=True)):

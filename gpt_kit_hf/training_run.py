@@ -21,6 +21,7 @@ from gpt_kit_hf.durable_files import load_json
 from gpt_kit_hf.errors import DataError, NonFiniteError, StoppedError, UsageError
 from gpt_kit_hf.evaluation import Evaluation
 from gpt_kit_hf.launching import check_launch, end_processes, launcher_pid
+from gpt_kit_hf.memory_reuse import reuse_freed_memory
 from gpt_kit_hf.progress import Console, Pace, duration, trackers
 from gpt_kit_hf.run_checkpoints import RunCheckpoints, checkpoint_to_continue
 from gpt_kit_hf.run_folder import (
@@ -69,6 +70,8 @@ def _begin_or_continue(options: OptionsOfRun, prepare: Prepare, stream: TextIO |
         raise UsageError(
             "DeepSpeed's engine is not driven by this loop: use examples/accelerate/fsdp2.yaml, or ddp.yaml"
         )
+    if accelerator.device.type == "cpu":
+        reuse_freed_memory()
     folder = Path(chosen.output_dir)
     console = Console(stream if accelerator.is_main_process else None)
     with ExitStack() as stack:
