@@ -22,24 +22,19 @@ import measure
 import peers
 import torch
 import transformers
-from accelerate import Accelerator
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from gpt_kit_hf import (
-    AMPTrainer,
     Batch,
     EncodingOptions,
     ModelOptions,
-    OptimizerOptions,
     RunOptions,
     TextOptions,
     TrainingOptions,
     WindowOptions,
-    create_optimizer,
     get_encoding,
     train,
 )
-from gpt_kit_hf.compilation import compile_blocks
 from gpt_kit_hf.run_steps import Steps
 from gpt_kit_hf.text_sources import find_files
 
@@ -84,10 +79,7 @@ def benchmark(options: argparse.Namespace, folder: Path) -> None:
             begins = way(turn)[LEFT_OUT:]
             taken[name].append((begins[-1] - begins[0]) / (len(begins) - 1))
     print(f"machine  {measure.machine(work.device)}; {measure.versions('torch', 'transformers', 'accelerate')}")
-    print(
-        f"work     {work.layers} layers, {work.width} wide, {work.batch} x {work.context} tokens, "
-        f"{work.vocabulary:,} in the vocabulary, {options.precision}"
-    )
+    print(f"work     {work}")
     ours = taken["gpt_kit_hf, the loop"]
     rows = [
         [
@@ -138,11 +130,7 @@ def our_loop(options: argparse.Namespace, work: peers.Work, folder: Path) -> lis
 
 def our_step(options: argparse.Namespace, work: peers.Work, windows: torch.Tensor) -> list[float]:
     """Update by batches that are at hand; return when each step began."""
-    model = peers.our_model(work)
-    optimizer = create_optimizer(model, OptimizerOptions())
-    accelerator = Accelerator(cpu=work.device == "cpu")
-    trainer = AMPTrainer(model, optimizer, mixed_precision=options.precision, accelerator=accelerator)
-    compile_blocks(model, None, accelerator.device, print)
+    trainer = peers.our_trainer(work)
     begins = []
     for number in range(options.steps):
         ids = windows[number * work.batch : (number + 1) * work.batch]

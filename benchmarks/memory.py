@@ -81,11 +81,8 @@ def report(options: argparse.Namespace, found: dict[str, dict[str, float]]) -> N
         if abs(figures["loss"] - ours["loss"]) > 2e-2 * ours["loss"]:
             raise SystemExit(f"{name} has loss {figures['loss']}, not {ours['loss']}: not the same work")
     print(f"machine  {measure.machine(work.device)}; {measure.versions('torch', 'transformers')}")
-    print(
-        f"work     {parameters / 1e6:.1f}M parameters, {work.batch} x {work.context} tokens, "
-        f"{work.vocabulary:,} in the vocabulary, {options.precision}; "
-        f"weights, gradients and AdamW's means: {parameters * 16 / 1e6:,.0f} MB"
-    )
+    print(f"work     {parameters / 1e6:.1f}M parameters, {work}")
+    print(f"needed   {parameters * 16 / 1e6:,.0f} MB of weights, gradients and AdamW's means")
     rows = [
         [name, f"{figures['peak'] / 1e6:,.0f} MB", f"{ours['peak'] / figures['peak']:.2f}"]
         for name, figures in found.items()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import measure
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -34,6 +35,10 @@ class Work:
     vocabulary: int
     dtype: torch.dtype
     device: str
+
+    def __str__(self) -> str:
+        shape = f"{self.layers} layers, {self.width} wide, {self.batch} x {self.context} tokens"
+        return f"{shape}, {self.vocabulary:,} in the vocabulary, {self.dtype}"
 
     @property
     def tokens(self) -> int:
@@ -136,8 +141,8 @@ def gpt2_of(model: GPTKitForCausalLM) -> Any:
 Step = Callable[[Tensor, Tensor], float]
 
 
-def our_step(work: Work, compiled: bool | None = None) -> Step:
-    """Return the package's step with its defaults: what `gpt-kit train` runs."""
+def our_trainer(work: Work, compiled: bool | None = None) -> AMPTrainer:
+    """Return the package's trainer with its defaults: what `gpt-kit train` runs."""
     model = our_model(work)
     precision = "bf16" if work.dtype == torch.bfloat16 else "fp32"
     optimizer = create_optimizer(model, OptimizerOptions(learning_rate=RATE))
@@ -146,6 +151,11 @@ def our_step(work: Work, compiled: bool | None = None) -> Step:
         model, optimizer, mixed_precision=precision, accelerator=Accelerator(cpu=work.device == "cpu")
     )
     compile_blocks(model, compiled, torch.device(work.device), print)
+    return trainer
+
+
+def our_step(work: Work, compiled: bool | None = None) -> Step:
+    trainer = our_trainer(work, compiled)
     return lambda ids, targets: trainer.update([Batch(ids, targets)]).loss
 
 
@@ -199,7 +209,7 @@ def work_of(options: argparse.Namespace) -> Work:
         context=options.context,
         batch=options.batch,
         vocabulary=options.vocabulary,
-        dtype=torch.bfloat16 if options.precision == "bf16" else torch.float32,
+        dtype=measure.DTYPES[options.precision],
         device=options.device,
     )
 

@@ -96,10 +96,7 @@ def report(options: argparse.Namespace, work: peers.Work, taken: dict[str, list[
     ceiling = measure.matrix_ceiling(work.device, work.dtype)
     parameters = sum(p.numel() for p in peers.our_model(work).parameters())
     print(f"machine  {measure.machine(work.device)}; {measure.versions('torch', 'transformers')}")
-    print(
-        f"work     {work.layers} layers, {work.width} wide, {parameters / 1e6:.1f}M parameters, {work.batch} x "
-        f"{work.context} tokens, {work.vocabulary:,} in the vocabulary, {options.precision}"
-    )
+    print(f"work     {parameters / 1e6:.1f}M parameters, {work}")
     print(f"ceiling  {ceiling / 1e9:,.0f} GFLOP/s in a large {options.precision} matrix product")
     ours = taken[options.only[0]]
     rows, figures = [], {}

@@ -260,6 +260,8 @@ def _laid_out(model: GPTKitForCausalLM, layers: Iterable[nn.Module], layout: _La
             down=matrix(mlp.down_proj),
         )
 
+    if layout is _plain:  # for each text, and nothing to compute
+        return _Matrices([block(layer) for layer in layers], matrix(model.lm_head))
     with ThreadPoolExecutor(torch.get_num_threads()) as pool, warnings.catch_warnings():  # packing uses one thread
         # torch will drop quantised tensors some day; a machine whose torch has is told so by `_has_packed_products`.
         warnings.filterwarnings("ignore", message="torch.quantize_per_tensor, torch.quantize_per_channel")

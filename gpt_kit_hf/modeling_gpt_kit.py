@@ -397,17 +397,17 @@ class GPTKitForCausalLM(GPTKitPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = _keep_positions(outputs.last_hidden_state, logits_to_keep)
-        logits, loss = None, None
+        logits, loss, wants_loss = None, None, labels is not None or shift_labels is not None
         if shift_labels is not None:
             shift_labels = shift_labels.contiguous()  # a slice of a batch is not, and the loss views it flat
-        if skip_logits and (labels is not None or shift_labels is not None) and self._projects_plainly(hidden_states):
+        if wants_loss and skip_logits and self._projects_plainly(hidden_states):
             loss = self._loss_without_logits(hidden_states, labels, shift_labels, **kwargs)
         else:
             logits = self.lm_head(hidden_states)  # (B, T, D) -> (B, T, V)
-        if loss is None and (labels is not None or shift_labels is not None):
-            loss = self.loss_function(
-                logits, labels, vocab_size=self.config.vocab_size, shift_labels=shift_labels, **kwargs
-            )
+            if wants_loss:
+                loss = self.loss_function(
+                    logits, labels, vocab_size=self.config.vocab_size, shift_labels=shift_labels, **kwargs
+                )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

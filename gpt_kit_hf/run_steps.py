@@ -176,9 +176,7 @@ class Steps:
         digest = hashlib.sha256(f"{self._chosen.seed} {self.step} {part}".encode()).digest()
         seed = int.from_bytes(digest[:8], "little") >> 1
         if self._accelerator.device.type == "cpu":
-            torch.default_generator.manual_seed(
-                seed
-            )  # the other function walks the stack for devices that are not used
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed walks the stack for each other device
         else:
             torch.manual_seed(seed)
 

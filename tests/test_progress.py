@@ -70,12 +70,13 @@ def test_a_terminal_gets_a_bar_and_lines_above_it() -> None:
     assert shown.endswith("after\n")
 
 
-def test_without_a_stream_nothing_is_said() -> None:
+def test_without_a_stream_nothing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(None)
     console.start(0, 1)
     console.step(1, 1, 1.0, 1.0, 1.0)
     console.say("nothing")
     console.close()
+    assert capsys.readouterr() == ("", "")
 
 
 def test_the_curve_is_a_picture(tmp_path: Path) -> None:
