@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from gpt_kit_hf.card_sections import sources
-from gpt_kit_hf.errors import UsageError
+from gpt_kit_hf.errors import UsageError, one_line
 
 _TAGS = ("gpt-kit-hf", "instruction-tuned", "lora")
 _OWN_KEYS = ("library_name", "pipeline_tag", "base_model")
@@ -59,7 +59,7 @@ def read_metadata(block: str) -> dict[str, Any]:
     try:
         found = yaml.safe_load(block)
     except yaml.YAMLError as error:
-        raise UsageError(f"the card's metadata are not YAML: {' '.join(str(error).split())}") from None
+        raise UsageError(f"the card's metadata are not YAML: {one_line(error)}") from None
     if found is not None and not isinstance(found, dict):
         raise UsageError("the card's metadata must be 'name: value' lines")
     return found or {}

@@ -7,13 +7,52 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.import_utils import is_tracing
 
 # Logits that are held at once: enough rows for a matrix product to be fast, little beside the model's own memory.
 _CPU_LOGITS, _DEVICE_LOGITS = 1 << 25, 1 << 27
 # Rows of logits begin at multiples of this: matrix units and vector units take unaligned rows at a third less speed.
 _ALIGNMENT = 64
+
+
+def can_skip_logits(projection: nn.Module, hidden_states: Tensor) -> bool:
+    """Return whether the logits are the product of hidden states and one weight that is here as a whole.
+
+    They are not with an adapter, a hook, or weights cut over devices; a compiler fuses the plain road by itself.
+    """
+    hooked = projection._forward_hooks or projection._forward_pre_hooks
+    plain = type(projection) is nn.Linear and type(projection.weight.data) is Tensor and not hooked
+    return plain and not is_tracing(hidden_states)
+
+
+def causal_loss(
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor | None,
+    shift_labels: Tensor | None,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    **_: Unpack[TransformersKwargs],
+) -> Tensor:
+    """Return what transformers' loss for causal models returns, which needs the logits: (B, T, D), (V, D) -> ().
+
+    `labels` (B, T) are shifted here, `shift_labels` (B, T) are already; the mean over the trained targets, or their
+    sum divided by `num_items_in_batch`.
+    """
+    if shift_labels is None:
+        assert labels is not None
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    targets = shift_labels.reshape(-1).to(hidden_states.device)  # (B, T) -> (B * T,)
+    total = summed_cross_entropy(hidden_states.flatten(0, -2), weight, targets, ignore_index)
+    if num_items_in_batch is None:
+        return total / (targets != ignore_index).sum()
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch
 
 
 def summed_cross_entropy(hidden_states: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:

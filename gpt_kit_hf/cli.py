@@ -19,7 +19,7 @@ from gpt_kit_hf.card_facts import INVARIANCE_FILE
 from gpt_kit_hf.chat import ChatOptions, Conversation, converse
 from gpt_kit_hf.decoding import Decoder, DecodingWeights
 from gpt_kit_hf.durable_files import save_json
-from gpt_kit_hf.errors import CheckpointError, GPTKitError, StoppedError, UsageError
+from gpt_kit_hf.errors import CheckpointError, GPTKitError, StoppedError, UsageError, one_line
 from gpt_kit_hf.finetuning import finetune, inspect_rows
 from gpt_kit_hf.generation import stream_text
 from gpt_kit_hf.gpt2_checkpoint import Activation, Layout, convert_checkpoint
@@ -64,7 +64,7 @@ def run_command(command: Callable[[], object]) -> int:
 
 
 def _fail(error: object, code: int) -> int:
-    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+    sys.stderr.write(f"error: {one_line(error)}\n")
     return code
 
 

@@ -45,3 +45,8 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     if near:
         return f"unknown {kind} {name!r}; did you mean {' or '.join(near)}?"
     return f"unknown {kind} {name!r}; known: {', '.join(names.values())}"
+
+
+def one_line(error: object) -> str:
+    """Return an error's message, or any text, with its line breaks as spaces."""
+    return " ".join(str(error).split())

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import copy
 import functools
-import pickle
-import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar, get_args
 
@@ -25,8 +23,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from gpt_kit_hf.configuration_gpt_kit import GPTKitConfig
-from gpt_kit_hf.durable_files import load_json, load_tensors
-from gpt_kit_hf.errors import CheckpointError, UsageError, unknown_name
+from gpt_kit_hf.durable_files import load_json
+from gpt_kit_hf.errors import CheckpointError, UsageError, one_line, unknown_name
 from gpt_kit_hf.modeling_gpt_kit import GPTKitForCausalLM
 from gpt_kit_hf.state_dict_layouts import (
     GPT2_NAMES,
@@ -44,6 +42,7 @@ from gpt_kit_hf.state_dict_layouts import (
     rename_tensors,
     stored_shapes,
 )
+from gpt_kit_hf.weight_files import PICKLES, SAFETENSORS, read_state_dict, read_weights
 
 Layout = Literal["gpt2", "nanogpt", "kit", "to-gpt2"]
 Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh"]
@@ -51,9 +50,6 @@ _T = TypeVar("_T")
 
 # --- GPT-2 in --------------------------------------------------------------------------------------------
 
-_INDEX = ".index.json"
-_SAFETENSORS = ("model.safetensors", "model.safetensors" + _INDEX)
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin" + _INDEX)
 _TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja"),
@@ -88,7 +84,7 @@ def load_gpt2_checkpoint(path_or_id: str | Path, *, dtype: torch.dtype = torch.f
 
 def _load_gpt2(folder: Path, dtype: torch.dtype) -> GPTKitForCausalLM:
     config = _read_gpt2_config(folder / "config.json")
-    stored = _read_weights(folder)
+    stored = read_weights(folder)
     names = GPT2_NAMES
     if not any(name.startswith("transformer.") for name in stored):
         names = {theirs.removeprefix("transformer."): ours for theirs, ours in names.items()}
@@ -143,72 +139,7 @@ def _checked(build: Callable[[], _T], source: object) -> _T:
     except (StrictDataclassError, ValueError, TypeError) as error:
         # `strict` wraps the sentence that says what is wrong.
         reason = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
-        raise UsageError(f"{source}: {_one_line(reason)}") from None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    found = next((folder / name for name in (*_SAFETENSORS, *_PICKLES) if (folder / name).is_file()), None)
-    if found is None:
-        raise UsageError(f"{str(folder)!r} holds no weights: neither {_SAFETENSORS[0]} nor {_PICKLES[0]}")
-    tensors: dict[str, Tensor] = {}
-    for file in _shards(found) if found.name.endswith(_INDEX) else [found]:
-        shard, _ = _read_state_dict(file)
-        if twice := shard.keys() & tensors.keys():
-            raise UsageError(f"{file} holds {min(twice)}, which another shard holds, too")
-        tensors |= shard
-    return tensors
-
-
-def _shards(index: Path) -> list[Path]:
-    """Return the files that an index names; UsageError if one of them does not lie beside it."""
-    names = load_json(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise UsageError(f"{index} holds no weight_map of file names")
-    files = sorted(set(names.values()))
-    for name in files:
-        # Judged as written: the files of the Hub's cache are links out of their folder.
-        if PurePosixPath(name).name != name or name == ".." or "\\" in name:
-            raise UsageError(f"{index} points to {name!r}; a shard must lie beside its index")
-    return [index.parent / name for name in files]
-
-
-def _read_state_dict(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    """Return the tensors of a file, and what a training script stored beside its state dict."""
-    if path.suffix not in (".safetensors", ".bin", ".pt", ".pth") or not path.is_file():
-        raise UsageError(f"{str(path)!r} is no file of weights (.safetensors, .bin, .pt or .pth)")
-    stored = load_tensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    beside: Mapping[str, Any] = {}
-    if isinstance(stored, Mapping):
-        wrapper = [key for key in ("model", "model_state_dict", "state_dict") if isinstance(stored.get(key), Mapping)]
-        stored, beside = (stored[wrapper[0]], stored) if wrapper else (stored, beside)
-    if not isinstance(stored, Mapping):
-        raise UsageError(f"{path} holds a {type(stored).__name__}; it must hold a state dict")
-    for name, value in stored.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise UsageError(f"{path}: {name!r} is a {type(value).__name__}; a state dict holds tensors by name")
-    # What torch.compile and data parallelism put into the names.
-    prefix = "module." if all(name.startswith("module.") for name in stored) else ""
-    clean = {name.removeprefix(prefix).replace("_orig_mod.", ""): tensor for name, tensor in stored.items()}
-    if len(clean) != len(stored):
-        raise UsageError(f"{path} holds a tensor twice, with and without '_orig_mod.' in its name")
-    return clean, beside
-
-
-def _read_pickle(path: Path) -> object:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        culprit = re.search(r"GLOBAL (\S+)", str(error))
-        raise UsageError(
-            f"{path} is refused: it holds Python objects beside tensors ({culprit[1] if culprit else 'unreadable'}), "
-            "and reading those can run code; store the state dict alone, best as safetensors"
-        ) from None
-    except Exception as error:  # a damaged pickle can fail as anything
-        raise UsageError(f"{path} is no readable torch file: {type(error).__name__} {_one_line(error)}") from None
+        raise UsageError(f"{source}: {one_line(reason)}") from None
 
 
 def _find_folder(path_or_id: str | Path) -> Path:
@@ -221,17 +152,17 @@ def _find_folder(path_or_id: str | Path) -> Path:
         raise UsageError(f"{text!r} is no folder")
     description = ["config.json", "generation_config.json", *_TOKENIZER]
     try:
-        fetched = snapshot_download(text, allow_patterns=[*description, *_SAFETENSORS, "model-*.safetensors"])
+        fetched = snapshot_download(text, allow_patterns=[*description, *SAFETENSORS, "model-*.safetensors"])
         # Many repositories hold the weights in both forms; the pickle is fetched only where it is all there is.
-        if not any((Path(fetched) / name).is_file() for name in _SAFETENSORS):
-            fetched = snapshot_download(text, allow_patterns=[*description, *_PICKLES, "pytorch_model-*.bin"])
+        if not any((Path(fetched) / name).is_file() for name in SAFETENSORS):
+            fetched = snapshot_download(text, allow_patterns=[*description, *PICKLES, "pytorch_model-*.bin"])
         return Path(fetched)
     except RepositoryNotFoundError:
         reason = "no such folder here, and no such repository on the Hub, or no access to it"
     except LocalEntryNotFoundError:
         reason = "no such folder here; the Hub cannot be reached, and its cache does not hold it"
     except Exception as error:  # the Hub's client lets errors of the HTTP library below it through
-        reason = _one_line(error)
+        reason = one_line(error)
     raise UsageError(f"{text!r}: {reason}")
 
 
@@ -335,7 +266,7 @@ def _write_tokenizer(folder: Path, stage: Path, vocab_size: int) -> None:
             AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False).save_pretrained(str(stage))
         ids = Tokenizer.from_file(str(written)).get_vocab(with_added_tokens=True).values()
     except Exception as error:  # `tokenizers` raises nothing narrower
-        raise UsageError(f"tokenizer_folder {str(folder)!r} cannot be read: {_one_line(error)}") from None
+        raise UsageError(f"tokenizer_folder {str(folder)!r} cannot be read: {one_line(error)}") from None
     if max(ids, default=0) >= vocab_size:
         raise UsageError(f"tokenizer_folder {str(folder)!r} has the id {max(ids)}, the model vocab_size={vocab_size}")
 
@@ -403,7 +334,7 @@ def _load_ours(folder: Path) -> GPTKitForCausalLM:
     try:
         model, report = GPTKitForCausalLM.from_pretrained(folder, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
-        raise UsageError(f"{str(folder)!r} cannot be loaded: {_one_line(error)}") from None
+        raise UsageError(f"{str(folder)!r} cannot be loaded: {one_line(error)}") from None
     # transformers only warns of these, and fills what is missing with random numbers.
     refuse_names(f"{str(folder)!r} lacks tensors of the model", report["missing_keys"])
     refuse_names(f"{str(folder)!r} holds tensors that the model does not have", report["unexpected_keys"])
@@ -412,7 +343,7 @@ def _load_ours(folder: Path) -> GPTKitForCausalLM:
 
 
 def _load_file(path: Path, layout: Layout, zero_missing_biases: bool, untold: Mapping[str, Any]) -> GPTKitForCausalLM:
-    stored, beside = _read_state_dict(path)
+    stored, beside = read_state_dict(path)
     tensors = rename_tensors(stored, NANOGPT_NAMES if layout == "nanogpt" else KIT_NAMES, str(path))
     del stored
     arguments = beside.get("model_args", {})

@@ -27,7 +27,7 @@ from gpt_kit_hf.tokenization import check_fingerprint
 from gpt_kit_hf.tokenizer_twin import load_encoding
 
 _AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
-_CODE = ("configuration_gpt_kit.py", "modeling_gpt_kit.py", "chunked_loss.py")
+_CODE = ("configuration_gpt_kit.py", "modeling_gpt_kit.py", "chunked_loss.py", "packed_documents.py")
 _SECONDS = 1800
 # Between machines the same weights give logits that differ by rounding; within one they are equal to the bit.
 _LOSS_TOLERANCE = 1e-3

@@ -26,8 +26,9 @@ from transformers.utils.generic import is_flash_attention_requested, merge_with_
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
-from .chunked_loss import summed_cross_entropy
+from .chunked_loss import can_skip_logits, causal_loss
 from .configuration_gpt_kit import GPTKitConfig
+from .packed_documents import FrozenCacheLengths, document_lengths, same_document
 
 
 def eager_attention_forward(
@@ -266,7 +267,7 @@ class GPTKitModel(GPTKitPreTrainedModel):
         # The mask comes before the cache: transformers looks for packed documents only while there is no cache.
         causal_mask = self._causal_mask(inputs_embeds, attention_mask, position_ids, past_key_values, past)
         if position_ids is not None and is_flash_attention_requested(self.config) and "cu_seq_lens_q" not in kwargs:
-            lengths = _document_lengths(position_ids.expand(inputs_embeds.shape[0], -1), attention_mask, past)
+            lengths = document_lengths(position_ids.expand(inputs_embeds.shape[0], -1), attention_mask, past)
             causal_mask = None if lengths else causal_mask  # the lengths keep padding apart, too
             kwargs.update(lengths)
         if position_ids is None:
@@ -335,9 +336,9 @@ class GPTKitModel(GPTKitPreTrainedModel):
             if is_2d and not is_tracing(attention_mask) and bool(attention_mask.all()):  # type: ignore[union-attr]
                 attention_mask = None  # an all-ones mask is no mask
             if attention_mask is not None or past_key_values is not None:
-                overlay = _same_document(position_ids.expand(inputs_embeds.shape[0], -1), attention_mask, past)
+                overlay = same_document(position_ids.expand(inputs_embeds.shape[0], -1), attention_mask, past)
         if isinstance(past, Tensor) and self.config._attn_implementation == "flex_attention":
-            past_key_values = _FrozenCacheLengths(past_key_values, past)
+            past_key_values = FrozenCacheLengths(past_key_values, past)
         return create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -400,8 +401,8 @@ class GPTKitForCausalLM(GPTKitPreTrainedModel, GenerationMixin):
         logits, loss, wants_loss = None, None, labels is not None or shift_labels is not None
         if shift_labels is not None:
             shift_labels = shift_labels.contiguous()  # a slice of a batch is not, and the loss views it flat
-        if wants_loss and skip_logits and self._projects_plainly(hidden_states):
-            loss = self._loss_without_logits(hidden_states, labels, shift_labels, **kwargs)
+        if wants_loss and skip_logits and can_skip_logits(self.lm_head, hidden_states):
+            loss = causal_loss(hidden_states, self.lm_head.weight, labels, shift_labels, **kwargs)
         else:
             logits = self.lm_head(hidden_states)  # (B, T, D) -> (B, T, V)
             if wants_loss:
@@ -415,54 +416,6 @@ class GPTKitForCausalLM(GPTKitPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def _projects_plainly(self, hidden_states: Tensor) -> bool:
-        """Return whether the logits are the product of hidden states and one weight that is here as a whole.
-
-        They are not with an adapter, a hook, or weights cut over devices; a compiler fuses the plain road by itself.
-        """
-        head = self.lm_head
-        hooked = head._forward_hooks or head._forward_pre_hooks
-        return (
-            type(head) is nn.Linear and type(head.weight.data) is Tensor and not (hooked or is_tracing(hidden_states))
-        )
-
-    def _loss_without_logits(
-        self,
-        hidden_states: Tensor,
-        labels: Tensor | None,
-        shift_labels: Tensor | None,
-        num_items_in_batch: Tensor | int | None = None,
-        ignore_index: int = -100,
-        **_: Unpack[TransformersKwargs],
-    ) -> Tensor:
-        """Return what transformers' loss for causal models returns, which needs the logits."""
-        if shift_labels is None:
-            assert labels is not None
-            shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        targets = shift_labels.reshape(-1).to(hidden_states.device)  # (B, T) -> (B * T,)
-        total = summed_cross_entropy(hidden_states.flatten(0, -2), self.lm_head.weight, targets, ignore_index)
-        if num_items_in_batch is None:
-            return total / (targets != ignore_index).sum()
-        if isinstance(num_items_in_batch, Tensor):
-            num_items_in_batch = num_items_in_batch.to(total.device)
-        return total / num_items_in_batch
-
-
-class _FrozenCacheLengths:
-    """What the mask asks of a static cache, as it was before this step.
-
-    Flex attention calls the mask's function after the cache has been written, and a static cache counts its tokens
-    in place: every query would then be taken for one `T` places later.
-    """
-
-    def __init__(self, cache: Any, past: Tensor) -> None:
-        self.get_mask_sizes = cache.get_mask_sizes
-        self.is_compileable = cache.is_compileable
-        self.past = past.clone()
-
-    def get_query_offset(self, layer_idx: int = 0) -> Tensor:
-        return self.past
 
 
 def _keep_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
@@ -488,55 +441,6 @@ def _check_range(ids: Tensor, size: int, name: str, limit: str) -> None:
     low, high = (int(bound) for bound in torch.aminmax(ids))
     if low < 0 or high >= size:
         raise ValueError(f"{name} must lie between 0 and {size - 1} ({limit}={size}), got {low if low < 0 else high}")
-
-
-def _documents(position_ids: Tensor, attention_mask: Tensor | None, past: int | Tensor) -> Tensor | None:
-    """Return a number for each token (B, T), equal within a document, or None if no row holds more than one."""
-    if isinstance(past, Tensor) and is_tracing(past):
-        return None  # a compiled step into a static cache: whether it is still empty is not known
-    if int(past) > 0:
-        return None  # a continued row: which of the cached tokens belong to its document is not known
-    length = position_ids.shape[1]
-    real = torch.ones_like(position_ids) if attention_mask is None else attention_mask[:, :length].long()
-    # How far a token's position lies from its place among the real tokens: documents that restart at 0 all differ.
-    document = (position_ids - (real.cumsum(dim=-1) - 1)) * real  # (B, T)
-    return document if is_tracing(document) or bool(document.any()) else None
-
-
-def _document_lengths(position_ids: Tensor, attention_mask: Tensor | None, past: int | Tensor) -> dict[str, Any]:
-    """Return where packed documents begin, for FlashAttention: it reads no mask function, and one row's packing only.
-
-    `cu_seq_lens_*` count through the rows laid end to end; each padding token is a document of its own.
-    """
-    document = _documents(position_ids, attention_mask, past)
-    if document is None or is_tracing(document):  # how many there are is not known in a trace: they must be given
-        return {}
-    if attention_mask is not None:
-        alone = position_ids.max() + 1 + torch.arange(document.shape[1], device=document.device)
-        document = torch.where(attention_mask[:, : document.shape[1]].bool(), document, alone)
-    begins = nn.functional.pad(document[:, 1:] != document[:, :-1], (1, 0), value=True)  # (B, T)
-    bounds = nn.functional.pad(begins.flatten().nonzero().flatten(), (0, 1), value=document.numel()).int()
-    longest = int(bounds.diff().max())
-    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
-
-
-def _same_document(
-    position_ids: Tensor, attention_mask: Tensor | None, past: int | Tensor
-) -> Callable[..., Any] | None:
-    """Return a mask function that keeps packed documents apart, or None if no row holds more than one.
-
-    transformers finds packed documents only without padding and without a cache; this covers the rest.
-    """
-    document = _documents(position_ids, attention_mask, past)
-    if document is None:
-        return None
-    length = document.shape[1]
-
-    def same_document(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        # A static cache has room beyond this row; causality hides it already, but the index must exist.
-        return document[batch_idx, q_idx] == document[batch_idx, kv_idx.clamp(max=length - 1)]
-
-    return same_document
 
 
 __all__ = ["GPTKitForCausalLM", "GPTKitModel", "GPTKitPreTrainedModel"]

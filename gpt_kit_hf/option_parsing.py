@@ -12,7 +12,7 @@ from transformers import HfArgumentParser
 
 from gpt_kit_hf.adapters import AdapterOptions
 from gpt_kit_hf.corpus import EncodingOptions
-from gpt_kit_hf.errors import UsageError, unknown_name
+from gpt_kit_hf.errors import UsageError, one_line, unknown_name
 from gpt_kit_hf.finetuning import BaseOptions, FinetuneOptions, finetuning_optimizer
 from gpt_kit_hf.instruction_rows import RowOptions
 from gpt_kit_hf.optimization import OptimizerOptions, recipe_options
@@ -114,7 +114,7 @@ def _arguments_of_file(file: Path, names: Sequence[str], replaced: set[str]) -> 
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"config {str(file)!r} cannot be read: {error}") from None
     except yaml.YAMLError as error:
-        raise UsageError(f"config {str(file)!r} is not YAML: {' '.join(str(error).split())}") from None
+        raise UsageError(f"config {str(file)!r} is not YAML: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise UsageError(f"config {str(file)!r} must hold 'name: value' lines")
     arguments: list[str] = []

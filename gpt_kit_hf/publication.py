@@ -30,6 +30,7 @@ _NAMES = (
     "configuration_gpt_kit.py",
     "modeling_gpt_kit.py",
     "chunked_loss.py",
+    "packed_documents.py",
     "supervision.json",
     "model.safetensors.index.json",
     "adapter_config.json",

@@ -351,8 +351,8 @@ def wait_for(file: Path, said: Path) -> None:
 
 # In the order in which a save writes them.
 FILES = [
-    "config.json", "chunked_loss.py", "configuration_gpt_kit.py", "modeling_gpt_kit.py", "generation_config.json",
-    "model.safetensors", "tokenizer.json", "tokenizer_config.json", "optimizer.safetensors",
+    "config.json", "chunked_loss.py", "configuration_gpt_kit.py", "modeling_gpt_kit.py", "packed_documents.py",
+    "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "optimizer.safetensors",
     "training_state.json", "manifest.json",
 ]  # fmt: skip
 STAGE = "checkpoints/.stage-step-00000006"

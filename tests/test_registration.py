@@ -25,7 +25,7 @@ from gpt_kit_hf import GPTKitConfig, GPTKitForCausalLM, GPTKitModel
 from gpt_kit_hf.registration import register
 
 SHAPE: dict[str, Any] = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "max_position_embeddings": 16}
-CODE = {"configuration_gpt_kit.py", "modeling_gpt_kit.py", "chunked_loss.py"}
+CODE = {"configuration_gpt_kit.py", "modeling_gpt_kit.py", "chunked_loss.py", "packed_documents.py"}
 
 
 def random_model(**overrides: Any) -> GPTKitForCausalLM:
@@ -148,14 +148,12 @@ def test_a_saved_folder_holds_the_code_and_no_pickle(part: str, tmp_path: Path) 
 
 def test_the_code_that_travels_needs_no_file_and_no_package_of_ours() -> None:
     modeling = Path(gpt_kit_hf.__file__).parent / "modeling_gpt_kit.py"
-    configuration = modeling.with_name("configuration_gpt_kit.py")
-    loss = modeling.with_name("chunked_loss.py")
-    assert sorted(get_relative_imports(modeling)) == ["chunked_loss", "configuration_gpt_kit"]
-    assert get_relative_imports(configuration) == get_relative_imports(loss) == []
+    imported = {modeling.with_name(name) for name in CODE - {modeling.name}}
+    assert set(get_relative_imports(modeling)) == {file.stem for file in imported}
     # The scanner reads by regular expression, docstrings and comments too.
-    for file in (modeling, configuration, loss):
+    for file in {modeling, *imported}:
         found = {Path(path).name for path in get_relative_import_files(file)}
-        assert found == ({configuration.name, loss.name} if file == modeling else set())
+        assert found == ({other.name for other in imported} if file == modeling else set())
         assert set(get_imports(file)) <= {"torch", "transformers", "huggingface_hub"} | sys.stdlib_module_names
 
 
