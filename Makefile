@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# A process for each core, at most four; each runs whole files of tests.
+PYTEST := -m pytest -n logical --maxprocesses 4 --dist loadfile
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 # The oldest transformers that pyproject.toml accepts, and the hub client of its time.
@@ -15,10 +17,10 @@ quickstart: $(VENV)/.runtime
 	$(BIN)/gpt-kit generate runs/quickstart --prompt "    def __init__(self" --max_new_tokens 200
 
 test: $(VENV)/.test check
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 test-all: $(VENV)/.test check
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python $(PYTEST) -m "slow or not slow"
 
 # transformers' own common model tests on this package's classes, from its source distribution.
 conformance: $(VENV)/.test
@@ -26,7 +28,7 @@ conformance: $(VENV)/.test
 
 # Everything once more on the oldest transformers, with the same torch.
 test-oldest: $(OLDEST)/.test
-	$(OLDEST)/bin/python -m pytest -m "slow or not slow"
+	$(OLDEST)/bin/python $(PYTEST) -m "slow or not slow"
 
 # Lint, types and the one-way imports, without the tests.
 check: $(VENV)/.test

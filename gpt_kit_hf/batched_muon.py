@@ -69,14 +69,36 @@ def orthogonalised(matrices: Tensor, coefficients: tuple[float, float, float], s
 
     By Newton and Schulz' iteration with a quintic polynomial of these coefficients (Jordan et al. 2024).
     """
-    a, b, c = coefficients
     found = matrices.float() if matrices.device.type == "cpu" else matrices.bfloat16()
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     if is_tall:  # the product with its transpose is then the smaller one
         found = found.mT
     found = found / found.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)  # no singular value is above 1
+    # The products of the gram matrix lose too much in half precision.
+    is_wide = found.shape[-1] >= 2 * found.shape[-2] and found.dtype == torch.float32
+    found = (_iterated_by_gram if is_wide else _iterated)(found, coefficients, steps)
+    return (found.mT if is_tall else found).to(matrices.dtype)
+
+
+def _iterated(found: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    """Return p(p(...)) with p(X) = (a + b G + c G^2) X and G = X X^T: (N, r, c) -> (N, r, c)."""
+    a, b, c = coefficients
     for _ in range(steps):
         gram = found @ found.mT  # (N, r, c) -> (N, r, r)
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         found = torch.baddbmm(found, polynomial, found, beta=a)
-    return (found.mT if is_tall else found).to(matrices.dtype)
+    return found
+
+
+def _iterated_by_gram(found: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    """Return the same; only two products are with the long rows, as each next G is P G P of the P before it."""
+    a, b, c = coefficients
+    gram = found @ found.mT  # (N, r, c) -> (N, r, r)
+    product: Tensor | None = None
+    for left in reversed(range(steps)):
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = polynomial if product is None else polynomial @ product
+        if left:
+            gram = polynomial @ (polynomial @ gram)  # powers of one matrix: their order is free
+    return found if product is None else product @ found

@@ -14,6 +14,11 @@ from pathlib import Path
 # Read when the Hub's client is imported: its other way of sending files needs more than a loopback server.
 os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
 
+# Processes of tests share the cores, and so do the processes that they start.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    _cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ["OMP_NUM_THREADS"] = str(max(1, _cores // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+
 import datasets
 import pytest
 import tiktoken

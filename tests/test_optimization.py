@@ -255,6 +255,21 @@ def test_matrices_in_batches_step_as_torchs_muon_steps_them_one_by_one(
     assert optimizers[0].state_dict()["param_groups"] == optimizers[1].state_dict()["param_groups"]
 
 
+@pytest.mark.parametrize("shape", [(16, 16), (16, 31), (16, 32), (16, 80), (80, 16), (1, 8)])
+@pytest.mark.parametrize("spread", [0.0, 2.0, 6.0])
+def test_matrices_are_orthogonalised_as_in_double_precision(shape: tuple[int, int], spread: float) -> None:
+    """Singular values over up to six powers of ten: what is lost in the gram matrix must not matter."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.logspace(0, -spread, shape[1], dtype=torch.float64)
+    matrices = torch.randn(3, *shape, generator=generator, dtype=torch.float64) * sizes
+    found = batched_muon.orthogonalised(matrices.float(), (3.4445, -4.7750, 2.0315), 5, 1e-7)
+    assert found.shape == matrices.shape
+    for own, matrix in zip(found, matrices, strict=True):
+        wanted = orthogonalized(matrix if shape[0] <= shape[1] else matrix.mT)
+        wanted = wanted if shape[0] <= shape[1] else wanted.mT
+        assert (own - wanted).norm() < 1e-3 * wanted.norm()  # bfloat16 is a hundred times further off
+
+
 def test_the_rest_steps_as_adamw_alone_does_to_the_bit() -> None:
     model, alone = tiny_model(), tiny_model()
     optimizer = create_optimizer(model, MUON)
