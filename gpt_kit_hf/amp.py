@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import parse_choice_from_env
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from gpt_kit_hf.errors import UsageError, unknown_name
@@ -147,8 +148,7 @@ class AMPTrainer:
                 share = loss_sum * (self.accelerator.num_processes / max(tokens, 1))
                 self.scaler.scale(share).backward()
             total += loss_sum.detach()
-        loss = float(self.accelerator.reduce(total, reduction="sum")) / max(tokens, 1)
-        return self._step(loss, tokens, spike_limit)
+        return self._step(self.accelerator.reduce(total, reduction="sum"), tokens, spike_limit)
 
     def _trained_tokens(self, batches: Sequence[Batch]) -> int:
         own = sum(int((batch.targets != self.ignore_index).sum()) for batch in batches)
@@ -156,12 +156,16 @@ class AMPTrainer:
             return own
         return int(self.accelerator.reduce(torch.tensor(own, device=self.accelerator.device), reduction="sum"))
 
-    def _step(self, loss: float, tokens: int, spike_limit: float) -> UpdateReport:
+    def _step(self, total: Tensor, tokens: int, spike_limit: float) -> UpdateReport:
         """Clip and step, unless something is not finite or too large."""
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
         self.scaler.unscale_(self.optimizer)
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
-        grad_norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), limit))
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        # Read together: the one time in a step that a device is waited for.
+        loss_sum, grad_norm = torch.stack((total, norm.to(total))).tolist()
+        loss = loss_sum / max(tokens, 1)
         skipped = None
         if tokens == 0:
             skipped = "no trained token"

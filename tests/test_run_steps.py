@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,9 @@ def test_a_run_of_losses_that_are_no_numbers_names_its_batch(
 ) -> None:
     whole = AMPTrainer._step
     monkeypatch.setattr(
-        AMPTrainer, "_step", lambda self, loss, *rest: whole(self, loss if self.calls() < 6 else float("nan"), *rest)
+        AMPTrainer,
+        "_step",
+        lambda self, total, *rest: whole(self, total if self.calls() < 6 else total * math.nan, *rest),
     )
     count = iter(range(100))
     monkeypatch.setattr(AMPTrainer, "calls", lambda self: next(count), raising=False)
