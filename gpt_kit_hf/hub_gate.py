@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
+from transformers.dynamic_module_utils import get_relative_imports
 
 from gpt_kit_hf.configuration_gpt_kit import GPTKitConfig
 from gpt_kit_hf.errors import CheckpointError, GPTKitError, HubError
@@ -27,7 +28,7 @@ from gpt_kit_hf.tokenization import check_fingerprint
 from gpt_kit_hf.tokenizer_twin import load_encoding
 
 _AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
-_CODE = ("configuration_gpt_kit.py", "modeling_gpt_kit.py", "chunked_loss.py", "packed_documents.py")
+_CODE = ("configuration_gpt_kit.py", "modeling_gpt_kit.py")
 _SECONDS = 1800
 # Between machines the same weights give logits that differ by rounding; within one they are equal to the bit.
 _LOSS_TOLERANCE = 1e-3
@@ -205,7 +206,12 @@ def _kit_faults(folder: Path) -> Iterator[str]:
     missing = sorted(set(_AUTO_CLASSES) - _auto_map(folder))
     if missing:
         yield f"config.json has no auto_map entry for {', '.join(missing)}"
-    yield from (f"{name} is missing on the Hub" for name in _CODE if not (folder / name).is_file())
+    # And the files that they import, which are those of the version that saved the model.
+    here = [folder / name for name in _CODE if (folder / name).is_file()]
+    beside = {f"{name}.py" for file in here for name in get_relative_imports(file)}
+    for name in sorted({*_CODE, *beside}):
+        if not (folder / name).is_file():
+            yield f"{name} is missing on the Hub"
     expected = _configuration(folder).get("tokenizer_fingerprint")
     try:
         if expected is not None:

@@ -408,6 +408,7 @@ def planted(files: dict[str, bytes], place: Path) -> dict[str, tuple[dict[str, b
     half = {"dtype": "bfloat16"}
     return {
         "missing code": ({"modeling_gpt_kit.py": None}, r"modeling_gpt_kit\.py is missing on the Hub"),
+        "missing part of the code": ({"packed_documents.py": None}, r"packed_documents\.py is missing on the Hub"),
         "missing weights": ({"model.safetensors": None}, r"model\.safetensors is missing on the Hub"),
         "wrong tokenizer": (
             {"tokenizer.json": swapped_tokens(files["tokenizer.json"])},
