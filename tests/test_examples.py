@@ -67,13 +67,14 @@ def test_the_quickstart_predicts_python_better_than_gzip(quickstart: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_tuned_quickstart_nearly_halves_the_loss_of_answers_and_ends_them(
-    quickstart: Path, shared_data: Path, tmp_path: Path
-) -> None:
+def test_tuning_halves_the_loss_of_answers_and_ends_them(shared_data: Path, tmp_path: Path) -> None:
     """1,100 rows, split 85/10/5; the answers to the prompts of both held-out parts end within the limit.
 
-    The loss falls to 0.52 of what it was before; a base that has read more English would take it further.
+    The base is the quickstart's model, trained for 3,000 steps: after its 800 there is less to build on, and the loss
+    falls to 0.51 of what it was.
     """
+    base = tmp_path / "base"
+    run_example("quickstart.yaml", base, "--max_steps", "3000", "--sample_every", "0")
     rows = json.loads((shared_data / "instruction-data.json").read_text())
     order = np.random.default_rng(0).permutation(len(rows))
     files = {}
@@ -81,7 +82,7 @@ def test_a_tuned_quickstart_nearly_halves_the_loss_of_answers_and_ends_them(
         files[name] = tmp_path / f"{name}.json"
         files[name].write_text(json.dumps([rows[index] for index in part], indent=0))
     command = [sys.executable, "examples/finetune_instructions.py"]
-    command += ["--config", "examples/configs/instructions_small.yaml", "--model", str(quickstart)]
+    command += ["--config", "examples/configs/instructions_small.yaml", "--model", str(base)]
     command += [
         "--rows",
         str(files["train"]),
@@ -94,7 +95,7 @@ def test_a_tuned_quickstart_nearly_halves_the_loss_of_answers_and_ends_them(
     assert ended.returncode == 0, ended.stderr
     scores = [line for line in read_jsonl(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "evaluation"]
     assert scores[0]["tokens"] == scores[-1]["tokens"]
-    assert scores[-1]["loss"] <= 0.55 * scores[0]["loss"]
+    assert scores[-1]["loss"] <= 0.5 * scores[0]["loss"]
     held_out = [row for name in ("eval", "test") for row in json.loads(files[name].read_text())]
     assert share_of_ended_answers(tmp_path / "run", held_out, limit=128) > 0.9
 
