@@ -240,7 +240,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path, text_file: str)
 def test_too_many_skipped_updates_stop_the_run_before_the_weights_are_hurt(
     tmp_path: Path, text_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gpt_kit_hf.modeling_gpt_kit.summed_cross_entropy", lambda hidden, *_: hidden.sum() * math.nan)
+    monkeypatch.setattr("gpt_kit_hf.chunked_loss.summed_cross_entropy", lambda hidden, *_: hidden.sum() * math.nan)
     with pytest.raises(NonFiniteError, match="3 updates in a row were skipped, the last at step 3: loss is nan"):
         train(options(tmp_path / "run", text_file, max_skipped=3), stream=None)
     lines = update_lines(tmp_path / "run")
