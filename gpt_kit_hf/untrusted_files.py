@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 from gpt_kit_hf.durable_files import parse_object
-from gpt_kit_hf.errors import CheckpointError
+from gpt_kit_hf.errors import CheckpointError, one_line
 
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
 
@@ -31,7 +31,7 @@ _BITS = {
 def refuse(path: Path, problem: str) -> NoReturn:
     """Raise CheckpointError in one line that a terminal shows as it is."""
     # A stranger names files, too: with line ends, or with what moves a terminal's cursor.
-    line = " ".join(f"{path}: {problem}".split())
+    line = one_line(f"{path}: {problem}")
     raise CheckpointError("".join(character if character.isprintable() else "?" for character in line)) from None
 
 
