@@ -98,6 +98,7 @@ def generate(
         bool, typer.Option("--slide", help="go on past the model's context, seeing its end only")
     ] = False,
     weights: Annotated[str, typer.Option("--weights", help=_WEIGHTS_HELP)] = "same",
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 and so on")] = "cpu",
 ) -> None:
     """Stream text that a model continues from a prompt."""
     from gpt_kit_hf.cli import generate_command
@@ -112,6 +113,7 @@ def generate(
             seed=seed,
             slide=slide,
             weights=weights,
+            device=device,
         )
     )
 
@@ -126,6 +128,7 @@ def chat(
     top_k: Annotated[int | None, typer.Option("--top_k", "--top-k", help="sample among the k likeliest")] = 50,
     seed: Annotated[int | None, typer.Option("--seed", help="makes a sample repeatable")] = None,
     weights: Annotated[str, typer.Option("--weights", help=_WEIGHTS_HELP)] = "same",
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 and so on")] = "cpu",
 ) -> None:
     """Talk with a model: a line of yours, then its answer. A model without a chat template continues your text."""
     from gpt_kit_hf.cli import chat_command
@@ -138,6 +141,7 @@ def chat(
             top_k=top_k,
             seed=seed,
             weights=weights,
+            device=device,
         )
     )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import measure
 import peers
@@ -31,7 +31,7 @@ def main() -> None:
     parser.set_defaults(shape="gpt2", context=1024, batch=1)
     parser.add_argument("--prompt", type=int, default=16, help="tokens")
     parser.add_argument("--new", type=int, default=64, help="tokens to add")
-    parser.add_argument("--weights", nargs="+", default=["same", "half", "int8"], help="of ours; on a GPU only same")
+    parser.add_argument("--weights", nargs="+", choices=get_args(DecodingWeights), help="of ours; on a GPU only same")
     parser.add_argument("--static", action="store_true", help="transformers with a static cache, compiled, too")
     options = parser.parse_args()
     work = peers.work_of(options)
@@ -42,7 +42,7 @@ def main() -> None:
     roads: dict[str, Generate] = {"transformers": theirs(gpt2)}
     if options.static:
         roads["transformers, static cache"] = theirs(gpt2, cache_implementation="static")
-    for weights in options.weights:
+    for weights in options.weights or (get_args(DecodingWeights) if options.device == "cpu" else ["same"]):
         roads[f"gpt_kit_hf, weights {weights}"] = ours(model, weights)
     prompt = torch.randint(options.vocabulary, (options.batch, options.prompt)).to(options.device)
     check(roads, prompt, options.new, exact=work.dtype == torch.float32)

@@ -46,6 +46,14 @@ def weights_digest(source: str, config: Any) -> str:
     return str(digest.hexdigest())
 
 
+def put_on(model: Any, device: str) -> None:
+    """Move a model to a device that a user named. Raises UsageError where there is none."""
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch built without the device asserts
+        raise UsageError(f"device {device!r} cannot be used: {str(error).strip().splitlines()[0]}") from None
+
+
 def load_part(kind: Any, place: str, named: str, **options: Any) -> Any:
     """Return what an Auto class loads; `named` is what a user called it. Raises UsageError."""
     try:

@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gpt_kit_hf.base_models import load_part, model_length
+from gpt_kit_hf.base_models import load_part, model_length, put_on
 from gpt_kit_hf.card_facts import INVARIANCE_FILE
 from gpt_kit_hf.chat import ChatOptions, Conversation, converse
 from gpt_kit_hf.decoding import Decoder, DecodingWeights
@@ -113,6 +113,7 @@ def generate_command(
     seed: int | None,
     slide: bool,
     weights: str = "same",
+    device: str = "cpu",
 ) -> int:
     """Stream text that a run's, a folder's or a Hub repository's model continues from the prompt.
 
@@ -120,7 +121,7 @@ def generate_command(
     """
 
     def generate() -> None:
-        model, tokenizer = _load(place)
+        model, tokenizer = _load(place, device)
         if seed is not None:
             if not 0 <= seed < 2**63:
                 raise UsageError(f"seed must be at least 0 and below 2**63, got {seed}")
@@ -161,14 +162,21 @@ def generate_command(
 
 
 def chat_command(
-    place: str, *, max_new_tokens: int, temperature: float, top_k: int | None, seed: int | None, weights: str = "same"
+    place: str,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    seed: int | None,
+    weights: str = "same",
+    device: str = "cpu",
 ) -> int:
     """Talk with a run's, a folder's or a Hub repository's model: lines from standard input, answers on the output."""
 
     def chat() -> None:
         precision = cast("DecodingWeights", weights)
         options = ChatOptions(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, weights=precision)
-        model, tokenizer = _load(place)
+        model, tokenizer = _load(place, device)
         if seed is not None:
             torch.manual_seed(seed)
         kind = "no chat template: it continues your text" if tokenizer.chat_template is None else "chat template"
@@ -308,10 +316,7 @@ def check_command(
 
     def check() -> None:
         model = load_part(AutoModelForCausalLM, find_model_folder(place), place)
-        try:
-            model.to(device)
-        except (RuntimeError, AssertionError) as error:  # torch built without the device asserts
-            raise UsageError(f"device {device!r} cannot be used: {str(error).strip().splitlines()[0]}") from None
+        put_on(model, device)
         report = check_invariance(
             model, attention=attention or None, compile_flex=compile_flex, seed=seed, announce=_note
         )
@@ -326,12 +331,13 @@ def check_command(
     return run_command(check)
 
 
-def _load(place: str) -> tuple[Any, Any]:
-    """Return the model and the tokenizer of a run, a folder or a Hub repository."""
+def _load(place: str, device: str) -> tuple[Any, Any]:
+    """Return the model of a run, a folder or a Hub repository, on the device, and its tokenizer."""
     folder = find_model_folder(place)
     tokenizer = load_part(AutoTokenizer, folder, place)
     model = load_part(AutoModelForCausalLM, folder, place)
     check_tokenizer(folder, model.config)
+    put_on(model, device)
     return model, tokenizer
 
 

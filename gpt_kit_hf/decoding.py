@@ -1,4 +1,4 @@
-"""One token at a time on a CPU: the weights laid out for it, a cache of fixed size, and no work that repeats itself.
+"""One token at a time: the weights laid out for it, a cache of fixed size, and no work that repeats itself.
 
 Shapes: B rows, T tokens of a call, S tokens that the cache has room for, D model width, H heads, Dh width of a head,
 V vocabulary size.
@@ -54,12 +54,12 @@ _kept: WeakKeyDictionary[nn.Module, dict[str, tuple[list[tuple[int, int]], _Matr
 
 
 class Decoder:
-    """Predicts the next tokens of rows without padding, from a model of this package on a CPU.
+    """Predicts the next tokens of rows without padding, from a model of this package on one CPU or GPU.
 
-    It computes in float32. `weights` "same" keeps the matrices' precision. "half" rounds them to float16, "int8" to 8
-    bits with a scale for each row, and the inputs of each product to 8 bits too. The model's weights must not change
-    while the decoder is in use. Raises UsageError for a model that it cannot compute, and for weights that this
-    machine has no products for.
+    On a CPU it computes in float32, on a GPU in the model's own precision. `weights` "same" keeps the matrices'
+    precision; on a CPU "half" rounds them to float16, "int8" to 8 bits with a scale for each row, and the inputs of
+    each product to 8 bits too. The model's weights must not change while the decoder is in use. Raises UsageError for
+    a model that it cannot compute, and for weights that this machine has no products for.
     """
 
     def __init__(self, model: GPTKitForCausalLM, weights: DecodingWeights = "same") -> None:
@@ -67,14 +67,18 @@ class Decoder:
             raise UsageError(unknown_name("weights", str(weights), get_args(DecodingWeights)))
         if (reason := why_not(model)) is not None:
             raise UsageError(f"weights={weights}: {reason}")
+        self._device: torch.device = model.device
+        if weights != "same" and self._device.type != "cpu":
+            raise UsageError(f"weights={weights}: only on a CPU, and the model is on {self._device}; use same")
         if weights != "same" and not _has_packed_products(weights):
             raise UsageError(f"weights={weights}: this CPU's torch has no such products; use same")
         self._model, self._weights = model, weights
+        self._dtype = torch.float32 if self._device.type == "cpu" else model.dtype
         self._layers = model.model.layers[: model.config.n_layer]
         self._heads = model.config.n_head
-        self._plain = _laid_out(model, self._layers, _plain)
+        self._plain = _as_they_are(model, self._layers, self._dtype)
         self._packed: _Matrices | None = None
-        self._norm = _norm(model.model.norm)
+        self._norm = _norm(model.model.norm, self._dtype)
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         self._filled = 0
@@ -85,7 +89,7 @@ class Decoder:
         It is kept for the next decoder while the model lives and its weights stay as they are; not if the model is in
         training mode, as they will not, nor if it is large and nobody asked for it.
         """
-        layout = _layout(self._weights, self._model.dtype)
+        layout = _layout(self._weights, self._model.dtype, self._device)
         if self._packed is not None or layout is None:
             return
         state = [(p.data_ptr(), p._version) for p in self._model.parameters()]
@@ -94,7 +98,7 @@ class Decoder:
             self._packed = kept[self._weights][1]
             return
         kept.pop(self._weights, None)
-        self._packed = _laid_out(self._model, self._layers, layout)
+        self._packed = _laid_out(self._model, self._layers, layout, self._dtype)
         small = sum(p.nbytes for p in self._model.parameters()) <= _KEPT_BYTES
         if not self._model.training and (small or self._weights != "same"):
             kept[self._weights] = state, self._packed
@@ -104,12 +108,12 @@ class Decoder:
 
         The prompt is read with the model's own weights: many tokens at once need no other layout.
         """
-        return self._plain.head(self._read(prompt, length, self._plain)[:, -1])
+        return self._plain.head(self._read(prompt, length, self._plain).select(1, -1)).float()
 
     def step(self, tokens: Tensor) -> Tensor:
         """Add a token to each row, (B,); return the next token's logits (B, V)."""
         matrices = self._packed or self._plain
-        return matrices.head(self._hidden(tokens[:, None], matrices)[:, 0])
+        return matrices.head(self._hidden(tokens.unsqueeze(1), matrices).squeeze(1)).float()
 
     @torch.no_grad()
     def divergence(self, ids: Tensor) -> tuple[float, float]:
@@ -119,7 +123,8 @@ class Decoder:
         likeliest. The tokens are read one by one, as they are when text is made: it takes as long.
         """
         self.pack()
-        own = self._plain.head(self._read(ids, ids.shape[1], self._plain)).log_softmax(dim=-1)  # (B, T) -> (B, T, V)
+        logits = self._plain.head(self._read(ids, ids.shape[1], self._plain))  # (B, T) -> (B, T, V)
+        own = logits.float().log_softmax(dim=-1)
         self._filled = 0
         packed = torch.stack([self.step(token).log_softmax(dim=-1) for token in ids.unbind(dim=1)], dim=1)
         kl = F.kl_div(packed, own, reduction="none", log_target=True).sum(dim=-1)  # (B, T, V) -> (B, T)
@@ -130,23 +135,25 @@ class Decoder:
         """(B, T) -> (B, T, D), into a new cache with room for `length` tokens."""
         config = self._model.config
         room = (len(ids), self._heads, length, config.n_embd // self._heads)  # (B, H, S, Dh)
-        self._keys = [torch.empty(room, device="cpu") for _ in self._layers]
-        self._values = [torch.empty(room, device="cpu") for _ in self._layers]
+        self._keys = [torch.empty(room, device=self._device, dtype=self._dtype) for _ in self._layers]
+        self._values = [torch.empty(room, device=self._device, dtype=self._dtype) for _ in self._layers]
         self._filled = 0
         return self._hidden(ids, matrices)
 
     def _hidden(self, ids: Tensor, matrices: _Matrices) -> Tensor:
         """(B, T) -> (B, T, D): the tokens behind those in the cache, which then holds them too."""
-        begin, self._filled = self._filled, self._filled + ids.shape[1]
-        positions = self._model.model.embed_positions(torch.arange(begin, self._filled, device="cpu"))
-        hidden = F.embedding(ids, self._model.model.embed_tokens.weight).float() + positions.float()
+        count = ids.shape[1]
+        begin, self._filled = self._filled, self._filled + count
+        positions = self._model.model.embed_positions(torch.arange(begin, self._filled, device=self._device))
+        hidden = F.embedding(ids, self._model.model.embed_tokens.weight).to(self._dtype) + positions.to(self._dtype)
         for block, keys, values in zip(matrices.blocks, self._keys, self._values, strict=True):
             projected = block.query_key_value(block.norm_before_attention(hidden))  # (B, T, 3 D)
             by_head = projected.view(*ids.shape, 3, self._heads, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, Dh)
-            query, keys[:, :, begin : self._filled], values[:, :, begin : self._filled] = by_head.unbind()
-            attended = F.scaled_dot_product_attention(
-                query, keys[:, :, : self._filled], values[:, :, : self._filled], is_causal=ids.shape[1] > 1
-            )
+            query, key, value = by_head.unbind()
+            keys.narrow(2, begin, count).copy_(key)
+            values.narrow(2, begin, count).copy_(value)
+            seen = keys.narrow(2, 0, self._filled), values.narrow(2, 0, self._filled)
+            attended = F.scaled_dot_product_attention(query, *seen, is_causal=count > 1)
             hidden = hidden + block.attention_output(attended.transpose(1, 2).flatten(2))  # (B, H, T, Dh) -> (B, T, D)
             widened = block.activation(block.up(block.norm_before_feed_forward(hidden)))
             hidden = hidden + block.down(widened)
@@ -157,9 +164,11 @@ def why_not(model: nn.Module) -> str | None:
     """Return why a `Decoder` cannot compute a model, or None if it can."""
     if type(model) is not GPTKitForCausalLM:
         return f"{type(model).__name__} is no plain GPTKitForCausalLM"
+    if model.device.type not in ("cpu", "cuda"):
+        return f"the model is on {model.device}, and this is for a CPU or a CUDA GPU"
     for name, parameter in model.named_parameters():
-        if parameter.device.type != "cpu":
-            return f"the model is on {parameter.device.type!r}, and this is for a CPU"
+        if parameter.device != model.device:
+            return f"{name} is on {parameter.device}, not on {model.device} as the rest"
         if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16) or type(parameter.data) is not Tensor:
             return f"{name} is a {parameter.dtype} {type(parameter.data).__name__}, no tensor in 32 or 16 bits"
     for name, module in model.named_modules():
@@ -179,12 +188,8 @@ def pays(new_tokens: int) -> bool:
 # --- layouts of the matrices
 
 
-def _plain(weight: Tensor, bias: Tensor | None) -> Linear:
-    def linear(inputs: Tensor) -> Tensor:
-        # Of weights in half precision a float32 copy exists only now: most CPUs compute in half precision much slower.
-        return F.linear(inputs, weight.float(), None if bias is None else bias.float())
-
-    return linear
+def _row_by_row(weight: Tensor, bias: Tensor | None) -> Linear:
+    return lambda inputs: F.linear(inputs, weight, bias)
 
 
 def _packed_float32(weight: Tensor, bias: Tensor | None) -> Linear:
@@ -221,8 +226,10 @@ def _has_packed_products(weights: Literal["half", "int8"]) -> bool:
     )
 
 
-def _layout(weights: DecodingWeights, dtype: torch.dtype) -> _Layout | None:
+def _layout(weights: DecodingWeights, dtype: torch.dtype, device: torch.device) -> _Layout | None:
     """Return the layout for single tokens, or None where this machine has none that is better than the model's own."""
+    if device.type != "cpu":
+        return _row_by_row  # what is gained is one product for query, key and value
     if weights == "int8":
         return _packed_int8
     if weights == "half" or dtype in (torch.float16, torch.bfloat16):
@@ -232,38 +239,59 @@ def _layout(weights: DecodingWeights, dtype: torch.dtype) -> _Layout | None:
     return _packed_float32 if x86 and known and torch.backends.mkldnn.enabled else None
 
 
-def _norm(norm: nn.LayerNorm) -> Linear:
-    weight, bias = norm.weight.float(), None if norm.bias is None else norm.bias.float()
+def _norm(norm: nn.LayerNorm, dtype: torch.dtype) -> Linear:
+    weight, bias = norm.weight.to(dtype), None if norm.bias is None else norm.bias.to(dtype)
     return lambda inputs: F.layer_norm(inputs, norm.normalized_shape, weight, bias, norm.eps)
 
 
-def _laid_out(model: GPTKitForCausalLM, layers: Iterable[nn.Module], layout: _Layout) -> _Matrices:
+def _block(layer: Any, matrix: Callable[..., Linear], dtype: torch.dtype) -> _Block:
+    """Return a block whose matrices are what `matrix` makes of its linear layers."""
+    assert isinstance(layer, TransformerBlock)
+    attention, mlp = layer.self_attn, layer.mlp
+    return _Block(
+        norm_before_attention=_norm(layer.input_layernorm, dtype),
+        query_key_value=matrix(attention.q_proj, attention.k_proj, attention.v_proj),
+        attention_output=matrix(attention.o_proj),
+        norm_before_feed_forward=_norm(layer.post_attention_layernorm, dtype),
+        up=matrix(mlp.up_proj),
+        activation=mlp.act_fn,
+        down=matrix(mlp.down_proj),
+    )
+
+
+def _as_they_are(model: GPTKitForCausalLM, layers: Iterable[nn.Module], dtype: torch.dtype) -> _Matrices:
+    """Return the matrices on the model's own weights: made for each text, and nothing to compute."""
+
+    def plain(module: nn.Linear) -> Linear:
+        def linear(inputs: Tensor) -> Tensor:
+            # Of weights in half precision a CPU gets a float32 copy only now: most compute in half precision slower.
+            return F.linear(inputs, module.weight.to(dtype), None if module.bias is None else module.bias.to(dtype))
+
+        return linear
+
+    def matrix(*modules: nn.Linear) -> Linear:
+        parts = [plain(module) for module in modules]
+        return parts[0] if len(parts) == 1 else lambda inputs: torch.cat([p(inputs) for p in parts], dim=-1)
+
+    return _Matrices([_block(layer, matrix, dtype) for layer in layers], matrix(model.lm_head))
+
+
+def _laid_out(model: GPTKitForCausalLM, layers: Iterable[nn.Module], layout: _Layout, dtype: torch.dtype) -> _Matrices:
+    """Return the matrices in a layout of their own."""
+
     @torch.no_grad()  # each thread has its own mode
     def matrix(*modules: nn.Linear) -> Linear:
         """Return one linear layer whose output is that of all modules, one behind the other."""
-        if layout is _plain:  # it reads the model's own weights
-            parts = [_plain(module.weight, module.bias) for module in modules]
-            return parts[0] if len(parts) == 1 else lambda inputs: torch.cat([p(inputs) for p in parts], dim=-1)
-        biases = [module.bias.float() for module in modules if module.bias is not None]
-        return layout(torch.cat([module.weight.float() for module in modules]), torch.cat(biases) if biases else None)
+        weights = [module.weight.to(dtype) for module in modules]
+        biases = [module.bias.to(dtype) for module in modules if module.bias is not None]
+        if len(modules) == 1:
+            return layout(weights[0], biases[0] if biases else None)
+        return layout(torch.cat(weights), torch.cat(biases) if biases else None)
 
-    def block(layer: Any) -> _Block:
-        assert isinstance(layer, TransformerBlock)
-        attention, mlp = layer.self_attn, layer.mlp
-        return _Block(
-            norm_before_attention=_norm(layer.input_layernorm),
-            query_key_value=matrix(attention.q_proj, attention.k_proj, attention.v_proj),
-            attention_output=matrix(attention.o_proj),
-            norm_before_feed_forward=_norm(layer.post_attention_layernorm),
-            up=matrix(mlp.up_proj),
-            activation=mlp.act_fn,
-            down=matrix(mlp.down_proj),
-        )
-
-    if layout is _plain:  # for each text, and nothing to compute
-        return _Matrices([block(layer) for layer in layers], matrix(model.lm_head))
+    if layout is _row_by_row:
+        return _Matrices([_block(layer, matrix, dtype) for layer in layers], matrix(model.lm_head))
     with ThreadPoolExecutor(torch.get_num_threads()) as pool, warnings.catch_warnings():  # packing uses one thread
         # torch will drop quantised tensors some day; a machine whose torch has is told so by `_has_packed_products`.
         warnings.filterwarnings("ignore", message="torch.quantize_per_tensor, torch.quantize_per_channel")
         head = pool.submit(matrix, model.lm_head)
-        return _Matrices(list(pool.map(block, layers)), head.result())
+        return _Matrices(list(pool.map(lambda layer: _block(layer, matrix, dtype), layers)), head.result())

@@ -51,8 +51,8 @@ def generate_text_autoregressive(
         overflow: what to do where T + max_new_tokens exceeds the model's ``max_position_embeddings``:
             "error", or "slide": each further token is predicted from the last ``max_position_embeddings``
             tokens, without a cache, which is slower.
-        weights: for a model of this package on a CPU, the precision in which its matrices are read for each
-            token: "same" as they are, "half" or "int8"; see ``Decoder``.
+        weights: the precision in which the matrices are read for each token: "same" as they are, or, for a model
+            of this package on a CPU, "half" or "int8"; see ``Decoder``.
 
     Returns:
         (B, T + N) int64 on the model's device, N at most ``max_new_tokens``: fewer where every row has
@@ -211,22 +211,23 @@ def _decode(
     decoder: Decoder, ids: Tensor, max_new_tokens: int, decoding: GenerationConfig, streamer: BaseStreamer | None
 ) -> Tensor:
     """(B, T) -> (B, T + N), as ``generate`` gives it, by the same draws."""
-    eos = torch.tensor(decoding.eos_token_id or [], dtype=torch.long)
-    ended = torch.zeros(len(ids), dtype=torch.bool)
+    eos = torch.tensor(decoding.eos_token_id or [], dtype=torch.long, device=ids.device)
+    ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     if streamer is not None:
-        streamer.put(ids)
-    with torch.autocast("cpu", enabled=False):
+        streamer.put(ids.cpu())
+    with torch.autocast(ids.device.type, enabled=False):
         logits = decoder.start(ids, ids.shape[1] + max_new_tokens)
         tokens: list[Tensor] = []  # (B,) each
         while True:
             token = _next_tokens(logits, decoding)
-            if tokens and ended.any():
+            if decoding.eos_token_id:
                 token = token.masked_fill(ended, decoding.pad_token_id)
+                ended |= torch.isin(token, eos)
             tokens.append(token)
             if streamer is not None:
-                streamer.put(token)
-            ended |= torch.isin(token, eos)
-            if len(tokens) == max_new_tokens or ended.all():
+                streamer.put(token.cpu())
+            # A GPU is waited for only where a row can end.
+            if len(tokens) == max_new_tokens or (decoding.eos_token_id and ended.all()):
                 break
             if len(tokens) == 1 and pays(max_new_tokens):
                 decoder.pack()  # behind the first token, which need not wait for it

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gpt_kit_hf.base_models import load_part
+from gpt_kit_hf.base_models import load_part, put_on
 from gpt_kit_hf.corpus import prepare_text
 from gpt_kit_hf.durable_files import load_json, save_json
 from gpt_kit_hf.errors import DataError, UsageError, unknown_name
@@ -134,10 +134,7 @@ def score_model(place: str, options: ScoreOptions) -> ScoreReport:
     folder = find_model_folder(place)
     model = load_part(AutoModelForCausalLM, folder, place)
     check_tokenizer(folder, model.config)
-    try:
-        model.to(options.device)
-    except (RuntimeError, AssertionError) as error:  # torch built without the device asserts
-        raise UsageError(f"device {options.device!r} cannot be used: {str(error).strip().splitlines()[0]}") from None
+    put_on(model, options.device)
     context = context_length(model)
     length = options.max_length or context or _UNKNOWN_LENGTH
     if context is not None and length > context:

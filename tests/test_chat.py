@@ -213,6 +213,14 @@ def test_what_cannot_be_talked_to_is_one_line(tmp_path: Path, capsys: pytest.Cap
     assert said.count("\n") == 1
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_a_device_that_is_not_there_is_one_line(device: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert chat_command(str(folder), **SETTINGS, device=device) == 2
+    said = capsys.readouterr().err
+    assert f"device '{device}' cannot be used: " in said
+    assert said.count("\n") == 1
+
+
 class Terminal:
     """A child process on a terminal of its own; the model in it says what it is told to, without computing."""
 
@@ -268,7 +276,7 @@ def test_a_terminal_ends_it_with_success(
         return " said"
 
     monkeypatch.setattr(chat_room, "stream_text", answer)
-    monkeypatch.setattr(cli, "_load", lambda _: (model, tokenizer))
+    monkeypatch.setattr(cli, "_load", lambda *_: (model, tokenizer))
     monkeypatch.setenv("TERM", "dumb")
     terminal = Terminal(lambda: chat_command(str(folder), **SETTINGS))
     terminal.read_until(b"> ")

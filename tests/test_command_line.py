@@ -196,8 +196,12 @@ def test_generate_streams_the_prompt_and_its_continuation(run: Path, capsys: pyt
 
 def test_generate_refuses_in_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = {"max_new_tokens": 100, "temperature": 1.0, "top_k": None, "seed": 1, "slide": False}
-    for place, message in ((str(run), "max_position_embeddings"), (str(tmp_path / "none"), "no such folder")):
-        assert generate_command(place, "All", **chosen) == 2  # type: ignore[arg-type]
+    for place, device, message in (
+        (str(run), "cpu", "max_position_embeddings"),
+        (str(tmp_path / "none"), "cpu", "no such folder"),
+        (str(run), "cuda:99", "device 'cuda:99' cannot be used: "),
+    ):
+        assert generate_command(place, "All", device=device, **chosen) == 2  # type: ignore[arg-type]
         said = capsys.readouterr().err
         assert said.count("\n") == 1
         assert message in said

@@ -11,6 +11,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt_kit_hf import GPTKitConfig, GPTKitForCausalLM, UsageError, decoding, generate_text_autoregressive
@@ -181,6 +183,64 @@ def test_short_answers_do_not_wait_for_another_layout(monkeypatch: pytest.Monkey
     assert packed == [1]
 
 
+# --- on a GPU
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_road_of_a_gpu_gives_the_models_own_logits(
+    kind: str, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding, "_layout", lambda *_: decoding._row_by_row if packed else None)
+    model, ids = model_of(**KINDS[kind]), ids_of(3, 30)
+    with torch.no_grad():
+        expected = model(ids).logits[:, 6:]
+    torch.testing.assert_close(fed(Decoder(model), ids, 7), expected, rtol=1e-4, atol=1e-4)
+
+
+class _CopiesWithoutCuda(TorchFunctionMode):
+    """A torch without CUDA refuses `Tensor.copy_` to a GPU, also to a fake one, but not the operation itself."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (torch.ops.aten.copy_.default if func is Tensor.copy_ else func)(*args, **(kwargs or {}))
+
+
+def on_a_fake_gpu(tensors: dict[str, Tensor | None], dtype: torch.dtype) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            kept = dtype if tensor.is_floating_point() else tensor.dtype
+            there = torch.empty(tensor.shape, dtype=kept, device="cuda")
+            tensors[name] = nn.Parameter(there, False) if isinstance(tensor, nn.Parameter) else there
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_gpu_everything_stays_there(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's fake tensors stand for a GPU: they hold no numbers, but no operation takes two devices or two types."""
+    monkeypatch.setattr(decoding, "why_not", lambda _: None)  # a fake tensor is no plain one
+    model = model_of(**KINDS[kind])
+    with FakeTensorMode(), _CopiesWithoutCuda(), torch.no_grad():
+        for module in model.modules():
+            on_a_fake_gpu(module._parameters, dtype)
+            on_a_fake_gpu(module._buffers, dtype)
+        decoder = Decoder(model)
+        logits = decoder.start(torch.zeros(2, 5, dtype=torch.long, device="cuda"), 9)
+        decoder.pack()
+        for _ in range(4):
+            logits = decoder.step(logits.argmax(dim=-1))
+        assert (logits.device.type, logits.dtype, tuple(logits.shape)) == ("cuda", torch.float32, (2, VOCAB))
+        assert {(keys.device.type, keys.dtype) for keys in decoder._keys} == {("cuda", dtype)}
+        with pytest.raises(RuntimeError, match="device"):
+            decoder.step(torch.zeros(2, dtype=torch.long))
+
+
+def test_fewer_bits_are_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "why_not", lambda _: None)
+    with pytest.raises(UsageError, match=r"weights=half: only on a CPU, and the model is on meta; use same"):
+        Decoder(model_of().to("meta"), "half")
+
+
 # --- what it refuses
 
 
@@ -191,6 +251,12 @@ def adapted(model: GPTKitForCausalLM) -> nn.Module:
 
 def hooked(model: GPTKitForCausalLM) -> nn.Module:
     model.model.layers[1].register_forward_hook(lambda module, args, output: output)
+    return model
+
+
+def in_two_places(_: GPTKitForCausalLM) -> nn.Module:
+    model = model_of(tie_word_embeddings=False)
+    model.lm_head.to("meta")
     return model
 
 
@@ -207,7 +273,8 @@ def with_an_adapter_inside(model: GPTKitForCausalLM) -> nn.Module:
         (with_an_adapter_inside, r"q_proj is Linear, not a plain linear layer"),
         (hooked, r"model\.layers\.1 has forward hooks"),
         (lambda model: model.double(), "is a torch.float64 Tensor, no tensor in 32 or 16 bits"),
-        (lambda model: model.to("meta"), "the model is on 'meta', and this is for a CPU"),
+        (lambda model: model.to("meta"), "the model is on meta, and this is for a CPU or a CUDA GPU"),
+        (in_two_places, r"lm_head\.weight is on meta, not on cpu as the rest"),
         (lambda _: GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1)), "GPT2LMHeadModel is no plain"),
     ],
 )
