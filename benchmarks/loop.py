@@ -2,18 +2,21 @@
 
 `python benchmarks/loop.py` trains on the source of Python's standard library with the package's `train` (reading the
 data, records, progress, a checkpoint in the middle), with its step alone on batches at hand, and with transformers'
-Trainer on its GPT-2 of the same size, the same windows and precision, which saves in the middle, too. They take turns;
-the first steps, which allocate, are left out.
+Trainer on its GPT-2 of the same size, the same windows and precision, which saves in the middle, too. They take turns,
+each in a process of its own; the first steps, which allocate, are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ import transformers
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from gpt_kit_hf import (
+    AMPTrainer,
     Batch,
     EncodingOptions,
     ModelOptions,
@@ -35,6 +39,7 @@ from gpt_kit_hf import (
     get_encoding,
     train,
 )
+from gpt_kit_hf.memory_reuse import reuse_freed_memory
 from gpt_kit_hf.run_steps import Steps
 from gpt_kit_hf.text_sources import find_files
 
@@ -51,67 +56,97 @@ def main() -> None:
     parser.add_argument("--encoding", default="gpt2", help="which sets the vocabulary; gpt2 is 50,257 tokens")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--steps", type=int, default=16, help="of each, each round")
+    parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.vocabulary = get_encoding(options.encoding).n_vocab
+    if options.worker:
+        work_alone(options)
+        return
+    taken: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
+    for _ in range(options.rounds):
+        for name in WAYS:
+            with tempfile.TemporaryDirectory() as folder:
+                taken[name].append(in_a_process(name, folder))
+    report(options, taken)
+
+
+def in_a_process(name: str, folder: str) -> dict[str, float]:
+    """Return what a way's own process measured."""
+    command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--worker", name, "--folder", folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    for line in done.stdout.splitlines():
+        if line.startswith("MEASURED "):
+            measured: dict[str, float] = json.loads(line.removeprefix("MEASURED "))
+            return measured
+    raise SystemExit(f"{name} ended without a figure:\n{done.stderr}")
+
+
+def work_alone(options: argparse.Namespace) -> None:
+    """Take one way's steps, and print the seconds of one."""
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
-    with tempfile.TemporaryDirectory() as folder:
-        benchmark(options, Path(folder))
-
-
-def benchmark(options: argparse.Namespace, folder: Path) -> None:
     text = "\n".join(file.read_text("utf-8", "ignore") for file in find_files(["python-stdlib"]))[:CHARACTERS]
-    (folder / "text.txt").write_text(text)
-    (folder / "held-out.txt").write_text(text[-10 * options.context :])
-    encoding = get_encoding(options.encoding)
-    ids = torch.tensor(encoding.encode_ordinary(text))
+    (options.folder / "text.txt").write_text(text)
+    (options.folder / "held-out.txt").write_text(text[-10 * options.context :])
+    ids = torch.tensor(get_encoding(options.encoding).encode_ordinary(text))
     windows = ids[: len(ids) // options.context * options.context].view(-1, options.context)
-    options.vocabulary = encoding.n_vocab
+    print("MEASURED " + json.dumps(WAYS[options.worker](options, peers.work_of(options), windows)), flush=True)
+
+
+def a_step(begins: Sequence[float]) -> float:
+    """Return the mean seconds of a step, of those behind the first."""
+    counted = begins[LEFT_OUT:]
+    return (counted[-1] - counted[0]) / (len(counted) - 1)
+
+
+def report(options: argparse.Namespace, taken: dict[str, list[dict[str, float]]]) -> None:
     work = peers.work_of(options)
-    ways: dict[str, Callable[[int], list[float]]] = {
-        "gpt_kit_hf, the loop": lambda turn: our_loop(options, work, folder / f"ours-{turn}"),
-        "gpt_kit_hf, the step": lambda turn: our_step(options, work, windows),
-        "transformers Trainer": lambda turn: their_loop(options, work, windows, folder / f"theirs-{turn}"),
-    }
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(options.rounds):
-        for name, way in ways.items():
-            begins = way(turn)[LEFT_OUT:]
-            taken[name].append((begins[-1] - begins[0]) / (len(begins) - 1))
     print(f"machine  {measure.machine(work.device)}; {measure.versions('torch', 'transformers', 'accelerate')}")
     print(f"work     {work}")
-    ours = taken["gpt_kit_hf, the loop"]
+    seconds = {name: [turn["step"] for turn in turns] for name, turns in taken.items()}
+    loop = next(iter(WAYS))
     rows = [
         [
             name,
             f"{statistics.median(s):.3f} s",
             f"{work.tokens / statistics.median(s):,.0f}",
-            f"{measure.median_ratio(s, ours):.2f}",
+            f"{measure.median_ratio(s, seconds[loop]):.2f}",
         ]
-        for name, s in taken.items()
+        for name, s in seconds.items()
     ]
     measure.show(rows, ["", "a step", "tokens/s", "time to the loop's"])
-    measure.keep(options.json, {"options": vars(options), "seconds": taken})
+    print(f"of the loop's time {statistics.median(turn['updating'] for turn in taken[loop]):.1%} are its updates")
+    measure.keep(options.json, {"options": vars(options) | {"folder": None}, "turns": taken})
 
 
-def our_loop(options: argparse.Namespace, work: peers.Work, folder: Path) -> list[float]:
-    """Train with all defaults; return when each step began."""
+def our_loop(options: argparse.Namespace, work: peers.Work, _: torch.Tensor) -> dict[str, float]:
+    """Train with all defaults; return the seconds of a step, and which share of them is the trainer's update."""
     begins: list[float] = []
-    take = Steps.take
+    updates: list[float] = []
+    take, update = Steps.take, AMPTrainer.update
 
     def noted(self: Steps) -> Any:
         measure.synchronise(work.device)
         begins.append(time.perf_counter())
         return take(self)
 
+    def timed(self: AMPTrainer, *arguments: Any, **more: Any) -> Any:
+        began = time.perf_counter()
+        result = update(self, *arguments, **more)
+        measure.synchronise(work.device)
+        updates.append(time.perf_counter() - began)
+        return result
+
     run = RunOptions(
         training=TrainingOptions(
-            output_dir=str(folder), batch_size=work.batch, max_steps=options.steps, eval_every=10**6,
+            output_dir=str(options.folder / "run"), batch_size=work.batch, max_steps=options.steps, eval_every=10**6,
             sample_every=0, sample_tokens=1, save_every=options.steps // 2, cpu=work.device == "cpu",
             mixed_precision=options.precision, report_to=["none"],
         ),
         text=TextOptions(
-            text_files=[str(folder.parent / "text.txt")], eval_files=[str(folder.parent / "held-out.txt")]
+            text_files=[str(options.folder / "text.txt")], eval_files=[str(options.folder / "held-out.txt")]
         ),
         encoding=EncodingOptions(encoding=options.encoding),
         windows=WindowOptions(max_length=work.context),
@@ -120,16 +155,19 @@ def our_loop(options: argparse.Namespace, work: peers.Work, folder: Path) -> lis
             max_position_embeddings=work.context,
         ),
     )  # fmt: skip
-    Steps.take = noted  # type: ignore[method-assign]
-    try:
-        train(run, stream=None)
-    finally:
-        Steps.take = take  # type: ignore[method-assign]
-    return begins
+    Steps.take, AMPTrainer.update = noted, timed  # type: ignore[method-assign]
+    train(run, stream=None)
+    counted = begins[LEFT_OUT:]
+    return {
+        "step": a_step(begins),
+        "updating": sum(updates[LEFT_OUT : options.steps - 1]) / (counted[-1] - counted[0]),
+    }
 
 
-def our_step(options: argparse.Namespace, work: peers.Work, windows: torch.Tensor) -> list[float]:
-    """Update by batches that are at hand; return when each step began."""
+def our_step(options: argparse.Namespace, work: peers.Work, windows: torch.Tensor) -> dict[str, float]:
+    """Update by batches that are at hand; return the seconds of a step."""
+    if work.device == "cpu":
+        reuse_freed_memory()  # as `gpt-kit train` does
     trainer = peers.our_trainer(work)
     begins = []
     for number in range(options.steps):
@@ -137,7 +175,7 @@ def our_step(options: argparse.Namespace, work: peers.Work, windows: torch.Tenso
         measure.synchronise(work.device)
         begins.append(time.perf_counter())
         trainer.update([Batch(ids, ids.roll(-1, dims=1))])
-    return begins
+    return {"step": a_step(begins)}
 
 
 class Begins(TrainerCallback):
@@ -151,19 +189,26 @@ class Begins(TrainerCallback):
         self.times.append(time.perf_counter())
 
 
-def their_loop(options: argparse.Namespace, work: peers.Work, windows: torch.Tensor, folder: Path) -> list[float]:
-    """Train GPT-2 with transformers' Trainer; return when each step began."""
+def their_loop(options: argparse.Namespace, work: peers.Work, windows: torch.Tensor) -> dict[str, float]:
+    """Train GPT-2 with transformers' Trainer; return the seconds of a step."""
     gpt2 = peers.gpt2_of(peers.our_model(work)).train()
     rows = [{"input_ids": row, "labels": row} for row in windows]
     begins = Begins(work.device)
     arguments = TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=work.batch, max_steps=options.steps, learning_rate=1e-3,
-        optim="adamw_torch_fused", weight_decay=0.1, lr_scheduler_type="cosine", warmup_steps=100, max_grad_norm=1.0,
-        logging_steps=50, save_steps=options.steps // 2, report_to=[], disable_tqdm=True, use_cpu=work.device == "cpu",
-        bf16=options.precision == "bf16",
+        output_dir=str(options.folder), per_device_train_batch_size=work.batch, max_steps=options.steps,
+        learning_rate=1e-3, optim="adamw_torch_fused", weight_decay=0.1, lr_scheduler_type="cosine", warmup_steps=100,
+        max_grad_norm=1.0, logging_steps=50, save_steps=options.steps // 2, report_to=[], disable_tqdm=True,
+        use_cpu=work.device == "cpu", bf16=options.precision == "bf16",
     )  # fmt: skip
     Trainer(model=gpt2, args=arguments, train_dataset=rows, callbacks=[begins]).train()
-    return begins.times
+    return {"step": a_step(begins.times)}
+
+
+WAYS: dict[str, Callable[..., dict[str, float]]] = {
+    "gpt_kit_hf, the loop": our_loop,
+    "gpt_kit_hf, the step": our_step,
+    "transformers Trainer": their_loop,
+}
 
 
 if __name__ == "__main__":
