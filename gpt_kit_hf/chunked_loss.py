@@ -14,7 +14,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.import_utils import is_tracing
 
 # Logits that are held at once: enough rows for a matrix product to be fast, little beside the model's own memory.
-_CPU_LOGITS, _DEVICE_LOGITS = 1 << 25, 1 << 27
+_CPU_LOGITS, _DEVICE_LOGITS = 1 << 26, 1 << 27
 # Rows of logits begin at multiples of this: matrix units and vector units take unaligned rows at a third less speed.
 _ALIGNMENT = 64
 

@@ -206,7 +206,6 @@ def _extended(
         return _slide(model, prompt, max_new_tokens, context, decoding, streamer)
 
 
-@torch.no_grad()
 def _decode(
     decoder: Decoder, ids: Tensor, max_new_tokens: int, decoding: GenerationConfig, streamer: BaseStreamer | None
 ) -> Tensor:
@@ -215,7 +214,7 @@ def _decode(
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     if streamer is not None:
         streamer.put(ids.cpu())
-    with torch.autocast(ids.device.type, enabled=False):
+    with torch.inference_mode(), torch.autocast(ids.device.type, enabled=False):
         logits = decoder.start(ids, ids.shape[1] + max_new_tokens)
         tokens: list[Tensor] = []  # (B,) each
         while True:
@@ -234,6 +233,7 @@ def _decode(
             logits = decoder.step(token)
     if streamer is not None:
         streamer.end()
+    # Outside inference mode: what is returned may be trained on.
     return torch.cat((ids, torch.stack(tokens, dim=1)), dim=1)
 
 
