@@ -9,6 +9,7 @@ each in a process of its own; the first steps, which allocate, are left out.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -44,7 +45,9 @@ from gpt_kit_hf.run_steps import Steps
 from gpt_kit_hf.text_sources import find_files
 
 LEFT_OUT = 2  # steps that allocate
+SAVE_EVERY = 500  # steps: what both loops do if nobody says otherwise; here each saves once, in the middle
 CHARACTERS = 3_000_000
+BARE = "gpt_kit_hf, the step"
 
 
 def main() -> None:
@@ -95,34 +98,40 @@ def work_alone(options: argparse.Namespace) -> None:
     print("MEASURED " + json.dumps(WAYS[options.worker](options, peers.work_of(options), windows)), flush=True)
 
 
-def a_step(begins: Sequence[float]) -> float:
-    """Return the mean seconds of a step, of those behind the first."""
-    counted = begins[LEFT_OUT:]
-    return (counted[-1] - counted[0]) / (len(counted) - 1)
+def steps_of(begins: Sequence[float]) -> dict[str, float]:
+    """Return the median seconds of a step behind the first ones, and what all of them took above that: the save."""
+    seconds = [after - before for before, after in itertools.pairwise(begins[LEFT_OUT:])]
+    step = statistics.median(seconds)
+    return {"step": step, "save": sum(seconds) - len(seconds) * step}
 
 
 def report(options: argparse.Namespace, taken: dict[str, list[dict[str, float]]]) -> None:
     work = peers.work_of(options)
     print(f"machine  {measure.machine(work.device)}; {measure.versions('torch', 'transformers', 'accelerate')}")
     print(f"work     {work}")
-    seconds = {name: [turn["step"] for turn in turns] for name, turns in taken.items()}
+    # A bare step saves nothing: what its steps took above their median is chance.
+    seconds = {
+        name: [turn["step"] + (turn["save"] / SAVE_EVERY if name != BARE else 0.0) for turn in turns]
+        for name, turns in taken.items()
+    }
     loop = next(iter(WAYS))
     rows = [
         [
             name,
-            f"{statistics.median(s):.3f} s",
+            f"{statistics.median(turn['step'] for turn in taken[name]):.3f} s",
+            "" if name == BARE else f"{statistics.median(turn['save'] for turn in taken[name]):.1f} s",
             f"{work.tokens / statistics.median(s):,.0f}",
             f"{measure.median_ratio(s, seconds[loop]):.2f}",
         ]
         for name, s in seconds.items()
     ]
-    measure.show(rows, ["", "a step", "tokens/s", "time to the loop's"])
+    measure.show(rows, ["", "a step", "a save", f"tokens/s, a save every {SAVE_EVERY} steps", "time to the loop's"])
     print(f"of the loop's time {statistics.median(turn['updating'] for turn in taken[loop]):.1%} are its updates")
     measure.keep(options.json, {"options": vars(options) | {"folder": None}, "turns": taken})
 
 
 def our_loop(options: argparse.Namespace, work: peers.Work, _: torch.Tensor) -> dict[str, float]:
-    """Train with all defaults; return the seconds of a step, and which share of them is the trainer's update."""
+    """Train with all defaults; return the seconds of its steps, and which share of them is the trainer's update."""
     begins: list[float] = []
     updates: list[float] = []
     take, update = Steps.take, AMPTrainer.update
@@ -158,10 +167,8 @@ def our_loop(options: argparse.Namespace, work: peers.Work, _: torch.Tensor) -> 
     Steps.take, AMPTrainer.update = noted, timed  # type: ignore[method-assign]
     train(run, stream=None)
     counted = begins[LEFT_OUT:]
-    return {
-        "step": a_step(begins),
-        "updating": sum(updates[LEFT_OUT : options.steps - 1]) / (counted[-1] - counted[0]),
-    }
+    updating = sum(updates[LEFT_OUT : options.steps - 1]) / (counted[-1] - counted[0])
+    return {**steps_of(begins), "updating": updating}
 
 
 def our_step(options: argparse.Namespace, work: peers.Work, windows: torch.Tensor) -> dict[str, float]:
@@ -175,7 +182,7 @@ def our_step(options: argparse.Namespace, work: peers.Work, windows: torch.Tenso
         measure.synchronise(work.device)
         begins.append(time.perf_counter())
         trainer.update([Batch(ids, ids.roll(-1, dims=1))])
-    return {"step": a_step(begins)}
+    return steps_of(begins)
 
 
 class Begins(TrainerCallback):
@@ -201,12 +208,12 @@ def their_loop(options: argparse.Namespace, work: peers.Work, windows: torch.Ten
         use_cpu=work.device == "cpu", bf16=options.precision == "bf16",
     )  # fmt: skip
     Trainer(model=gpt2, args=arguments, train_dataset=rows, callbacks=[begins]).train()
-    return {"step": a_step(begins.times)}
+    return steps_of(begins.times)
 
 
 WAYS: dict[str, Callable[..., dict[str, float]]] = {
     "gpt_kit_hf, the loop": our_loop,
-    "gpt_kit_hf, the step": our_step,
+    BARE: our_step,
     "transformers Trainer": their_loop,
 }
 
