@@ -1,9 +1,9 @@
 """A training step of the package beside its peers' on the same weights and batches.
 
-`python benchmarks/train_step.py` runs the package's step with its defaults beside transformers' GPT-2 and a GPT written
-by hand, both as they are and compiled: one after the other, two processes that compute a step in turns. It checks first
-that both compute the same losses over three steps, and prints the median time of a step, tokens/s, the ratio to the
-package's beside it, and the share of the machine's matrix ceiling.
+`python benchmarks/train_step.py` runs the package's step with its defaults beside transformers' GPT-2 and a GPT by
+hand, as they are and compiled: one after the other, two processes that compute a step in turns. It checks first that
+both compute the same losses over three steps, and prints the median time of a step, tokens/s, the ratio to ours in the
+same turns, and the share of the machine's matrix ceiling.
 """
 
 from __future__ import annotations
