@@ -12,8 +12,6 @@ import argparse
 import itertools
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -45,7 +43,7 @@ from gpt_kit_hf.run_steps import Steps
 from gpt_kit_hf.text_sources import find_files
 
 LEFT_OUT = 2  # steps that allocate
-SAVE_EVERY = 500  # steps: what both loops do if nobody says otherwise; here each saves once, in the middle
+SAVE_EVERY = TrainingOptions.save_every  # steps, and Trainer's default, too; here each saves once, in the middle
 CHARACTERS = 3_000_000
 BARE = "gpt_kit_hf, the step"
 
@@ -70,19 +68,8 @@ def main() -> None:
     for _ in range(options.rounds):
         for name in WAYS:
             with tempfile.TemporaryDirectory() as folder:
-                taken[name].append(in_a_process(name, folder))
+                taken[name].append(measure.in_a_process("--worker", name, "--folder", folder))
     report(options, taken)
-
-
-def in_a_process(name: str, folder: str) -> dict[str, float]:
-    """Return what a way's own process measured."""
-    command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--worker", name, "--folder", folder]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    for line in done.stdout.splitlines():
-        if line.startswith("MEASURED "):
-            measured: dict[str, float] = json.loads(line.removeprefix("MEASURED "))
-            return measured
-    raise SystemExit(f"{name} ended without a figure:\n{done.stderr}")
 
 
 def work_alone(options: argparse.Namespace) -> None:
@@ -95,7 +82,7 @@ def work_alone(options: argparse.Namespace) -> None:
     (options.folder / "held-out.txt").write_text(text[-10 * options.context :])
     ids = torch.tensor(get_encoding(options.encoding).encode_ordinary(text))
     windows = ids[: len(ids) // options.context * options.context].view(-1, options.context)
-    print("MEASURED " + json.dumps(WAYS[options.worker](options, peers.work_of(options), windows)), flush=True)
+    print(json.dumps(WAYS[options.worker](options, peers.work_of(options), windows)))
 
 
 def steps_of(begins: Sequence[float]) -> dict[str, float]:

@@ -7,6 +7,8 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -48,6 +50,16 @@ def interleaved(
             if turn >= warm_up:
                 seconds[name].append(time.perf_counter() - began)
     return seconds
+
+
+def in_a_process(*more: str) -> dict[str, float]:
+    """Run this program once more with the same options and some more; return the JSON of the last line it prints."""
+    command = [sys.executable, str(Path(sys.argv[0]).resolve()), *sys.argv[1:], *more]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    if said.returncode:
+        raise SystemExit(f"with {' '.join(more)} it failed:\n{said.stderr[-2000:]}")
+    figures: dict[str, float] = json.loads(said.stdout.strip().splitlines()[-1])
+    return figures
 
 
 def median_ratio(slower: Sequence[float], faster: Sequence[float]) -> float:

@@ -10,9 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import measure
@@ -35,18 +33,8 @@ def main() -> None:
     if options.measure:
         print(json.dumps(measured(options)))
         return
-    found = {name: in_a_process(name) for name in options.only}
+    found = {name: measure.in_a_process("--measure", name) for name in options.only}
     report(options, found)
-
-
-def in_a_process(name: str) -> dict[str, float]:
-    """Run this program for one of them, with the same options."""
-    command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--measure", name]
-    said = subprocess.run(command, capture_output=True, text=True, check=False)
-    if said.returncode:
-        raise SystemExit(f"{name} failed:\n{said.stderr[-2000:]}")
-    figures: dict[str, float] = json.loads(said.stdout.strip().splitlines()[-1])
-    return figures
 
 
 def measured(options: argparse.Namespace) -> dict[str, float]:

@@ -164,11 +164,12 @@ def why_not(model: nn.Module) -> str | None:
     """Return why a `Decoder` cannot compute a model, or None if it can."""
     if type(model) is not GPTKitForCausalLM:
         return f"{type(model).__name__} is no plain GPTKitForCausalLM"
-    if model.device.type not in ("cpu", "cuda"):
-        return f"the model is on {model.device}, and this is for a CPU or a CUDA GPU"
+    device = model.device
+    if device.type not in ("cpu", "cuda"):
+        return f"the model is on {device}, and this is for a CPU or a CUDA GPU"
     for name, parameter in model.named_parameters():
-        if parameter.device != model.device:
-            return f"{name} is on {parameter.device}, not on {model.device} as the rest"
+        if parameter.device != device:
+            return f"{name} is on {parameter.device}, not on {device} as the rest"
         if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16) or type(parameter.data) is not Tensor:
             return f"{name} is a {parameter.dtype} {type(parameter.data).__name__}, no tensor in 32 or 16 bits"
     for name, module in model.named_modules():
