@@ -30,7 +30,7 @@ def _root() -> None:
 @app.command(context_settings=_PASS_ON, add_help_option=False, short_help="Pretrain a GPT on text.")
 def train(context: typer.Context) -> None:
     """Pretrain a GPT on text: --config FILE and --name value; --help lists every option."""
-    from gpt_kit_hf.cli import train_command
+    from gpt_kit_hf.commands.cli import train_command
 
     raise typer.Exit(train_command(context.args))
 
@@ -38,7 +38,7 @@ def train(context: typer.Context) -> None:
 @app.command(context_settings=_PASS_ON, add_help_option=False, short_help="Tune a model on instruction rows.")
 def finetune(context: typer.Context) -> None:
     """Tune a model on instruction rows: --config FILE and --name value; --help lists every option."""
-    from gpt_kit_hf.cli import finetune_command
+    from gpt_kit_hf.commands.cli import finetune_command
 
     raise typer.Exit(finetune_command(context.args))
 
@@ -67,7 +67,7 @@ def inspect(
     examples: Annotated[int, typer.Option("--examples", min=0, help="rows to show, trained tokens marked")] = 3,
 ) -> None:
     """Show which tokens of instruction rows would be trained, and what is wrong with the rows."""
-    from gpt_kit_hf.cli import inspect_command
+    from gpt_kit_hf.commands.cli import inspect_command
 
     raise typer.Exit(
         inspect_command(
@@ -101,7 +101,7 @@ def generate(
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 and so on")] = "cpu",
 ) -> None:
     """Stream text that a model continues from a prompt."""
-    from gpt_kit_hf.cli import generate_command
+    from gpt_kit_hf.commands.cli import generate_command
 
     raise typer.Exit(
         generate_command(
@@ -131,7 +131,7 @@ def chat(
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 and so on")] = "cpu",
 ) -> None:
     """Talk with a model: a line of yours, then its answer. A model without a chat template continues your text."""
-    from gpt_kit_hf.cli import chat_command
+    from gpt_kit_hf.commands.cli import chat_command
 
     raise typer.Exit(
         chat_command(
@@ -165,7 +165,7 @@ def serve(
     template is a completion model: use /v1/completions; /v1/chat/completions continues the messages as one text.
     Needs pip install 'gpt-kit-hf[serve]'.
     """
-    from gpt_kit_hf.cli import serve_command
+    from gpt_kit_hf.commands.cli import serve_command
 
     raise typer.Exit(serve_command(model, host=host, port=port))
 
@@ -207,7 +207,7 @@ def convert(
     ] = None,
 ) -> None:
     """Convert a checkpoint of GPT-2 or of a hand-written GPT, or write a model of this package as GPT-2."""
-    from gpt_kit_hf.cli import convert_command
+    from gpt_kit_hf.commands.cli import convert_command
 
     raise typer.Exit(
         convert_command(
@@ -234,7 +234,7 @@ def verify(
     ] = None,
 ) -> None:
     """Check a run folder: every byte of its checkpoints, its metrics, its receipt; ends with 1 if anything differs."""
-    from gpt_kit_hf.cli import verify_command
+    from gpt_kit_hf.commands.cli import verify_command
 
     raise typer.Exit(verify_command(run, steps=replay))
 
@@ -287,7 +287,7 @@ def evaluate(
     Each token of a document is scored once, by windows; the score of a run is kept for its card. With --task the
     tasks of lm-evaluation-harness, which give the same number for the same text.
     """
-    from gpt_kit_hf.cli import evaluate_command, harness_command
+    from gpt_kit_hf.commands.cli import evaluate_command, harness_command
 
     if tasks:
         if data:
@@ -332,7 +332,7 @@ def card(
     ] = None,
 ) -> None:
     """Write RUN/README.md, the model card, from what the run recorded; what a person wrote around it stays."""
-    from gpt_kit_hf.cli import card_command
+    from gpt_kit_hf.commands.cli import card_command
 
     raise typer.Exit(card_command(run, repo=repo))
 
@@ -363,7 +363,7 @@ def push(
 
     Ends with 1 if what is on the Hub does not load, with this package and without, or is not what was sent.
     """
-    from gpt_kit_hf.cli import push_command
+    from gpt_kit_hf.commands.cli import push_command
 
     if verify_only:
         raise typer.Exit(push_command(None, repo or run, verify_only=True, branch=branch))
@@ -391,7 +391,7 @@ def pull(
     revision: Annotated[str | None, typer.Option("--revision", help="branch, tag or commit; main")] = None,
 ) -> None:
     """Fetch a model from the Hub, every byte checked; none of its code is run."""
-    from gpt_kit_hf.cli import pull_command
+    from gpt_kit_hf.commands.cli import pull_command
 
     raise typer.Exit(pull_command(repo, folder, revision=revision))
 
@@ -422,7 +422,7 @@ def check(
     Rows alone, left-padded, right-padded and packed, without a cache, with a dynamic and a static one, in each
     attention, in fp32 and bf16: how far the logits lie from those of the row alone, and whether greedy tokens differ.
     """
-    from gpt_kit_hf.cli import check_command
+    from gpt_kit_hf.commands.cli import check_command
 
     raise typer.Exit(
         check_command(

@@ -32,11 +32,11 @@ import torch
 import transformers
 
 from gpt_kit_hf import EncodingOptions, ModelOptions, RunOptions, TextOptions, TrainingOptions, WindowOptions, train
-from gpt_kit_hf import checkpoint_writer as writer_room
-from gpt_kit_hf.checkpointing import verify_checkpoint
-from gpt_kit_hf.run_checkpoints import RunCheckpoints
-from gpt_kit_hf.run_steps import Steps
-from gpt_kit_hf.text_sources import find_files
+from gpt_kit_hf.data.text.sources import find_files
+from gpt_kit_hf.storage.checkpoints import verify_checkpoint
+from gpt_kit_hf.training.saving import RunCheckpoints
+from gpt_kit_hf.training.state import checkpoint_writer as writer_room
+from gpt_kit_hf.training.steps import Steps
 
 EVERY = 50  # steps between the saves of the run that is asked about
 WARM_UP = 2  # steps that allocate

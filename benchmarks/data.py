@@ -38,13 +38,13 @@ from gpt_kit_hf import (
     get_encoding,
     prepare_corpus,
 )
-from gpt_kit_hf.pretraining_data import collate_windows
-from gpt_kit_hf.run_options import TrainingOptions
-from gpt_kit_hf.run_task import RunSetting, map_batches
-from gpt_kit_hf.sample_order import BatchPlan, ShuffledOrder
-from gpt_kit_hf.text_sources import find_files
-from gpt_kit_hf.text_units import file_units
-from gpt_kit_hf.token_store import store_tokens
+from gpt_kit_hf.data.order import BatchPlan, ShuffledOrder
+from gpt_kit_hf.data.text.shards import file_units
+from gpt_kit_hf.data.text.sources import find_files
+from gpt_kit_hf.data.text.token_cache import store_tokens
+from gpt_kit_hf.data.text.windows import collate_windows
+from gpt_kit_hf.training.run_options import TrainingOptions
+from gpt_kit_hf.training.task import RunSetting, map_batches
 
 SMALL_MB = 20
 DOCUMENT_CHARACTERS = 6000

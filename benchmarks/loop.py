@@ -38,9 +38,9 @@ from gpt_kit_hf import (
     get_encoding,
     train,
 )
-from gpt_kit_hf.memory_reuse import reuse_freed_memory
-from gpt_kit_hf.run_steps import Steps
-from gpt_kit_hf.text_sources import find_files
+from gpt_kit_hf.data.text.sources import find_files
+from gpt_kit_hf.training.runtime.memory import reuse_freed_memory
+from gpt_kit_hf.training.steps import Steps
 
 LEFT_OUT = 2  # steps that allocate
 SAVE_EVERY = TrainingOptions.save_every  # steps, and Trainer's default, too; here each saves once, in the middle

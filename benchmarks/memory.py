@@ -18,7 +18,7 @@ import peers
 import psutil
 import torch
 
-from gpt_kit_hf.memory_reuse import reuse_freed_memory
+from gpt_kit_hf.training.runtime.memory import reuse_freed_memory
 
 COMPARED = ["gpt_kit_hf", "transformers GPT-2", "transformers GPT-2, compiled", "by hand", "by hand, compiled"]
 

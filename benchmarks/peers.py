@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpt_kit_hf import AMPTrainer, Batch, GPTKitConfig, GPTKitForCausalLM
-from gpt_kit_hf.compilation import compile_blocks
-from gpt_kit_hf.gpt2_checkpoint import _as_gpt2
-from gpt_kit_hf.optimization import OptimizerOptions, create_optimizer
+from gpt_kit_hf.model.conversion import _as_gpt2
+from gpt_kit_hf.training.optim.optimizer import OptimizerOptions, create_optimizer
+from gpt_kit_hf.training.runtime.compilation import compile_blocks
 
 # (layers, width, heads)
 SHAPES = {"small": (6, 384, 6), "gpt2": (12, 768, 12), "tiny": (2, 64, 2)}

@@ -20,7 +20,7 @@ from typing import Any
 import measure
 import peers
 
-from gpt_kit_hf.memory_reuse import reuse_freed_memory
+from gpt_kit_hf.training.runtime.memory import reuse_freed_memory
 
 OURS = next(iter(peers.STEPS))
 CHECKED = 3  # steps whose losses are compared

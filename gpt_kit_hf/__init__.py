@@ -5,26 +5,39 @@ Importing registers the model with the Auto classes of transformers.
 
 from torch.nn import GELU, LayerNorm
 
-from gpt_kit_hf.adapters import AdapterOptions
-from gpt_kit_hf.amp import AMPTrainer, UpdateReport
-from gpt_kit_hf.chat import ChatOptions, Conversation
-from gpt_kit_hf.chat_templates import check_chat_template, get_chat_template
-from gpt_kit_hf.cli import run_command
-from gpt_kit_hf.configuration_gpt_kit import GPTKitConfig
-from gpt_kit_hf.corpus import Corpus, EncodingOptions, choose_encoding, prepare_corpus
+from gpt_kit_hf.commands.cli import run_command
+from gpt_kit_hf.data.instructions.dataset import InstructionDataset, create_instruction_collate_fn, format_alpaca
+from gpt_kit_hf.data.instructions.reader import RowOptions, read_rows
+from gpt_kit_hf.data.instructions.report import SupervisionReport, inspect_batches, report_of
+from gpt_kit_hf.data.instructions.tokenized import (
+    PackedRows,
+    PaddedRows,
+    SupervisedRows,
+    SupervisionOptions,
+    encode_rows,
+)
+from gpt_kit_hf.data.text.corpus import Corpus, EncodingOptions, choose_encoding, prepare_corpus
+from gpt_kit_hf.data.text.sources import TextOptions
+from gpt_kit_hf.data.text.windows import (
+    GPTPretrainingDataset,
+    TokenStream,
+    TokenWindows,
+    WindowOptions,
+    create_pretraining_dataloader,
+)
 from gpt_kit_hf.errors import CheckpointError, DataError, GPTKitError, HubError, NonFiniteError, UsageError
-from gpt_kit_hf.evaluation import Evaluation, evaluate_stream
-from gpt_kit_hf.finetuning import BaseOptions, FinetuneOptions, finetune, inspect_rows
-from gpt_kit_hf.generation import generate_text_autoregressive, stream_text
-from gpt_kit_hf.gpt2_checkpoint import convert_checkpoint, load_gpt2_checkpoint, save_as_gpt2
-from gpt_kit_hf.hub import PushOptions, PushResult, pull_model, push_to_hub
-from gpt_kit_hf.hub_gate import GateReport, verify_publication
-from gpt_kit_hf.instruction_data import InstructionDataset, create_instruction_collate_fn, format_alpaca
-from gpt_kit_hf.instruction_rows import RowOptions, read_rows
-from gpt_kit_hf.invariance import check_invariance
-from gpt_kit_hf.losses import Batch, compute_batch_loss, compute_loader_loss, train_step_with_gradient_clipping
-from gpt_kit_hf.model_card import card_facts, render_card, write_card
-from gpt_kit_hf.modeling_gpt_kit import (
+from gpt_kit_hf.evaluation.invariance import check_invariance
+from gpt_kit_hf.evaluation.metrics import Evaluation, evaluate_stream
+from gpt_kit_hf.evaluation.score import ScoreOptions, ScoreReport, score_model
+from gpt_kit_hf.generation.chat import ChatOptions, Conversation
+from gpt_kit_hf.generation.generate import generate_text_autoregressive, stream_text
+from gpt_kit_hf.hub.card.card import card_facts, render_card, write_card
+from gpt_kit_hf.hub.push import PushOptions, PushResult, pull_model, push_to_hub
+from gpt_kit_hf.hub.verify import GateReport, verify_publication
+from gpt_kit_hf.model.configuration_gpt_kit import GPTKitConfig
+from gpt_kit_hf.model.conversion import convert_checkpoint, load_gpt2_checkpoint, save_as_gpt2
+from gpt_kit_hf.model.losses import Batch, compute_batch_loss, compute_loader_loss, train_step_with_gradient_clipping
+from gpt_kit_hf.model.modeling_gpt_kit import (
     FeedForward,
     GPTKitForCausalLM,
     GPTKitModel,
@@ -32,26 +45,19 @@ from gpt_kit_hf.modeling_gpt_kit import (
     MultiHeadAttention,
     TransformerBlock,
 )
-from gpt_kit_hf.optimization import OptimizerOptions, create_optimizer, learning_rate_at
-from gpt_kit_hf.option_parsing import parse_finetune_options, parse_run_options
-from gpt_kit_hf.presets import PRESETS, ModelOptions, create_model_config
-from gpt_kit_hf.pretraining_data import (
-    GPTPretrainingDataset,
-    TokenStream,
-    TokenWindows,
-    WindowOptions,
-    create_pretraining_dataloader,
-)
-from gpt_kit_hf.registration import register
-from gpt_kit_hf.run_options import RunOptions, TrainingOptions
-from gpt_kit_hf.run_record import RunResult
-from gpt_kit_hf.scoring import ScoreOptions, ScoreReport, score_model
-from gpt_kit_hf.supervised_rows import PackedRows, PaddedRows, SupervisedRows, SupervisionOptions, encode_rows
-from gpt_kit_hf.supervision_report import SupervisionReport, inspect_batches, report_of
-from gpt_kit_hf.text_sources import TextOptions
-from gpt_kit_hf.tokenization import get_encoding, text_to_token_ids, token_ids_to_text, train_bpe
-from gpt_kit_hf.tokenizer_twin import load_encoding, save_tokenizer
-from gpt_kit_hf.training import train
+from gpt_kit_hf.model.presets import PRESETS, ModelOptions, create_model_config
+from gpt_kit_hf.model.registration import register
+from gpt_kit_hf.options.parsing import parse_finetune_options, parse_run_options
+from gpt_kit_hf.tokenization.chat_templates import check_chat_template, get_chat_template
+from gpt_kit_hf.tokenization.encodings import get_encoding, text_to_token_ids, token_ids_to_text, train_bpe
+from gpt_kit_hf.tokenization.export import load_encoding, save_tokenizer
+from gpt_kit_hf.training.finetune import BaseOptions, FinetuneOptions, finetune, inspect_rows
+from gpt_kit_hf.training.lora import AdapterOptions
+from gpt_kit_hf.training.optim.optimizer import OptimizerOptions, create_optimizer, learning_rate_at
+from gpt_kit_hf.training.pretrain import train
+from gpt_kit_hf.training.run_log import RunResult
+from gpt_kit_hf.training.run_options import RunOptions, TrainingOptions
+from gpt_kit_hf.training.trainer import AMPTrainer, UpdateReport
 
 __version__ = "0.1.0"
 

@@ -11,8 +11,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from gpt_kit_hf.durable_files import save_json
-from gpt_kit_hf.model_card import CARD_FILE, card_facts, render_card
+from gpt_kit_hf.hub.card.card import CARD_FILE, card_facts, render_card
+from gpt_kit_hf.storage.atomic_files import save_json
 
 FACTS_FILE, CURVE_FILE = "facts.json", "loss.png"
 CARDS = Path(__file__).parent

@@ -1,0 +1,273 @@
+"""Token streams, the windows cut from them, and the order in which training meets the windows."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from gpt_kit_hf.data.text.token_cache import StoredIds
+from gpt_kit_hf.errors import DataError, UsageError
+from gpt_kit_hf.model.losses import Batch
+from gpt_kit_hf.tokenization import encodings
+
+# A target of this id is not trained: the default `ignore_index` of torch's cross-entropy.
+IGNORED = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowOptions:
+    """How windows are cut."""
+
+    max_length: int = dataclasses.field(default=256, metadata={"help": "tokens of a window, the model's context"})
+    stride: int | None = dataclasses.field(
+        default=None, metadata={"help": "tokens between the starts of two windows, if not max_length"}
+    )
+    packing: bool = dataclasses.field(
+        default=False, metadata={"help": "documents in a window do not see each other, nor begin each other's targets"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.max_length < 1:
+            raise UsageError(f"max_length must be at least 1, got {self.max_length}")
+        check_stride(self.step, self.max_length)
+
+    @property
+    def step(self) -> int:
+        """The stride, or max_length if none is given."""
+        return self.max_length if self.stride is None else self.stride
+
+
+def check_stride(stride: int, max_length: int) -> None:
+    """Raise UsageError for a stride that stands still or leaps over tokens."""
+    if not 1 <= stride <= max_length:
+        raise UsageError(f"stride must lie between 1 and max_length={max_length}, got {stride}: it would skip tokens")
+
+
+Ids: TypeAlias = "npt.NDArray[Any] | StoredIds"
+
+
+class TokenStream:
+    """Token ids of documents, end to end, read by position without a copy of the corpus.
+
+    `pieces` are integer arrays that follow each other; those of a stored corpus are read where they lie.
+    `document_starts` are the positions at which documents begin, ascending from 0.
+    """
+
+    def __init__(self, pieces: Sequence[Ids], document_starts: npt.NDArray[np.int64]) -> None:
+        self.pieces = [piece for piece in pieces if piece.size]
+        self.document_starts = document_starts
+        self._ends = np.cumsum([piece.size for piece in self.pieces], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if self.pieces else 0
+
+    def views(self, start: int, stop: int) -> list[Ids]:
+        """Return the ids at positions start..stop-1 as views, one for each piece that they lie in."""
+        assert 0 <= start <= stop <= len(self), (start, stop, len(self))
+        index = int(np.searchsorted(self._ends, start, side="right"))
+        found = []
+        while start < stop:
+            piece, end = self.pieces[index], int(self._ends[index])
+            first = end - piece.size
+            found.append(piece[start - first : stop - first])
+            start, index = end, index + 1
+        return found
+
+    def read(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Return the ids at positions start..stop-1 as one array."""
+        views = [np.asarray(view) for view in self.views(start, stop)]
+        return np.concatenate(views).astype(np.int64) if views else np.empty(0, np.int64)
+
+    def counts(self, n_vocab: int) -> npt.NDArray[np.int64]:
+        """Return how often each id occurs, (n_vocab,)."""
+        totals = np.zeros(n_vocab, dtype=np.int64)
+        for piece in self.pieces:
+            for first in range(0, piece.size, 1 << 20):
+                totals += np.bincount(np.asarray(piece[first : first + (1 << 20)]), minlength=n_vocab)
+        return totals
+
+    def fingerprint(self) -> str:
+        """Return a digest of the ids and the document boundaries, whatever pieces they lie in."""
+        digest = hashlib.sha256(self.document_starts.astype("<i8").tobytes())
+        for piece in self.pieces:
+            for first in range(0, piece.size, 1 << 20):
+                digest.update(np.asarray(piece[first : first + (1 << 20)]).astype("<u4").tobytes())
+        return digest.hexdigest()[:16]
+
+
+def join_streams(streams: Sequence[TokenStream]) -> TokenStream:
+    """Return streams end to end as one."""
+    shifts = np.cumsum([0, *map(len, streams)])[:-1]
+    starts = [stream.document_starts + shift for stream, shift in zip(streams, shifts, strict=True)]
+    return TokenStream([piece for stream in streams for piece in stream.pieces], np.concatenate(starts))
+
+
+def _starts(lengths: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    return np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)))[: len(lengths)]
+
+
+def held_out_split(stream: TokenStream, fraction: float, seed: int) -> tuple[TokenStream, TokenStream]:
+    """Cut a stream into one to train on and one to hold out, which gets `fraction` of the tokens.
+
+    Whole documents, drawn by the seed, are held out, and of the last one drawn only its end. A single document is so
+    cut where its last `fraction` begins. Both parts keep the documents' order.
+    """
+    starts = stream.document_starts
+    ends = np.append(starts[1:], len(stream))
+    wanted = round(len(stream) * fraction)
+    drawn = np.random.default_rng(seed).permutation(len(starts))
+    reached = np.cumsum((ends - starts)[drawn])
+    whole = int(np.searchsorted(reached, wanted, side="right"))
+    cuts = starts.copy()  # where the held-out end of each document begins
+    cuts[drawn[whole:]] = ends[drawn[whole:]]
+    missing = wanted - (int(reached[whole - 1]) if whole else 0)
+    if missing:
+        cuts[drawn[whole]] -= missing
+    return _select(stream, starts, cuts), _select(stream, cuts, ends)
+
+
+def _select(stream: TokenStream, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]) -> TokenStream:
+    """Return the stream of the spans starts[i]..stops[i]-1, a document each; empty spans are left out."""
+    filled = starts < stops
+    starts, stops = starts[filled], stops[filled]
+    # Spans that touch are read as one piece.
+    breaks = np.flatnonzero(starts[1:] != stops[:-1]) + 1
+    firsts = starts[np.concatenate(([0], breaks))] if len(starts) else starts
+    lasts = stops[np.concatenate((breaks - 1, [len(stops) - 1]))] if len(stops) else stops
+    pieces = [v for first, last in zip(firsts, lasts, strict=True) for v in stream.views(int(first), int(last))]
+    return TokenStream(pieces, _starts(stops - starts))
+
+
+class TokenWindows(Dataset["tuple[Tensor, ...]"]):
+    """Windows of a stream: (input, target), both (max_length,) int64, where target t is the token after input t.
+
+    A window reads max_length + 1 ids, so that at stride = max_length each token but the first is a target exactly
+    once. The last window ends with the stream; targets that an earlier one had are ignored (-100) in it. Without
+    `keep_tail` the tokens after the last regular window are left out.
+
+    With `packing` a window is (input, target, position_ids): positions restart where a document begins, so that the
+    model keeps documents apart, and a document's first token, which nothing of its own precedes, is no target.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        max_length: int,
+        stride: int,
+        *,
+        keep_tail: bool = True,
+        packing: bool = False,
+    ) -> None:
+        if max_length < 1:
+            raise UsageError(f"max_length must be at least 1, got {max_length}")
+        check_stride(stride, max_length)
+        if len(stream) <= max_length:
+            raise DataError(
+                f"the text has {len(stream)} tokens, fewer than one window: "
+                f"max_length={max_length} needs {max_length + 1}"
+            )
+        self.stream, self.max_length, self.stride = stream, max_length, stride
+        self.packing = packing
+        targets = len(stream) - 1
+        self._regular = (targets - max_length) // stride + 1
+        self._tail = targets - (self._regular - 1) * stride - max_length if keep_tail else 0
+
+    def __len__(self) -> int:
+        return self._regular + (self._tail > 0)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        start, fresh = index * self.stride, self.max_length
+        if index == self._regular:
+            start, fresh = len(self.stream) - 1 - self.max_length, self._tail
+        inside = None
+        if self.packing:
+            starts = self.stream.document_starts
+            inside = starts[np.searchsorted(starts, start, side="right") :]
+            inside = inside[: np.searchsorted(inside, start + self.max_length, side="right")] - start
+        window = window_item(self.stream.read(start, start + self.max_length + 1), inside)
+        window[1][: self.max_length - fresh] = IGNORED
+        return window
+
+
+def window_item(ids: npt.NDArray[np.int64], starts: npt.NDArray[np.int64] | None) -> tuple[Tensor, ...]:
+    """Return (input, target), both (T,), of T + 1 ids; with `starts` also positions, and the documents kept apart.
+
+    `starts` are the places from 1 to T at which documents begin, ascending: such an id is no target.
+    """
+    tokens = torch.from_numpy(ids)
+    target = tokens[1:].clone()
+    if starts is None:
+        return tokens[:-1], target
+    target[starts - 1] = IGNORED
+    return tokens[:-1], target, torch.from_numpy(restarting_positions(starts, len(target)))
+
+
+def restarting_positions(starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
+    """Return positions (length,) that count from 0 and restart at 0 at each of `starts`, ascending."""
+    begins = np.zeros(length, np.int64)
+    begins[starts[starts < length]] = starts[starts < length]
+    return np.arange(length) - np.maximum.accumulate(begins)
+
+
+def collate_windows(items: Sequence[tuple[Tensor, ...]]) -> Batch:
+    """Join windows of (max_length,) into a batch (B, max_length)."""
+    return Batch(*(torch.stack(column) for column in zip(*items, strict=True)))
+
+
+class GPTPretrainingDataset(TokenWindows):
+    """Sliding windows over one text: (input, target), both (max_length,) int64, the target shifted by one.
+
+    `tokenizer` is a tiktoken encoding or a tokenizer of transformers; "<|endoftext|>" in the text is the end of text.
+    """
+
+    def __init__(self, text: str, tokenizer: Any, max_length: int, stride: int, *, keep_tail: bool = False) -> None:
+        ids = encodings.text_to_token_ids(text, tokenizer)[0].numpy()
+        super().__init__(TokenStream([ids], np.zeros(1, np.int64)), max_length, stride, keep_tail=keep_tail)
+
+
+def create_pretraining_dataloader(
+    text: str,
+    batch_size: int = 4,
+    max_length: int = 256,
+    stride: int = 128,
+    shuffle: bool = True,
+    drop_last: bool = True,
+    num_workers: int = 0,
+    *,
+    tokenizer: Any = None,
+    seed: int = 0,
+) -> DataLoader[tuple[Tensor, ...]]:
+    """Return a loader of (input, target) pairs, both (batch_size, max_length) int64; the target is shifted by one.
+
+    `tokenizer` is GPT-2's encoding if not given. The order of a shuffled epoch follows from the seed alone: neither
+    reads nor moves torch's global random state. Raises DataError if the text gives fewer windows than one batch.
+    """
+    if tokenizer is None:
+        tokenizer = encodings.get_encoding("gpt2")
+    windows = GPTPretrainingDataset(text, tokenizer, max_length, stride)
+    if batch_size < 1:
+        raise UsageError(f"batch_size must be at least 1, got {batch_size}")
+    if drop_last and len(windows) < batch_size:
+        raise DataError(
+            f"the text gives {len(windows)} windows, fewer than one batch of {batch_size}: "
+            "use a smaller batch_size, max_length or stride, or drop_last=False"
+        )
+    return DataLoader(
+        windows,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        drop_last=drop_last,
+        num_workers=num_workers,
+        generator=torch.Generator().manual_seed(seed),
+    )

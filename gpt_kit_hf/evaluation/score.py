@@ -1,0 +1,257 @@
+"""`gpt-kit evaluate`: what a model scores on text or instruction rows that a user names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gpt_kit_hf.data.instructions.encoding import format_of
+from gpt_kit_hf.data.instructions.reader import RowError, RowOptions, read_rows
+from gpt_kit_hf.data.instructions.templates import KEEP, with_template
+from gpt_kit_hf.data.instructions.tokenized import PaddedRows, SupervisedRows, SupervisionOptions, encode_rows
+from gpt_kit_hf.data.text.corpus import prepare_text
+from gpt_kit_hf.data.text.shards import COMPRESSIONS
+from gpt_kit_hf.data.text.sources import TextOptions
+from gpt_kit_hf.errors import DataError, UsageError, unknown_name
+from gpt_kit_hf.evaluation.metrics import (
+    Evaluation,
+    evaluate_batches,
+    evaluate_stream,
+    token_byte_lengths,
+    tokenizer_byte_lengths,
+)
+from gpt_kit_hf.evaluation.windows import PaddingSide, pad_windows
+from gpt_kit_hf.generation.generate import context_length, generate_text_autoregressive
+from gpt_kit_hf.hub.model_folder import check_tokenizer, find_model_folder, load_part, put_on
+from gpt_kit_hf.storage.atomic_files import load_json, save_json
+from gpt_kit_hf.storage.run_folder import EVALUATIONS_FILE, holds_run
+from gpt_kit_hf.text import printable
+from gpt_kit_hf.tokenization.encodings import END_OF_TEXT
+from gpt_kit_hf.tokenization.export import load_encoding
+
+Kind = Literal["auto", "text", "rows"]
+_UNKNOWN_LENGTH = 1024  # where a model does not say what it reads
+_SAMPLE_PROMPT = 32  # tokens of a document that a sample continues
+_SAMPLE_TOKENS = 64
+_ROW_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions:
+    """What is scored, and how.
+
+    Attributes:
+        data: files or globs: text (a document each), .jsonl, .json and .parquet (a document or an instruction row a
+            row), also .gz and .zst; "python-stdlib".
+        kind: "text" or "rows"; "auto" takes files whose rows have the keys of instructions for rows.
+        text_column, document_separator: as `TextOptions` has them.
+        max_length: tokens of a window or row; what the model reads if None.
+        stride: tokens between the starts of two windows of a document; max_length if None.
+        batch_size, padding_side: of the passes through the model; neither changes the result.
+        max_tokens: score about so many tokens of text, from all over it; None for all.
+        samples: how many prompts, from the beginning of documents or rows, to continue.
+        device: where to compute.
+
+    """
+
+    data: list[str]
+    kind: Kind = "auto"
+    text_column: str = "text"
+    document_separator: str | None = None
+    max_length: int | None = None
+    stride: int | None = None
+    batch_size: int = 8
+    padding_side: PaddingSide = "right"
+    max_tokens: int | None = None
+    samples: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise UsageError("data: name at least one file")
+        for name, known in (("kind", get_args(Kind)), ("padding_side", get_args(PaddingSide))):
+            if getattr(self, name) not in known:
+                raise UsageError(unknown_name(name, str(getattr(self, name)), known))
+        for name in ("max_length", "stride", "batch_size", "max_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, got {value}")
+        if self.samples < 0:
+            raise UsageError(f"samples must not be below 0, got {self.samples}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreReport:
+    """A score, what was scored, how, and continuations of (prompt, text) if they were asked for."""
+
+    name: str
+    kind: str
+    units: int  # documents or rows
+    evaluation: Evaluation
+    max_length: int
+    stride: int
+    data_fingerprint: str
+    samples: tuple[tuple[str, str], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON, without the samples."""
+        scored = self.evaluation
+        facts = {name: getattr(self, name) for name in ("name", "kind", "units")}
+        facts |= {"loss": scored.loss, "perplexity": scored.perplexity, "bits_per_byte": scored.bits_per_byte}
+        facts |= {"tokens": scored.tokens, "text_bytes": scored.text_bytes}
+        return facts | {name: getattr(self, name) for name in ("max_length", "stride", "data_fingerprint")}
+
+    def text(self) -> str:
+        """Return the report in lines."""
+        scored, is_text = self.evaluation, self.kind == "text"
+        units = f"{self.units:,} {'document' if is_text else 'row'}{'' if self.units == 1 else 's'}"
+        how = f"windows of {self.max_length} tokens, {self.stride} apart" if is_text else "answers only"
+        lines = [
+            f"data        {self.name}: {units}, {scored.text_bytes:,} bytes scored ({self.data_fingerprint})",
+            f"scored      {scored.tokens:,} tokens, {how}",
+            f"loss        {scored.loss:.4f} nats a token",
+            f"perplexity  {scored.perplexity:.3f}",
+            f"bits/byte   {scored.bits_per_byte:.4f}",
+        ]
+        for prompt, answer in self.samples:
+            lines += ["", f"prompt      {printable(prompt)}", f"goes on     {printable(answer)}"]
+        return "\n".join(lines)
+
+
+def score_model(place: str, options: ScoreOptions) -> ScoreReport:
+    """Score a run's, a folder's or a Hub repository's model on the data; a run keeps the score for its card.
+
+    Text: each token of each document once, as `evaluate_stream` says. Rows: the answers and the end of text after
+    each, as the model's chat template asks for them. Raises UsageError for a model or a device that cannot be used,
+    DataError for data that cannot.
+    """
+    folder = find_model_folder(place)
+    model = load_part(AutoModelForCausalLM, folder, place)
+    check_tokenizer(folder, model.config)
+    put_on(model, options.device)
+    context = context_length(model)
+    length = options.max_length or context or _UNKNOWN_LENGTH
+    if context is not None and length > context:
+        raise UsageError(f"max_length={length} is above what the model reads, {context}: lower it")
+    rows = options.kind == "rows" or (options.kind == "auto" and _holds_rows(options))
+    report = (_score_rows if rows else _score_text)(model, folder, place, options, length)
+    if Path(place).is_dir() and holds_run(Path(place)):
+        _record(Path(place), report)
+    return report
+
+
+def _score_text(model: Any, folder: str, place: str, options: ScoreOptions, length: int) -> ScoreReport:
+    encoding = load_encoding(folder)
+    text = TextOptions(
+        text_files=options.data, text_column=options.text_column, document_separator=options.document_separator
+    )
+    stream, key = prepare_text(text, encoding)
+    end = encoding.encode_single_token(END_OF_TEXT)
+    stride = options.stride or length
+    scored = evaluate_stream(
+        model,
+        stream,
+        token_byte_lengths(encoding),
+        end_of_text=end,
+        max_length=length,
+        stride=stride,
+        batch_size=options.batch_size,
+        padding_side=options.padding_side,
+        max_tokens=options.max_tokens,
+    )
+    samples = []
+    stops = [*stream.document_starts[1:].tolist(), len(stream)]
+    for start, stop in list(zip(stream.document_starts.tolist(), stops, strict=True))[: options.samples]:
+        ids = [token for token in stream.read(start, min(stop, start + _SAMPLE_PROMPT)).tolist() if token != end]
+        answer = _continued(model, [end, *ids], end)
+        samples.append((encoding.decode(ids), encoding.decode(answer)))
+    return ScoreReport(
+        name=_name(options.data),
+        kind="text",
+        units=len(stream.document_starts),
+        evaluation=scored,
+        max_length=length,
+        stride=stride,
+        data_fingerprint=key,
+        samples=tuple(samples),
+    )
+
+
+def _score_rows(model: Any, folder: str, place: str, options: ScoreOptions, length: int) -> ScoreReport:
+    for name in ("stride", "max_tokens"):
+        if getattr(options, name) is not None:
+            raise UsageError(f"{name}={getattr(options, name)} is for text: rows are scored whole, and all of them")
+    tokenizer = load_part(AutoTokenizer, folder, place)
+    supervision = SupervisionOptions(max_length=length)
+    rows = with_template(read_rows(RowOptions(rows=options.data)), tokenizer, KEEP, supervision.format)
+    encoded = encode_rows(rows, tokenizer, supervision, vocab_size=model.config.vocab_size)
+    padded = PaddedRows(encoded)
+    loader = DataLoader(
+        padded,
+        batch_size=options.batch_size,
+        collate_fn=partial(pad_windows, filler=encoded.end_of_text_id, side=options.padding_side),
+        generator=torch.Generator(),
+    )
+    lengths = tokenizer_byte_lengths(tokenizer, model.config.vocab_size)
+    return ScoreReport(
+        name=_name(options.data),
+        kind="rows",
+        units=len(encoded),
+        evaluation=evaluate_batches(model, loader, lengths),
+        max_length=length,
+        stride=length,
+        data_fingerprint=encoded.fingerprint(),
+        samples=tuple(_answers(model, tokenizer, encoded, options.samples)),
+    )
+
+
+def _answers(model: Any, tokenizer: Any, rows: SupervisedRows, wanted: int) -> Iterator[tuple[str, str]]:
+    """Yield prompts of rows and what the model answers."""
+    for number in range(min(wanted, len(rows))):
+        row = rows[number]
+        prompt = row.input_ids[: int(row.trained.argmax())].tolist()
+        answer = _continued(model, prompt, rows.end_of_text_id)
+        yield tokenizer.decode(prompt), tokenizer.decode(answer, skip_special_tokens=True)
+
+
+def _continued(model: Any, prompt: list[int], end: int) -> list[int]:
+    """Return the likeliest tokens after the prompt, up to an end of text."""
+    context = context_length(model)
+    room = _SAMPLE_TOKENS if context is None else min(_SAMPLE_TOKENS, context - len(prompt))
+    if room < 1:
+        return []
+    ids = generate_text_autoregressive(model, torch.tensor([prompt]), room, eos_token_id=end)
+    return [token for token in ids[0, len(prompt) :].tolist() if token != end]
+
+
+def _holds_rows(options: ScoreOptions) -> bool:
+    """Return whether the first row of the first file has the keys of an instruction; text files have no rows."""
+    suffixes = [suffix for suffix in Path(options.data[0]).suffixes if suffix not in COMPRESSIONS]
+    if not suffixes or suffixes[-1] not in _ROW_SUFFIXES:
+        return False
+    try:
+        row = next(iter(read_rows(RowOptions(rows=options.data[:1])))).row
+        return options.text_column not in row and bool(format_of(row))
+    except (RowError, StopIteration, DataError):
+        return False  # whoever reads it as text says what is wrong with it
+
+
+def _name(data: list[str]) -> str:
+    """Return the data's name for others: no folder of this machine."""
+    return ", ".join(Path(pattern).name or pattern for pattern in data)
+
+
+def _record(run: Path, report: ScoreReport) -> None:
+    """Keep the score in the run's folder, instead of an older one of the same data, scored the same way."""
+    file = run / EVALUATIONS_FILE
+    kept = load_json(file)["evaluations"] if file.is_file() else []
+    new = report.to_dict()
+    same = ("name", "kind", "max_length", "stride")
+    others = [entry for entry in kept if any(entry.get(key) != new[key] for key in same)]
+    save_json(file, {"evaluations": [*others, new]})

@@ -1,0 +1,1 @@
+"""The model card: the facts of a run that it may show, and its Markdown."""

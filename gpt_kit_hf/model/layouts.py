@@ -1,0 +1,214 @@
+"""Tables from the tensor names of other GPTs to this package's, and any state dict into its model by such a table.
+
+A layout is a table from the name of a stored tensor to its name here, or to "" for a tensor that is dropped:
+
+    "h.{layer}.attn.c_attn.weight": "model.layers.{layer}.self_attn.{q,k,v}_proj.weight.T"
+
+`{layer}` stands for the layer's number. A `.T` at the end transposes the matrix; then `{q,k,v}` splits it along
+dimension 0 into as many equal parts. Nothing is guessed: a tensor that the table does not name, and one that the
+model lacks in the end, is an error.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from gpt_kit_hf.errors import UsageError
+from gpt_kit_hf.model.configuration_gpt_kit import GPTKitConfig
+from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
+
+TOKENS, POSITIONS, HEAD = "model.embed_tokens.weight", "model.embed_positions.weight", "lm_head.weight"
+
+
+def _with_biases(weights: Mapping[str, str]) -> dict[str, str]:
+    """Return the table with each weight's bias in it, too; a bias is never transposed."""
+    biases = {f"{theirs[:-6]}bias": f"{ours.removesuffix('.T')[:-6]}bias" for theirs, ours in weights.items()}
+    return {**weights, **biases}
+
+
+# As the transformers library stores GPT-2. Its Conv1D keeps a weight as (in, out), nn.Linear as (out, in).
+GPT2_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "transformer.wte.weight": TOKENS,
+        "transformer.wpe.weight": POSITIONS,
+        "lm_head.weight": HEAD,
+        **_with_biases(
+            {
+                "transformer.h.{layer}.ln_1.weight": "model.layers.{layer}.input_layernorm.weight",
+                "transformer.h.{layer}.attn.c_attn.weight": "model.layers.{layer}.self_attn.{q,k,v}_proj.weight.T",
+                "transformer.h.{layer}.attn.c_proj.weight": "model.layers.{layer}.self_attn.o_proj.weight.T",
+                "transformer.h.{layer}.ln_2.weight": "model.layers.{layer}.post_attention_layernorm.weight",
+                "transformer.h.{layer}.mlp.c_fc.weight": "model.layers.{layer}.mlp.up_proj.weight.T",
+                "transformer.h.{layer}.mlp.c_proj.weight": "model.layers.{layer}.mlp.down_proj.weight.T",
+                "transformer.ln_f.weight": "model.norm.weight",
+            }
+        ),
+        # Not biases: old versions stored the causal mask and the value of a masked score under these names.
+        "transformer.h.{layer}.attn.bias": "",
+        "transformer.h.{layer}.attn.masked_bias": "",
+    }
+)
+
+# nanoGPT has GPT-2's names over nn.Linear. Its GELU is the exact one, its LayerNorm's epsilon 1e-5.
+NANOGPT_NAMES: Mapping[str, str] = MappingProxyType(
+    {theirs: ours.removesuffix(".T") for theirs, ours in GPT2_NAMES.items()}
+)
+
+# The kit of Raschka 2024, "Build a Large Language Model (From Scratch)", chapters 3 and 4. Its GELU is the tanh
+# approximation, its LayerNorm's epsilon 1e-5, and its output projection is not tied.
+KIT_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "tok_emb.weight": TOKENS,
+        "pos_emb.weight": POSITIONS,
+        "out_head.weight": HEAD,
+        **_with_biases(
+            {
+                "trf_blocks.{layer}.att.W_query.weight": "model.layers.{layer}.self_attn.q_proj.weight",
+                "trf_blocks.{layer}.att.W_key.weight": "model.layers.{layer}.self_attn.k_proj.weight",
+                "trf_blocks.{layer}.att.W_value.weight": "model.layers.{layer}.self_attn.v_proj.weight",
+                "trf_blocks.{layer}.att.out_proj.weight": "model.layers.{layer}.self_attn.o_proj.weight",
+                "trf_blocks.{layer}.ff.layers.0.weight": "model.layers.{layer}.mlp.up_proj.weight",
+                "trf_blocks.{layer}.ff.layers.2.weight": "model.layers.{layer}.mlp.down_proj.weight",
+            }
+        ),
+        "trf_blocks.{layer}.norm1.scale": "model.layers.{layer}.input_layernorm.weight",
+        "trf_blocks.{layer}.norm1.shift": "model.layers.{layer}.input_layernorm.bias",
+        "trf_blocks.{layer}.norm2.scale": "model.layers.{layer}.post_attention_layernorm.weight",
+        "trf_blocks.{layer}.norm2.shift": "model.layers.{layer}.post_attention_layernorm.bias",
+        "trf_blocks.{layer}.att.mask": "",
+        "final_norm.scale": "model.norm.weight",
+        "final_norm.shift": "model.norm.bias",
+    }
+)
+
+
+def convert_state_dict(
+    state_dict: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    config: GPTKitConfig,
+    *,
+    zero_missing_biases: bool = False,
+) -> GPTKitForCausalLM:
+    """Return a float32 model, in evaluation mode, with copies of another model's tensors, by a table as above.
+
+    `zero_missing_biases` gives zero biases to query, key and value projections that were built without. Raises
+    UsageError, with the first few names, for a tensor that the table or the model does not know, one that two names
+    fill, one of another shape or not of floating point, and one that is missing.
+    """
+    tensors = rename_tensors(state_dict, names)
+    if zero_missing_biases:
+        add_zero_biases(tensors, config)
+    return build_model(config, tensors, torch.float32, "state_dict")
+
+
+def rename_tensors(
+    state_dict: Mapping[str, Tensor], names: Mapping[str, str], source: str = "state_dict"
+) -> dict[str, Tensor]:
+    """Return the tensors under their names here, as views, by a table as above; `source` is named in errors.
+
+    Raises UsageError for a name that is not in the table, one filled twice, and a tensor that cannot be split.
+    """
+    targets = {name: _target(name, names) for name in state_dict}
+    refuse_names(f"{source} holds tensors that the layout does not have", [n for n, t in targets.items() if t is None])
+    renamed: dict[str, Tensor] = {}
+    for name, target in targets.items():
+        for ours, part in _parts(state_dict[name], target, f"{source}: {name}") if target else ():
+            if ours in renamed:
+                raise UsageError(f"{source}: {name} is the second tensor that the layout calls {ours}")
+            renamed[ours] = part
+    return renamed
+
+
+def _target(name: str, names: Mapping[str, str]) -> str | None:
+    """Return what the table has for a stored tensor, with the layer's number; None if it has nothing."""
+    if name in names:
+        return names[name]
+    for number in re.finditer(r"\d+", name):
+        pattern = f"{name[: number.start()]}{{layer}}{name[number.end() :]}"
+        if pattern in names:
+            return names[pattern].replace("{layer}", number[0])
+    return None
+
+
+def _parts(tensor: Tensor, target: str, source: str) -> list[tuple[str, Tensor]]:
+    if target.endswith(".T"):
+        if tensor.dim() != 2:
+            raise UsageError(f"{source} cannot be transposed: its shape is {tuple(tensor.shape)}")
+        tensor = tensor.T
+    ours = expand_braces(target.removesuffix(".T"))
+    if len(ours) == 1:
+        return [(ours[0], tensor)]
+    if tensor.dim() == 0 or tensor.shape[0] % len(ours):
+        raise UsageError(f"{source} cannot be split into {len(ours)} equal parts: its shape is {tuple(tensor.shape)}")
+    return list(zip(ours, tensor.tensor_split(len(ours)), strict=True))  # (3D, D) -> 3 of (D, D)
+
+
+def expand_braces(target: str) -> list[str]:
+    """Return the names that "a.{q,k,v}_proj" stands for; a name without braces stands for itself."""
+    braces = re.search(r"\{([^{}]*)\}", target)
+    return [target.replace(braces[0], choice, 1) for choice in braces[1].split(",")] if braces else [target]
+
+
+def add_zero_biases(tensors: dict[str, Tensor], config: GPTKitConfig) -> None:
+    """Add a zero bias (D,) for each query, key and value projection that has none, if the model has biases."""
+    for layer in range(config.n_layer if config.use_bias else 0):
+        for name in expand_braces(f"model.layers.{layer}.self_attn.{{q,k,v}}_proj.bias"):
+            tensors.setdefault(name, torch.zeros(config.n_embd))
+
+
+def build_model(
+    config: GPTKitConfig, tensors: dict[str, Tensor], dtype: torch.dtype, source: str
+) -> GPTKitForCausalLM:
+    """Return the model with copies of the tensors; `tensors` is emptied on the way, so that memory holds one copy."""
+    if config.tie_word_embeddings:
+        # Of two names for one tensor, a file may hold either or both.
+        head = tensors.pop(HEAD, tensors.get(TOKENS))
+        if head is not None and not equal_tensors(tensors.setdefault(TOKENS, head), head):
+            raise UsageError(f"{source}: {HEAD} is not {TOKENS}; the config needs tie_word_embeddings=False")
+    check_tensors(tensors, stored_shapes(config), source)
+    ready: dict[str, Tensor] = {}
+    while tensors:
+        name, tensor = tensors.popitem()
+        ready[name] = tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format).to(dtype)
+    model = GPTKitForCausalLM.from_pretrained(None, config=config, state_dict=ready, dtype=dtype)
+    assert isinstance(model, GPTKitForCausalLM)
+    return model
+
+
+def stored_shapes(config: GPTKitConfig) -> dict[str, torch.Size]:
+    """Return the names and shapes of what a saved model holds."""
+    with torch.device("meta"):
+        stored = GPTKitForCausalLM(copy.deepcopy(config)).state_dict()
+    return {name: t.shape for name, t in stored.items() if not (config.tie_word_embeddings and name == HEAD)}
+
+
+def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], source: str) -> None:
+    """Raise UsageError unless the tensors are exactly those, of those shapes, plain and of floating point."""
+    refuse_names(f"{source} holds tensors that the model does not have", tensors.keys() - shapes.keys())
+    refuse_names(f"{source} lacks tensors of the model", shapes.keys() - tensors.keys())
+    for name, tensor in tensors.items():
+        if tensor.shape != shapes[name]:
+            raise UsageError(f"{source}: {name} has shape {tuple(tensor.shape)}, the model {tuple(shapes[name])}")
+        plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+        if not plain or tensor.is_meta or not tensor.is_floating_point():
+            kind = f"{type(tensor).__name__} of {tensor.dtype} on {tensor.device}"
+            raise UsageError(f"{source}: {name} is a {kind}; a weight must be a plain tensor of floating point")
+
+
+def refuse_names(problem: str, names: Collection[str]) -> None:
+    """Raise UsageError with the problem and the first three names, if there are any."""
+    if names:
+        rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise UsageError(f"{problem}: {', '.join(sorted(names)[:3])}{rest}")
+
+
+def equal_tensors(first: Tensor, second: Tensor) -> bool:
+    """Return whether two tensors have one shape and the same values, compared in the wider of their types."""
+    common = torch.promote_types(first.dtype, second.dtype)
+    return first.shape == second.shape and torch.equal(first.to(common), second.to(first.device, common))

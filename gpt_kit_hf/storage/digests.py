@@ -1,0 +1,31 @@
+"""The digests by which files are told apart, here and on the Hub."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpt_kit_hf.storage.atomic_files import feed_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileDigest:
+    """Size and SHA-256 of a file."""
+
+    size: int
+    sha256: str
+
+
+def digest_of(path: Path) -> FileDigest:
+    """Return the size and SHA-256 of a file."""
+    digest = hashlib.sha256()
+    feed_file(digest, path)
+    return FileDigest(size=path.stat().st_size, sha256=digest.hexdigest())
+
+
+def git_digest_of(path: Path) -> str:
+    """Return the digest by which git, and so the Hub, names a small file."""
+    digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    feed_file(digest, path)
+    return digest.hexdigest()

@@ -1,0 +1,30 @@
+"""Text for people: printable characters, short numbers, durations."""
+
+from __future__ import annotations
+
+import math
+
+
+def printable(text: str) -> str:
+    """Return text without control characters, which an untrained model may write and a terminal would obey."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def short(number: float) -> str:
+    """Return a count in at most four characters and a unit: 950, 12.3k, 124M, 1.56B."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= 0.9995 * size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time as a person says it: 40 s, 3 min 20 s, 2 h 5 min."""
+    if not math.isfinite(seconds):
+        return "unknown time"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -1,0 +1,1 @@
+"""Tokenizers: tiktoken encodings, their exact `tokenizer.json`, and chat templates."""

@@ -1,0 +1,80 @@
+"""Checkpoints written while the run goes on, one at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from gpt_kit_hf.errors import CheckpointError
+from gpt_kit_hf.storage.atomic_files import Report
+from gpt_kit_hf.storage.checkpoints import save_checkpoint
+
+
+class CheckpointWriter:
+    """Saves the checkpoints of a run in a thread of its own, or at once where that is asked for.
+
+    What is written must not change meanwhile. A save that fails is reported and leaves the older checkpoints and the
+    run as they are; the run then tries again at its next save.
+    """
+
+    def __init__(self, run: Path, *, keep_last: int, report: Report, last: Path | None) -> None:
+        self._run, self._keep_last, self._report = run, keep_last, report
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._last = last
+
+    @property
+    def last(self) -> Path | None:
+        """The newest checkpoint that is whole on the disk; waits for one that is being written."""
+        self.wait()
+        return self._last
+
+    def save(
+        self,
+        step: int,
+        write: Callable[[Path], None],
+        *,
+        required_bytes: int,
+        keep: Collection[int],
+        in_background: bool,
+    ) -> None:
+        """Begin to write the checkpoint of a step, after the one before it; see `save_checkpoint`.
+
+        Not in the background, it is written on return, or CheckpointError raised.
+        """
+        self.wait()
+
+        def run() -> None:
+            try:
+                self._last = save_checkpoint(
+                    self._run,
+                    step,
+                    write,
+                    keep_last=self._keep_last,
+                    keep=keep,
+                    required_bytes=required_bytes,
+                    report=self._report,
+                )
+            except BaseException as error:
+                self._failure = error
+
+        if in_background:
+            self._thread = threading.Thread(target=run, name=f"checkpoint-{step}")
+            self._thread.start()
+            return
+        run()
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def wait(self) -> None:
+        """Return when nothing is being written; report a save that failed, raise what is no failure of the disk."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if isinstance(failure, CheckpointError):
+            self._report(f"{failure}; the run goes on, and keeps the checkpoints that it has")
+        elif failure is not None:
+            raise failure

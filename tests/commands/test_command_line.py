@@ -1,0 +1,292 @@
+"""The command line as a user meets it: what it accepts, and one line for what it does not."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import requests
+import tiktoken.load
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import gpt_kit_command
+from gpt_kit_hf import parse_run_options, run_command
+from gpt_kit_hf.commands.cli import generate_command, train_command
+from gpt_kit_hf.errors import CheckpointError, UsageError
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = [
+    "--n_layer=1",
+    "--n_head=2",
+    "--n_embd=16",
+    "--max_position_embeddings=64",
+    "--max_length=16",
+    "--batch_size=4",
+]
+SHORT = [
+    "--max_steps=2",
+    "--encoding=bytes",
+    "--cpu",
+    "--mixed_precision=fp32",
+    "--sample_tokens=4",
+    "--report_to=none",
+]
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("All the world's a stage, and all the men and women merely players.\n" * 20)
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, text_file: str) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    assert train_command([f"--output_dir={folder}", f"--text_files={text_file}", *TINY, *SHORT]) == 0
+    return folder
+
+
+def test_options_come_from_file_and_command_line_and_the_latter_wins(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "output_dir: runs/x\ntext_files: [a.txt, b.txt]\nlearning_rate: 1e-4\ncompile: true\n"
+        "epochs: null\nuse_bias: false\nsample_prompt: '--x'\n"
+    )
+    options = parse_run_options(["--config", str(config), "--learning-rate", "3e-3", "--n_layer=3", "--resume"])
+    assert options.text.text_files == ["a.txt", "b.txt"]
+    assert options.optimizer.learning_rate == 3e-3
+    assert options.training.compile is True
+    assert options.training.resume is True
+    assert options.training.epochs is None
+    assert options.training.sample_prompt == "--x"
+    assert (options.model.n_layer, options.model.use_bias, options.model.n_head) == (3, False, None)
+
+
+def test_help_explains_every_option_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_run_options(["--help"])
+    assert ended.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for name in ("output_dir", "text_files", "encoding", "n_layer", "stride", "learning_rate", "mixed_precision"):
+        assert f"--{name}" in shown
+    assert "(default: 0.001)" in shown
+    assert "highest learning rate" in shown
+
+
+BAD_OPTIONS = {
+    "missing file": (["--text_files=nowhere.txt"], "text_files 'nowhere.txt': no such file"),
+    "stride 0": (["--stride=0"], "stride must lie between 1 and max_length=16, got 0"),
+    "stride too large": (["--stride=17"], "stride must lie between 1 and max_length=16, got 17"),
+    "above the table": (["--max_length=65"], "max_length=65 is above the position table, max_position_embeddings=64"),
+    "width and heads": (["--n_head=3"], "n_embd must be divisible by n_head, got 16 and 3"),
+    "preset": (["--model=gpt2-smal"], "unknown model preset 'gpt2-smal'; did you mean 'gpt2-small'"),
+    "encoding": (["--encoding=gtp2"], "unknown encoding 'gtp2'; did you mean 'gpt2'"),
+    "option": (["--learning_rat=1"], "unknown option 'learning_rat'; did you mean 'learning_rate'"),
+    "option value": (["--batch_size=many"], "argument --batch_size/--batch-size: invalid int value: 'many'"),
+    "choice": (["--schedule=cosin"], "invalid choice: 'cosin'"),
+    "precision": (["--mixed_precision=fp61"], "unknown mixed_precision 'fp61'; did you mean 'fp16'"),
+    "two lengths": (["--epochs=2"], "max_steps=2 and epochs=2.0: give one of them"),
+    "stray word": (["--cpu", "true", "word"], "unexpected argument 'word'"),
+    "config": (["--config", "nowhere.yaml"], "config 'nowhere.yaml' cannot be read"),
+    "tracker": (["--report_to=wandbb"], "unknown report_to 'wandbb'; did you mean 'wandb'"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_OPTIONS.values(), ids=BAD_OPTIONS.keys())
+def test_a_wrong_option_is_one_line_and_leaves_nothing(
+    arguments: list[str], message: str, tmp_path: Path, text_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    code = train_command([f"--output_dir={folder}", f"--text_files={text_file}", *TINY, *SHORT, *arguments])
+    said = capsys.readouterr().err
+    assert code == 2
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert message in said
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "empty"),
+        (b"a\n\xff\xfe", ":2: not UTF-8"),
+        (b"too short", "the text has 9 tokens, fewer than one window"),
+    ],
+)
+def test_a_text_that_cannot_be_trained_on_is_one_line(
+    content: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_bytes(content)
+    code = train_command([f"--output_dir={tmp_path / 'run'}", f"--text_files={tmp_path / 'a.txt'}", *TINY, *SHORT])
+    said = capsys.readouterr().err
+    assert (code, said.count("\n")) == (2, 1)
+    assert message in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_held_out_text_too_short_for_a_window_says_which(
+    tmp_path: Path, text_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        f"--output_dir={tmp_path / 'run'}",
+        f"--text_files={text_file}",
+        *TINY,
+        *SHORT,
+        "--eval_fraction=0.01",
+    ]
+    assert train_command(arguments) == 2
+    assert "held-out" in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_a_run_or_cannot_be_written_is_refused(
+    run: Path, tmp_path: Path, text_file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sorted((file, file.stat().st_mtime_ns) for file in run.rglob("*"))
+    assert train_command([f"--output_dir={run}", f"--text_files={text_file}", *TINY, *SHORT]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert sorted((file, file.stat().st_mtime_ns) for file in run.rglob("*")) == before
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    # A superuser may write anywhere: ask the question that the operating system would answer for others.
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != locked and access(path, mode))
+    assert train_command([f"--output_dir={locked / 'run'}", f"--text_files={text_file}", *TINY, *SHORT]) == 2
+    assert "is not writable" in capsys.readouterr().err
+    assert list(locked.iterdir()) == []
+
+
+def test_gpt2_without_network_and_cache_says_what_to_set(
+    tmp_path: Path, text_file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(_: str) -> bytes:
+        raise requests.ConnectionError("no network")
+
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
+    monkeypatch.setattr(tiktoken.load, "read_file", unreachable)
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    arguments = [f"--output_dir={tmp_path / 'run'}", f"--text_files={text_file}", *TINY, *SHORT, "--encoding=gpt2"]
+    assert train_command(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "TIKTOKEN_CACHE_DIR" in said
+    assert "bytes" in said
+
+
+def test_generate_streams_the_prompt_and_its_continuation(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def generate(**changes: object) -> tuple[int, str]:
+        chosen = {"max_new_tokens": 20, "temperature": 1.0, "top_k": None, "seed": 1, "slide": False} | changes
+        code = generate_command(str(run), "All the ", **chosen)  # type: ignore[arg-type]
+        return code, capsys.readouterr().out
+
+    code, text = generate()
+    assert code == 0
+    assert text.startswith("All the ")
+    assert len(text) > len("All the \n")
+    assert generate() == (0, text)
+    assert generate(seed=2)[1] != text
+    assert generate(max_new_tokens=100, slide=True)[0] == 0
+
+
+def test_generate_refuses_in_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = {"max_new_tokens": 100, "temperature": 1.0, "top_k": None, "seed": 1, "slide": False}
+    for place, device, message in (
+        (str(run), "cpu", "max_position_embeddings"),
+        (str(tmp_path / "none"), "cpu", "no such folder"),
+        (str(run), "cuda:99", "device 'cuda:99' cannot be used: "),
+    ):
+        assert generate_command(place, "All", device=device, **chosen) == 2  # type: ignore[arg-type]
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert message in said
+
+
+def test_generate_refuses_another_models_tokenizer(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (mixed / name).write_bytes((run / name).read_bytes())
+    config = (run / "config.json").read_text()
+    key = '"tokenizer_fingerprint": "'
+    at = config.index(key) + len(key)
+    (mixed / "config.json").write_text(config[:at] + ("0" if config[at] != "0" else "1") + config[at + 1 :])
+    chosen = {"max_new_tokens": 5, "temperature": 1.0, "top_k": None, "seed": 1, "slide": False}
+    assert generate_command(str(mixed), "All", **chosen) == 2  # type: ignore[arg-type]
+    assert "fingerprint" in capsys.readouterr().err
+
+
+def test_each_kind_of_error_has_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    def raising(error: BaseException) -> int:
+        def command() -> None:
+            raise error
+
+        return run_command(command)
+
+    assert raising(UsageError("two\nlines")) == 2
+    assert raising(CheckpointError("torn")) == 1
+    assert raising(KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == "error: two lines\nerror: torn\nerror: interrupted\n"
+    with pytest.raises(ZeroDivisionError):  # a mistake of ours keeps its traceback
+        raising(ZeroDivisionError())
+
+
+def test_the_command_answers_for_help_without_loading_torch() -> None:
+    code = "import sys, gpt_kit_command\ntry: gpt_kit_command.main()\nfinally: assert 'torch' not in sys.modules"
+    ended = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "generate" in ended.stdout
+    assert "train" in ended.stdout
+
+
+def test_train_passes_its_arguments_on(text_file: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(gpt_kit_command.app, ["train", "--no_such_option"])
+    assert result.exit_code == 2
+
+
+def test_the_example_trains_as_its_own_process(tmp_path: Path, text_file: str) -> None:
+    command = [
+        sys.executable,
+        "examples/train_gpt.py",
+        f"--output_dir={tmp_path / 'run'}",
+        f"--text_files={text_file}",
+    ]
+    ended = subprocess.run([*command, *TINY, *SHORT], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "\r" not in ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert load_file(tmp_path / "run" / "model.safetensors")
+    again = subprocess.run([*command, *TINY, *SHORT], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert again.returncode == 2
+    # Not the only line: a library that cannot load a part of its own says so there, too.
+    assert again.stderr.splitlines()[-1].startswith("error: output_dir")
+
+
+def test_ci_runs_what_a_user_runs() -> None:
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & stat.S_IXUSR
+    assert "make test" in script.read_text()
+
+
+def test_a_recipe_sets_defaults_that_options_win_over(tmp_path: Path) -> None:
+    needed = ["--output_dir", "x", "--text_files", "python-stdlib", "--max_steps", "3"]
+    plain = parse_run_options(needed).optimizer
+    assert parse_run_options([*needed, "--recipe", "plain"]).optimizer == plain
+    fast = parse_run_options([*needed, "--recipe", "fast"]).optimizer
+    assert (fast.optimizer, fast.schedule, fast.muon_learning_rate) == ("muon", "linear", 8e-3)
+    assert fast.weight_decay == plain.weight_decay
+    own = parse_run_options([*needed, "--recipe=fast", "--learning_rate", "1e-3"]).optimizer
+    assert (own.optimizer, own.learning_rate) == ("muon", 1e-3)
+    config = tmp_path / "config.yaml"
+    config.write_text("recipe: fast\nschedule: cosine\n")
+    from_file = parse_run_options([*needed, "--config", str(config)]).optimizer
+    assert (from_file.optimizer, from_file.schedule) == ("muon", "cosine")
+    with pytest.raises(UsageError, match="unknown recipe 'fsat'; did you mean 'fast'"):
+        parse_run_options([*needed, "--recipe", "fsat"])

@@ -1,0 +1,309 @@
+"""One token at a time, beside the model's own forward pass and transformers' `generate`."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from gpt_kit_hf import GPTKitConfig, GPTKitForCausalLM, UsageError, generate_text_autoregressive
+from gpt_kit_hf.generation import fast_decoder
+from gpt_kit_hf.generation.fast_decoder import Decoder, DecodingWeights, pays, why_not
+
+FBGEMM = pytest.mark.skipif(
+    "fbgemm" not in torch.backends.quantized.supported_engines, reason="this machine's torch has no FBGEMM"
+)
+VOCAB, CONTEXT = 300, 64
+
+
+def model_of(dtype: torch.dtype = torch.float32, **options: Any) -> GPTKitForCausalLM:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": VOCAB, "n_layer": 3, "n_head": 4, "n_embd": 32}
+    model = GPTKitForCausalLM(GPTKitConfig(**{**sizes, "max_position_embeddings": CONTEXT, **options}))
+    with torch.no_grad():
+        for parameter in model.parameters():  # as trained: weights that matter, norms that are not ones
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.to(dtype).eval()
+
+
+def ids_of(rows: int, length: int) -> Tensor:
+    return torch.randint(VOCAB, (rows, length), generator=torch.Generator().manual_seed(rows))
+
+
+@torch.no_grad()
+def fed(decoder: Decoder, ids: Tensor, prompt: int) -> Tensor:
+    """Return the logits behind each token from the prompt's last on, (B, T - prompt + 1, V), token by token."""
+    logits = [decoder.start(ids[:, :prompt], ids.shape[1])]
+    for index in range(prompt, ids.shape[1]):
+        decoder.pack()
+        logits.append(decoder.step(ids[:, index]))
+    return torch.stack(logits, dim=1)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "as GPT-2": {},
+    "without biases": {"use_bias": False},
+    "untied": {"tie_word_embeddings": False},
+    "sinusoidal": {"position_embedding": "sinusoidal"},
+    "exact gelu, wide": {"hidden_act": "gelu", "n_inner": 80},
+    "one head": {"n_head": 1},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rows", "prompt"), [(1, 1), (1, 20), (5, 7)])
+def test_logits_are_the_models_own(kind: str, rows: int, prompt: int) -> None:
+    model, ids = model_of(**KINDS[kind]), ids_of(rows, 30)
+    with torch.no_grad():
+        expected = model(ids).logits[:, prompt - 1 :]
+    torch.testing.assert_close(fed(Decoder(model), ids, prompt), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_half_precision_are_computed_in_float32(dtype: torch.dtype) -> None:
+    model, ids = model_of(dtype), ids_of(2, 24)
+    with torch.no_grad():
+        expected = model.float()(ids).logits[:, 5:]
+    model.to(dtype)
+    torch.testing.assert_close(fed(Decoder(model), ids, 6), expected, rtol=1e-3, atol=1e-3)
+
+
+@FBGEMM
+@pytest.mark.parametrize(("weights", "most"), [("half", 1e-5), ("int8", 0.02)])
+def test_fewer_bits_cost_little_and_the_decoder_tells_how_much(weights: DecodingWeights, most: float) -> None:
+    model, ids = model_of(), ids_of(1, 40)
+    decoder = Decoder(model, weights)
+    divergence, same = decoder.divergence(ids)
+    with torch.no_grad():
+        own = model(ids).logits.log_softmax(-1)
+        packed = fed(decoder, ids, 1).log_softmax(-1)[:, 1:]
+    # The first token is read with the plain weights there, as a prompt is: its keys are a little better.
+    expected = float((own.exp()[:, 1:] * (own[:, 1:] - packed)).sum(-1).mean())
+    assert 0.0 < expected < most
+    assert divergence == pytest.approx(expected, rel=0.3, abs=1e-6)
+    assert same > 0.8
+
+
+@FBGEMM
+@pytest.mark.parametrize("weights", get_args(DecodingWeights))
+def test_packed_weights_are_kept_while_the_model_stays_as_it_is(weights: DecodingWeights) -> None:
+    model, ids = model_of(), ids_of(1, 12)
+    first = Decoder(model, weights)
+    before = fed(first, ids, 3)
+    Decoder(model, "half" if weights == "int8" else "int8").pack()
+    second = Decoder(model, weights)
+    second.pack()
+    assert second._packed is first._packed is not None
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2.0)
+    after = fed(Decoder(model, weights), ids, 3)
+    assert not torch.allclose(after, before, rtol=0.1)
+    gone = weakref.ref(model)
+    del model, first, second
+    gc.collect()
+    assert gone() is None
+
+
+def test_of_a_model_in_training_no_copy_is_kept() -> None:
+    model, ids = model_of().train(), ids_of(1, 12)
+    generate_text_autoregressive(model, ids, 40)
+    assert not fast_decoder._kept[model]
+    generate_text_autoregressive(model.eval(), ids, 40)
+    assert set(fast_decoder._kept[model]) == {"same"}
+
+
+def test_early_exit_uses_the_first_layers_only() -> None:
+    model, ids = model_of(), ids_of(1, 9)
+    model.config.n_layer = 2
+    with torch.no_grad():
+        torch.testing.assert_close(fed(Decoder(model), ids, 3), model(ids).logits[:, 2:], rtol=1e-4, atol=1e-4)
+
+
+# --- generation
+
+
+@pytest.fixture
+def without_decoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    with monkeypatch.context() as patched:
+        yield patched
+
+
+CHOICES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampled": {"temperature": 1.0},
+    "cooler, of few": {"temperature": 0.7, "top_k": 5},
+    "an end": {"temperature": 1.5, "eos_token_id": 7, "top_k": 20},
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("rows", [1, 6])
+def test_the_tokens_are_those_of_generate_by_the_same_draws(
+    choice: str, rows: int, without_decoder: pytest.MonkeyPatch
+) -> None:
+    model, ids = model_of(), ids_of(rows, 8)
+    torch.manual_seed(3)
+    ours = generate_text_autoregressive(model, ids, 50, **CHOICES[choice])
+    without_decoder.setattr("gpt_kit_hf.generation.generate.why_not", lambda model: "as transformers does it")
+    torch.manual_seed(3)
+    theirs = generate_text_autoregressive(model, ids, 50, **CHOICES[choice])
+    assert ours.tolist() == theirs.tolist()
+    assert ours.shape[1] > 8
+
+
+def test_generated_ids_may_be_trained_on() -> None:
+    model = model_of()
+    ids = generate_text_autoregressive(model, ids_of(1, 4), 40)
+    model(ids, labels=ids).loss.backward()
+    assert not ids.is_inference()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_autocast_around_it_changes_nothing() -> None:
+    model, ids = model_of(), ids_of(2, 4)
+    alone = generate_text_autoregressive(model, ids, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert generate_text_autoregressive(model, ids, 40).tolist() == alone.tolist()
+
+
+def test_short_answers_do_not_wait_for_another_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, packed = model_of(), list[int]()
+    monkeypatch.setattr(Decoder, "pack", lambda self: packed.append(1))
+    for tokens in (1, 5, 40):
+        generate_text_autoregressive(model, ids_of(1, 4), tokens)
+    assert (pays(1), pays(5), pays(40)) == (False, False, True)
+    assert packed == [1]
+
+
+# --- on a GPU
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_road_of_a_gpu_gives_the_models_own_logits(
+    kind: str, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast_decoder, "_layout", lambda *_: fast_decoder._row_by_row if packed else None)
+    model, ids = model_of(**KINDS[kind]), ids_of(3, 30)
+    with torch.no_grad():
+        expected = model(ids).logits[:, 6:]
+    torch.testing.assert_close(fed(Decoder(model), ids, 7), expected, rtol=1e-4, atol=1e-4)
+
+
+class _CopiesWithoutCuda(TorchFunctionMode):
+    """A torch without CUDA refuses `Tensor.copy_` to a GPU, also to a fake one, but not the operation itself."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (torch.ops.aten.copy_.default if func is Tensor.copy_ else func)(*args, **(kwargs or {}))
+
+
+def on_a_fake_gpu(tensors: dict[str, Tensor | None], dtype: torch.dtype) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            kept = dtype if tensor.is_floating_point() else tensor.dtype
+            there = torch.empty(tensor.shape, dtype=kept, device="cuda")
+            tensors[name] = nn.Parameter(there, False) if isinstance(tensor, nn.Parameter) else there
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_gpu_everything_stays_there(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's fake tensors stand for a GPU: they hold no numbers, but no operation takes two devices or two types."""
+    monkeypatch.setattr(fast_decoder, "why_not", lambda _: None)  # a fake tensor is no plain one
+    model = model_of(**KINDS[kind])
+    with FakeTensorMode(), _CopiesWithoutCuda(), torch.no_grad():
+        for module in model.modules():
+            on_a_fake_gpu(module._parameters, dtype)
+            on_a_fake_gpu(module._buffers, dtype)
+        decoder = Decoder(model)
+        logits = decoder.start(torch.zeros(2, 5, dtype=torch.long, device="cuda"), 9)
+        decoder.pack()
+        for _ in range(4):
+            logits = decoder.step(logits.argmax(dim=-1))
+        assert (logits.device.type, logits.dtype, tuple(logits.shape)) == ("cuda", torch.float32, (2, VOCAB))
+        assert {(keys.device.type, keys.dtype) for keys in decoder._keys} == {("cuda", dtype)}
+        with pytest.raises(RuntimeError, match="device"):
+            decoder.step(torch.zeros(2, dtype=torch.long))
+
+
+def test_fewer_bits_are_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_decoder, "why_not", lambda _: None)
+    with pytest.raises(UsageError, match=r"weights=half: only on a CPU, and the model is on meta; use same"):
+        Decoder(model_of().to("meta"), "half")
+
+
+# --- what it refuses
+
+
+def adapted(model: GPTKitForCausalLM) -> nn.Module:
+    wrapped: nn.Module = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    return wrapped
+
+
+def hooked(model: GPTKitForCausalLM) -> nn.Module:
+    model.model.layers[1].register_forward_hook(lambda module, args, output: output)
+    return model
+
+
+def in_two_places(_: GPTKitForCausalLM) -> nn.Module:
+    model = model_of(tie_word_embeddings=False)
+    model.lm_head.to("meta")
+    return model
+
+
+def with_an_adapter_inside(model: GPTKitForCausalLM) -> nn.Module:
+    adapted(model)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (adapted, "PeftModel is no plain GPTKitForCausalLM"),
+        (with_an_adapter_inside, r"q_proj is Linear, not a plain linear layer"),
+        (hooked, r"model\.layers\.1 has forward hooks"),
+        (lambda model: model.double(), "is a torch.float64 Tensor, no tensor in 32 or 16 bits"),
+        (lambda model: model.to("meta"), "the model is on meta, and this is for a CPU or a CUDA GPU"),
+        (in_two_places, r"lm_head\.weight is on meta, not on cpu as the rest"),
+        (lambda _: GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1)), "GPT2LMHeadModel is no plain"),
+    ],
+)
+def test_other_models_are_left_to_transformers(change: Any, reason: str) -> None:
+    model = change(model_of())
+    with pytest.raises(UsageError, match=rf"weights=half: .*{reason}"):
+        Decoder(model, "half")
+    assert why_not(model) is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": "int4"}, "int8"),
+        (
+            {"weights": "int8", "overflow": "slide", "max_new_tokens": CONTEXT},
+            "weights=int8: not where the text slides",
+        ),
+    ],
+)
+def test_weights_that_cannot_be_had_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        generate_text_autoregressive(model_of(), ids_of(1, 4), **{"max_new_tokens": 4, **options})
+
+
+def test_a_machine_without_packed_products_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_decoder, "_has_packed_products", lambda weights: False)
+    with pytest.raises(UsageError, match=r"weights=half: this CPU's torch has no such products; use same"):
+        Decoder(model_of(), "half")
+    model, ids = model_of(torch.bfloat16), ids_of(1, 8)
+    assert fed(Decoder(model), ids, 2).isfinite().all()

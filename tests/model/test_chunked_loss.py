@@ -1,0 +1,234 @@
+"""The loss without logits, beside torch's own on the logits."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gpt_kit_hf import GPTKitConfig, GPTKitForCausalLM
+from gpt_kit_hf.model import chunked_loss
+from gpt_kit_hf.model.chunked_loss import summed_cross_entropy
+from gpt_kit_hf.model.losses import summed_batch_loss
+
+IGNORED = -100
+
+
+@pytest.fixture(autouse=True)
+def few_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked_loss, "_CPU_LOGITS", 1 << 11)
+
+
+def operands(
+    rows: int, columns: int, width: int, ignored: float, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows * columns)
+    hidden = torch.randn(rows, width, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(columns, width, generator=generator).to(dtype).requires_grad_()
+    targets = torch.randint(columns, (rows,), generator=generator)
+    targets[torch.rand(rows, generator=generator) < ignored] = IGNORED
+    return hidden, weight, targets
+
+
+def reference(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in float64, with the logits."""
+    hidden, weight = (t.detach().double().requires_grad_() for t in (hidden, weight))
+    loss = F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORED, reduction="sum")
+    gradients = torch.autograd.grad(loss * scale, (hidden, weight))
+    return loss.detach(), *gradients
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize(("rows", "columns", "width"), [(1, 2, 3), (7, 64, 4), (100, 257, 16), (33, 5000, 8)])
+def test_loss_and_gradients_are_those_of_the_logits(rows: int, columns: int, width: int, ignored: float) -> None:
+    hidden, weight, targets = operands(rows, columns, width, ignored)
+    loss = summed_cross_entropy(hidden, weight, targets)
+    got = (loss, *torch.autograd.grad(loss * 0.37, (hidden, weight)))
+    for ours, exact in zip(got, reference(hidden, weight, targets, 0.37), strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weights_in", ["half", "float32"])
+def test_half_precision_is_used_in_products_only(dtype: torch.dtype, weights_in: str) -> None:
+    hidden, weight, targets = operands(48, 300, 16, 0.2, dtype if weights_in == "half" else torch.float32)
+    with torch.autocast("cpu", dtype, enabled=weights_in == "float32"):
+        loss = summed_cross_entropy(hidden, weight, targets)
+    gradients = torch.autograd.grad(loss, (hidden, weight))
+    assert loss.dtype == torch.float32
+    assert [g.dtype for g in gradients] == [hidden.dtype, weight.dtype]
+    exact = reference(hidden, weight, targets, 1.0)
+    torch.testing.assert_close(loss.double(), exact[0], rtol=2e-3, atol=0.0)
+    for ours, theirs in zip(gradients, exact[1:], strict=True):
+        assert float((ours.double() - theirs).norm() / theirs.norm()) < 0.02
+
+
+def test_double_precision_stays_double() -> None:
+    hidden, weight, targets = operands(9, 40, 8, 0.2, torch.float64)
+    loss = summed_cross_entropy(hidden, weight, targets)
+    got = (loss, *torch.autograd.grad(loss, (hidden, weight)))
+    for ours, exact in zip(got, reference(hidden, weight, targets, 1.0), strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-12)
+
+
+def test_logits_far_apart_overflow_nothing() -> None:
+    hidden, weight, targets = operands(20, 100, 8, 0.0)
+    with torch.no_grad():
+        hidden *= 1000.0
+    loss = summed_cross_entropy(hidden, weight, targets)
+    exact = reference(hidden, weight, targets, 1.0)[0]
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("wanted", ["hidden", "weight", "none"])
+def test_only_gradients_that_are_asked_for_are_computed(wanted: str) -> None:
+    hidden, weight, targets = operands(30, 500, 8, 0.0)
+    hidden.requires_grad_(wanted == "hidden")
+    weight.requires_grad_(wanted == "weight")
+    with Products() as products:
+        loss = summed_cross_entropy(hidden, weight, targets)
+    blocks = sum(name == "mm" for name, _ in products.shapes)
+    assert products.largest < 30 * 500
+    if wanted == "none":
+        assert not loss.requires_grad
+        assert blocks == len(products.shapes)
+    else:
+        loss.backward()  # type: ignore[no-untyped-call]
+        given = hidden if wanted == "hidden" else weight
+        exact = reference(hidden, weight, targets, 1.0)[1 if wanted == "hidden" else 2]
+        assert given.grad is not None
+        torch.testing.assert_close(given.grad.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_a_second_backward_pass_is_refused() -> None:
+    hidden, weight, targets = operands(6, 20, 4, 0.0)
+    loss = summed_cross_entropy(hidden, weight, targets) * 2.0
+    loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
+class Products(TorchDispatchMode):
+    """Notes the matrix products that run, and the most numbers that a tensor held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[str, tuple[int, ...]]] = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        if name in ("mm", "addmm_"):
+            self.shapes.append((name, tuple(args[0].shape)))
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+def test_rows_that_are_not_trained_cost_nothing_on_a_cpu() -> None:
+    hidden, weight, targets = operands(64, 300, 8, 0.0)
+    targets[5:] = IGNORED
+    with Products() as products:
+        summed_cross_entropy(hidden, weight, targets)
+    forward = [shape for name, shape in products.shapes if name == "mm" and shape[1] == 8]
+    assert sum(rows for rows, _ in forward) == 5
+
+
+# --- the model
+
+
+def small_model(**options: Any) -> GPTKitForCausalLM:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 211, "n_layer": 2, "n_head": 2, "n_embd": 16, "max_position_embeddings": 32}
+    return GPTKitForCausalLM(GPTKitConfig(**{**sizes, **options}))
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+WAYS: dict[str, Callable[[Tensor], dict[str, Any]]] = {
+    "labels": lambda targets: {"labels": targets},
+    "shift_labels": lambda targets: {"shift_labels": targets},
+    "items": lambda targets: {"labels": targets, "num_items_in_batch": 7},
+    "items as a tensor": lambda targets: {"shift_labels": targets, "num_items_in_batch": torch.tensor(7)},
+    "ignore_index": lambda targets: {"labels": targets.where(targets >= 0, 3), "ignore_index": 3},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_model_gives_the_same_loss_without_logits(way: str, tied: bool) -> None:
+    model = small_model(tie_word_embeddings=tied)
+    ids = torch.randint(211, (3, 20), generator=torch.Generator().manual_seed(1))
+    targets = ids.clone()
+    targets[0, :5] = targets[2, 11:] = IGNORED
+    plain = model(ids, **WAYS[way](targets))
+    short = model(ids, skip_logits=True, **WAYS[way](targets))
+    assert short.logits is None
+    torch.testing.assert_close(short.loss, plain.loss, rtol=1e-6, atol=1e-6)
+    expected, got = gradients(model, plain.loss), gradients(model, short.loss)
+    assert got.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_without_labels_there_are_logits_to_give() -> None:
+    assert small_model()(torch.arange(4)[None], skip_logits=True).logits is not None
+
+
+def adapted(model: GPTKitForCausalLM) -> nn.Module:
+    wrapped: nn.Module = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head", "q_proj"]))
+    return wrapped
+
+
+def hooked(model: GPTKitForCausalLM) -> nn.Module:
+    model.lm_head.register_forward_hook(lambda module, args, output: output * 0.5)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks
+@pytest.mark.parametrize("change", [adapted, hooked])
+def test_an_output_projection_that_is_more_than_one_keeps_its_logits(change: Callable[[Any], nn.Module]) -> None:
+    model = change(small_model(tie_word_embeddings=False))
+    ids = torch.arange(10)[None]
+    given = model(ids, labels=ids, skip_logits=True)
+    assert given.logits is not None
+    torch.testing.assert_close(given.loss, model(ids, labels=ids).loss)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, torch.nn.Sequential])
+def test_the_packages_loss_asks_for_no_logits(wrap: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrapper that hands on nothing but the ids gets what it can."""
+    model = small_model()
+    asked: list[bool] = []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", noting(forward, asked))
+    ids = torch.arange(12)[None]
+    if wrap is torch.nn.Sequential:
+        summed_batch_loss(ids[:, :-1], ids[:, 1:], wrap(model))
+        assert asked == [False]
+    else:
+        loss = summed_batch_loss(ids[:, :-1], ids[:, 1:], model)
+        assert asked == [True]
+        expected = forward(ids, labels=ids).loss * 11
+        torch.testing.assert_close(loss.loss_sum, expected)
+
+
+def noting(forward: Callable[..., Any], asked: list[bool]) -> Callable[..., Any]:
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs.get("skip_logits", False))
+        return forward(*args, **kwargs)
+
+    noted.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    return noted

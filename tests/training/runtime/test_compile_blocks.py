@@ -1,0 +1,86 @@
+"""Compiled blocks in a run: the same losses, or a word about why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gpt_kit_hf import GPTKitConfig, GPTKitForCausalLM, RunOptions, TextOptions, TrainingOptions, UsageError, train
+from gpt_kit_hf.data.text.corpus import EncodingOptions
+from gpt_kit_hf.data.text.windows import WindowOptions
+from gpt_kit_hf.model.presets import ModelOptions
+from gpt_kit_hf.training.runtime.compilation import compile_blocks
+
+CPU = torch.device("cpu")
+
+
+def small_model() -> GPTKitForCausalLM:
+    return GPTKitForCausalLM(GPTKitConfig(vocab_size=50, n_layer=2, n_head=2, n_embd=8, max_position_embeddings=16))
+
+
+def compiled_blocks(model: nn.Module) -> int:
+    return sum(module._compiled_call_impl is not None for module in model.modules())
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Nothing is compiled in earnest."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "blocks"), [(None, "cpu", 0), (None, "cuda", 2), (True, "cpu", 2), (False, "cuda", 0)]
+)
+def test_blocks_are_compiled_on_a_gpu_or_if_asked_for(
+    wanted: bool | None, device: str, blocks: int, pretended: pytest.MonkeyPatch
+) -> None:
+    pretended.setattr(torch, "ones", lambda *_, device: torch.zeros(1))
+    model, said = small_model(), list[str]()
+    assert compile_blocks(model, wanted, torch.device(device), said.append) == (blocks > 0)
+    assert compiled_blocks(model) == blocks
+    assert said == []
+
+
+def test_a_machine_that_cannot_compile_goes_on_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(function: object) -> Any:
+        raise RuntimeError("backend='inductor' raised:\nInvalidCxxCompiler: No working C++ compiler found\n\nSet it")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    model, said = small_model(), list[str]()
+    assert not compile_blocks(model, True, CPU, said.append)
+    assert said == ["note     not compiled: InvalidCxxCompiler: No working C++ compiler found"]
+    assert compiled_blocks(model) == 0
+
+
+def test_a_model_without_blocks_is_refused_if_it_was_asked_for(pretended: pytest.MonkeyPatch) -> None:
+    model = small_model()
+    pretended.setattr(model, "_no_split_modules", None)
+    with pytest.raises(UsageError, match="compile=true: GPTKitForCausalLM does not tell what its blocks are"):
+        compile_blocks(model, True, CPU, print)
+    assert not compile_blocks(model, None, torch.device("cuda"), print)
+
+
+@pytest.mark.slow  # torch's compiler takes half a minute
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")  # of torch itself
+def test_a_compiled_run_has_the_losses_of_one_that_is_not(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog.\n" * 200)
+    losses = {}
+    for compiled in (True, False):
+        run = tmp_path / str(compiled)
+        options = RunOptions(
+            training=TrainingOptions(
+                output_dir=str(run), compile=compiled, max_steps=6, batch_size=4, report_to=["none"], log_every=1
+            ),
+            text=TextOptions(text_files=[str(text)], eval_fraction=0.2),
+            encoding=EncodingOptions(encoding="bytes"),
+            windows=WindowOptions(max_length=32),
+            model=ModelOptions(model="nano-xs", n_layer=2, n_head=2, n_embd=16, max_position_embeddings=32),
+        )
+        losses[compiled] = train(options, stream=None).evaluation.loss
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)

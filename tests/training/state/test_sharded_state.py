@@ -1,0 +1,526 @@
+"""A model and its optimizer that two processes hold in shards, against one process that holds all."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from hand_written_models import is_tied
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.optim import AdamW, Optimizer
+from transformers import AutoModelForCausalLM
+
+from gpt_kit_hf import GPTKitConfig, GPTKitForCausalLM
+from gpt_kit_hf.errors import CheckpointError
+from gpt_kit_hf.training.state.sharded_state import full_state, restore_sharded_state, uncut_model, write_sharded_state
+
+ROOT = Path(__file__).resolve().parents[3]
+RANKS = 2
+# Two do not divide the vocabulary. The last case is cut as Accelerate does it, the others by hand.
+CASES: dict[str, dict[str, Any]] = {
+    "tied": {"tie_word_embeddings": True},
+    "untied": {"tie_word_embeddings": False},
+    "by accelerate": {"tie_word_embeddings": True, "use_bias": False},
+}
+BATCH, LENGTH, VOCABULARY = 4, 12, 61
+STEPS, MORE = 3, 2
+
+
+# --- what both sides do
+
+
+def tiny_model(seed: int, **overrides: Any) -> GPTKitForCausalLM:
+    torch.manual_seed(seed)
+    shape = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 2, "max_position_embeddings": LENGTH}
+    return GPTKitForCausalLM(GPTKitConfig(**shape, **overrides))
+
+
+def optimizer_for(model: nn.Module, lr: float = 0.01) -> AdamW:
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    others = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    return AdamW([group for group in groups if group["params"]], lr=lr, betas=(0.8, 0.9))
+
+
+def train(model: nn.Module, optimizer: Optimizer, steps: range, rank: int = 0, world: int = 1) -> list[float]:
+    """Take steps on this process's share of batches that follow from the step; return the losses of whole batches."""
+    losses = []
+    for step in steps:
+        ids = torch.randint(0, VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(step))
+        own = ids.chunk(world)[rank].to(next(model.parameters()).device)
+        loss = model(own, labels=own).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach().clone()
+        if world > 1:
+            dist.all_reduce(mean)
+        losses.append(mean.item() / world)
+    return losses
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def gathered(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return all weights and all of the optimizer's tensors, each whole."""
+    model.state_dict()  # puts the shards back
+    found = {name: whole(parameter) for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            found[f"{key} of {name}"] = whole(value)
+    return found
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+
+
+def options(optimizer: Optimizer) -> list[dict[str, Any]]:
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+class Small(nn.Module):
+    """Fewer elements than processes: some hold none of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 1)
+        self.register_buffer("offset", torch.zeros(1))
+        self.offset: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(x) + self.offset
+        return out
+
+
+# --- a rank
+
+
+def told_to_cut(accelerator: Accelerator) -> Accelerator:
+    """Accelerate cuts models over GPUs only; told that it does, it does the same on a CPU."""
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True
+    )
+    # Both, or the first is put back.
+    accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+    assert accelerator.is_fsdp2
+    return accelerator
+
+
+def prepared(accelerator: Accelerator, model: nn.Module, lr: float) -> tuple[Any, Any]:
+    model, wrapped = accelerator.prepare(model, optimizer_for(model, lr))
+    return model, wrapped.optimizer
+
+
+def cut(case: str, seed: int, lr: float) -> tuple[Any, Any]:
+    """Return a model that is cut over the processes, and its optimizer."""
+    model: Any = tiny_model(seed, **CASES[case])
+    if case == "by accelerate":
+        return prepared(told_to_cut(Accelerator(cpu=True)), model, lr)
+    mesh = init_device_mesh("cpu", (RANKS,))
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model, optimizer_for(model, lr)
+
+
+def refusal(call: Callable[..., object], *arguments: object) -> str:
+    try:
+        call(*arguments)
+    except CheckpointError as error:
+        return str(error)
+    return "nothing was refused"
+
+
+def run_case(case: str, folder: Path, rank: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    model, optimizer = cut(case, 0, 0.01)
+    found["losses"] = train(model, optimizer, range(STEPS), rank, RANKS)
+    with torch.no_grad():  # which leaves parts of the model gathered
+        model(torch.zeros(1, LENGTH, dtype=torch.long))
+    assert any(not isinstance(parameter, DTensor) for parameter in model.parameters())
+    write_sharded_state(folder / "sharded", model, optimizer)
+    found["gathered"], found["options"] = gathered(model, optimizer), options(optimizer)
+    found["shares"] = {name: list(p.to_local().shape) for name, p in model.named_parameters()}
+    state = full_state(model)
+    found["full"] = list(state)
+    if rank == 0:
+        uncut_model(model).save_pretrained(folder / "saved", state_dict=state)
+
+    found["losses"] += train(model, optimizer, range(STEPS, STEPS + MORE), rank, RANKS)
+    found["later"] = gathered(model, optimizer)
+    again, other = cut(case, 1, 0.5)
+    restore_sharded_state(folder / "sharded", again, other)
+    found["losses again"] = train(again, other, range(STEPS, STEPS + MORE), rank, RANKS)
+    found["later again"] = gathered(again, other)
+
+    alone, other = cut(case, 1, 0.5)
+    restore_sharded_state(folder / "alone", alone, other)
+    found["from one"] = gathered(alone, other)
+    return found
+
+
+def run_failures(folder: Path, rank: int) -> dict[str, str]:
+    """Let one process fail, or all; return what each of them says, after which they go on together."""
+    said: dict[str, str] = {}
+    model, optimizer = cut("tied", 0, 0.01)
+    train(model, optimizer, range(1), rank, RANKS)
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+
+            def full_disk(*arguments: object, **keywords: object) -> bytes:
+                raise OSError(28, "No space left on device")
+
+            patch.setattr("safetensors.torch.save", full_disk)
+        said["full disk"] = refusal(write_sharded_state, folder / "full", model, optimizer)
+    said["a folder for each"] = refusal(write_sharded_state, folder / f"of process {rank}", model, optimizer)
+    write_sharded_state(folder / "cut short", model, optimizer)
+    if rank == 0:
+        max((folder / "cut short").glob("shard-00002-*")).unlink()
+    dist.barrier()
+    said["a shard is missing"] = refusal(restore_sharded_state, folder / "cut short", model, optimizer)
+    optimizer.state[next(iter(optimizer.state))]["rows"] = torch.zeros(3)
+    said["cut otherwise"] = refusal(write_sharded_state, folder / "odd", model, optimizer)
+    return said
+
+
+def run_small(folder: Path) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = Small()
+    fully_shard(model, mesh=init_device_mesh("cpu", (RANKS,)))
+    optimizer = optimizer_for(model)
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    write_sharded_state(folder, model, optimizer)
+    bias: Any = model.linear.bias
+    return {"gathered": gathered(model, optimizer), "elements here": bias.to_local().numel()}
+
+
+def run_rank(folder: Path) -> None:
+    """Do all that takes two processes, and leave what was found in the folder."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found: dict[str, Any] = {case: run_case(case, folder / case, rank) for case in CASES}
+        found["failures"] = run_failures(folder, rank)
+        found["small"] = run_small(folder / "small")
+    torch.save(found, folder / f"rank{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def wait_for(started: list[subprocess.Popen[bytes]], folder: Path) -> None:
+    """Return when all ranks ended well; a rank that fails leaves the others waiting, so its log is shown at once."""
+    deadline = time.monotonic() + 300
+    while any(process.poll() is None for process in started):
+        assert time.monotonic() < deadline
+        for rank, process in enumerate(started):
+            assert not process.poll(), (folder / f"rank{rank}.log").read_text()
+        time.sleep(0.1)
+    assert [process.poll() for process in started] == [0] * RANKS
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which two ranks did all they do; they end before the tests begin, whatever happens."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for case, overrides in CASES.items():
+        (folder / case).mkdir()
+        model = tiny_model(2, **overrides)
+        optimizer = optimizer_for(model)
+        train(model, optimizer, range(1))
+        write_sharded_state(folder / case / "alone", model, optimizer)
+        torch.save(gathered(model, optimizer), folder / case / "alone.pt")
+    here = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    here |= {"WORLD_SIZE": str(RANKS), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    started = []
+    try:
+        for rank in range(RANKS):
+            with (folder / f"rank{rank}.log").open("w") as log:
+                env = {**here, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                command = [sys.executable, __file__, str(folder)]
+                started.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
+        wait_for(started, folder)
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    return folder
+
+
+# --- the tests
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def both_ranks(ranks: Path, case: str) -> list[dict[str, Any]]:
+    return [torch.load(ranks / f"rank{rank}.pt")[case] for rank in range(RANKS)]
+
+
+def test_two_processes_that_cut_the_model_train_it_as_one_does(case: str, ranks: Path) -> None:
+    model = tiny_model(0, **CASES[case])
+    optimizer = optimizer_for(model)
+    losses = train(model, optimizer, range(STEPS + MORE))
+    expected = gathered(model, optimizer)
+    for found in both_ranks(ranks, case):
+        assert found["losses"] == pytest.approx(losses, abs=1e-5)
+        assert found["later"].keys() == expected.keys()
+        assert sum(shape[0] for shape in found["shares"].values()) < sum(p.shape[0] for p in model.parameters())
+    assert max(abs(losses[0] - loss) for loss in losses[1:]) > 1e-3  # it learns, or nothing was compared
+
+
+def test_one_process_restores_what_two_wrote(case: str, ranks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **keywords: object) -> None:
+        raise AssertionError("a pickle was read")
+
+    expected = both_ranks(ranks, case)[0]
+    model = tiny_model(7, **CASES[case])
+    optimizer = optimizer_for(model, lr=0.5)
+    with monkeypatch.context() as patch:
+        for module, name in [(pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")]:
+            patch.setattr(module, name, refuse)
+        restore_sharded_state(ranks / case / "sharded", model, optimizer)
+    assert_equal(gathered(model, optimizer), expected["gathered"])
+    assert options(optimizer) == expected["options"]
+    assert optimizer.param_groups[0]["lr"] == 0.01
+    assert is_tied(model) == model.config.tie_word_embeddings
+    # And it trains on as they did, up to rounding.
+    losses = train(model, optimizer, range(STEPS, STEPS + MORE))
+    assert losses == pytest.approx(expected["losses"][STEPS:], abs=1e-5)
+
+
+def test_two_processes_that_restore_go_on_to_the_bit(case: str, ranks: Path) -> None:
+    for found in both_ranks(ranks, case):
+        assert found["losses again"] == found["losses"][STEPS:]
+        assert_equal(found["later again"], found["later"])
+
+
+def test_two_processes_restore_what_one_wrote(case: str, ranks: Path) -> None:
+    expected = torch.load(ranks / case / "alone.pt")
+    for found in both_ranks(ranks, case):
+        assert_equal(found["from one"], expected)
+
+
+def test_the_folder_holds_tensors_and_json_only(case: str, ranks: Path) -> None:
+    files = sorted((ranks / case / "sharded").iterdir())
+    tensors = [path for path in files if path.suffix == ".safetensors"]
+    assert [path.name for path in files if path not in tensors] == ["optimizer.json"]
+    held: dict[str, int] = {}
+    for path in tensors:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (it is no dict)
+                held[name] = held.get(name, 0) + file.get_tensor(name).numel()
+    expected = both_ranks(ranks, case)[0]["gathered"]
+    # Each element once: tied weights are not written twice, nor what both processes have.
+    assert held == {
+        (f"weights.{name}" if " of " not in name else ".".join(name.split(" of "))): tensor.numel()
+        for name, tensor in expected.items()
+    }
+    for shard in ("shard-00001-", "shard-00002-"):
+        share = sum(path.stat().st_size for path in tensors if path.name.startswith(shard))
+        assert share > 0.35 * sum(path.stat().st_size for path in tensors)
+    assert json.loads((ranks / case / "sharded/optimizer.json").read_text()).keys() == {"groups", "parameters"}
+
+
+def test_the_first_process_has_the_whole_model_to_publish(case: str, ranks: Path, tmp_path: Path) -> None:
+    first, second = both_ranks(ranks, case)
+    assert second["full"] == []
+    model = AutoModelForCausalLM.from_pretrained(ranks / case / "saved")
+    assert first["full"] == list(model.state_dict())
+    assert is_tied(model) == CASES[case].get("tie_word_embeddings", True)
+    weights = {name: tensor for name, tensor in first["gathered"].items() if " of " not in name}
+    assert_equal({name: parameter.detach() for name, parameter in model.named_parameters()}, weights)
+    # Byte for byte what a model that was never cut writes, the files of its code among it.
+    model.save_pretrained(tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == sorted(path.name for path in (ranks / case / "saved").iterdir())
+    for name in names:
+        assert (ranks / case / "saved" / name).read_bytes() == (tmp_path / name).read_bytes(), name
+
+
+def test_a_failure_in_one_process_is_one_in_all(ranks: Path) -> None:
+    first, second = both_ranks(ranks, "failures")
+    assert second == {key: text.replace("of process 0 was", "of process 1 was") for key, text in first.items()}
+    assert first["full disk"].endswith("was not written: process 1: OSError: [Errno 28] No space left on device")
+    assert " was not written: process 0: what the others wrote is not here: " in first["a folder for each"]
+    assert first["a shard is missing"].startswith(f"{ranks / 'cut short'} was not read: process 0: of ")
+    odd = "optimizer state rows.model.embed_tokens.weight is not cut as its parameter is, and not stored here"
+    assert first["cut otherwise"] == f"{ranks / 'odd'} was not written: process 0: {odd}"
+
+
+def test_a_process_may_hold_nothing_of_a_tensor(ranks: Path) -> None:
+    found = both_ranks(ranks, "small")
+    assert sorted(rank["elements here"] for rank in found) == [0, 1]
+    model = Small()
+    optimizer = optimizer_for(model)
+    restore_sharded_state(ranks / "small", model, optimizer)
+    assert_equal(gathered(model, optimizer), found[0]["gathered"])
+
+
+def test_stored_buffers_and_types_come_back(tmp_path: Path) -> None:
+    model = Small().to(torch.bfloat16)
+    model.offset.fill_(0.5)
+    optimizer = optimizer_for(model)
+    model(torch.ones(2, 3, dtype=torch.bfloat16)).sum().backward()
+    optimizer.step()
+    # As mixed precision has it: float32 moments of a bfloat16 weight.
+    state = optimizer.state[model.linear.weight]
+    state["exp_avg"] = torch.full((1, 3), 1 / 3)
+    write_sharded_state(tmp_path / "state", model, optimizer)
+    again = Small().to(torch.bfloat16)
+    other = optimizer_for(again)
+    restore_sharded_state(tmp_path / "state", again, other)
+    assert again.offset.item() == 0.5
+    assert other.state[again.linear.weight]["exp_avg"].dtype == torch.float32
+    assert_equal(gathered(again, other), gathered(model, optimizer))
+
+
+def rename_weight(folder: Path) -> tuple[nn.Module, str]:
+    model = Small()
+    model.other = model.linear
+    del model.linear
+    return model, "step.linear.bias belongs to no parameter of the model"
+
+
+def make_other_shape(folder: Path) -> tuple[nn.Module, str]:
+    model = Small()
+    model.linear = nn.Linear(4, 1)
+    return model, "of weights.linear.weight the files hold 3 elements instead of 4"
+
+
+def make_other_type(folder: Path) -> tuple[nn.Module, str]:
+    return Small().to(torch.float64), "weights.* is torch.float64 of shape .*, in the files torch.float32"
+
+
+def delete_weights(folder: Path) -> tuple[nn.Module, str]:
+    max(folder.glob("*.safetensors")).unlink()
+    return Small(), "is only in the model and its optimizer"
+
+
+def delete_optimizer(folder: Path) -> tuple[nn.Module, str]:
+    (folder / "optimizer.json").unlink()
+    return Small(), "optimizer.json cannot be read"
+
+
+def tear_shard(folder: Path) -> tuple[nn.Module, str]:
+    file = max(folder.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-4])
+    return Small(), "SafetensorError"
+
+
+def forget_step(folder: Path) -> tuple[nn.Module, str]:
+    state = json.loads((folder / "optimizer.json").read_text())
+    del state["parameters"]["linear.bias"]["state"]["step"]
+    (folder / "optimizer.json").write_text(json.dumps(state))
+    return Small(), "step.linear.bias belongs to no parameter"
+
+
+DAMAGES = [
+    rename_weight,
+    make_other_shape,
+    make_other_type,
+    delete_weights,
+    delete_optimizer,
+    tear_shard,
+    forget_step,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_does_not_fit_is_refused(damage: Callable[[Path], tuple[nn.Module, str]], tmp_path: Path) -> None:
+    model = Small()
+    optimizer = optimizer_for(model)
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    write_sharded_state(tmp_path / "state", model, optimizer)
+    other, message = damage(tmp_path / "state")
+    with pytest.raises(CheckpointError, match=message):
+        restore_sharded_state(tmp_path / "state", other, optimizer_for(other))
+
+
+def test_an_optimizer_that_took_no_step_comes_back_as_that(tmp_path: Path) -> None:
+    model = Small()
+    write_sharded_state(tmp_path / "state", model, optimizer_for(model))
+    again = Small()
+    optimizer = optimizer_for(again)
+    restore_sharded_state(tmp_path / "state", again, optimizer)
+    assert not optimizer.state
+    assert torch.equal(again.linear.weight, model.linear.weight)
+
+
+# --- the real road
+
+
+def run_accelerated(accelerator: Accelerator, folder: Path) -> None:
+    """Be a process of a launch: train, write, restore, go on; leave the losses and the model in the folder."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    model, optimizer = prepared(accelerator, tiny_model(0), 0.01)
+    losses = train(model, optimizer, range(STEPS), rank, world)
+    write_sharded_state(folder / "sharded", model, optimizer)
+    state = full_state(model)
+    if accelerator.is_main_process:
+        uncut_model(model).save_pretrained(folder / "saved", state_dict=state)
+    again, other = prepared(accelerator, tiny_model(1), 0.5)
+    restore_sharded_state(folder / "sharded", again, other)
+    later = range(STEPS, STEPS + MORE)
+    losses += train(again, other, later, rank, world)
+    assert train(model, optimizer, later, rank, world) == losses[STEPS:]
+    if accelerator.is_main_process:
+        (folder / "losses.json").write_text(json.dumps(losses))
+    accelerator.end_training()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < RANKS, reason="Accelerate cuts a model over GPUs only, two at least")
+def test_the_launch_that_the_example_configures(tmp_path: Path) -> None:
+    launch = ["-m", "accelerate.commands.launch", "--config_file", "examples/accelerate/fsdp2.yaml"]
+    command = [sys.executable, *launch, __file__, str(tmp_path), "--accelerate"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stderr
+    model = tiny_model(0)
+    losses = train(model, optimizer_for(model), range(STEPS + MORE))
+    assert json.loads((tmp_path / "losses.json").read_text()) == pytest.approx(losses, abs=1e-4)
+    restored = tiny_model(2)
+    restore_sharded_state(tmp_path / "sharded", restored, optimizer_for(restored))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert_equal(dict(restored.named_parameters()), dict(saved.named_parameters()))
+
+
+if __name__ == "__main__":
+    if "--accelerate" in sys.argv:
+        run_accelerated(Accelerator(), Path(sys.argv[1]))
+    else:
+        run_rank(Path(sys.argv[1]))

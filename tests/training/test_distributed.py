@@ -1,0 +1,101 @@
+"""Two real processes against one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SHAPE = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--max_position_embeddings=32", "--max_length=32"]
+COURSE = ["--encoding=bytes", "--batch_size=8", "--micro_batch_size=3", "--max_steps=8", "--eval_every=3"]
+QUIET = [
+    "--eval_windows=5",
+    "--save_every=4",
+    "--sample_every=0",
+    "--report_to=none",
+    "--cpu",
+    "--mixed_precision=fp32",
+]
+
+
+def launch(processes: int, folder: Path, text: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the example under torchrun, on a free port of this machine alone."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    command += [
+        f"--nproc-per-node={processes}",
+        "examples/train_gpt.py",
+        f"--output_dir={folder}",
+        f"--text_files={text}",
+    ]
+    return subprocess.run(
+        [*command, *SHAPE, *COURSE, *QUIET, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("Shall I compare thee to a summer's day? Thou art more lovely and more temperate. " * 30)
+    return file
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_two_processes_compute_the_batches_of_one(streaming: bool, tmp_path: Path, text: Path) -> None:
+    source = []
+    if streaming:
+        held_out = tmp_path / "held-out.txt"
+        held_out.write_text(text.read_text())
+        text.write_text(text.read_text() * 100)  # long enough for two units, a lane each
+        source = ["--streaming=true", f"--eval_files={held_out}", "--shuffle_windows=16"]
+    for processes in (1, 2):
+        ended = launch(processes, tmp_path / f"by-{processes}", text, *source)
+        assert ended.returncode == 0, ended.stderr
+        assert f"{processes} process" in ended.stdout
+        assert ended.stdout.count("metrics ") == 1  # one process speaks
+    alone, shared = metrics(tmp_path / "by-1"), metrics(tmp_path / "by-2")
+    assert len(alone) == len(shared) == 8 + 3
+    for one, other in zip(alone, shared, strict=True):
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            assert other[key] == (pytest.approx(value, abs=1e-4) if isinstance(value, float) else value), key
+
+
+def test_a_batch_that_two_processes_cannot_share_is_refused(tmp_path: Path, text: Path) -> None:
+    ended = launch(2, tmp_path / "run", text, "--batch_size=9")
+    assert ended.returncode != 0
+    assert "error: batch_size=9 must be divisible by the number of processes, 2" in ended.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_then_two_then_one_process_meet_the_same_batches(tmp_path: Path, text: Path) -> None:
+    """In the middle of an epoch: none lost, none repeated."""
+    course = ["--schedule=constant", "--resume"]
+    ended = launch(1, tmp_path / "whole", text, *course)
+    assert ended.returncode == 0, ended.stderr
+    for processes, steps in ((1, 3), (2, 6), (1, 8)):
+        ended = launch(
+            processes, tmp_path / "moved", text, *course, f"--max_steps={steps}", "--allow_changes", "max_steps"
+        )
+        assert ended.returncode == 0, ended.stderr
+    whole, moved = (
+        [line for line in metrics(tmp_path / name) if line["kind"] == "train"] for name in ("whole", "moved")
+    )
+    assert [line["chain"] for line in moved] == [line["chain"] for line in whole]
+    assert [line["loss"] for line in moved] == pytest.approx([line["loss"] for line in whole], abs=1e-4)
+    sessions = json.loads((tmp_path / "moved" / "run.json").read_text())["sessions"]
+    assert [session["processes"] for session in sessions] == [1, 2, 1]
+    assert "note     processes was 2, is 1: the same batches" in ended.stdout

@@ -1,0 +1,339 @@
+"""Instruction tuning from rows to a model that answers: what is trained, saved, shown and refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_pretrain import killed_copy, update_lines
+from tiny_model import write_tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gpt_kit_hf import (
+    AdapterOptions,
+    BaseOptions,
+    CheckpointError,
+    DataError,
+    FinetuneOptions,
+    OptimizerOptions,
+    RowOptions,
+    SupervisionOptions,
+    TrainingOptions,
+    UsageError,
+    encode_rows,
+    finetune,
+    format_alpaca,
+    generate_text_autoregressive,
+    read_rows,
+)
+from gpt_kit_hf.commands.cli import finetune_command, inspect_command
+from gpt_kit_hf.data.instructions.reader import PlacedRow
+from gpt_kit_hf.data.instructions.templates import with_template
+from gpt_kit_hf.evaluation.metrics import tokenizer_byte_lengths
+from gpt_kit_hf.generation.chat import CONTINUATION_TEMPLATE
+from gpt_kit_hf.storage.atomic_files import read_jsonl
+from gpt_kit_hf.storage.checkpoints import list_checkpoints
+from gpt_kit_hf.tokenization.chat_templates import ALPACA_TEMPLATE
+
+ROOT = Path(__file__).resolve().parents[2]
+CONTEXT = 256
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of bytes that reads long enough prompts."""
+    folder = tmp_path_factory.mktemp("base") / "model"
+    write_tiny_model(folder, context=CONTEXT)
+    return folder
+
+
+def write_rows(file: Path, n: int = 24) -> Path:
+    """Rows whose answer is one of two words, told by the question."""
+    rows = [{"instruction": f"Is {i} even?", "input": "", "output": "yes" if i % 2 == 0 else "no"} for i in range(n)]
+    file.write_text(json.dumps(rows, indent=0))  # a line for each, so that their places differ
+    return file
+
+
+def options(folder: Path, base: Path, rows: Path, **changes: Any) -> FinetuneOptions:
+    training = {
+        "batch_size": 4, "micro_batch_size": 3, "max_steps": 8, "eval_every": 4, "save_every": 4, "keep_last": 9,
+        "log_every": 4, "sample_every": 0, "sample_tokens": 8, "cpu": True, "mixed_precision": "fp32",
+        "report_to": ["none"],
+    }  # fmt: skip
+    rooms: dict[str, Any] = {"supervision": SupervisionOptions(max_length=CONTEXT), "adapter": AdapterOptions()}
+    rooms |= {name: changes.pop(name) for name in list(changes) if name in rooms}
+    return FinetuneOptions(
+        training=TrainingOptions(output_dir=str(folder), **{**training, **changes}),
+        base=BaseOptions(model=str(base), eval_fraction=0.25),
+        rows=RowOptions(rows=[str(rows)]),
+        optimizer=OptimizerOptions(learning_rate=1e-2, warmup_steps=1),
+        **rooms,
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_tuned_model_answers_and_loads_like_any_model(rank: int, base: Path, tmp_path: Path) -> None:
+    rows, said = write_rows(tmp_path / "rows.json"), io.StringIO()
+    asked = options(tmp_path / "run", base, rows, max_steps=60, save_every=60, adapter=AdapterOptions(lora_rank=rank))
+    result = finetune(asked, stream=said)
+    scores = [line["loss"] for line in read_jsonl(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "evaluation"]
+    assert result.evaluation.loss < 0.6 * scores[0]  # the score before the first step is there to compare
+    for part in ("18 used", "held out  6 rows", "trained (", "⟦", "<|endoftext|>⟧", "held-out answers"):
+        assert part in said.getvalue(), part
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run").eval()
+    assert type(model).__name__ == "GPTKitForCausalLM"
+    # The template that was saved writes the prompt that was trained.
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Is 3 even?"}], tokenize=False, add_generation_prompt=True
+    )
+    assert prompt == format_alpaca({"instruction": "Is 3 even?", "input": ""})
+    ids = torch.tensor([tokenizer.encode(prompt)])
+    answered = generate_text_autoregressive(model, ids, 8, eos_token_id=tokenizer.eos_token_id)
+    if not rank:  # an adapter of this size needs more steps to learn to stop
+        assert answered[0, -1] == tokenizer.eos_token_id
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file() == bool(rank)
+    report = json.loads((tmp_path / "run" / "supervision.json").read_text())
+    assert report["rows_used"] == 18
+    assert report["tokens_trained"] == sum(len(row["output"]) + 1 for row in trained_rows(rows, tokenizer))
+
+
+def trained_rows(file: Path, tokenizer: Any) -> list[dict[str, str]]:
+    """The rows that the run's own split leaves to train on, by their numbers."""
+    rows = json.loads(file.read_text())
+    encoded = encode_rows(read_rows(RowOptions(rows=[str(file)])), tokenizer, SupervisionOptions(max_length=CONTEXT))
+    train, _ = encoded.split([0.75, 0.25], 0)
+    places = [encoded.place(index) for index in range(len(encoded))]
+    return [rows[places.index(train.place(index))] for index in range(len(train))]
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_run_continues_to_the_bit(packing: bool, rank: int, base: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.json")
+    rooms = {
+        "supervision": SupervisionOptions(max_length=CONTEXT, packing=packing),
+        "adapter": AdapterOptions(lora_rank=rank, lora_dropout=0.1 if rank else 0.0),
+    }
+    finetune(options(tmp_path / "whole", base, rows, **rooms), stream=None)
+    killed = killed_copy(tmp_path / "whole", tmp_path / "again", "step-00000008")
+    finetune(options(killed, base, rows, resume=True, **rooms), stream=None)
+    assert update_lines(tmp_path / "whole") == update_lines(killed)
+    weights = [load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", killed)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert len(list_checkpoints(killed)) == len(list_checkpoints(tmp_path / "whole"))
+
+
+def test_an_adapter_leaves_the_base_as_it_was(base: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.json")
+    finetune(options(tmp_path / "run", base, rows, adapter=AdapterOptions(lora_rank=2)), stream=None)
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "run" / "model.safetensors")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert all("_proj.weight" in name for name in moved)
+
+
+def test_held_out_answers_are_scored_whatever_is_trained(base: Path, tmp_path: Path) -> None:
+    """At learning rate 0, so that both runs score the same weights."""
+    rows = write_rows(tmp_path / "rows.json")
+    losses = []
+    for train_on in ("answers", "everything"):
+        asked = options(
+            tmp_path / train_on,
+            base,
+            rows,
+            supervision=SupervisionOptions(max_length=CONTEXT, train_on=train_on),  # type: ignore[arg-type]
+        )
+        finetune(replace(asked, optimizer=OptimizerOptions(learning_rate=1e-12, warmup_steps=1)), stream=None)
+        first = next(r for r in read_jsonl(tmp_path / train_on / "metrics.jsonl") if r["kind"] == "evaluation")
+        losses.append((first["loss"], first["tokens"]))
+    assert losses[0] == losses[1]
+
+
+def test_dropout_of_the_run_is_the_models(base: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.json")
+    asked = options(tmp_path / "run", base, rows)
+    finetune(replace(asked, base=replace(asked.base, dropout=0.25)), stream=None)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["embd_pdrop"], config["attn_pdrop"], config["resid_pdrop"]) == (0.25, 0.25, 0.25)
+
+
+def test_byte_lengths_of_a_tokenizer_are_those_of_its_bytes(base: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    lengths = tokenizer_byte_lengths(tokenizer, 257)
+    assert lengths[tokenizer.eos_token_id] == 0
+    text = "straße 😀\n"
+    assert lengths[tokenizer.encode(text)].sum() == len(text.encode())
+
+
+def test_rows_that_train_nothing_or_cannot_be_read_stop_before_anything_is_written(base: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.json")
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"instruction": "a", "input": "", "output": "b"}\n{"instruction": "a", "input": ""}\n')
+    with pytest.raises(DataError, match=r"broken\.jsonl:2"):
+        finetune(options(tmp_path / "run", base, broken), stream=None)
+    with pytest.raises(UsageError, match="max_length=512 is above what the model reads, max_position_embeddings=256"):
+        finetune(options(tmp_path / "run", base, rows, supervision=SupervisionOptions(max_length=512)), stream=None)
+    with pytest.raises(UsageError, match=r"cannot be loaded|no such folder"):
+        finetune(options(tmp_path / "run", tmp_path / "missing", rows), stream=None)
+    with pytest.raises(UsageError, match="lora_targets"):
+        finetune(
+            options(tmp_path / "run", base, rows, adapter=AdapterOptions(lora_rank=2, lora_targets=["nothing"])),
+            stream=None,
+        )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: BaseOptions(model="m", chat_template="alpacca"), "did you mean 'alpaca'"),
+        (lambda: BaseOptions(model="m", eval_fraction=1.0), "eval_fraction must lie between 0 and 1"),
+        (lambda: BaseOptions(model="m", dropout=1.0), "dropout must be at least 0 and below 1"),
+        (lambda: AdapterOptions(lora_rank=-1), "lora_rank must be at least 0"),
+        (lambda: AdapterOptions(lora_alpha=4.0), "lora_alpha and lora_dropout are for lora_rank above 0"),
+        (lambda: AdapterOptions(lora_rank=1, lora_alpha=0.0), "lora_alpha must be above 0"),
+        (lambda: AdapterOptions(lora_targets=[]), "lora_targets is empty"),
+    ],
+)
+def test_options_out_of_range_are_named(make: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make()
+
+
+def test_the_command_tunes_and_refuses_in_one_line(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_rows(tmp_path / "rows.json")
+    arguments = [f"--model={base}", f"--rows={rows}", f"--output_dir={tmp_path / 'run'}", "--max_steps=2", "--cpu"]
+    assert finetune_command([*arguments, "--report_to=none", "--sample_every=0"]) == 0
+    assert "held-out answers" in capsys.readouterr().out
+    for bad, message in (
+        (["--ros=x"], "unknown option 'ros'; did you mean 'rows'"),
+        (["--truncation=cut"], "truncation"),
+        (["--model=nowhere/at/all"], "no such folder"),
+    ):
+        assert finetune_command([*arguments, f"--output_dir={tmp_path / 'no'}", *bad]) == 2
+        error = capsys.readouterr().err.strip().splitlines()
+        assert message in error[-1]
+        assert error[-1].startswith("error: ")
+
+
+def test_inspect_shows_what_would_be_trained(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def inspect(file: Path, **changes: Any) -> int:
+        asked = {
+            "model": str(base), "row_format": "auto", "max_length": None, "truncation": "error",
+            "train_on": "answers", "skip": False, "examples": 2,
+        }  # fmt: skip
+        return inspect_command([str(file)], **{**asked, **changes})
+
+    rows = write_rows(tmp_path / "rows.json")
+    assert inspect(rows) == 0
+    shown = capsys.readouterr().out
+    assert "rows      24 read, 24 used" in shown
+    assert "⟦yes<|endoftext|>⟧" in shown
+    assert inspect(rows, model=None) == 0
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"instruction": "a", "input": "", "output": "b"}\n{"instruction": null}\n')
+    assert inspect(bad) == 2
+    assert "bad.jsonl:2" in capsys.readouterr().err
+    assert inspect(bad, skip=True) == 0
+    assert "1 skipped" in capsys.readouterr().out
+
+
+def test_the_chat_example_answers_each_question(base: Path) -> None:
+    command = [sys.executable, "examples/chat.py", str(base), "What?", "And then?", "--max_new_tokens=4"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    lines = ended.stdout.splitlines()
+    assert [line for line in lines if line.startswith("> ")] == ["> What?", "> And then?"]
+    assert sum(not line.startswith("> ") for line in lines) >= 2
+    refused = subprocess.run(
+        [sys.executable, "examples/chat.py", "no-such-folder/x/y", "?"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert refused.returncode == 2
+    assert "Traceback" not in refused.stderr
+
+
+def test_prompts_are_written_as_the_saved_template_asks(base: Path, tmp_path: Path) -> None:
+    """Whatever the rows look like: what chat sends is, id by id, the prompt that was trained."""
+    forms: dict[str, list[dict[str, Any]]] = {
+        "alpaca": [{"instruction": "Say so", "input": "so", "output": "so"}],
+        "pairs": [{"prompt": "Q: why? A:", "completion": " because"}],
+        "chat": [{"messages": [{"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}]}],
+    }
+    for form, rows in forms.items():
+        for choice in ("keep", "default", "alpaca"):
+            tokenizer = AutoTokenizer.from_pretrained(base)
+            placed = (PlacedRow(f"row {number}", row) for number, row in enumerate(rows))
+            encoded = encode_rows(
+                with_template(placed, tokenizer, choice), tokenizer, SupervisionOptions(max_length=CONTEXT)
+            )
+            row = encoded[0]
+            trained = row.input_ids[: int(row.trained.argmax())].tolist()
+            if form == "alpaca" and tokenizer.chat_template == ALPACA_TEMPLATE:
+                assert trained == tokenizer.encode(format_alpaca(rows[0]))  # with the section that chat does not have
+                continue
+            asked = {
+                "alpaca": "Say so\n\nso", "pairs": "Q: why? A:", "chat": "why"
+            }[form]  # fmt: skip
+            template = CONTINUATION_TEMPLATE if tokenizer.chat_template is None else None
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": asked}],
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+            assert trained == tokenizer.encode(text), (form, choice)
+
+
+def test_a_format_that_the_saved_template_does_not_write_is_refused(base: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    row = PlacedRow("row 0", {"instruction": "a", "input": "", "output": "b"})
+    with pytest.raises(UsageError, match="format='alpaca' writes other prompts than the chat template"):
+        list(with_template(iter([row]), tokenizer, "default", "alpaca"))
+
+
+def test_an_adapter_goes_on_with_its_own_base_only(base: Path, tmp_path: Path) -> None:
+    rows, mine = write_rows(tmp_path / "rows.json"), tmp_path / "mine"
+    shutil.copytree(base, mine)
+    adapter = AdapterOptions(lora_rank=2)
+    finetune(options(tmp_path / "run", mine, rows, adapter=adapter), stream=None)
+    killed = killed_copy(tmp_path / "run", tmp_path / "killed", "step-00000008")
+    write_tiny_model(mine, context=CONTEXT)
+    weights = load_file(mine / "model.safetensors")
+    save_file({name: tensor * 1.5 for name, tensor in weights.items()}, mine / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match=r"other data \(base_digest was \w+, is \w+\): its fingerprint was"):
+        finetune(options(killed, mine, rows, resume=True, adapter=adapter), stream=None)
+    unfinished = killed_copy(tmp_path / "run", tmp_path / "unfinished")
+    with pytest.raises(UsageError, match="at a checkpoint of a run"):
+        finetune(options(tmp_path / "no", unfinished, rows, adapter=adapter), stream=None)
+
+
+def test_rows_that_are_trained_are_not_held_out(base: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.json")
+    asked = options(tmp_path / "run", base, rows)
+    with pytest.raises(UsageError, match=r"eval_rows: .*rows\.json is trained on as well"):
+        finetune(replace(asked, base=replace(asked.base, eval_rows=[str(rows)])), stream=None)
+
+
+def test_a_model_that_is_cut_short_is_one_line(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"its header claims .* bytes of 1,000"):
+        finetune(options(tmp_path / "run", tmp_path / "cut", write_rows(tmp_path / "rows.json")), stream=None)

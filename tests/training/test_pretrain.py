@@ -1,0 +1,265 @@
+"""Runs from text to a loadable folder: what they write, and that they continue to the bit."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from gpt_kit_hf import (
+    EncodingOptions,
+    HubError,
+    ModelOptions,
+    NonFiniteError,
+    OptimizerOptions,
+    RunOptions,
+    TextOptions,
+    TrainingOptions,
+    UsageError,
+    WindowOptions,
+    train,
+)
+from gpt_kit_hf.hub.model_folder import find_model_folder
+from gpt_kit_hf.storage.atomic_files import read_jsonl
+from gpt_kit_hf.storage.checkpoints import list_checkpoints, verify_checkpoint
+
+LINES = [
+    f"The {age} {who} {does} the {what}.\n"
+    for age, who, does, what in itertools.product(
+        ("old", "new"), ("king", "fool", "ship"), ("sees", "loves"), ("sea", "crown", "storm")
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("text") / "lines.txt"
+    file.write_text("".join(LINES) * 8)
+    return str(file)
+
+
+def options(folder: Path, text_file: str, **changes: Any) -> RunOptions:
+    """Options of a run of 12 tiny steps, with dropout and two micro-batches."""
+    training = TrainingOptions(
+        output_dir=str(folder),
+        **{
+            "batch_size": 6, "micro_batch_size": 4, "max_steps": 12, "eval_every": 5, "save_every": 4, "keep_last": 9,
+            "log_every": 4, "sample_every": 6, "sample_tokens": 8, "cpu": True, "mixed_precision": "fp32", **changes,
+        },
+    )  # fmt: skip
+    return RunOptions(
+        training=training,
+        text=TextOptions(text_files=[text_file]),
+        encoding=EncodingOptions(vocab_size=280),
+        windows=WindowOptions(max_length=16, stride=12),
+        model=ModelOptions(n_layer=2, n_head=2, n_embd=32, max_position_embeddings=32, dropout=0.1),
+        optimizer=OptimizerOptions(learning_rate=5e-3, warmup_steps=3),
+    )
+
+
+def update_lines(folder: Path) -> list[dict[str, Any]]:
+    return [record for record in read_jsonl(folder / "metrics.jsonl") if record["kind"] == "train"]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Losses, weights and optimizer are equal to the bit."""
+    assert update_lines(one) == update_lines(other)
+    last = [list_checkpoints(folder)[-1] for folder in (one, other)]
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        a, b = (load_file(folder / name) for folder in last)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a), name
+    states = [json.loads((folder / "training_state.json").read_text()) for folder in last]
+    assert states[0] == states[1]
+
+
+def killed_copy(run: Path, folder: Path, *lost: str) -> Path:
+    """Copy a run as a kill before its end would have left it: without results and the checkpoints `lost`."""
+    shutil.copytree(run, folder)
+    for file in [path for path in folder.iterdir() if path.is_file()]:
+        if file.name not in ("options.json", "metrics.jsonl", "run.json"):
+            file.unlink()
+    record = json.loads((folder / "run.json").read_text())
+    del record["results"]
+    (folder / "run.json").write_text(json.dumps(record))
+    for name in lost:
+        shutil.rmtree(folder / "checkpoints" / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, text_file: str) -> tuple[Path, str]:
+    """A run that was not interrupted, and what it said."""
+    folder, said = tmp_path_factory.mktemp("runs") / "whole", io.StringIO()
+    result = train(options(folder, text_file), stream=said)
+    assert result.steps == 12
+    return folder, said.getvalue()
+
+
+def test_a_run_learns_and_says_what_it_does(finished: tuple[Path, str]) -> None:
+    folder, said = finished
+    losses = [record["loss"] for record in update_lines(folder)]
+    assert [record["step"] for record in update_lines(folder)] == list(range(1, 13))
+    assert losses[-1] < 0.9 * losses[0]
+    corpus_and_model = ["1 documents", "tokens to train on", "2 layers", "fp32 on the CPU, 1 process"]
+    progress = ["step 4/12", "held-out", "bits per byte", "gzip -9", "unigram", "  | "]
+    for part in [*corpus_and_model, *progress, "from_pretrained", "metrics.jsonl", "gpt-kit generate"]:
+        assert part in said, part
+
+
+def test_a_run_folder_loads_like_any_model(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    assert AutoConfig.from_pretrained(folder).model_type == "gpt_kit"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer("The old king", return_tensors="pt").input_ids
+    base = AutoModel.from_pretrained(folder)
+    torch.testing.assert_close(model.lm_head(base(ids).last_hidden_state), model(ids).logits)
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id == model.config.eos_token_id
+    generate = pipeline("text-generation", model=str(folder))
+    text = generate("The old", max_new_tokens=5, do_sample=False)[0]["generated_text"]
+    assert text.startswith("The old")
+
+
+def test_a_run_folder_holds_what_a_person_needs_and_no_pickle(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    record = json.loads((folder / "run.json").read_text())
+    assert record["results"]["steps"] == 12
+    assert record["results"]["bits_per_byte"] > 0
+    assert record["versions"]["torch"] == torch.__version__
+    assert (folder / "loss.png").stat().st_size > 5000
+    assert list((folder / "tensorboard").iterdir())
+    for file in folder.rglob("*"):
+        assert file.suffix not in {".bin", ".pt", ".pth", ".pkl"}, file
+    assert [checkpoint.name for checkpoint in list_checkpoints(folder)] == [f"step-{i:08d}" for i in (4, 8, 12)]
+    assert not any(verify_checkpoint(checkpoint) for checkpoint in list_checkpoints(folder))
+
+
+@pytest.mark.parametrize("lost", [["step-00000012"], ["step-00000012", "step-00000008"]])
+def test_a_run_continues_to_the_bit(
+    finished: tuple[Path, str], tmp_path: Path, text_file: str, lost: list[str]
+) -> None:
+    """As if killed after a checkpoint, later metrics lines already written."""
+    folder = killed_copy(finished[0], tmp_path / "run", *lost)
+    said = io.StringIO()
+    train(options(folder, text_file, resume=True), stream=said)
+    assert "resumed  after step" in said.getvalue()
+    assert_same_run(finished[0], folder)
+
+
+def test_another_cut_of_the_batch_and_workers_continue_the_same_batches(
+    finished: tuple[Path, str], tmp_path: Path, text_file: str
+) -> None:
+    folder = killed_copy(finished[0], tmp_path / "run", "step-00000012")
+    train(options(folder, text_file, resume=True, num_workers=2), stream=None)
+    assert_same_run(finished[0], folder)
+
+
+def test_resume_begins_continues_and_ends_a_run(finished: tuple[Path, str], tmp_path: Path, text_file: str) -> None:
+    folder = tmp_path / "run"
+    train(options(folder, text_file, resume=True), stream=None)
+    assert_same_run(finished[0], folder)
+    said = io.StringIO()
+    complete = train(options(folder, text_file, resume=True), stream=said)
+    assert said.getvalue().startswith(f"{folder} is complete: 12 steps")
+    # Killed between the last checkpoint and the end: only the end is done again.
+    folder = killed_copy(finished[0], tmp_path / "killed")
+    assert train(options(folder, text_file, resume=True), stream=None).evaluation == complete.evaluation
+    assert_same_run(finished[0], folder)
+    assert (folder / "model.safetensors").read_bytes() == (finished[0] / "model.safetensors").read_bytes()
+    assert [r["step"] for r in read_jsonl(folder / "metrics.jsonl") if r["kind"] == "evaluation"] == [5, 10, 12]
+
+
+def test_a_torn_checkpoint_is_reported_and_the_one_before_is_used(
+    finished: tuple[Path, str], tmp_path: Path, text_file: str
+) -> None:
+    folder = killed_copy(finished[0], tmp_path / "run")
+    weights = folder / "checkpoints" / "step-00000012" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-7] ^= 1
+    weights.write_bytes(data)
+    said = io.StringIO()
+    train(options(folder, text_file, resume=True), stream=said)
+    assert "step-00000012 is damaged and not used" in said.getvalue()
+    assert_same_run(finished[0], folder)
+
+
+def test_a_run_is_never_overwritten(finished: tuple[Path, str], tmp_path: Path, text_file: str) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    before = sorted((f, f.stat().st_mtime_ns) for f in folder.rglob("*"))
+    with pytest.raises(UsageError, match="already holds a run: use resume, overwrite or another folder"):
+        train(options(folder, text_file), stream=None)
+    changed = replace(options(folder, text_file, resume=True), optimizer=OptimizerOptions(learning_rate=0.1))
+    with pytest.raises(UsageError, match=r"cannot resume .*learning_rate was 0.005, is 0.1"):
+        train(changed, stream=None)
+    # Options that do not fit leave the old run where it is, even with overwrite.
+    bad = replace(options(folder, text_file, overwrite=True), windows=WindowOptions(max_length=64))
+    with pytest.raises(UsageError, match="max_length=64 is above the position table"):
+        train(bad, stream=None)
+    assert sorted((f, f.stat().st_mtime_ns) for f in folder.rglob("*")) == before
+    said = io.StringIO()
+    train(options(folder, text_file, overwrite=True, max_steps=2), stream=said)
+    assert "lies now in" in said.getvalue()
+    assert (tmp_path / "run.replaced-1" / "model.safetensors").is_file()
+    assert len(update_lines(folder)) == 2
+
+
+def test_a_changed_text_is_refused_on_resume(finished: tuple[Path, str], tmp_path: Path, text_file: str) -> None:
+    folder, file = tmp_path / "run", tmp_path / "lines.txt"
+    file.write_text(Path(text_file).read_text())
+    train(options(tmp_path / "whole", str(file), max_steps=4, save_every=2), stream=None)
+    killed_copy(tmp_path / "whole", folder, "step-00000004")
+    file.write_text(Path(text_file).read_text() + "One more line.\n")
+    with pytest.raises(
+        UsageError, match=r"other data \(train_tokens was 3371, is \d+; held_out_tokens .* its fingerprint was"
+    ):
+        train(options(folder, str(file), max_steps=4, save_every=2, resume=True), stream=None)
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path: Path, text_file: str) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(UsageError, match=r"holds other files \(thesis.tex\): name a new or empty folder"):
+        train(options(tmp_path, text_file), stream=None)
+    file = tmp_path / "thesis.tex"
+    with pytest.raises(UsageError, match="is a file"):
+        train(options(file / "run", text_file), stream=None)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_too_many_skipped_updates_stop_the_run_before_the_weights_are_hurt(
+    tmp_path: Path, text_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "gpt_kit_hf.model.chunked_loss.summed_cross_entropy", lambda hidden, *_: hidden.sum() * math.nan
+    )
+    with pytest.raises(NonFiniteError, match="3 updates in a row were skipped, the last at step 3: loss is nan"):
+        train(options(tmp_path / "run", text_file, max_skipped=3), stream=None)
+    lines = update_lines(tmp_path / "run")
+    assert [line["loss"] for line in lines] == [None] * 3
+    assert all(line["skipped"] == "loss is nan" for line in lines)
+
+
+def test_a_run_that_has_not_ended_is_read_at_its_newest_checkpoint(
+    finished: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished[0] / "checkpoints", tmp_path / "run" / "checkpoints")
+    assert find_model_folder(str(tmp_path / "run")).endswith("step-00000012")
+    assert find_model_folder(str(finished[0])) == str(finished[0])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="'someone/model' is no folder here, and someone/model was not"):
+        find_model_folder("someone/model")
+    with pytest.raises(UsageError, match="holds no model"):
+        find_model_folder(str(tmp_path))
+    with pytest.raises(UsageError, match="no such folder"):
+        find_model_folder(str(tmp_path / "nothing"))

@@ -1,0 +1,130 @@
+"""Steps that do not go as planned: memory that runs out, spikes, losses that are no numbers, disks that are full."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_pretrain import assert_same_run, options, text_file, update_lines  # noqa: F401
+
+from gpt_kit_hf import AMPTrainer, NonFiniteError, train
+from gpt_kit_hf.errors import RunError
+from gpt_kit_hf.storage.checkpoints import list_checkpoints
+
+
+@pytest.fixture
+def small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that holds no more than two rows at once."""
+    whole = AMPTrainer.update
+
+    def update(self: AMPTrainer, parts: Any, **more: Any) -> Any:
+        if max(len(part[0]) for part in parts) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return whole(self, parts, **more)
+
+    monkeypatch.setattr(AMPTrainer, "update", update)
+
+
+def no_dropout(run: Any) -> Any:
+    return replace(run, model=replace(run.model, dropout=0.0))
+
+
+def test_memory_that_runs_out_halves_the_micro_batch_and_keeps_the_batch(
+    text_file: str,  # noqa: F811
+    tmp_path: Path,
+    small_memory: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said = io.StringIO()
+    train(no_dropout(options(tmp_path / "short", text_file, micro_batch_size=6)), stream=said)
+    assert said.getvalue().count("ran out of memory") == 2  # 6 rows, 3, then 2 and 1
+    monkeypatch.undo()
+    train(no_dropout(options(tmp_path / "whole", text_file, micro_batch_size=6)), stream=None)
+    for one, other in zip(update_lines(tmp_path / "short"), update_lines(tmp_path / "whole"), strict=True):
+        assert one["batch"] == other["batch"]
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
+
+
+def test_memory_that_runs_out_stops_the_run_where_that_is_asked_for(
+    text_file: str,  # noqa: F811
+    tmp_path: Path,
+    small_memory: None,
+) -> None:
+    with pytest.raises(RunError, match=r"with micro-batches of 4: continue with --resume --micro_batch_size 2"):
+        train(options(tmp_path / "run", text_file, out_of_memory="stop"), stream=None)
+
+
+def test_a_spike_is_skipped_and_said(text_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    whole = AMPTrainer.update
+    calls = []
+
+    def update(self: AMPTrainer, parts: Any, **more: Any) -> Any:
+        calls.append(more["spike_limit"])
+        return whole(self, parts, **{**more, "spike_limit": 0.0 if len(calls) == 11 else more["spike_limit"]})
+
+    monkeypatch.setattr(AMPTrainer, "update", update)
+    said = io.StringIO()
+    train(options(tmp_path / "run", text_file, spike_factor=10.0), stream=said)
+    assert calls[:10] == [float("inf")] * 10
+    norms = [line["grad_norm"] for line in update_lines(tmp_path / "run")]
+    assert calls[10] == pytest.approx(10 * torch.tensor(norms[:10], dtype=torch.float64).quantile(0.5).item())
+    assert "step 11 left the weights as they were: gradient norm" in said.getvalue()
+
+
+def test_a_run_of_losses_that_are_no_numbers_names_its_batch(
+    text_file: str,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = AMPTrainer._step
+    monkeypatch.setattr(
+        AMPTrainer,
+        "_step",
+        lambda self, total, *rest: whole(self, total if self.calls() < 6 else total * math.nan, *rest),
+    )
+    count = iter(range(100))
+    monkeypatch.setattr(AMPTrainer, "calls", lambda self: next(count), raising=False)
+    with pytest.raises(
+        NonFiniteError, match=r"last at step 9: loss is nan; its batch is \w{16}, samples \d+, .*step-0"
+    ):
+        train(options(tmp_path / "run", text_file, max_skipped=3), stream=None)
+
+
+def test_a_save_that_fails_keeps_the_run_and_the_old_checkpoint(
+    text_file: str,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from gpt_kit_hf.storage import checkpoints
+
+    train(options(tmp_path / "whole", text_file), stream=None)
+    whole, calls = checkpoints._write_manifest, []
+
+    def once_full(stage: Path, step: int) -> None:
+        calls.append([folder.name for folder in list_checkpoints(tmp_path / "run")])
+        if step == 8:
+            raise OSError(28, "No space left on device")
+        whole(stage, step)
+
+    monkeypatch.setattr(checkpoints, "_write_manifest", once_full)
+    said = io.StringIO()
+    train(options(tmp_path / "run", text_file), stream=said)
+    assert "the checkpoint of step 8 was not saved" in said.getvalue()
+    assert "the run goes on" in said.getvalue()
+    assert calls == [[], ["step-00000004"], ["step-00000004"]]
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_where_a_checkpoint_is_written_changes_nothing(background: bool, text_file: str, tmp_path: Path) -> None:  # noqa: F811
+    train(options(tmp_path / "one", text_file, background_save=background, save_every=1, keep_best=2), stream=None)
+    train(options(tmp_path / "other", text_file, activation_checkpointing=True), stream=None)
+    assert_same_run(tmp_path / "one", tmp_path / "other")
+    # Its tensors alone, twice: tied weights are written once.
+    a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "other"))
+    assert a == b
