@@ -11,13 +11,13 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 from transformers.dynamic_module_utils import get_relative_imports
 
-import gpt_kit_hf
 from gpt_kit_hf.errors import CheckpointError, GPTKitError, HubError
 from gpt_kit_hf.hub.client import check_blobs, hub_errors
 from gpt_kit_hf.hub.manifest import CARD_FILE, PUBLICATION_FILE, PublicationManifest, read_manifest
@@ -154,7 +154,7 @@ def run_probe(
     environment = dict(os.environ) | {"HF_MODULES_CACHE": str(work / "modules"), "HF_HUB_DISABLE_TELEMETRY": "1"}
     environment["PYTHONWARNINGS"] = "ignore"
     if with_package:  # the process runs in another folder, from which the package may not be importable
-        roots = [str(Path(gpt_kit_hf.__file__).resolve().parents[1]), environment.get("PYTHONPATH", "")]
+        roots = [str(Path(str(resources.files("gpt_kit_hf"))).resolve().parent), environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, roots))
     if api is not None:
         environment["HF_ENDPOINT"] = api.endpoint

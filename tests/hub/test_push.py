@@ -1,4 +1,4 @@
-"""Publishing over loopback: the real client, a real push, post-push verification in fresh processes, and what faults leave."""
+"""Publishing over loopback: the real client, a real push, its verification in fresh processes, and faults."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def api(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> HfApi:
 def in_process(
     requests: list[dict[str, Any]], work: Path, with_package: bool, api: HfApi | None = None
 ) -> list[dict[str, Any]]:
-    """The probe without a process of its own: quick, and not what the gate relies on."""
+    """The probe without a process of its own: quick, but no substitute for post-push verification."""
     with _LOADING:
         answers = [published_probe.probe(request, with_package=True) for request in requests]
     for answer in answers:
@@ -97,12 +97,12 @@ def in_process(
     return answers
 
 
-# --- push, gate, and the way back -------------------------------------------------------------------------
+# --- push, verification and pull -------------------------------------------------------------------------
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pushes without fresh processes, where something else than the gate is looked at."""
+    """Pushes without fresh processes, for tests of anything but the verification."""
     monkeypatch.setattr("gpt_kit_hf.hub.push.run_probe", in_process)
     monkeypatch.setattr("gpt_kit_hf.hub.verify.run_probe", in_process)
 
@@ -125,7 +125,7 @@ save_file({"logits": model(ids).logits.detach(), "ids": ids}, sys.argv[2])
 
 
 def test_what_is_pushed_loads_without_the_package_to_the_bit(run: Path, hub: HubServer, tmp_path: Path) -> None:
-    """The command, with the gate in its two fresh processes; then a third one that only knows transformers."""
+    """The command, verification in two fresh processes included; then a third one that only knows transformers."""
     environment = {**os.environ, **hub.environment(), "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
     pushed = subprocess.run(
         [sys.executable, "-m", "gpt_kit_command", "push", str(run), REPO, "--private"],
@@ -401,7 +401,7 @@ def without_ends(code: bytes) -> bytes:
 
 
 def planted(files: dict[str, bytes], place: Path) -> dict[str, tuple[dict[str, bytes | None], str]]:
-    """By name: what is changed in the published commit, and what the gate must say, besides that a file differs."""
+    """By name: the changes to the published commit, and what must be reported besides differing files."""
     weights, config, generation = (files[n] for n in ("model.safetensors", "config.json", "generation_config.json"))
     auto_map = json.loads(config)["auto_map"]
     head = {"lm_head.weight": torch.zeros(257, 16)}
@@ -465,8 +465,10 @@ def planted(files: dict[str, bytes], place: Path) -> dict[str, tuple[dict[str, b
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_gate_names_each_fault_planted_in_a_commit(run: Path, hub: HubServer, api: HfApi, tmp_path: Path) -> None:
-    """All of them in the two fresh processes that the gate asks, one process for each way to load."""
+def test_verification_names_each_fault_planted_in_a_commit(
+    run: Path, hub: HubServer, api: HfApi, tmp_path: Path
+) -> None:
+    """All of them in the two fresh processes of the verification, with and without the package."""
     push_to_hub(run, REPO, api=api)
     files = {name: content for name, content in hub.files(REPO, "main").items() if name != ".gitattributes"}
     faults = planted(files, tmp_path) | {"nothing": ({}, "")}
