@@ -182,14 +182,14 @@ def test_resuming_reads_no_more_than_a_chunk(tmp_path: Path, monkeypatch: pytest
     lanes = file_lanes(tmp_path)
     states = run(lanes, plan(), range(150))[-1][1]
     read = []
-    encode: Callable[..., Any] = streaming.tokenization.encode_documents
+    encode: Callable[..., Any] = streaming.encodings.encode_documents
 
     def counted(encoding: Any, parts: Any, where: str) -> Any:
         ids = encode(encoding, parts, where)
         read.append(ids.size)
         return ids
 
-    monkeypatch.setattr(streaming.tokenization, "encode_documents", counted)
+    monkeypatch.setattr(streaming.encodings, "encode_documents", counted)
     run(lanes, plan(), range(150, 151), states)
     longest = shards.PIECE_BYTES if shards.PIECE_BYTES < 10_000 else 10_000
     assert sum(read) < len(lanes) * (CHUNK * 25 + 2 * longest)
