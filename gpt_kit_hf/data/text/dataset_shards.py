@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
-
-import datasets
+from typing import TYPE_CHECKING, Any
 
 from gpt_kit_hf.data.text.shards import UNIT_BYTES, Position, TextPart
 from gpt_kit_hf.errors import DataError
+
+if TYPE_CHECKING:
+    import datasets
 
 _ROWS_AT_ONCE = 256
 
@@ -91,6 +92,8 @@ class ShardUnit:
 
 def load_split(named: str, name: str, config: str | None, split: str, *, streaming: bool = False) -> Any:
     """Return a split of a dataset of the Hub or of a folder. Raises DataError with `named`, what a user called it."""
+    import datasets  # heavy: only where a dataset is read
+
     try:
         return datasets.load_dataset(name, config, split=split, streaming=streaming)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
