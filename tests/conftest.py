@@ -38,6 +38,15 @@ def _fixed_seed() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _helpers_for_programs(pytestconfig: pytest.Config) -> Iterator[None]:
+    """Let the programs that tests start import the helpers that the tests import."""
+    folders = map(str, pytestconfig.getini("pythonpath"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(folders), prepend=os.pathsep)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep what tests tokenise out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
