@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.adamw import adamw
 
 from gpt_kit_hf.errors import UsageError
+from gpt_kit_hf.training.state.sharded_state import is_dtensor
 
 # Elements of a batch of matrices: enough to keep a device busy, and little memory compared with the model's.
 _MAX_BATCH_ELEMENTS = 1 << 24
@@ -110,15 +110,6 @@ def require_whole(matrices: Iterable[Tensor]) -> None:
                 f"optimizer=muon needs whole matrices, one of shape {tuple(matrix.shape)} is sharded: "
                 "use optimizer=adamw"
             )
-
-
-def is_dtensor(tensor: Tensor) -> bool:
-    """Return whether a tensor is a DTensor; a single process without a process group does not import that class."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
 
 
 def _batches(matrices: list[Tensor]) -> Iterator[list[int]]:
