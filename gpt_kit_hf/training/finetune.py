@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Subset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -38,7 +37,7 @@ from gpt_kit_hf.training.lora import AdapterOptions, add_adapter, load_adapter, 
 from gpt_kit_hf.training.optim.optimizer import OptimizerOptions
 from gpt_kit_hf.training.run_log import RunResult
 from gpt_kit_hf.training.run_options import TrainingOptions
-from gpt_kit_hf.training.state.sharded_state import uncut_model
+from gpt_kit_hf.training.state.sharded_state import unsharded_model
 from gpt_kit_hf.training.task import RunSetting, map_batches
 
 
@@ -297,7 +296,7 @@ class InstructionTask:
         defaults.eos_token_id = end
         # Padding has an id in generation only, where the attention mask hides it.
         defaults.pad_token_id = end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
-        whole = uncut_model(model) if isinstance(model, FSDPModule) else model
+        whole = unsharded_model(model)
         whole.save_pretrained(str(folder), state_dict=weights)
         self.tokenizer.save_pretrained(str(folder))
         save_json(folder / REPORT_FILE, self.report.to_dict())
