@@ -13,10 +13,11 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gpt_kit_hf.data.instructions.encoding import format_of
+from gpt_kit_hf.data.instructions.batches import PaddedRows
+from gpt_kit_hf.data.instructions.formats import format_of
 from gpt_kit_hf.data.instructions.reader import RowError, RowOptions, read_rows
 from gpt_kit_hf.data.instructions.templates import KEEP, with_template
-from gpt_kit_hf.data.instructions.tokenized import PaddedRows, SupervisedRows, SupervisionOptions, encode_rows
+from gpt_kit_hf.data.instructions.tokenized import SupervisedRows, SupervisionOptions, encode_rows
 from gpt_kit_hf.data.text.corpus import prepare_text
 from gpt_kit_hf.data.text.shards import COMPRESSIONS
 from gpt_kit_hf.data.text.sources import TextOptions
