@@ -65,7 +65,7 @@ def test_our_model_holds_in_every_cell(position_embedding: str) -> None:
             assert cell.compared_tokens == sum(report.row_lengths) == 39
         else:
             assert cell.compared_tokens > 10
-    # The yardstick asked for a second time is the yardstick; another attention is not, or nothing was compared.
+    # The reference compared with itself gives 0; another attention does not, or nothing was compared.
     differences = {cell.name: cell.difference for cell in report.cells}
     assert differences["alone/none/eager/fp32"] == differences["alone/none/eager/bf16"] == 0.0
     assert differences["packed/none/sdpa/fp32"] != 0.0
