@@ -164,9 +164,7 @@ def _base(record: Mapping[str, Any], options: Mapping[str, Any], chosen: Mapping
 
 
 def _data(record: Mapping[str, Any]) -> dict[str, Any]:
-    counts = {
-        name: _count(record.get(name)) for name in ("documents", "train_tokens", "held_out_tokens", "held_out_rows")
-    }
+    counts = {name: _count(record.get(name)) for name in ("documents", "train_tokens", "eval_tokens", "held_out_rows")}
     found = {**counts, "fingerprint": _matching(_DIGEST, record.get("data_fingerprint"))}
     return {name: value for name, value in found.items() if value is not None}
 
@@ -219,7 +217,7 @@ def _progress(run: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _score_before(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Return the held-out score before the first step, where the run took one, on all that was held out."""
-    line = next((line for line in lines if line.get("kind") == "evaluation" and line.get("step") == 0), {})
+    line = next((line for line in lines if line.get("kind") == "eval" and line.get("step") == 0), {})
     score = {name: _number(line.get(name)) for name in ("loss", "bits_per_byte")}
     return None if None in score.values() else score
 

@@ -212,7 +212,7 @@ def _data(facts: Mapping[str, Any]) -> str:
     labels = {
         "documents": "documents",
         "train_tokens": "tokens to train on",
-        "held_out_tokens": "tokens held out",
+        "eval_tokens": "tokens held out",
         "held_out_rows": "rows held out",
     }
     rows += [[label, number(counts[name])] for name, label in labels.items() if name in counts]
