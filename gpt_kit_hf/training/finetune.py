@@ -145,7 +145,7 @@ class InstructionTask(Task):
         self._lora, self._named = options.adapter.lora_rank > 0, options.base.model
         # A checkpoint of full finetuning replaces the base model.
         needs_base = context.checkpoint is None or self._lora
-        source = find_base(self._named, options.adapter) if needs_base else str(context.checkpoint)
+        source = find_base(self._named, permanent=self._lora) if needs_base else str(context.checkpoint)
         self.tokenizer = load_part(AutoTokenizer, str(context.checkpoint or source), self._named)
         self.model = self._load_model(source)
         self._check_max_length()

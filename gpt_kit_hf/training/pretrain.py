@@ -242,7 +242,7 @@ class StreamingTask(TextTask):
     def batches(self, plan: BatchPlan, first_step: int, last_step: int, position: Any) -> Iterator[Batch]:
         """Yield this process's micro-batches; the position holds the state of every stream shard."""
         workers, on_gpu = self.context.options.num_workers, self.context.accelerator.device.type == "cuda"
-        self._batches = LaneBatches(self.shards, plan, num_workers=workers, pin_memory=on_gpu)
+        self._batches = LaneBatches(self.stream_shards, plan, num_workers=workers, pin_memory=on_gpu)
         states = {int(shard): state for shard, state in (position or {}).items()}
         return self._batches.steps(first_step, last_step, states)
 
@@ -254,9 +254,9 @@ class StreamingTask(TextTask):
 
     def describe(self) -> list[str]:
         """Return log lines that describe the stream and the model."""
-        files, shards = sum(len(shard.units) for shard in self.shards), len(self.shards)
+        shards, count = sum(len(each.shards) for each in self.stream_shards), len(self.stream_shards)
         return [
-            f"text     a stream of {files} text shards in {shards} stream shard{'s' if shards > 1 else ''}, "
+            f"text     a stream of {shards} shards in {count} stream shard{'s' if count > 1 else ''}, "
             f"{len(self.eval_text):,} eval tokens ({self.encoding.name}, vocabulary of {self.encoding.n_vocab:,})",
             self.describe_model(),
         ]
@@ -264,21 +264,21 @@ class StreamingTask(TextTask):
     def _read_text(self) -> TokenStream:
         text, chosen = self.options.text, self.context.options
         _, source = text.sources()[0]
-        files = source.streamed_units(encodings.may_cut(self.encoding))
-        count = lane_count(len(files), chosen.batch_size)
-        bounds = [shard * len(files) // count for shard in range(count + 1)]
-        self.shards = [
+        shards = source.streamed_units(encodings.may_cut(self.encoding))
+        count = lane_count(len(shards), chosen.batch_size)
+        bounds = [index * len(shards) // count for index in range(count + 1)]
+        self.stream_shards = [
             Lane(
-                units=tuple(files[bounds[shard] : bounds[shard + 1]]),
+                shards=tuple(shards[bounds[index] : bounds[index + 1]]),
                 encoding=self.encoding,
                 windows=self.options.windows,
                 shuffle_windows=text.shuffle_windows,
-                seed=chosen.seed * count + shard,
+                seed=chosen.seed * count + index,
             )
-            for shard in range(count)
+            for index in range(count)
         ]
         eval_text, key = prepare_held_out(text, self.encoding)
-        # The text itself is not read in advance: the names and sizes of its files stand for it.
-        seen = (key, [file.sketch() for file in files], count, encodings.fingerprint(self.encoding))
+        # The text itself is not read in advance: the names and sizes of the shards stand for it.
+        seen = (key, [shard.sketch() for shard in shards], count, encodings.fingerprint(self.encoding))
         self.fingerprint = hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
         return eval_text
