@@ -276,7 +276,7 @@ def test_a_run_that_has_not_ended_is_read_at_its_newest_checkpoint(
     assert find_model_folder(str(tmp_path / "run")).endswith("step-00000012")
     assert find_model_folder(str(finished[0])) == str(finished[0])
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(HubError, match="'someone/model' is no folder here, and someone/model was not"):
+    with pytest.raises(HubError, match="'someone/model' is no local folder, and someone/model was not"):
         find_model_folder("someone/model")
     with pytest.raises(UsageError, match="holds no model"):
         find_model_folder(str(tmp_path))
