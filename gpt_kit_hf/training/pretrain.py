@@ -37,7 +37,7 @@ from gpt_kit_hf.tokenization.export import load_encoding
 from gpt_kit_hf.training.loop import run_training
 from gpt_kit_hf.training.run_log import RunResult
 from gpt_kit_hf.training.run_options import RunOptions
-from gpt_kit_hf.training.saving import model_to_save
+from gpt_kit_hf.training.state.sharded_state import unsharded_model
 from gpt_kit_hf.training.task import RunContext, Task, generate_sample
 
 
@@ -131,7 +131,7 @@ class TextTask(Task):
 
     def write_model(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write a folder for `from_pretrained`."""
-        write_model_folder(folder, model_to_save(self.model, self.context.accelerator), self.encoding, weights)
+        write_model_folder(folder, unsharded_model(self.model), self.encoding, weights)
 
     def next_command(self, run: Path) -> list[str]:
         """Return the command that generates text."""

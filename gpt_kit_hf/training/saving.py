@@ -16,6 +16,7 @@ from gpt_kit_hf.storage.atomic_files import Report
 from gpt_kit_hf.storage.checkpoints import checkpoint_step, latest_checkpoint, list_checkpoints
 from gpt_kit_hf.training.run_log import RunRecord
 from gpt_kit_hf.training.state.checkpoint_writer import CheckpointWriter
+from gpt_kit_hf.training.state.sharded_state import full_state, write_sharded_state
 from gpt_kit_hf.training.state.training_state import SHARDS, training_state, write_position
 from gpt_kit_hf.training.steps import Steps
 from gpt_kit_hf.training.task import RunContext, Task
@@ -38,19 +39,6 @@ def checkpoint_to_resume(run: Path, accelerator: Accelerator, log: Report) -> Pa
     if checkpoint is not None:
         check_model_folder(checkpoint)
     return checkpoint  # type: ignore[no-any-return]
-
-
-def model_to_save(model: Any, accelerator: Accelerator) -> Any:
-    """Return the model whose `save_pretrained(state_dict=...)` to call: a sharded one has an unsharded stand-in."""
-    if accelerator.is_fsdp2:
-        # These imports take over a second, and only sharded models need them.
-        from torch.distributed.fsdp import FSDPModule
-
-        from gpt_kit_hf.training.state.sharded_state import uncut_model
-
-        if isinstance(model, FSDPModule):
-            return uncut_model(model)
-    return model
 
 
 class RunCheckpoints:
@@ -121,8 +109,6 @@ class RunCheckpoints:
 
         Raises CheckpointError in all processes if the main one fails.
         """
-        from gpt_kit_hf.training.state.sharded_state import full_state, write_sharded_state  # takes over a second
-
         model, trainer = self._task.model, self._steps.trainer
         weights = full_state(model)
 

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from gpt_kit_hf.errors import UsageError, unknown_name
 from gpt_kit_hf.model.losses import Batch, summed_batch_loss
+from gpt_kit_hf.training.state.sharded_state import is_dtensor
 
 Precision = Literal["fp32", "bf16", "fp16"]
 # "no" is Accelerate's word for fp32.
@@ -160,7 +161,8 @@ class AMPTrainer:
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
         self.scaler.unscale_(self.optimizer)
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
-        norm = _gathered(self.accelerator.clip_grad_norm_(self.model.parameters(), limit))
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        norm = norm.full_tensor() if is_dtensor(norm) else norm
         # Read together, so that the device is waited for once a step.
         loss_sum, grad_norm = torch.stack((total, norm.to(total))).tolist()
         loss = loss_sum / max(tokens, 1)
@@ -179,12 +181,3 @@ class AMPTrainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return UpdateReport(loss=loss, grad_norm=grad_norm, trained_tokens=tokens, skipped=skipped, loss_scale=scale)
-
-
-def _gathered(norm: Tensor) -> Tensor:
-    """Return a norm as a plain tensor: that of sharded gradients is a DTensor."""
-    if not torch.distributed.is_initialized():
-        return norm
-    from torch.distributed.tensor import DTensor  # takes over a second
-
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
