@@ -19,7 +19,7 @@ from gpt_kit_hf.training.state.checkpoint_writer import CheckpointWriter
 from gpt_kit_hf.training.state.sharded_state import full_state, write_sharded_state
 from gpt_kit_hf.training.state.training_state import SHARDS, training_state, write_position
 from gpt_kit_hf.training.steps import Steps
-from gpt_kit_hf.training.task import RunContext, Task
+from gpt_kit_hf.training.task import RunContext, Task, decide_on_main
 
 
 def checkpoint_to_resume(run: Path, accelerator: Accelerator, log: Report) -> Path | None:
@@ -27,18 +27,10 @@ def checkpoint_to_resume(run: Path, accelerator: Accelerator, log: Report) -> Pa
 
     Raises CheckpointError if all are damaged, or if the newest intact one could not be loaded safely.
     """
-    found: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            found = [latest_checkpoint(run, report=log), None]
-        except CheckpointError as error:
-            found = [None, error]
-    checkpoint, failure = broadcast_object_list(found)
-    if failure is not None:
-        raise failure if accelerator.is_main_process else SystemExit(1)
+    checkpoint = decide_on_main(accelerator, lambda: latest_checkpoint(run, report=log))
     if checkpoint is not None:
         check_model_folder(checkpoint)
-    return checkpoint  # type: ignore[no-any-return]
+    return checkpoint
 
 
 class RunCheckpoints:
@@ -140,9 +132,5 @@ class RunCheckpoints:
     def _write(self, write: Callable[[Path], None], *, required_bytes: int, in_background: bool) -> None:
         self._record.flush()
         self._writer.save(
-            self._steps.step,
-            write,
-            required_bytes=required_bytes,
-            keep=self.best_steps(),
-            in_background=in_background,
+            self._steps.step, write, required_bytes=required_bytes, keep=self.best_steps(), in_background=in_background
         )
