@@ -13,7 +13,7 @@ OLDEST_VERSIONS := s/^transformers==.*/transformers==5.17.0/; s/^huggingface_hub
 .PHONY: quickstart test test-all test-oldest conformance check clean
 
 quickstart: $(VENV)/.runtime
-	$(BIN)/python examples/train_gpt.py --config examples/configs/quickstart.yaml --resume
+	$(BIN)/python examples/pretrain.py --config examples/configs/quickstart.yaml --resume
 	$(BIN)/gpt-kit generate runs/quickstart --prompt "    def __init__(self" --max_new_tokens 200
 
 test: $(VENV)/.test check
