@@ -281,14 +281,14 @@ def push_command(run: str | None, repo: str, *, verify_only: bool, **options: An
             _write(_gate_lines(gate))
             return
         assert run is not None
-        done = push_to_hub(run, repo, PushOptions(**options), say=_note)
-        if done.gate is None:
+        done = push_to_hub(run, repo, PushOptions(**options), log=_note)
+        if done.verification is None:
             lines = [f"would send    {size / 1e6:9.3f} MB  {name}" for name, size in done.sent.items()]
             lines += [f"would remove  {'':12}  {name}" for name in done.removed]
             _write("\n".join([*lines, f"{len(done.sent)} files, {sum(done.sent.values()) / 1e6:.1f} MB"]) + "\n")
             return
         what = f"{len(done.sent)} files sent" if done.sent or done.removed else "it was there already"
-        _write(f"{done.url}\n{what}\n{_gate_lines(done.gate)}")
+        _write(f"{done.url}\n{what}\n{_gate_lines(done.verification)}")
 
     return run_command(push)
 
