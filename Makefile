@@ -50,7 +50,7 @@ check: $(VENV)/.test
 
 # The warnings of mkdocs are errors: broken links, pages outside of the navigation, unknown API names.
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 build: $(VENV)/.build
 	$(BIN)/python -m build
