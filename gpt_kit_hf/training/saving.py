@@ -144,4 +144,4 @@ class RunCheckpoints:
             self._say_failure(failure)
 
     def _say_failure(self, error: CheckpointError) -> None:
-        self._report(f"{error}; the run goes on, and keeps the checkpoints that it has")
+        self._report(f"{error}; the run continues with the checkpoints that it has")
