@@ -6,16 +6,13 @@ Importing registers the model with the Auto classes of transformers.
 from torch.nn import GELU, LayerNorm
 
 from gpt_kit_hf.commands.cli import run_command
-from gpt_kit_hf.data.instructions.dataset import InstructionDataset, create_instruction_collate_fn, format_alpaca
+from gpt_kit_hf.data.instructions.batches import PackedRows, PaddedRows
+from gpt_kit_hf.data.instructions.dataset import InstructionDataset, create_instruction_collate_fn
+from gpt_kit_hf.data.instructions.formats import format_alpaca
+from gpt_kit_hf.data.instructions.inspect import inspect_rows
 from gpt_kit_hf.data.instructions.reader import RowOptions, read_rows
 from gpt_kit_hf.data.instructions.report import SupervisionReport, inspect_batches, report_of
-from gpt_kit_hf.data.instructions.tokenized import (
-    PackedRows,
-    PaddedRows,
-    SupervisedRows,
-    SupervisionOptions,
-    encode_rows,
-)
+from gpt_kit_hf.data.instructions.tokenized import SupervisedRows, SupervisionOptions, encode_rows
 from gpt_kit_hf.data.text.corpus import Corpus, EncodingOptions, choose_encoding, prepare_corpus
 from gpt_kit_hf.data.text.sources import TextOptions
 from gpt_kit_hf.data.text.windows import (
@@ -51,7 +48,7 @@ from gpt_kit_hf.options.parsing import parse_finetune_options, parse_run_options
 from gpt_kit_hf.tokenization.chat_templates import check_chat_template, get_chat_template
 from gpt_kit_hf.tokenization.encodings import get_encoding, text_to_token_ids, token_ids_to_text, train_bpe
 from gpt_kit_hf.tokenization.export import load_encoding, save_tokenizer
-from gpt_kit_hf.training.finetune import BaseOptions, FinetuneOptions, finetune, inspect_rows
+from gpt_kit_hf.training.finetune import BaseOptions, FinetuneOptions, finetune
 from gpt_kit_hf.training.lora import AdapterOptions
 from gpt_kit_hf.training.optim.optimizer import OptimizerOptions, create_optimizer, learning_rate_at
 from gpt_kit_hf.training.pretrain import train

@@ -14,6 +14,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gpt_kit_hf.data.instructions.inspect import inspect_rows
 from gpt_kit_hf.data.instructions.reader import RowOptions
 from gpt_kit_hf.data.instructions.tokenized import SupervisionOptions
 from gpt_kit_hf.errors import CheckpointError, GPTKitError, StoppedError, UsageError, one_line
@@ -32,7 +33,7 @@ from gpt_kit_hf.storage.atomic_files import save_json
 from gpt_kit_hf.storage.run_folder import INVARIANCE_FILE, holds_run
 from gpt_kit_hf.text import printable
 from gpt_kit_hf.tokenization.encodings import text_to_token_ids
-from gpt_kit_hf.training.finetune import finetune, inspect_rows
+from gpt_kit_hf.training.finetune import finetune
 from gpt_kit_hf.training.pretrain import train
 from gpt_kit_hf.training.replay import replay_steps
 from gpt_kit_hf.training.runtime.signals import EXIT_STOPPED

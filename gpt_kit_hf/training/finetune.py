@@ -14,30 +14,24 @@ from typing import Any, TextIO
 
 import torch
 from torch.utils.data import DataLoader, Subset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gpt_kit_hf.data.instructions.dataset import FormatFn
+from gpt_kit_hf.data.instructions.batches import PackedRows, PaddedRows
+from gpt_kit_hf.data.instructions.formats import FormatFn
 from gpt_kit_hf.data.instructions.reader import PlacedRow, RowOptions, SkippedRows, read_rows
 from gpt_kit_hf.data.instructions.report import SupervisionReport, report_of
 from gpt_kit_hf.data.instructions.templates import KEEP, with_template
-from gpt_kit_hf.data.instructions.tokenized import (
-    PackedRows,
-    PaddedRows,
-    SupervisedRows,
-    SupervisionOptions,
-    encode_rows,
-)
+from gpt_kit_hf.data.instructions.tokenized import SupervisedRows, SupervisionOptions, encode_rows
 from gpt_kit_hf.data.order import BatchPlan, Order, ShuffledOrder
 from gpt_kit_hf.data.text.sources import find_files
 from gpt_kit_hf.errors import UsageError, unknown_name
 from gpt_kit_hf.evaluation.metrics import Evaluation, evaluate_batches, tokenizer_byte_lengths
 from gpt_kit_hf.generation.generate import context_length, generate_text_autoregressive
-from gpt_kit_hf.hub.model_folder import find_base, find_model_folder, load_part, weights_digest
+from gpt_kit_hf.hub.model_folder import find_base, load_part, weights_digest
 from gpt_kit_hf.model.losses import Batch
 from gpt_kit_hf.storage.atomic_files import load_json, save_json
 from gpt_kit_hf.storage.run_folder import ADAPTER_FOLDER, RECORD_FILE, REPORT_FILE, publish_in_run
 from gpt_kit_hf.text import printable, short
-from gpt_kit_hf.tokenization.encodings import get_encoding, save_tokenizer
 from gpt_kit_hf.training.loop import run_training
 from gpt_kit_hf.training.lora import AdapterOptions, add_adapter, load_adapter, merged
 from gpt_kit_hf.training.optim.optimizer import OptimizerOptions
@@ -105,33 +99,6 @@ def finetune(
     used or would train nothing.
     """
     return run_training(options, lambda setting: InstructionTask(options, setting, format_fn), stream=stream)
-
-
-def inspect_rows(
-    rows: RowOptions, supervision: SupervisionOptions, *, model: str | None = None, examples: int = 3
-) -> SupervisionReport:
-    """Return what of the rows would be trained, by the tokenizer of a model; without one tokens are bytes.
-
-    Raises DataError for rows that cannot be used, UsageError for a model that cannot be loaded.
-    """
-    vocab_size = None
-    if model is None:
-        with tempfile.TemporaryDirectory() as folder:
-            save_tokenizer(get_encoding("bytes"), folder)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-    else:
-        place = find_model_folder(model)
-        tokenizer, vocab_size = load_part(AutoTokenizer, place, model), load_part(AutoConfig, place, model).vocab_size
-    skipped = SkippedRows()
-    encoded = encode_rows(
-        with_template(read_rows(rows, skipped), tokenizer, KEEP, supervision.format),
-        tokenizer,
-        supervision,
-        vocab_size=vocab_size,
-        on_bad_row=rows.on_bad_row,
-        skipped=skipped,
-    )
-    return report_of(encoded, tokenizer, n_examples=examples)
 
 
 class InstructionTask:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from gpt_kit_hf.data.instructions.dataset import FormatFn
+from gpt_kit_hf.data.instructions.formats import FormatFn
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.storage.atomic_files import load_json, read_jsonl
 from gpt_kit_hf.storage.checkpoints import checkpoint_step, list_checkpoints, verify_checkpoint

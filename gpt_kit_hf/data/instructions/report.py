@@ -15,9 +15,7 @@ import numpy.typing as npt
 
 from gpt_kit_hf.data.instructions.reader import SkippedRows
 from gpt_kit_hf.data.instructions.tokenized import SupervisedRows, best_fit_decreasing
-from gpt_kit_hf.data.text.windows import IGNORED
 from gpt_kit_hf.errors import DataError
-from gpt_kit_hf.model.losses import Batch
 from gpt_kit_hf.tokenization.encodings import token_ids_to_text
 
 if TYPE_CHECKING:
@@ -245,7 +243,7 @@ def inspect_batches(
     tokenizer: AnyTokenizer,
     end_of_text_id: int,
     *,
-    ignore_index: int = IGNORED,
+    ignore_index: int = -100,
 ) -> SupervisionReport:
     """Return the report of a collator's batches (input_ids, labels), both (B, T) and not shifted, as in transformers.
 
@@ -264,23 +262,6 @@ def inspect_batches(
                 yield ids, trained
 
     return report_of_examples(rows(), tokenizer, end_of_text_id)
-
-
-def examples_in(batch: Batch) -> Iterator[Example]:
-    """Yield the documents of a batch with shifted targets, as (ids, trained) pairs, padding with them.
-
-    A document ends where its positions restart, or with its row. Its last target, where it is trained, is its last id.
-    """
-    for index in range(len(batch.input_ids)):
-        ids, targets = batch.input_ids[index].numpy(), batch.targets[index].numpy()
-        positions = np.arange(len(ids)) if batch.position_ids is None else batch.position_ids[index].numpy()
-        restarts = np.flatnonzero(positions[1:] == 0) + 1
-        for piece_ids, piece_targets in zip(np.split(ids, restarts), np.split(targets, restarts), strict=True):
-            trained = np.concatenate(([False], piece_targets != IGNORED))
-            if trained[-1]:
-                yield np.append(piece_ids, piece_targets[-1]), trained
-            else:
-                yield piece_ids, trained[:-1]
 
 
 def _row_counts(ids: Ids, trained: npt.NDArray[np.bool_], end: int) -> Counter[str]:
