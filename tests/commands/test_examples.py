@@ -49,7 +49,7 @@ def test_the_smallest_anchor_of_the_field(shared_data: Path, tmp_path: Path) -> 
     text = shared_data / "tinyshakespeare.txt"
     record = run_example("tinyshakespeare_bytes.yaml", tmp_path / "run", "--text_files", str(text))
     results = record["results"]
-    assert results["tokens"] == record["held_out_tokens"] - 1
+    assert results["tokens"] == record["eval_tokens"] - 1
     assert results["loss"] <= 1.88
 
 
@@ -93,7 +93,7 @@ def test_tuning_halves_the_loss_of_answers_and_ends_them(shared_data: Path, tmp_
     ]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    scores = [line for line in read_jsonl(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "evaluation"]
+    scores = [line for line in read_jsonl(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "eval"]
     assert scores[0]["tokens"] == scores[-1]["tokens"]
     assert scores[-1]["loss"] <= 0.5 * scores[0]["loss"]
     held_out = [row for name in ("eval", "test") for row in json.loads(files[name].read_text())]

@@ -75,6 +75,6 @@ class CheckpointWriter:
             self._thread = None
         failure, self._failure = self._failure, None
         if isinstance(failure, CheckpointError):
-            self._report(f"{failure}; the run continues with the checkpoints that it has")
+            self._report(f"{failure}; the run goes on, and keeps the checkpoints that it has")
         elif failure is not None:
             raise failure
