@@ -254,7 +254,7 @@ def test_train_passes_its_arguments_on(text_file: str, tmp_path: Path) -> None:
 def test_the_example_trains_as_its_own_process(tmp_path: Path, text_file: str) -> None:
     command = [
         sys.executable,
-        "examples/train_gpt.py",
+        "examples/pretrain.py",
         f"--output_dir={tmp_path / 'run'}",
         f"--text_files={text_file}",
     ]
