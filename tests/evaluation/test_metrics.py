@@ -20,8 +20,16 @@ from gpt_kit_hf import (
     get_encoding,
     train_bpe,
 )
-from gpt_kit_hf.evaluation.metrics import byte_counts, gzip_bits_per_byte, token_byte_lengths, unigram_bits_per_byte
+from gpt_kit_hf.errors import StoppedError
+from gpt_kit_hf.evaluation.metrics import (
+    _in_step,
+    byte_counts,
+    gzip_bits_per_byte,
+    token_byte_lengths,
+    unigram_bits_per_byte,
+)
 from gpt_kit_hf.evaluation.windows import DocumentWindows
+from gpt_kit_hf.model.losses import Batch
 
 ENCODING = get_encoding("bytes")
 END = 256
@@ -115,6 +123,26 @@ def test_evaluation_leaves_the_random_state() -> None:
     before = torch.random.get_rng_state()
     score(model, random_documents(0)[0])
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+class OneProcess:
+    """The parts of an Accelerator that a single process uses."""
+
+    device = torch.device("cpu")
+
+    def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
+        return tensor
+
+
+def test_an_evaluation_of_a_sharded_model_that_is_stopped_returns_no_score() -> None:
+    """Returning from the loop instead would pass a part of the text for the whole."""
+    batch = Batch(torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 3, dtype=torch.long))
+    answers = iter([False, False, True])
+    batches = _in_step([batch] * 9, OneProcess(), lambda: next(answers))
+    assert [next(batches), next(batches)] == [batch, batch]
+    with pytest.raises(StoppedError, match="the evaluation was stopped"):
+        next(batches)
+    assert list(_in_step([batch] * 3, OneProcess(), lambda: False)) == [batch] * 3
 
 
 def test_the_baselines_equal_their_formulas() -> None:

@@ -29,9 +29,9 @@ from transformers import AutoModelForCausalLM
 
 from gpt_kit_hf import check_invariance, finetune, parse_finetune_options, parse_run_options, train
 from gpt_kit_hf.errors import CheckpointError, UsageError
-from gpt_kit_hf.hub.card.card import CARD_FILE, card_facts, edited_parts, render_card, without_generated, write_card
+from gpt_kit_hf.hub.card.card import CARD_FILE, card_facts, edited_blocks, render_card, without_generated, write_card
+from gpt_kit_hf.hub.card.markdown import command_lines
 from gpt_kit_hf.hub.card.options import as_id, shareable
-from gpt_kit_hf.hub.card.sections import command_lines
 from gpt_kit_hf.training.run_options import FREE_ON_RESUME, flat_options
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -171,10 +171,10 @@ def test_the_tables_say_what_the_run_recorded(runs: Path) -> None:
     config = json.loads((runs / "first" / "config.json").read_text())
     shape = {name: as_number(cell) for name, cell in table(card, "architecture").items()}
     assert shape["parameters"] == record["parameters"]
-    assert shape["output projection shares the embedding"] is config["tie_word_embeddings"]
+    assert shape["output projection tied to the embedding"] is config["tie_word_embeddings"]
     names = {"layers": "n_layer", "attention heads": "n_head", "width": "n_embd", "vocabulary": "vocab_size",
              "context (tokens)": "max_position_embeddings", "epsilon of the norms": "layer_norm_epsilon",
-             "activation": "hidden_act", "weights stored in": "dtype", "class": "class"}  # fmt: skip
+             "activation": "hidden_act", "dtype of the weights": "dtype", "class": "class"}  # fmt: skip
     assert {name: shape[name] for name in names} == {
         name: (config | {"class": config["architectures"][0]})[field] for name, field in names.items()
     }
@@ -240,7 +240,7 @@ def test_invariance_supervision_and_the_curve_stand_where_they_were_recorded(
     counted = {name: as_number(cell) for name, cell in table(tuned, "supervision").items()}
     assert counted["rows used"] == report["rows_used"]
     assert counted["tokens trained"] == report["tokens_trained"]
-    assert counted["rows whose end is not trained"] == report["rows_end_untrained"] == 0
+    assert counted["rows whose EOS is not trained"] == report["rows_end_untrained"] == 0
     assert "Is 1 even" not in tuned  # the report's examples are somebody's data
     assert part(first, "supervision").strip() == part(tuned, "invariance").strip() == ""
     assert "![Training and held-out loss by step](loss.png)" in first
@@ -436,7 +436,7 @@ def test_text_of_a_person_is_shown_and_does_nothing(copied: Callable[..., Path])
         facts = card_facts(run) | {"name": shareable(name)}
         card = render_card(facts)
         assert render_card(facts, existing=card) == card
-        assert edited_parts(card) == []
+        assert edited_blocks(card) == []
         check_hub_metadata(ModelCard(card).data.to_dict())
         assert all(content.startswith("<!--") for content in html_in(body_of(card))), name
         assert [found for found, _, _ in MARKS.findall(card)] == names
@@ -506,7 +506,7 @@ def test_what_is_written_outside_the_marks_survives(runs: Path, line_end: str) -
             place = chance.choice(insert_places(card))
             card = card[:place] + chance.choice(written) + card[place:]
         card = card.replace("\n", line_end)
-        assert edited_parts(card) == []
+        assert edited_blocks(card) == []
         renewed = render_card(other, existing=card, repo="some/one")
         assert MARKS.sub(r"(\1)", renewed.split(f"{line_end}---{line_end}", 1)[1]) == MARKS.sub(
             r"(\1)", card.split(f"{line_end}---{line_end}", 1)[1]
@@ -518,7 +518,7 @@ def test_what_is_written_outside_the_marks_survives(runs: Path, line_end: str) -
     assert render_card(other, existing=renewed, repo="some/one") == renewed
 
 
-def test_parts_that_were_moved_or_taken_out_stay_so(runs: Path) -> None:
+def test_blocks_that_were_moved_or_deleted_stay_so(runs: Path) -> None:
     facts, other = card_facts(runs / "first"), card_facts(runs / "tuned")
     card = render_card(facts)
     data, load = (next(match[0] for match in MARKS.finditer(card) if match[1] == name) for name in ("data", "load"))
@@ -542,13 +542,13 @@ def test_parts_that_were_moved_or_taken_out_stay_so(runs: Path) -> None:
     check_hub_metadata(ModelCard(render_card(facts, existing="\ufeffWords.").removeprefix("\ufeff")).data.to_dict())
 
 
-def test_a_mark_without_the_other_is_said(runs: Path) -> None:
+def test_a_mark_without_its_pair_is_an_error(runs: Path) -> None:
     card = render_card(card_facts(runs / "first"))
     for broken in (card.replace("<!-- /gpt-kit: data -->", ""), re.sub(r"<!-- gpt-kit: data .*? -->", "", card)):
         with pytest.raises(UsageError, match="gpt-kit: data"):
             render_card(card_facts(runs / "first"), existing=broken)
         with pytest.raises(UsageError, match="gpt-kit: data"):
-            edited_parts(broken)
+            edited_blocks(broken)
     theirs = card + "<!-- gpt-kit: future 000000000000 -->\nx\n"  # of a version to come: theirs
     assert render_card(card_facts(runs / "first"), existing=theirs) == theirs
 
@@ -563,14 +563,14 @@ def test_edits_inside_the_marks_are_found_and_kept(copied: Callable[..., Path]) 
     assert path.stat().st_mtime_ns == stamp
     for found, _, text in MARKS.findall(card):
         place = card.index(text, card.index(f"<!-- gpt-kit: {found} ")) + len(text) // 2
-        assert edited_parts(card[:place] + "!" + card[place:]) == [found]
+        assert edited_blocks(card[:place] + "!" + card[place:]) == [found]
     harmless = card.replace(" |\n", " |  \n").replace("\n", "\r\n")
     assert harmless != card
-    assert edited_parts(harmless) == []
-    assert edited_parts(card.replace("pipeline_tag: text-generation", "pipeline_tag: other")) == ["metadata"]
-    assert edited_parts(card.replace("library_name: transformers\n", "")) == ["metadata"]
-    assert edited_parts(re.sub(r"value: [\d.]+", "value: 0.1", card)) == ["metadata"]
-    assert edited_parts(card.replace("tags:\n", "license: mit\ntags:\n- mine\n")) == []
+    assert edited_blocks(harmless) == []
+    assert edited_blocks(card.replace("pipeline_tag: text-generation", "pipeline_tag: other")) == ["metadata"]
+    assert edited_blocks(card.replace("library_name: transformers\n", "")) == ["metadata"]
+    assert edited_blocks(re.sub(r"value: [\d.]+", "value: 0.1", card)) == ["metadata"]
+    assert edited_blocks(card.replace("tags:\n", "license: mit\ntags:\n- mine\n")) == []
     for number in (1, 2):
         edited = card.replace("## Data", f"## Data, {number}")
         path.write_text(edited)
@@ -597,7 +597,7 @@ def test_metadata_of_a_person_survive(runs: Path) -> None:
     added = "# why this license\nlicense: mit  # chosen\nlanguage:\n  - en\nwhen: 2026-01-02\nempty:\n"
     block = added + yaml.safe_dump({**metadata, "tags": ["mine", *metadata["tags"]]}, sort_keys=False) + "# the end"
     edited = card.replace(card.split("---\n")[1], block + "\n")
-    assert edited_parts(edited) == ["metadata"]  # a metric in a result of ours
+    assert edited_blocks(edited) == ["metadata"]  # a metric in a result of ours
     renewed = render_card(other, existing=edited)
     assert renewed.startswith("---\n" + added)
     assert "\n# the end\n---\n" in renewed
@@ -613,7 +613,7 @@ def test_metadata_of_a_person_survive(runs: Path) -> None:
     assert old["results"][1] == result
     assert another == {"name": "another", "results": [result]}
     assert render_card(other, existing=renewed) == renewed
-    assert edited_parts(renewed) == []
+    assert edited_blocks(renewed) == []
     # Back again: the tags of the tuned model go, those of the person do not.
     again = yaml.safe_load(render_card(facts, existing=renewed).split("---\n")[1])
     assert again["tags"] == ["mine", "gpt-kit-hf"]
@@ -636,7 +636,7 @@ def test_metadata_in_any_yaml_are_renewed(runs: Path, block: str) -> None:
 
 
 @pytest.mark.parametrize("block", ["a: [", "- a", "model-index: x", "model-index:\n- name: a\n  results: 3"])
-def test_metadata_that_cannot_be_read_are_said(runs: Path, block: str) -> None:
+def test_metadata_that_cannot_be_read_are_an_error(runs: Path, block: str) -> None:
     with pytest.raises(UsageError, match="the card's m"):
         render_card(card_facts(runs / "first"), existing=f"---\n{block}\n---\nText.\n")
 
