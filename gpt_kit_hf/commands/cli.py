@@ -223,7 +223,7 @@ def verify_command(run: str, *, steps: str | None) -> int:
             first, _, last = steps.partition(":")
             if not (first.isdecimal() and last.isdecimal()):
                 raise UsageError(f"replay must be FROM:TO, two step numbers, got {steps!r}")
-            replayed = replay_steps(folder, int(first), int(last), say=_note)
+            replayed = replay_steps(folder, int(first), int(last), log=_note)
             if replayed.difference:
                 raise CheckpointError(replayed.difference)
             _write(f"{replayed.text()}\n")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from gpt_kit_hf.data.text.windows import IGNORED, TokenStream, check_stride
@@ -105,12 +107,8 @@ def pad_windows(items: Sequence[tuple[Tensor, Tensor]], filler: int, side: Paddi
     """
     if side not in ("right", "left"):
         raise UsageError(unknown_name("padding_side", side, ("right", "left")))
-    longest = max(len(ids) for ids, _ in items)
-    inputs = torch.full((len(items), longest), filler)
-    targets = torch.full((len(items), longest), IGNORED)
-    positions = torch.zeros(len(items), longest, dtype=torch.long)
-    for row, (ids, target) in enumerate(items):
-        place = slice(0, len(ids)) if side == "right" else slice(longest - len(ids), longest)
-        inputs[row, place], targets[row, place] = ids, target
-        positions[row, place] = torch.arange(len(ids))
-    return Batch(inputs, targets, positions if side == "left" else None)
+    pad = partial(pad_sequence, batch_first=True, padding_side=side)
+    inputs = pad([ids for ids, _ in items], padding_value=filler)
+    targets = pad([target for _, target in items], padding_value=IGNORED)
+    positions = pad([torch.arange(len(ids)) for ids, _ in items]) if side == "left" else None
+    return Batch(inputs, targets, positions)

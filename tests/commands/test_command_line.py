@@ -142,7 +142,7 @@ def test_a_held_out_text_too_short_for_a_window_says_which(
         "--eval_fraction=0.01",
     ]
     assert train_command(arguments) == 2
-    assert "held-out" in capsys.readouterr().err
+    assert "evaluation text" in capsys.readouterr().err
 
 
 def test_a_folder_that_holds_a_run_or_cannot_be_written_is_refused(
@@ -254,7 +254,7 @@ def test_train_passes_its_arguments_on(text_file: str, tmp_path: Path) -> None:
 def test_the_example_trains_as_its_own_process(tmp_path: Path, text_file: str) -> None:
     command = [
         sys.executable,
-        "examples/train_gpt.py",
+        "examples/pretrain.py",
         f"--output_dir={tmp_path / 'run'}",
         f"--text_files={text_file}",
     ]

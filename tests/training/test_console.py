@@ -52,7 +52,7 @@ def test_piped_output_is_plain_lines() -> None:
     console.start(0, 10)
     console.advance()
     console.step(1, 10, loss=2.5, tokens_per_second=1234, seconds_left=90)
-    console.say("done")
+    console.log("done")
     console.close()
     assert stream.getvalue() == "step 1/10  loss 2.500  1.23k tokens/s  1 min 30 s left\ndone\n"
 
@@ -63,20 +63,20 @@ def test_a_terminal_gets_a_bar_and_lines_above_it() -> None:
     console.start(2, 10)
     console.step(3, 10, loss=2.5, tokens_per_second=1234, seconds_left=90)
     console.advance()
-    console.say("a line")
+    console.log("a line")
     console.close()
-    console.say("after")
+    console.log("after")
     shown = stream.getvalue()
     assert "a line\n" in shown
     assert "2/10" in shown
     assert shown.endswith("after\n")
 
 
-def test_without_a_stream_nothing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_stream_nothing_is_written(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(None)
     console.start(0, 1)
     console.step(1, 1, 1.0, 1.0, 1.0)
-    console.say("nothing")
+    console.log("nothing")
     console.close()
     assert capsys.readouterr() == ("", "")
 
@@ -84,7 +84,7 @@ def test_without_a_stream_nothing_is_said(capsys: pytest.CaptureFixture[str]) ->
 def test_the_curve_is_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     records = [{"kind": "train", "step": i, "loss": 5.0 / i} for i in range(1, 40)]
-    records += [{"kind": "train", "step": 40, "loss": None}, {"kind": "evaluation", "step": 20, "loss": 0.4}]
+    records += [{"kind": "train", "step": 40, "loss": None}, {"kind": "eval", "step": 20, "loss": 0.4}]
     assert draw_curve(records, tmp_path / "loss.png", "a title")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 

@@ -28,7 +28,7 @@ def launch(processes: int, folder: Path, text: Path, *arguments: str) -> subproc
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     command += [
         f"--nproc-per-node={processes}",
-        "examples/train_gpt.py",
+        "examples/pretrain.py",
         f"--output_dir={folder}",
         f"--text_files={text}",
     ]

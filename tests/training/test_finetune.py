@@ -85,9 +85,9 @@ def test_a_tuned_model_answers_and_loads_like_any_model(rank: int, base: Path, t
     rows, said = write_rows(tmp_path / "rows.json"), io.StringIO()
     asked = options(tmp_path / "run", base, rows, max_steps=60, save_every=60, adapter=AdapterOptions(lora_rank=rank))
     result = finetune(asked, stream=said)
-    scores = [line["loss"] for line in read_jsonl(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "evaluation"]
+    scores = [line["loss"] for line in read_jsonl(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "eval"]
     assert result.evaluation.loss < 0.6 * scores[0]  # the score before the first step is there to compare
-    for part in ("18 used", "held out  6 rows", "trained (", "⟦", "<|endoftext|>⟧", "held-out answers"):
+    for part in ("18 used", "eval      6 rows", "trained (", "⟦", "<|endoftext|>⟧", "eval answers"):
         assert part in said.getvalue(), part
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run").eval()
@@ -155,7 +155,7 @@ def test_held_out_answers_are_scored_whatever_is_trained(base: Path, tmp_path: P
             supervision=SupervisionOptions(max_length=CONTEXT, train_on=train_on),  # type: ignore[arg-type]
         )
         finetune(replace(asked, optimizer=OptimizerOptions(learning_rate=1e-12, warmup_steps=1)), stream=None)
-        first = next(r for r in read_jsonl(tmp_path / train_on / "metrics.jsonl") if r["kind"] == "evaluation")
+        first = next(r for r in read_jsonl(tmp_path / train_on / "metrics.jsonl") if r["kind"] == "eval")
         losses.append((first["loss"], first["tokens"]))
     assert losses[0] == losses[1]
 
@@ -182,7 +182,7 @@ def test_rows_that_train_nothing_or_cannot_be_read_stop_before_anything_is_writt
     broken.write_text('{"instruction": "a", "input": "", "output": "b"}\n{"instruction": "a", "input": ""}\n')
     with pytest.raises(DataError, match=r"broken\.jsonl:2"):
         finetune(options(tmp_path / "run", base, broken), stream=None)
-    with pytest.raises(UsageError, match="max_length=512 is above what the model reads, max_position_embeddings=256"):
+    with pytest.raises(UsageError, match="max_length=512 is above the model's context, max_position_embeddings=256"):
         finetune(options(tmp_path / "run", base, rows, supervision=SupervisionOptions(max_length=512)), stream=None)
     with pytest.raises(UsageError, match=r"cannot be loaded|no such folder"):
         finetune(options(tmp_path / "run", tmp_path / "missing", rows), stream=None)
@@ -217,7 +217,7 @@ def test_the_command_tunes_and_refuses_in_one_line(
     rows = write_rows(tmp_path / "rows.json")
     arguments = [f"--model={base}", f"--rows={rows}", f"--output_dir={tmp_path / 'run'}", "--max_steps=2", "--cpu"]
     assert finetune_command([*arguments, "--report_to=none", "--sample_every=0"]) == 0
-    assert "held-out answers" in capsys.readouterr().out
+    assert "eval answers" in capsys.readouterr().out
     for bad, message in (
         (["--ros=x"], "unknown option 'ros'; did you mean 'rows'"),
         (["--truncation=cut"], "truncation"),

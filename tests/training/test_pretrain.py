@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing import event_accumulator
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from gpt_kit_hf import (
@@ -111,8 +113,8 @@ def test_a_run_learns_and_says_what_it_does(finished: tuple[Path, str]) -> None:
     losses = [record["loss"] for record in update_lines(folder)]
     assert [record["step"] for record in update_lines(folder)] == list(range(1, 13))
     assert losses[-1] < 0.9 * losses[0]
-    corpus_and_model = ["1 documents", "tokens to train on", "2 layers", "fp32 on the CPU, 1 process"]
-    progress = ["step 4/12", "held-out", "bits per byte", "gzip -9", "unigram", "  | "]
+    corpus_and_model = ["1 documents", "training tokens", "2 layers", "fp32 on the CPU, 1 process"]
+    progress = ["step 4/12", "eval loss", "bits per byte", "gzip -9", "unigram", "  | "]
     for part in [*corpus_and_model, *progress, "from_pretrained", "metrics.jsonl", "gpt-kit generate"]:
         assert part in said, part
 
@@ -143,6 +145,23 @@ def test_a_run_folder_holds_what_a_person_needs_and_no_pickle(finished: tuple[Pa
         assert file.suffix not in {".bin", ".pt", ".pth", ".pkl"}, file
     assert [checkpoint.name for checkpoint in list_checkpoints(folder)] == [f"step-{i:08d}" for i in (4, 8, 12)]
     assert not any(verify_checkpoint(checkpoint) for checkpoint in list_checkpoints(folder))
+
+
+def test_trackers_get_the_name_of_the_run_its_options_and_its_losses(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    [events] = (folder / "tensorboard" / folder.name).glob("events.*")
+    read = event_accumulator.EventAccumulator(str(events)).Reload()
+    assert {"train/loss", "train/learning_rate", "eval/loss", "eval/bits_per_byte"} <= set(read.Tags()["scalars"])
+    scored = {r["step"]: r["loss"] for r in read_jsonl(folder / "metrics.jsonl") if r["kind"] == "eval"}
+    assert {event.step: event.value for event in read.Scalars("eval/loss")} == pytest.approx(scored)
+    [config] = (folder / "tensorboard" / folder.name).glob("*/hparams.yml")
+    stored = yaml.safe_load(config.read_text())
+    assert stored.keys() == json.loads((folder / "options.json").read_text()).keys()
+    assert (stored["training.batch_size"], stored["windows.packing"], stored["text.text_files"][:2]) == (
+        6,
+        False,
+        '["',
+    )
 
 
 @pytest.mark.parametrize("lost", [["step-00000012"], ["step-00000012", "step-00000008"]])
@@ -177,7 +196,7 @@ def test_resume_begins_continues_and_ends_a_run(finished: tuple[Path, str], tmp_
     assert train(options(folder, text_file, resume=True), stream=None).evaluation == complete.evaluation
     assert_same_run(finished[0], folder)
     assert (folder / "model.safetensors").read_bytes() == (finished[0] / "model.safetensors").read_bytes()
-    assert [r["step"] for r in read_jsonl(folder / "metrics.jsonl") if r["kind"] == "evaluation"] == [5, 10, 12]
+    assert [r["step"] for r in read_jsonl(folder / "metrics.jsonl") if r["kind"] == "eval"] == [5, 10, 12]
 
 
 def test_a_torn_checkpoint_is_reported_and_the_one_before_is_used(
@@ -210,7 +229,7 @@ def test_a_run_is_never_overwritten(finished: tuple[Path, str], tmp_path: Path, 
     assert sorted((f, f.stat().st_mtime_ns) for f in folder.rglob("*")) == before
     said = io.StringIO()
     train(options(folder, text_file, overwrite=True, max_steps=2), stream=said)
-    assert "lies now in" in said.getvalue()
+    assert "moved the previous run from" in said.getvalue()
     assert (tmp_path / "run.replaced-1" / "model.safetensors").is_file()
     assert len(update_lines(folder)) == 2
 
@@ -222,7 +241,7 @@ def test_a_changed_text_is_refused_on_resume(finished: tuple[Path, str], tmp_pat
     killed_copy(tmp_path / "whole", folder, "step-00000004")
     file.write_text(Path(text_file).read_text() + "One more line.\n")
     with pytest.raises(
-        UsageError, match=r"other data \(train_tokens was 3371, is \d+; held_out_tokens .* its fingerprint was"
+        UsageError, match=r"other data \(train_tokens was 3371, is \d+; eval_tokens .* its fingerprint was"
     ):
         train(options(folder, str(file), max_steps=4, save_every=2, resume=True), stream=None)
 
@@ -257,7 +276,7 @@ def test_a_run_that_has_not_ended_is_read_at_its_newest_checkpoint(
     assert find_model_folder(str(tmp_path / "run")).endswith("step-00000012")
     assert find_model_folder(str(finished[0])) == str(finished[0])
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(HubError, match="'someone/model' is no folder here, and someone/model was not"):
+    with pytest.raises(HubError, match="'someone/model' is no local folder, and someone/model was not"):
         find_model_folder("someone/model")
     with pytest.raises(UsageError, match="holds no model"):
         find_model_folder(str(tmp_path))

@@ -15,16 +15,24 @@ from test_pretrain import assert_same_run, options, text_file, update_lines  # n
 from gpt_kit_hf import AMPTrainer, NonFiniteError, train
 from gpt_kit_hf.errors import RunError
 from gpt_kit_hf.storage.checkpoints import list_checkpoints
+from gpt_kit_hf.training.loop import lost_process
 
 
-@pytest.fixture
-def small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(
+    params=[
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"),
+        MemoryError(),
+    ],
+    ids=["GPU", "CPU", "Python"],
+)
+def small_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that holds no more than two rows at once."""
     whole = AMPTrainer.update
 
     def update(self: AMPTrainer, parts: Any, **more: Any) -> Any:
         if max(len(part[0]) for part in parts) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            raise request.param
         return whole(self, parts, **more)
 
     monkeypatch.setattr(AMPTrainer, "update", update)
@@ -73,7 +81,7 @@ def test_a_spike_is_skipped_and_said(text_file: str, tmp_path: Path, monkeypatch
     assert calls[:10] == [float("inf")] * 10
     norms = [line["grad_norm"] for line in update_lines(tmp_path / "run")]
     assert calls[10] == pytest.approx(10 * torch.tensor(norms[:10], dtype=torch.float64).quantile(0.5).item())
-    assert "step 11 left the weights as they were: gradient norm" in said.getvalue()
+    assert "step 11 skipped, weights unchanged: gradient norm" in said.getvalue()
 
 
 def test_a_run_of_losses_that_are_no_numbers_names_its_batch(
@@ -128,3 +136,24 @@ def test_where_a_checkpoint_is_written_changes_nothing(background: bool, text_fi
     # Its tensors alone, twice: tied weights are written once.
     a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "other"))
     assert a == b
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.distributed.DistNetworkError("The server socket has failed"), "another process of the run"),
+        (
+            RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer"),
+            "another process",
+        ),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            "a process that loads batches ended",
+        ),
+        (RuntimeError("Caught RuntimeError in DataLoader worker process 0."), None),
+        (RuntimeError("shape mismatch"), None),
+    ],
+)
+def test_errors_that_mean_a_lost_process_are_told_from_others(error: RuntimeError, reason: str | None) -> None:
+    found = lost_process(error)
+    assert found is None if reason is None else (found is not None and found.startswith(reason))

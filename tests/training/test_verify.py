@@ -72,15 +72,15 @@ def test_what_was_changed_is_named(fault: str, finished: tuple[Path, str], tmp_p
 def test_steps_are_computed_again_to_the_bit(finished: tuple[Path, str], tmp_path: Path) -> None:  # noqa: F811
     said: list[str] = []
     for first, last in ((9, 12), (6, 7), (1, 3)):
-        replayed = replay_steps(finished[0], first, last, say=said.append)
+        replayed = replay_steps(finished[0], first, last, log=said.append)
         assert replayed.text() == f"steps {first} to {last}: identical"
     assert said[:2] == ["from step-00000008", "from step-00000004"]
     assert said[2:] == ["from the beginning: there is no checkpoint before step 1"]
     run = Path(shutil.copytree(finished[0], tmp_path / "run"))
     edit_lines(lambda lines: [line.update(loss=line["loss"] + 1e-7) for line in lines if line["step"] == 11])(run)
-    assert replay_steps(run, 9, 12, say=said.append).difference.startswith("step 11 differs: loss is")
+    assert replay_steps(run, 9, 12, log=said.append).difference.startswith("step 11 differs: loss is")
     with pytest.raises(UsageError, match="the run has the steps 1 to 12"):
-        replay_steps(run, 9, 13, say=said.append)
+        replay_steps(run, 9, 13, log=said.append)
 
 
 def test_a_digest_does_not_depend_on_the_cut_or_the_padding() -> None:

@@ -83,7 +83,7 @@ def card_facts(run: Path) -> dict[str, Any]:
         "options": shared,
         "command": command_of(shared, name, tuned=tuned),
         "base": _base(record, options, shared) if tuned else None,
-        "data": _pick(record, ("documents", "train_tokens", "held_out_tokens", "held_out_rows"), _count)
+        "data": _pick(record, ("documents", "train_tokens", "eval_tokens", "held_out_rows"), _count)
         | _not_none({"fingerprint": _digest(record.get("data_fingerprint"))}),
         "supervision": _supervision(run, record) if tuned else None,
         "progress": _progress(run, record) if record else None,
@@ -177,7 +177,7 @@ def _progress(run: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     lines = read_jsonl(file, report=lambda line: None) if file.is_file() else []
     steps = [line for line in lines if line.get("kind") == "train"]
     results, sessions, total = record.get("results"), record.get("sessions"), _count(record.get("steps"))
-    first = next((line for line in lines if line.get("kind") == "evaluation" and line.get("step") == 0), {})
+    first = next((line for line in lines if line.get("kind") == "eval" and line.get("step") == 0), {})
     before = _pick(first, ("loss", "bits_per_byte"), _number)
     return _not_none(
         {
