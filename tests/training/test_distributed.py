@@ -54,7 +54,7 @@ def text(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_two_processes_compute_the_batches_of_one(streaming: bool, tmp_path: Path, text: Path) -> None:
+def test_two_processes_train_on_the_same_batches_as_one(streaming: bool, tmp_path: Path, text: Path) -> None:
     source = []
     if streaming:
         held_out = tmp_path / "held-out.txt"
@@ -74,14 +74,14 @@ def test_two_processes_compute_the_batches_of_one(streaming: bool, tmp_path: Pat
             assert other[key] == (pytest.approx(value, abs=1e-4) if isinstance(value, float) else value), key
 
 
-def test_a_batch_that_two_processes_cannot_share_is_refused(tmp_path: Path, text: Path) -> None:
+def test_batch_size_must_be_divisible_by_the_processes(tmp_path: Path, text: Path) -> None:
     ended = launch(2, tmp_path / "run", text, "--batch_size=9")
     assert ended.returncode != 0
     assert "error: batch_size=9 must be divisible by the number of processes, 2" in ended.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_one_then_two_then_one_process_meet_the_same_batches(tmp_path: Path, text: Path) -> None:
+def test_resume_on_another_number_of_processes_keeps_the_batches(tmp_path: Path, text: Path) -> None:
     """In the middle of an epoch: none lost, none repeated."""
     course = ["--schedule=constant", "--resume"]
     ended = launch(1, tmp_path / "whole", text, *course)
