@@ -59,7 +59,7 @@ def test_two_processes_train_on_the_same_batches_as_one(streaming: bool, tmp_pat
     if streaming:
         held_out = tmp_path / "held-out.txt"
         held_out.write_text(text.read_text())
-        text.write_text(text.read_text() * 100)  # long enough for two units, a lane each
+        text.write_text(text.read_text() * 100)  # long enough for two shards, a stream shard each
         source = ["--streaming=true", f"--eval_files={held_out}", "--shuffle_windows=16"]
     for processes in (1, 2):
         ended = launch(processes, tmp_path / f"by-{processes}", text, *source)
