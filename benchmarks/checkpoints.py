@@ -32,7 +32,7 @@ import torch
 import transformers
 
 from gpt_kit_hf import EncodingOptions, ModelOptions, RunOptions, TextOptions, TrainingOptions, WindowOptions, train
-from gpt_kit_hf.data.text.sources import find_files
+from gpt_kit_hf.options.files import find_files
 from gpt_kit_hf.storage.checkpoints import verify_checkpoint
 from gpt_kit_hf.training.saving import RunCheckpoints
 from gpt_kit_hf.training.state import checkpoint_writer as writer_room

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from gpt_kit_hf import generate_text_autoregressive
-from gpt_kit_hf.generation.fast_decoder import DecodingWeights
 
 Generate = Callable[[Tensor, int], Tensor]
 

@@ -38,7 +38,7 @@ from gpt_kit_hf import (
     get_encoding,
     train,
 )
-from gpt_kit_hf.data.text.sources import find_files
+from gpt_kit_hf.options.files import find_files
 from gpt_kit_hf.training.runtime.memory import reuse_freed_memory
 from gpt_kit_hf.training.steps import Steps
 

@@ -34,7 +34,7 @@ from gpt_kit_hf import (
     create_optimizer,
     train,
 )
-from gpt_kit_hf.training.optim.optimizer import recipe_options
+from gpt_kit_hf.options.training import recipe_options
 
 CONTEXT, BATCH, VOCABULARY = 128, 16, 257
 MODEL = ModelOptions(model="nano-xs", n_layer=4, n_head=4, n_embd=256, max_position_embeddings=CONTEXT)

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from gpt_kit_hf.errors import UsageError, unknown_name
 from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM, TransformerBlock
 
-DecodingWeights = Literal["same", "half", "int8"]
 Linear: TypeAlias = Callable[[Tensor], Tensor]
 # (weight, bias) -> the linear layer, in one layout or another.
 _Layout: TypeAlias = Callable[[Tensor, "Tensor | None"], Linear]

@@ -7,13 +7,12 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
 from huggingface_hub import CommitOperation, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from gpt_kit_hf.errors import HubError, UsageError, unknown_name
+from gpt_kit_hf.errors import HubError, UsageError
 from gpt_kit_hf.hub.card.card import card_facts, render_card, without_generated
 from gpt_kit_hf.hub.client import fetch_model, hub_errors
 from gpt_kit_hf.hub.manifest import (
@@ -27,43 +26,12 @@ from gpt_kit_hf.hub.safety import check_model_folder
 from gpt_kit_hf.hub.secret_scan import scan_for_publication
 from gpt_kit_hf.hub.template_sandbox import check_templates
 from gpt_kit_hf.hub.verify import GateReport, probe_request, run_probe, verify_publication
+from gpt_kit_hf.options.hub import PushOptions
 from gpt_kit_hf.storage.digests import digest_of, git_digest_of
 
-CardBase = Literal["hub", "run"]
 # Weights of an earlier model, which a loader would read instead of, or beside, those of this one.
 _OUTDATED = ("model-", "model.safetensors", "pytorch_model", "adapter_model", "adapter_config.json")
 _OUTDATED_NAMES = ("chat_template.jinja", "chat_template.json", "special_tokens_map.json", "added_tokens.json")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PushOptions:
-    """How a run is published.
-
-    Attributes:
-        private: of a repository that is made; None is the account's own default.
-        branch: where the commit goes, made if it is not there; None is main.
-        pull_request: whether the commit becomes a pull request instead.
-        message: of the commit.
-        card: whose text outside the generated parts is kept, where the card on the Hub and the run's were both
-            edited: "hub" or "run".
-        dry_run: list what would be sent, and send nothing.
-
-    """
-
-    private: bool | None = None
-    branch: str | None = None
-    pull_request: bool = False
-    message: str = "Publish the model"
-    card: CardBase | None = None
-    dry_run: bool = False
-
-    def __post_init__(self) -> None:
-        if self.card is not None and self.card not in get_args(CardBase):
-            raise UsageError(unknown_name("card", self.card, get_args(CardBase)))
-        if self.branch is not None and self.pull_request:
-            raise UsageError("branch and pull_request: a pull request has a branch of its own; give one of them")
-        if not self.message.strip():
-            raise UsageError("message must not be empty")
 
 
 @dataclass(frozen=True, kw_only=True)

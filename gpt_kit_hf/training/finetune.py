@@ -8,7 +8,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,81 +17,28 @@ from torch.utils.data import DataLoader, Subset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gpt_kit_hf.data.instructions.dataset import FormatFn
-from gpt_kit_hf.data.instructions.reader import PlacedRow, RowOptions, SkippedRows, read_rows
+from gpt_kit_hf.data.instructions.reader import PlacedRow, SkippedRows, read_rows
 from gpt_kit_hf.data.instructions.report import SupervisionReport, report_of
-from gpt_kit_hf.data.instructions.templates import KEEP, with_template
-from gpt_kit_hf.data.instructions.tokenized import (
-    PackedRows,
-    PaddedRows,
-    SupervisedRows,
-    SupervisionOptions,
-    encode_rows,
-)
+from gpt_kit_hf.data.instructions.templates import with_template
+from gpt_kit_hf.data.instructions.tokenized import PackedRows, PaddedRows, SupervisedRows, encode_rows
 from gpt_kit_hf.data.order import BatchPlan, Order, ShuffledOrder
-from gpt_kit_hf.data.text.sources import find_files
-from gpt_kit_hf.errors import UsageError, unknown_name
+from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.evaluation.metrics import Evaluation, evaluate_batches, tokenizer_byte_lengths
 from gpt_kit_hf.generation.generate import context_length, generate_text_autoregressive
 from gpt_kit_hf.hub.model_folder import find_base, find_model_folder, load_part, weights_digest
 from gpt_kit_hf.model.losses import Batch
+from gpt_kit_hf.options.data import KEEP, RowOptions, SupervisionOptions
+from gpt_kit_hf.options.files import find_files
+from gpt_kit_hf.options.run import FinetuneOptions
 from gpt_kit_hf.storage.atomic_files import load_json, save_json
 from gpt_kit_hf.storage.run_folder import ADAPTER_FOLDER, RECORD_FILE, REPORT_FILE, publish_in_run
 from gpt_kit_hf.text import printable, short
 from gpt_kit_hf.tokenization.encodings import get_encoding, save_tokenizer
 from gpt_kit_hf.training.loop import run_training
-from gpt_kit_hf.training.lora import AdapterOptions, add_adapter, load_adapter, merged
-from gpt_kit_hf.training.optim.optimizer import OptimizerOptions
+from gpt_kit_hf.training.lora import add_adapter, load_adapter, merged
 from gpt_kit_hf.training.run_log import RunResult
-from gpt_kit_hf.training.run_options import TrainingOptions
 from gpt_kit_hf.training.state.sharded_state import uncut_model
 from gpt_kit_hf.training.task import RunSetting, map_batches
-
-
-@dataclass(frozen=True, kw_only=True)
-class BaseOptions:
-    """What is tuned, and how it is asked and scored."""
-
-    model: str = dataclasses.field(metadata={"help": "folder of a run or a model, or a Hub id"})
-    chat_template: str = dataclasses.field(
-        default=KEEP,
-        metadata={
-            "help": "default or alpaca, saved with the tokenizer; 'keep' is the model's own, or where it has none the "
-            "one that writes prompts as the rows do"
-        },
-    )
-    dropout: float | None = dataclasses.field(
-        default=None,
-        metadata={"help": "dropout in training (embeddings, attention, residuals), if not the model's own"},
-    )
-    eval_rows: list[str] | None = dataclasses.field(
-        default=None, metadata={"help": "held-out files of rows, instead of eval_fraction"}
-    )
-    eval_fraction: float = dataclasses.field(default=0.1, metadata={"help": "share of the rows to hold out"})
-
-    def __post_init__(self) -> None:
-        if self.chat_template not in (KEEP, "default", "alpaca"):
-            raise UsageError(unknown_name("chat_template", self.chat_template, (KEEP, "default", "alpaca")))
-        if self.dropout is not None and not 0.0 <= self.dropout < 1.0:
-            raise UsageError(f"dropout must be at least 0 and below 1, got {self.dropout}")
-        if not 0.0 < self.eval_fraction < 1.0:
-            raise UsageError(f"eval_fraction must lie between 0 and 1, got {self.eval_fraction}")
-
-
-def finetuning_optimizer() -> OptimizerOptions:
-    """Return the optimizer's defaults for a model that knows something already: smaller steps."""
-    return OptimizerOptions(learning_rate=3e-4, warmup_steps=20)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneOptions:
-    """All options of an instruction-tuning run, by the room that reads them."""
-
-    training: TrainingOptions
-    base: BaseOptions
-    rows: RowOptions
-    supervision: SupervisionOptions = dataclasses.field(default_factory=SupervisionOptions)
-    adapter: AdapterOptions = dataclasses.field(default_factory=AdapterOptions)
-    optimizer: OptimizerOptions = dataclasses.field(default_factory=finetuning_optimizer)
 
 
 def finetune(

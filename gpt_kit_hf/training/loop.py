@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType, broadcast_object_list
 
 from gpt_kit_hf.errors import DataError, NonFiniteError, StoppedError, UsageError
 from gpt_kit_hf.evaluation.metrics import Evaluation
+from gpt_kit_hf.options.run import OptionsOfRun, changed_options, flat_options
 from gpt_kit_hf.storage.atomic_files import load_json
 from gpt_kit_hf.storage.checkpoints import checkpoint_step
 from gpt_kit_hf.storage.lock import RunLock
@@ -31,7 +32,6 @@ from gpt_kit_hf.storage.run_folder import (
 from gpt_kit_hf.text import duration
 from gpt_kit_hf.training.console import Console, Pace, trackers
 from gpt_kit_hf.training.run_log import RunRecord, RunResult, finished_before
-from gpt_kit_hf.training.run_options import OptionsOfRun, changed_options, flat_options
 from gpt_kit_hf.training.runtime.compilation import compile_blocks
 from gpt_kit_hf.training.runtime.launch import check_launch, end_processes, launcher_pid
 from gpt_kit_hf.training.runtime.memory import reuse_freed_memory

@@ -17,10 +17,10 @@ from gpt_kit_hf.data.text.windows import TokenStream, TokenWindows, collate_wind
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.evaluation.metrics import unigram_bits_per_byte
 from gpt_kit_hf.model.losses import Batch
+from gpt_kit_hf.options.run import RunOptions
 from gpt_kit_hf.tokenization import encodings
 from gpt_kit_hf.training.loop import run_training
 from gpt_kit_hf.training.run_log import RunResult
-from gpt_kit_hf.training.run_options import RunOptions
 from gpt_kit_hf.training.task import RunSetting, map_batches
 from gpt_kit_hf.training.text_task import TextTask
 

@@ -13,13 +13,13 @@ from accelerate import Accelerator
 
 from gpt_kit_hf.data.instructions.dataset import FormatFn
 from gpt_kit_hf.errors import UsageError
+from gpt_kit_hf.options.run import FinetuneOptions, RunOptions, stored_options
 from gpt_kit_hf.storage.atomic_files import load_json, read_jsonl
 from gpt_kit_hf.storage.checkpoints import checkpoint_step, list_checkpoints, verify_checkpoint
 from gpt_kit_hf.storage.run_folder import METRICS_FILE, OPTIONS_FILE, RECORD_FILE
 from gpt_kit_hf.training.console import Console
-from gpt_kit_hf.training.finetune import FinetuneOptions, InstructionTask
+from gpt_kit_hf.training.finetune import InstructionTask
 from gpt_kit_hf.training.pretrain import PretrainingTask, StreamingTask
-from gpt_kit_hf.training.run_options import RunOptions, stored_options
 from gpt_kit_hf.training.runtime.compilation import compile_blocks
 from gpt_kit_hf.training.runtime.signals import StopSignals
 from gpt_kit_hf.training.state.training_state import read_position

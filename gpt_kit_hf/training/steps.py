@@ -17,8 +17,8 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from gpt_kit_hf.data.order import BatchPlan
 from gpt_kit_hf.errors import RunError
 from gpt_kit_hf.model.losses import Batch
+from gpt_kit_hf.options.run import OptionsOfRun
 from gpt_kit_hf.training.optim.optimizer import create_optimizer, learning_rate_at, set_learning_rate
-from gpt_kit_hf.training.run_options import OptionsOfRun
 from gpt_kit_hf.training.state.batch_digests import batch_digest, chained, content_digest, halves, joined
 from gpt_kit_hf.training.state.training_state import restore_training_state
 from gpt_kit_hf.training.task import RunSetting, RunTask

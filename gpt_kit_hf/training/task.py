@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from gpt_kit_hf.data.order import BatchPlan, Order, PlannedBatches
 from gpt_kit_hf.evaluation.metrics import Evaluation
 from gpt_kit_hf.model.losses import Batch
+from gpt_kit_hf.options.training import TrainingOptions
 from gpt_kit_hf.training.console import Console
-from gpt_kit_hf.training.run_options import TrainingOptions
 from gpt_kit_hf.training.runtime.signals import StopSignals
 
 

@@ -19,11 +19,11 @@ from gpt_kit_hf.evaluation.metrics import Evaluation, evaluate_stream, gzip_bits
 from gpt_kit_hf.generation.generate import generate_text_autoregressive
 from gpt_kit_hf.hub.model_folder import write_model_folder
 from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
+from gpt_kit_hf.options.run import RunOptions
 from gpt_kit_hf.storage.run_folder import publish_in_run
 from gpt_kit_hf.text import printable, short
 from gpt_kit_hf.tokenization import encodings
 from gpt_kit_hf.tokenization.export import load_encoding
-from gpt_kit_hf.training.run_options import RunOptions
 from gpt_kit_hf.training.state.sharded_state import uncut_model
 from gpt_kit_hf.training.task import RunSetting
 

@@ -8,15 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gpt_kit_command
 import pytest
 import requests
 import tiktoken.load
+from gpt_kit_hf.commands.cli import generate_command, train_command
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-import gpt_kit_command
 from gpt_kit_hf import parse_run_options, run_command
-from gpt_kit_hf.commands.cli import generate_command, train_command
 from gpt_kit_hf.errors import CheckpointError, UsageError
 
 ROOT = Path(__file__).resolve().parents[2]

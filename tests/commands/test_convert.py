@@ -6,13 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gpt_kit_command
 import pytest
 import torch
 from hand_written_models import CONTEXT, END, HEADS, SHAPE, KitModel, NanoModel, difference, randomize, tiny_gpt_kit
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 from typer.testing import CliRunner, Result
 
-import gpt_kit_command
 from gpt_kit_hf import get_encoding
 from gpt_kit_hf.hub.model_folder import write_model_folder
 from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gpt_kit_command
 import pytest
 import torch
 from tiny_model import write_tiny_model
@@ -13,7 +14,6 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from typer.testing import CliRunner, Result
 
-import gpt_kit_command
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.evaluation.invariance import CACHES, LAYOUTS, InvarianceReport, check_invariance
 from gpt_kit_hf.model.configuration_gpt_kit import GPTKitConfig

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpt_kit_hf.commands.cli import check_command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpt_kit_hf import (
@@ -34,7 +35,6 @@ from gpt_kit_hf import (
     score_model,
     train,
 )
-from gpt_kit_hf.commands.cli import check_command
 
 ROOT = Path(__file__).resolve().parents[2]
 HELD_OUT = "\n".join(["Was ever woman in this humour wooed? Was ever woman in this humour won? Größe, ein Wort."] * 7)

@@ -17,14 +17,15 @@ from typing import Any
 
 import pytest
 import torch
+from gpt_kit_hf.commands.cli import chat_command
 from tiny_model import CHAT_TEMPLATE, CONTEXT, write_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpt_kit_hf.commands import cli
-from gpt_kit_hf.commands.cli import chat_command
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.generation import chat as chat_room
-from gpt_kit_hf.generation.chat import ChatOptions, Conversation, MessageTooLongError, converse
+from gpt_kit_hf.generation.chat import Conversation, MessageTooLongError, converse
+from gpt_kit_hf.options.generation import ChatOptions
 
 GREEDY = ChatOptions(max_new_tokens=12, temperature=0.0, top_k=None)
 SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0.0, "top_k": None, "seed": None}

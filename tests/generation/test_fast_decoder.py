@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt_kit_hf import GPTKitConfig, GPTKitForCausalLM, UsageError, generate_text_autoregressive
 from gpt_kit_hf.generation import fast_decoder
-from gpt_kit_hf.generation.fast_decoder import Decoder, DecodingWeights, pays, why_not
+from gpt_kit_hf.generation.fast_decoder import Decoder, pays, why_not
 
 FBGEMM = pytest.mark.skipif(
     "fbgemm" not in torch.backends.quantized.supported_engines, reason="this machine's torch has no FBGEMM"

@@ -18,11 +18,11 @@ import httpx2
 import openai
 import pytest
 import torch
+from gpt_kit_hf.commands.cli import serve_command
 from tiny_model import CHAT_TEMPLATE, CONTEXT, write_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from gpt_kit_hf.commands.cli import serve_command
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.generation import server
 from gpt_kit_hf.generation.server import serve

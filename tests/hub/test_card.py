@@ -32,7 +32,7 @@ from gpt_kit_hf.errors import CheckpointError, UsageError
 from gpt_kit_hf.hub.card.card import CARD_FILE, card_facts, edited_parts, render_card, without_generated, write_card
 from gpt_kit_hf.hub.card.options import as_id, shareable
 from gpt_kit_hf.hub.card.sections import command_lines
-from gpt_kit_hf.training.run_options import FREE_ON_RESUME, flat_options
+from gpt_kit_hf.options.run import flat_options
 
 ROOT = Path(__file__).resolve().parents[2]
 CARDS = sorted(path.parent for path in ROOT.glob("model_cards/*/facts.json"))

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpt_kit_hf.commands.cli import finetune_command, inspect_command
 from safetensors.torch import load_file, save_file
 from test_pretrain import killed_copy, update_lines
 from tiny_model import write_tiny_model
@@ -35,7 +36,6 @@ from gpt_kit_hf import (
     generate_text_autoregressive,
     read_rows,
 )
-from gpt_kit_hf.commands.cli import finetune_command, inspect_command
 from gpt_kit_hf.data.instructions.reader import PlacedRow
 from gpt_kit_hf.data.instructions.templates import with_template
 from gpt_kit_hf.evaluation.metrics import tokenizer_byte_lengths

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,40 +12,12 @@ import numpy.typing as npt
 import tiktoken
 
 from gpt_kit_hf.data.text.shards import PIECE_BYTES, ReadableUnit
-from gpt_kit_hf.data.text.sources import TextOptions, TextSource
+from gpt_kit_hf.data.text.sources import TextSource
 from gpt_kit_hf.data.text.token_cache import StoredTokens, store_tokens
 from gpt_kit_hf.data.text.windows import TokenStream, held_out_split, join_streams
-from gpt_kit_hf.errors import DataError, UsageError, unknown_name
+from gpt_kit_hf.errors import DataError, UsageError
+from gpt_kit_hf.options.data import TRAINED_BPE, EncodingOptions, TextOptions
 from gpt_kit_hf.tokenization import encodings
-
-TRAINED_BPE = "bpe"
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodingOptions:
-    """What a token is."""
-
-    encoding: str = dataclasses.field(
-        default=TRAINED_BPE,
-        metadata={"help": "bpe (trained on the text), bytes, gpt2, or a folder that holds a tokenizer.json"},
-    )
-    vocab_size: int = dataclasses.field(
-        default=4096, metadata={"help": "tokens of a trained bpe: 256 bytes, merges and end of text"}
-    )
-    vocab_text_mb: int = dataclasses.field(
-        default=100, metadata={"help": "megabytes of text, from all parts of the corpus, that a bpe is trained on"}
-    )
-
-    def __post_init__(self) -> None:
-        known = [TRAINED_BPE, "bytes", "gpt2"]
-        if self.encoding not in known and not Path(self.encoding).is_dir():
-            raise UsageError(unknown_name("encoding", self.encoding, known))
-        if self.vocab_size < 258:
-            raise UsageError(
-                f"vocab_size must be at least 258 (256 bytes, a merge, end of text), got {self.vocab_size}"
-            )
-        if self.vocab_text_mb < 1:
-            raise UsageError(f"vocab_text_mb must be at least 1, got {self.vocab_text_mb}")
 
 
 @dataclass(frozen=True, kw_only=True)

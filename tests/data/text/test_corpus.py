@@ -22,10 +22,10 @@ from gpt_kit_hf import (
     train,
 )
 from gpt_kit_hf.data.text import corpus, shards, sources
-from gpt_kit_hf.data.text.corpus import Corpus, EncodingOptions, choose_encoding, prepare_corpus
-from gpt_kit_hf.data.text.sources import TextOptions
+from gpt_kit_hf.data.text.corpus import Corpus, choose_encoding, prepare_corpus
 from gpt_kit_hf.data.text.windows import TokenStream
 from gpt_kit_hf.errors import DataError, UsageError
+from gpt_kit_hf.options.data import EncodingOptions, TextOptions
 from gpt_kit_hf.storage.atomic_files import read_jsonl
 from gpt_kit_hf.tokenization.encodings import END_OF_TEXT, fingerprint, get_encoding, train_bpe
 

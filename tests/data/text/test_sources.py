@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from gpt_kit_hf.data.text.sources import TextOptions, TextSource, find_files
+from gpt_kit_hf.data.text.sources import TextSource
 from gpt_kit_hf.errors import DataError, UsageError
+from gpt_kit_hf.options.data import TextOptions
+from gpt_kit_hf.options.files import find_files
 from gpt_kit_hf.tokenization.encodings import END_OF_TEXT
 
 

@@ -14,11 +14,11 @@ import torch
 
 from gpt_kit_hf.data.order import BatchPlan, StreamOrder
 from gpt_kit_hf.data.text import shards, streaming
-from gpt_kit_hf.data.text.sources import TextOptions
 from gpt_kit_hf.data.text.streaming import Lane, LaneBatches, lane_count
-from gpt_kit_hf.data.text.windows import IGNORED, TokenStream, TokenWindows, WindowOptions
+from gpt_kit_hf.data.text.windows import IGNORED, TokenStream, TokenWindows
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.model.losses import Batch
+from gpt_kit_hf.options.data import TextOptions, WindowOptions
 from gpt_kit_hf.tokenization.encodings import get_encoding
 
 ENCODING = get_encoding("bytes")

@@ -37,8 +37,9 @@ from gpt_kit_hf import (
     create_optimizer,
     learning_rate_at,
 )
+from gpt_kit_hf.options.finetuning import AdapterOptions
 from gpt_kit_hf.storage.atomic_files import load_json, load_tensors, save_json, save_tensors
-from gpt_kit_hf.training.lora import AdapterOptions, add_adapter
+from gpt_kit_hf.training.lora import add_adapter
 from gpt_kit_hf.training.optim import muon
 from gpt_kit_hf.training.optim.optimizer import set_learning_rate
 from gpt_kit_hf.training.state.optimizer_state import flatten_optimizer_state, restore_optimizer_state

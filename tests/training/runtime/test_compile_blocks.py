@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from gpt_kit_hf import GPTKitConfig, GPTKitForCausalLM, RunOptions, TextOptions, TrainingOptions, UsageError, train
-from gpt_kit_hf.data.text.corpus import EncodingOptions
-from gpt_kit_hf.data.text.windows import WindowOptions
-from gpt_kit_hf.model.presets import ModelOptions
+from gpt_kit_hf.options.data import EncodingOptions, WindowOptions
+from gpt_kit_hf.options.model import ModelOptions
 from gpt_kit_hf.training.runtime.compilation import compile_blocks
 
 CPU = torch.device("cpu")
