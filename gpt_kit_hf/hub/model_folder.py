@@ -108,7 +108,7 @@ def find_base(model: str, adapter: AdapterOptions) -> str:
     place = find_model_folder(model)
     if not Path(model).exists():
         return model  # its id stays the same on other machines, unlike its place in the cache
-    if adapter.lora_rank and Path(place).parent.name == "checkpoints":
+    if adapter.lora_r and Path(place).parent.name == "checkpoints":
         raise UsageError(
             f"model {model!r} is at a checkpoint of a run, which may be removed, and an adapter is nothing without "
             "its base: let the run end, or copy the checkpoint to a folder of its own"

@@ -20,11 +20,10 @@ def create_model_config(name: str, *, dropout: float | None = None, **overrides:
     `dropout` sets the three dropout probabilities at once. Raises UsageError, a ValueError, for an unknown name or
     field (it suggests the nearest) and for a value that breaks a rule of the configuration.
     """
-    key = name.strip().lower()
-    shapes = {full: shape for full, shape in PRESETS.items() if key in (full.lower(), full.split(" ")[0])}
-    if not shapes:
-        raise UsageError(unknown_name("model preset", name, [full.split(" ")[0] for full in PRESETS]))
-    values: dict[str, Any] = {**next(iter(shapes.values()))}
+    key = preset_key(name)
+    if key not in PRESET_KEYS:
+        raise UsageError(unknown_name("model preset", name, PRESET_KEYS))
+    values: dict[str, Any] = next(dict(shape) for full, shape in PRESETS.items() if full.startswith(f"{key} "))
     for given in list(overrides):
         values.pop(GPTKitConfig.attribute_map.get(given, given), None)
     if values.get("vocab_size") == _GPT2_VOCABULARY:
@@ -37,3 +36,9 @@ def create_model_config(name: str, *, dropout: float | None = None, **overrides:
         # `strict` wraps the sentence that says what is wrong.
         reason = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
         raise UsageError(str(reason)) from None
+
+
+def build_config(options: ModelOptions, **from_data: Any) -> GPTKitConfig:
+    """Return the configuration that the options ask for; `from_data` are fields that data and encoding decide."""
+    overrides = {k: v for k, v in dataclasses.asdict(options).items() if v is not None and k != "model"}
+    return create_model_config(options.model, **{**from_data, **overrides})

@@ -90,9 +90,9 @@ class InstructionTask:
     def __init__(self, options: FinetuneOptions, setting: RunSetting, format_fn: FormatFn | None) -> None:
         self.options, self.setting = options, setting
         # A run that goes on in full does not need its base any more.
-        needs_base = setting.checkpoint is None or options.adapter.lora_rank > 0
-        source = find_base(options.base.model, options.adapter) if needs_base else str(setting.checkpoint)
-        self.tokenizer = load_part(AutoTokenizer, str(setting.checkpoint or source), options.base.model)
+        needs_base = setting.checkpoint is None or options.adapter.lora_r > 0
+        source = find_base(options.base.model_name_or_path, options.adapter) if needs_base else str(setting.checkpoint)
+        self.tokenizer = load_part(AutoTokenizer, str(setting.checkpoint or source), options.base.model_name_or_path)
         self.model = self._load_model(source)
         self._check_length()
         train, self.held_out = self._read_rows(format_fn)
@@ -104,7 +104,7 @@ class InstructionTask:
         self.fingerprint = f"{train.fingerprint()}-{self.held_out.fingerprint()}"
         self.base_commit = self._base_commit(needs_base)
         self.base_digest = None
-        if options.adapter.lora_rank:  # an adapter goes on with the base that it began with, or not at all
+        if options.adapter.lora_r:  # an adapter goes on with the base that it began with, or not at all
             self.base_digest = weights_digest(source, self.model.config)
             self.fingerprint += f"-{self.base_digest}"
         self.byte_lengths = tokenizer_byte_lengths(self.tokenizer, self.model.config.vocab_size)
@@ -146,7 +146,10 @@ class InstructionTask:
         if not self.model(ids.to(self.model.device)).logits.isfinite().all():
             return "(no sample: the model's scores are not finite)"
         answered = generate_text_autoregressive(
-            self.model, ids, min(room, self.setting.options.sample_tokens), eos_token_id=self.tokenizer.eos_token_id
+            self.model,
+            ids,
+            min(room, self.setting.options.sample_max_new_tokens),
+            eos_token_id=self.tokenizer.eos_token_id,
         )
         text: str = self.tokenizer.decode(answered[0], skip_special_tokens=True)
         return printable(text)
@@ -154,18 +157,18 @@ class InstructionTask:
     def describe(self) -> list[str]:
         """Return the supervision report, and lines that say what the model is."""
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        how = f"LoRA of rank {self.options.adapter.lora_rank}" if self.options.adapter.lora_rank else "in full"
+        how = f"LoRA of rank {self.options.adapter.lora_r}" if self.options.adapter.lora_r else "in full"
         return [
             *self.report.text(color=self.setting.console.interactive).splitlines(),
             f"held out  {len(self.held_out):,} rows",
-            f"model     {self.options.base.model}: {short(self.model.num_parameters())} parameters, "
+            f"model     {self.options.base.model_name_or_path}: {short(self.model.num_parameters())} parameters, "
             f"{short(trained)} of them trained ({how})",
         ]
 
     def facts(self) -> dict[str, Any]:
         """Return what the record keeps of the rows."""
         return {
-            "base_model": self.options.base.model,
+            "base_model": self.options.base.model_name_or_path,
             "base_commit": self.base_commit,
             "base_digest": self.base_digest,
             "supervision": self.report.to_dict(),
@@ -182,7 +185,7 @@ class InstructionTask:
 
     def publish(self, run: Path, checkpoint: Path) -> None:
         """Put the finished model into the run's root, an adapter merged into its base and beside it."""
-        if not self.options.adapter.lora_rank:
+        if not self.options.adapter.lora_r:
             publish_in_run(run, checkpoint)
             return
         with tempfile.TemporaryDirectory(dir=run, prefix=".merged-") as stage:
@@ -202,18 +205,22 @@ class InstructionTask:
         dropout = self.options.base.dropout
         # GPT-2's names and ours; a model that has them under others takes no such argument, and says so.
         asked = {} if dropout is None else dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), dropout)
-        if adapter.lora_rank:
-            base = load_part(AutoModelForCausalLM, source, self.options.base.model, dtype=torch.float32, **asked)
+        if adapter.lora_r:
+            base = load_part(
+                AutoModelForCausalLM, source, self.options.base.model_name_or_path, dtype=torch.float32, **asked
+            )
             if checkpoint is not None:
                 return load_adapter(base, checkpoint)
             torch.manual_seed(self.setting.options.seed)
             return add_adapter(base, adapter)
         place = str(checkpoint or source)
-        return load_part(AutoModelForCausalLM, place, self.options.base.model, dtype=torch.float32, **asked)
+        return load_part(
+            AutoModelForCausalLM, place, self.options.base.model_name_or_path, dtype=torch.float32, **asked
+        )
 
     def _base_commit(self, loaded: bool) -> str | None:
         """Return the commit on the Hub that the base is of, None for a folder's; a run that goes on recorded it."""
-        if Path(self.options.base.model).exists():
+        if Path(self.options.base.model_name_or_path).exists():
             return None
         if loaded:
             return str(self.model.config._commit_hash)

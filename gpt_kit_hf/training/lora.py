@@ -15,10 +15,10 @@ from gpt_kit_hf.options.finetuning import AdapterOptions
 def add_adapter(model: Any, options: AdapterOptions) -> Any:
     """Return the model with a new adapter, which alone is trained. Raises UsageError for targets it does not have."""
     peft = _peft()
-    targets = options.lora_targets
+    targets = options.lora_target_modules
     config = peft.LoraConfig(
-        r=options.lora_rank,
-        lora_alpha=2 * options.lora_rank if options.lora_alpha is None else options.lora_alpha,
+        r=options.lora_r,
+        lora_alpha=2 * options.lora_r if options.lora_alpha is None else options.lora_alpha,
         lora_dropout=options.lora_dropout,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
         task_type="CAUSAL_LM",
@@ -27,7 +27,7 @@ def add_adapter(model: Any, options: AdapterOptions) -> Any:
         with _without_peft_noise():
             return peft.get_peft_model(model, config)
     except ValueError as error:
-        raise UsageError(f"lora_targets {targets}: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"lora_target_modules {targets}: {str(error).splitlines()[0]}") from None
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
@@ -53,5 +53,5 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError:
-        raise UsageError("lora_rank needs PEFT: pip install 'gpt-kit-hf[peft]'") from None
+        raise UsageError("lora_r needs PEFT: pip install 'gpt-kit-hf[peft]'") from None
     return peft

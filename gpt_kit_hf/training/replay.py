@@ -60,7 +60,7 @@ def replay_steps(
         raise UsageError(f"replay {first}:{last}: the run has the steps 1 to {max(lines, default=0)}")
     options = _options(run)
     checkpoint = _checkpoint_before(run, first, say)
-    accelerator = Accelerator(cpu=options.training.cpu, mixed_precision="no")
+    accelerator = Accelerator(cpu=options.training.use_cpu, mixed_precision="no")
     exact = _as_then(load_json(run / RECORD_FILE).get("sessions", []), first, last, accelerator, say)
     with StopSignals() as stop:
         setting = RunSetting(
@@ -83,7 +83,9 @@ def replay_steps(
 
 def _options(run: Path) -> RunOptions | FinetuneOptions:
     stored = load_json(run / OPTIONS_FILE)
-    kind: type[RunOptions] | type[FinetuneOptions] = FinetuneOptions if "base.model" in stored else RunOptions
+    kind: type[RunOptions] | type[FinetuneOptions] = (
+        FinetuneOptions if "base.model_name_or_path" in stored else RunOptions
+    )
     options: RunOptions | FinetuneOptions = stored_options(kind, stored)
     return replace(options, training=replace(options.training, output_dir=str(run), report_to=["none"]))
 
@@ -130,7 +132,7 @@ def _steps(options: RunOptions | FinetuneOptions, setting: RunSetting, format_fn
     steps = Steps(options, setting, task)
     if setting.checkpoint is not None:
         steps.restore(setting.checkpoint)
-    compile_blocks(task.model, options.training.compile, setting.accelerator.device, setting.console.say)
+    compile_blocks(task.model, options.training.torch_compile, setting.accelerator.device, setting.console.say)
     return steps
 
 

@@ -96,7 +96,7 @@ def map_batches(
             dataset,
             batch_sampler=PlannedBatches(plan, *steps),
             collate_fn=collate,
-            num_workers=setting.options.num_workers,
+            num_workers=setting.options.dataloader_num_workers,
             pin_memory=setting.accelerator.device.type == "cuda",
             # Without its own generator a loader draws a seed from the global one.
             generator=torch.Generator().manual_seed(setting.options.seed),

@@ -33,7 +33,7 @@ SHORT = [
     "--encoding=bytes",
     "--cpu",
     "--mixed_precision=fp32",
-    "--sample_tokens=4",
+    "--sample_max_new_tokens=4",
     "--report_to=none",
 ]
 

@@ -49,7 +49,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     return train(
         RunOptions(
             training=TrainingOptions(
-                output_dir=str(folder / "run"), max_steps=4, batch_size=2, report_to=["none"], cpu=True
+                output_dir=str(folder / "run"), max_steps=4, batch_size=2, report_to=["none"], use_cpu=True
             ),
             text=TextOptions(text_files=[str(folder / "text.txt")], eval_files=[str(folder / "held.txt")]),
             encoding=EncodingOptions(encoding="bpe", vocab_size=280),
@@ -158,7 +158,7 @@ def tuned(trained: RunResult) -> tuple[RunResult, Path]:
     result = finetune(
         FinetuneOptions(
             training=TrainingOptions(
-                output_dir=str(folder / "tuned"), max_steps=2, batch_size=2, report_to=["none"], cpu=True
+                output_dir=str(folder / "tuned"), max_steps=2, batch_size=2, report_to=["none"], use_cpu=True
             ),
             base=BaseOptions(model=str(trained.folder), eval_rows=[str(folder / "held.json")]),
             rows=RowOptions(rows=[str(folder / "train.json")]),

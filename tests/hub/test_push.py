@@ -58,7 +58,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(
         RunOptions(
             training=TrainingOptions(
-                output_dir=str(folder / "tiny"), max_steps=3, batch_size=2, report_to=["none"], cpu=True
+                output_dir=str(folder / "tiny"), max_steps=3, batch_size=2, report_to=["none"], use_cpu=True
             ),
             text=TextOptions(text_files=[str(folder / "text.txt")]),
             encoding=EncodingOptions(encoding="bytes"),

@@ -324,10 +324,12 @@ def _check_columns(file: Path, names: list[str]) -> None:
 
 
 def _read_dataset(options: RowOptions, on_fault: OnFault) -> Iterator[PlacedRow]:
-    name = options.rows_dataset
-    rows = load_split(f"rows_dataset {name!r}", str(name), options.rows_config, options.rows_split or "train")
+    name = options.dataset_name
+    rows = load_split(
+        f"dataset_name {name!r}", str(name), options.dataset_config, options.dataset_train_split or "train"
+    )
     if not len(rows):
-        raise DataError(f"rows_dataset {name!r}: holds no row")
+        raise DataError(f"dataset_name {name!r}: holds no row")
     for number in range(len(rows)):
         item = _table_row(f"{name} row {number}", partial(rows.__getitem__, number))
         if isinstance(item, BadRow):

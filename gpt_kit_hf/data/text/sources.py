@@ -15,6 +15,38 @@ from gpt_kit_hf.options.files import find_files
 _SMALLEST_UNIT = 1 << 12
 
 
+def train_sources(options: TextOptions) -> list[tuple[float, TextSource]]:
+    """Return the sources to train on, with their weights."""
+    if options.mixture is None:
+        return [(1.0, _source(options, options.text_files, options.dataset_name, options.dataset_train_split))]
+    return [
+        (weight, _source(options, [files] if files else None, dataset, options.dataset_train_split, "mixture"))
+        for weight, dataset, files in weighted_sources(options.mixture)
+    ]
+
+
+def eval_source(options: TextOptions) -> TextSource | None:
+    """Return the source to evaluate on, None if it is a fraction of the others."""
+    if options.eval_files is not None:
+        return _source(options, options.eval_files, None, "", "eval_files")
+    if options.dataset_test_split is not None:
+        return _source(options, None, options.dataset_name, options.dataset_test_split, "dataset_test_split")
+    return None
+
+
+def _source(
+    options: TextOptions, files: list[str] | None, dataset: str | None, split: str, option: str = "text_files"
+) -> TextSource:
+    return TextSource(
+        files=files,
+        dataset=dataset or None,
+        part=(None if option == "eval_files" else options.dataset_config, split),
+        column=options.text_column,
+        separator=options.document_separator,
+        option=option,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextSource:
     """Files, or one split of a dataset: `part` is its configuration and split. `option` is where a user named it."""

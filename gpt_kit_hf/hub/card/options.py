@@ -23,7 +23,7 @@ _PATH = re.compile(r"^(?:[A-Za-z]:)?[\\/~]|(?:^|(?<=[\s'\"=:(,]))(?:[A-Za-z]:[\\
 
 # How a text that a person gave is shown: as the last name of a path, as an id of the Hub if it is one, or as it is.
 _PATHS = {"text.text_files", "text.eval_files", "rows.rows", "base.eval_rows", "encoding.encoding"}
-_PATHS_OR_IDS = {"text.dataset_name", "rows.rows_dataset", "base.model"}
+_PATHS_OR_IDS = {"text.dataset_name", "rows.dataset_name", "base.model_name_or_path"}
 _MIXTURE, _DATASET = "text.mixture", "dataset:"
 # Words that are known, where the type of an option allows any.
 _WORDS = {
@@ -56,7 +56,7 @@ def shared_options(options: Mapping[str, Any], run: Path) -> dict[str, Any]:
     A name of a dataset or model is {"hub": id} or {"name": last name of a folder}.
     """
     shown: dict[str, Any] = {}
-    for name, (hint, _) in _known_options(tuned="base.model" in options).items():
+    for name, (hint, _) in _known_options(tuned="base.model_name_or_path" in options).items():
         value = options.get(name)
         if value is None or name in FREE_ON_RESUME or not _fits(value, hint) or value not in _WORDS.get(name, [value]):
             continue

@@ -121,7 +121,7 @@ def _create_adamw(trained: Sequence[nn.Parameter], options: OptimizerOptions) ->
             {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
         ],
         lr=options.learning_rate,
-        betas=(options.beta1, options.beta2),
+        betas=(options.adam_beta1, options.adam_beta2),
         eps=options.adam_epsilon,
         fused=True,
     )
@@ -144,20 +144,20 @@ def learning_rate_at(step: int, total_steps: int, options: OptimizerOptions) -> 
     """Return the learning rate of step 0, 1, ... of `total_steps`.
 
     It rises linearly over `warmup_steps`, then: cosine falls along half a cosine (Loshchilov and Hutter 2017),
-    linear along a line, to `min_lr_ratio` of the peak; wsd stays, and falls along a line in the last `decay_ratio`
-    of the steps (Hu et al. 2024); constant stays.
+    linear along a line, to `min_lr_ratio` of the peak; warmup_stable_decay stays, and falls along a line in the last `decay_ratio`
+    of the steps (Hu et al. 2024); constant_with_warmup stays.
     """
     if step < options.warmup_steps:
         return options.learning_rate * (step + 1) / options.warmup_steps
     low = options.min_lr_ratio
     start = options.warmup_steps
-    if options.schedule == "wsd":
+    if options.lr_scheduler_type == "warmup_stable_decay":
         start = max(start, total_steps - round(total_steps * options.decay_ratio))
     # The last step, total_steps - 1, has the lowest rate.
     progress = min(1.0, max(0.0, (step - start) / max(1, total_steps - 1 - start)))
-    if options.schedule == "constant":
+    if options.lr_scheduler_type == "constant_with_warmup":
         factor = 1.0
-    elif options.schedule == "cosine":
+    elif options.lr_scheduler_type == "cosine":
         factor = low + (1.0 - low) * 0.5 * (1.0 + math.cos(math.pi * progress))
     else:
         factor = 1.0 - (1.0 - low) * progress
