@@ -14,8 +14,6 @@ def inspect(options: InspectOptions) -> None:
     """Show which tokens of instruction rows would be trained. Raises DataError if none would be."""
     model = options.model_name_or_path
     length = model_length(model) if options.max_length is None else options.max_length
-    report = inspect_rows(
-        options.row_options(), options.supervision(length), model=model, examples=options.examples
-    )
+    report = inspect_rows(options.row_options(), options.supervision(length), model=model, examples=options.examples)
     write(report.text(color=sys.stdout.isatty()) + "\n")
     report.check()

@@ -19,7 +19,9 @@ option classes in `gpt_kit_hf.options`.
 
 def options_page() -> str:
     """Return the page."""
-    blocks = [f"## gpt-kit {each.name}\n\n{each.help()}\n\n{options_table(each.options)}" for each in COMMANDS.values()]
+    blocks = [
+        f"## gpt-kit {each.name}\n\n{each.help()}\n\n{options_table(each.options)}" for each in COMMANDS.values()
+    ]
     return "\n".join([_HEAD, *blocks])
 
 

@@ -63,7 +63,7 @@ class Conversation:
             max_new_tokens=min(self._options.max_new_tokens, room),
             temperature=self._options.temperature,
             top_k=self._options.top_k,
-            weights=self._options.weights,
+            dtype=self._options.dtype,
             on_text=on_text,
         )
         self._messages = [*kept, {"role": "assistant", "content": answer}]

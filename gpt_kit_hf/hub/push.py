@@ -75,7 +75,7 @@ def push_to_hub(
         stage.mkdir()
         stage_files(Path(run), stage)
         scan_for_publication(stage, _private_names(Path(run)))  # before anything is done on the Hub
-        head = _head(repo, chosen.branch, api) if chosen.dry_run else _prepare_repository(repo, chosen, api)
+        head = _head(repo, chosen.revision, api) if chosen.dry_run else _prepare_repository(repo, chosen, api)
         there = _files_on_hub(repo, head, api)
         _write_card(Path(run), stage, repo, _card_on_hub(repo, head, there, api), chosen)
         say("asking a fresh process what the model does")
@@ -131,9 +131,9 @@ def _prepare_repository(repo: str, options: PushOptions, api: HfApi) -> str:
         head = _find_head(repo, None, api)
         if head is None:
             api.create_repo(repo, private=options.private, exist_ok=True)
-        if options.branch is not None:
-            api.create_branch(repo, branch=options.branch, exist_ok=True)
-        return str(api.repo_info(repo, revision=options.branch).sha)
+        if options.revision is not None:
+            api.create_branch(repo, branch=options.revision, exist_ok=True)
+        return str(api.repo_info(repo, revision=options.revision).sha)
 
 
 def _head(repo: str, branch: str | None, api: HfApi) -> str | None:
@@ -152,12 +152,12 @@ def _write_card(run: Path, stage: Path, repo: str, there: str | None, options: P
     """Write the card, around what a person wrote in the one on the Hub, or in the run's for the first time."""
     own = _text_of(run / CARD_FILE) if (run / CARD_FILE).is_file() else None
     both = own is not None and there is not None and without_generated(own) != without_generated(there)
-    if both and options.card is None:
+    if both and options.keep_card is None:
         raise HubError(
             f"{repo} was not published: its card was edited on the Hub and in {run.name}/{CARD_FILE}: say which to "
             "keep, --card hub or --card run"
         )
-    base = own if there is None or options.card == "run" else there
+    base = own if there is None or options.keep_card == "run" else there
     (stage / CARD_FILE).write_bytes(render_card(card_facts(run), repo=repo, existing=base).encode())
 
 
@@ -218,9 +218,9 @@ def _commit(
         made = api.create_commit(
             repo,
             operations,
-            commit_message=options.message,
-            revision=options.branch,
-            create_pr=options.pull_request,
+            commit_message=options.commit_message,
+            revision=options.revision,
+            create_pr=options.create_pr,
             # Nobody's commit in between is overwritten, and no second one is made of half of the files.
             parent_commit=head,
         )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
 from gpt_kit_hf.errors import UsageError, unknown_name
 from gpt_kit_hf.model.configuration_gpt_kit import GPTKitConfig
-from gpt_kit_hf.options.model import PRESETS
+from gpt_kit_hf.options.model import PRESET_KEYS, PRESETS, ModelOptions, preset_key
 
 _GPT2_VOCABULARY = 50257
 _GPT2_END_OF_TEXT = 50256

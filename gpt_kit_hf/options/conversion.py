@@ -18,9 +18,7 @@ class ConvertOptions(Options):
     positionals: ClassVar[tuple[str, ...]] = ("source", "destination")
 
     source: str = option(REQUIRED, "model folder, Hub id, or file of weights", names="model", metavar="SOURCE")
-    destination: str = option(
-        REQUIRED, "folder to write; it must be empty or not exist yet", metavar="DESTINATION"
-    )
+    destination: str = option(REQUIRED, "folder to write; it must be empty or not exist yet", metavar="DESTINATION")
     layout: Layout = option(
         REQUIRED,
         "gpt2: from a GPT-2 folder or Hub id; nanogpt, kit: from a file of weights (safetensors, or a pickle that "
@@ -29,9 +27,7 @@ class ConvertOptions(Options):
     n_head: int | None = option(
         None, "number of attention heads (nanogpt, kit)", minimum=1, unset="what the file of weights says"
     )
-    hidden_act: Activation | None = option(
-        None, "activation function (nanogpt, kit)", unset="that of the layout"
-    )
+    hidden_act: Activation | None = option(None, "activation function (nanogpt, kit)", unset="that of the layout")
     eos_token_id: int | None = option(
         None, "token id of the end of text (nanogpt, kit)", minimum=0, unset="what the tokenizer says, if there is one"
     )

@@ -139,9 +139,7 @@ class EncodingOptions(Options):
         metavar="NAME|FOLDER",
     )
     vocab_size: int = option(4096, "vocabulary size of a trained bpe: 256 bytes, the merges and the end of text")
-    vocab_text_mb: int = option(
-        100, "megabytes of text, sampled from the whole corpus, to train a bpe on", minimum=1
-    )
+    vocab_text_mb: int = option(100, "megabytes of text, sampled from the whole corpus, to train a bpe on", minimum=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -233,6 +231,4 @@ class SupervisionOptions(RowReadingOptions):
     """How a row becomes tokens, and which of them are trained."""
 
     max_length: int = option(256, "tokens per row, and length of a packed sequence", minimum=1)
-    packing: bool = option(
-        True, "pack several rows into one sequence, with attention masked between them"
-    )
+    packing: bool = option(True, "pack several rows into one sequence, with attention masked between them")

@@ -58,9 +58,7 @@ class EvaluateOptions(ScoreOptions):
 
     positionals: ClassVar[tuple[str, ...]] = ("model_name_or_path", "data")
 
-    model_name_or_path: str = option(
-        REQUIRED, "folder of a run or model, or Hub id", names="model", metavar="MODEL"
-    )
+    model_name_or_path: str = option(REQUIRED, "folder of a run or model, or Hub id", names="model", metavar="MODEL")
     tasks: list[str] | None = option(
         None,
         "tasks of lm-evaluation-harness, instead of data (needs the extra eval)",
@@ -94,9 +92,7 @@ class CheckOptions(LoadedModelOptions):
         choices=("eager", "sdpa", "flex_attention"),
         unset="all that run on this machine",
     )
-    compile_flex: bool | None = option(
-        None, "run flex_attention as a compiled kernel", unset="true, except on a CPU"
-    )
+    compile_flex: bool | None = option(None, "run flex_attention as a compiled kernel", unset="true, except on a CPU")
     seed: int = option(0, "seed of the random prompts", minimum=0, below=2**63)
     output_json: str | None = option(None, "also write the result to this file", unset="none", metavar="FILE")
 

@@ -36,9 +36,7 @@ class BaseOptions(Options):
         card="path",
         names="files",
     )
-    eval_fraction: float = option(
-        0.1, "fraction of the rows to evaluate on instead of training", above=0, below=1
-    )
+    eval_fraction: float = option(0.1, "fraction of the rows to evaluate on instead of training", above=0, below=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

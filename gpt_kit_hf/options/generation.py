@@ -30,9 +30,7 @@ class SamplingOptions(Options):
 class LoadedModelOptions(Options):
     """The model, and where it runs."""
 
-    model_name_or_path: str = option(
-        REQUIRED, "folder of a run or model, or Hub id", names="model", metavar="MODEL"
-    )
+    model_name_or_path: str = option(REQUIRED, "folder of a run or model, or Hub id", names="model", metavar="MODEL")
     device: str = option("cpu", "device to run on: cpu, cuda, cuda:1 and so on")
 
 
@@ -79,9 +77,7 @@ class ServeOptions(Options):
 
     positionals: ClassVar[tuple[str, ...]] = ("model_name_or_path",)
 
-    model_name_or_path: str = option(
-        REQUIRED, "folder of a run or model, or Hub id", names="model", metavar="MODEL"
-    )
+    model_name_or_path: str = option(REQUIRED, "folder of a run or model, or Hub id", names="model", metavar="MODEL")
     host: str = option(
         "127.0.0.1",
         "address to listen on; there is no authentication, so anyone who can reach another address can use the server",

@@ -102,7 +102,9 @@ def config_page(prog: str, sections: Mapping[str, Section], options: object) -> 
             lines += ["", *textwrap.wrap(explanation(each), 100, initial_indent="# ", subsequent_indent="# ")]
             value = {each.name: getattr(holder, each.name)}
             lines.append(
-                yaml.safe_dump(value, allow_unicode=True, default_flow_style=None, width=2**31, sort_keys=False).rstrip()
+                yaml.safe_dump(
+                    value, allow_unicode=True, default_flow_style=None, width=2**31, sort_keys=False
+                ).rstrip()
             )
     return "\n".join([*lines, ""])
 

@@ -91,7 +91,7 @@ def _from_command_line(
             given[negated.name] = False
             continue
         if option is None:
-            raise UsageError(unknown_name("option", name, known))
+            raise UsageError(_unknown(name, known))
         if "=" in argument:
             values = [inline]
         elif option.type is bool:
@@ -126,6 +126,11 @@ def _named(values: list[str], known: Mapping[str, Option], positionals: Sequence
     return found
 
 
+def _unknown(name: str, known: Iterable[str]) -> str:
+    message = unknown_name("option", name, known)
+    return message if "did you mean" in message else f"unknown option {name!r}; --help lists the options"
+
+
 def _replaced(known: Mapping[str, Option], given: Mapping[str, Any]) -> set[str]:
     """Return the options of which the command line gives an alternative, which then wins over the file."""
     pairs = [(name, other) for name, each in known.items() for other in each.excludes]
@@ -149,7 +154,7 @@ def _from_file(file: str, known: Mapping[str, Option]) -> dict[str, Any]:
     for written, value in content.items():
         name = str(written).replace("-", "_")
         if name not in known:
-            raise UsageError(f"config {file!r}: {unknown_name('option', name, known)}")
+            raise UsageError(f"config {file!r}: {_unknown(name, known)}")
         if value is not None or known[name].optional:
             values[name] = _from_yaml(known[name], value)
     return values

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints
@@ -13,6 +13,7 @@ from gpt_kit_hf.options.data import EncodingOptions, RowOptions, SupervisionOpti
 from gpt_kit_hf.options.declare import Option, flat_declarations
 from gpt_kit_hf.options.finetuning import AdapterOptions, BaseOptions
 from gpt_kit_hf.options.model import ModelOptions
+from gpt_kit_hf.options.parser import parse_options
 from gpt_kit_hf.options.training import RECIPES, OptimizerOptions, TrainingOptions, finetuning_optimizer
 
 T = TypeVar("T")
@@ -108,3 +109,13 @@ def changed_options(stored: Mapping[str, Any], options: OptionsOfRun, run: Path)
             f"cannot resume {str(run)!r} with other options ({listed}): give them as they were, or {remedy}"
         )
     return changed
+
+
+def parse_run_options(arguments: Sequence[str], prog: str = "gpt-kit train") -> RunOptions:
+    """Return the options of a pretraining run that a command line asks for; see `parse_options`."""
+    return parse_options(RunOptions, arguments, prog=prog, about="Pretrain a GPT on text.")
+
+
+def parse_finetune_options(arguments: Sequence[str], prog: str = "gpt-kit finetune") -> FinetuneOptions:
+    """Return the options of an instruction-tuning run that a command line asks for; see `parse_options`."""
+    return parse_options(FinetuneOptions, arguments, prog=prog, about="Finetune a model on instruction rows.")

@@ -10,6 +10,7 @@ from typing import Any
 from gpt_kit_hf.data.text.dataset_shards import RowsUnit, ShardUnit, load_split, row_units, shard_units
 from gpt_kit_hf.data.text.shards import UNIT_BYTES, FileUnit, TextUnit, file_units
 from gpt_kit_hf.errors import DataError
+from gpt_kit_hf.options.data import TextOptions, weighted_sources
 from gpt_kit_hf.options.files import find_files
 
 _SMALLEST_UNIT = 1 << 12
