@@ -66,9 +66,7 @@ def theirs(gpt2: Any, **options: Any) -> Generate:
 
 def ours(model: Any, dtype: str) -> Generate:
     model.generation_config.eos_token_id = None
-    return lambda prompt, new: generate_text_autoregressive(
-        model, prompt, new, dtype=cast("DecodingDtype", dtype)
-    )
+    return lambda prompt, new: generate_text_autoregressive(model, prompt, new, dtype=cast("DecodingDtype", dtype))
 
 
 def check(roads: dict[str, Generate], prompt: Tensor, new: int, *, exact: bool) -> None:

@@ -10,11 +10,10 @@ from gpt_kit_hf.commands.running import note, write
 from gpt_kit_hf.errors import GPTKitError
 from gpt_kit_hf.evaluation.invariance import check_invariance
 from gpt_kit_hf.evaluation.score import score_model
-from gpt_kit_hf.hub.card.facts import INVARIANCE_FILE
 from gpt_kit_hf.hub.model_folder import find_model_folder, load_part, put_on
 from gpt_kit_hf.options.evaluation import CheckOptions, EvaluateOptions
 from gpt_kit_hf.storage.atomic_files import save_json
-from gpt_kit_hf.storage.run_folder import holds_run
+from gpt_kit_hf.storage.run_folder import INVARIANCE_FILE, holds_run
 
 
 def evaluate(options: EvaluateOptions) -> None:

@@ -144,7 +144,7 @@ def _run(name: str, arguments: Sequence[str]) -> None:
     if name not in COMMANDS:
         raise UsageError(unknown_name("command", name, COMMANDS))
     command = COMMANDS[name]
-    options = parse_options(command.options, arguments, prog=f"gpt-kit {name}", about=command.help())
+    options: object = parse_options(command.options, arguments, prog=f"gpt-kit {name}", about=command.help())
     check_named_files(options)
     command.run(options)
 

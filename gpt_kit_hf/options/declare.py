@@ -180,7 +180,7 @@ def _given(value: object) -> bool:
 
 
 @cache
-def options_of(kind: type[Options]) -> Mapping[str, Option]:
+def options_of(kind: Any) -> Mapping[str, Option]:
     """Return the declarations of an option class by name."""
     hints = get_type_hints(kind)
     found = {}
@@ -214,7 +214,7 @@ class Section:
 
 
 @cache
-def sections_of(kind: type) -> Mapping[str, Section]:
+def sections_of(kind: Any) -> Mapping[str, Section]:
     """Return the sections of a command's options by field name; one class without sections is that of ""."""
     if issubclass(kind, Options):
         return {"": Section(kind=kind, options=options_of(kind))}

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from gpt_kit_hf.commands.cli import check_command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpt_kit_hf import (
@@ -35,6 +34,7 @@ from gpt_kit_hf import (
     score_model,
     train,
 )
+from gpt_kit_hf.commands.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 HELD_OUT = "\n".join(["Was ever woman in this humour wooed? Was ever woman in this humour won? Größe, ein Wort."] * 7)
@@ -219,7 +219,7 @@ def test_the_score_is_kept_for_the_card_once(trained: RunResult, held_out: str) 
         ({"stride": 49}, UsageError, "stride must lie between 1 and max_length=48, got 49"),
         ({"max_length": 49}, UsageError, "max_length=49 is above what the model reads, 48: lower it"),
         ({"batch_size": 0}, UsageError, "batch_size must be at least 1, got 0"),
-        ({"samples": -1}, UsageError, "samples must not be below 0, got -1"),
+        ({"samples": -1}, UsageError, "samples must be at least 0, got -1"),
         ({"data": ["absent.txt"]}, DataError, "'absent.txt': no such file"),
         ({"device": "tpu9"}, UsageError, "device 'tpu9' cannot be used"),
     ],
@@ -230,8 +230,5 @@ def test_mistakes_are_named(trained: RunResult, held_out: str, options: Any, err
 
 
 def test_what_check_found_of_a_run_is_kept_for_its_card_too(trained: RunResult) -> None:
-    code = check_command(
-        str(trained.folder), attention=["eager"], compile_flex=None, device="cpu", seed=0, json_file=None
-    )
-    assert code == 0
+    assert main(["check", str(trained.folder), "--attention", "eager"]) == 0
     assert "## Invariance" in render_card(card_facts(trained.folder))

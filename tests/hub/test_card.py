@@ -32,7 +32,8 @@ from gpt_kit_hf.errors import CheckpointError, UsageError
 from gpt_kit_hf.hub.card.card import CARD_FILE, card_facts, edited_parts, render_card, without_generated, write_card
 from gpt_kit_hf.hub.card.options import as_id, shareable
 from gpt_kit_hf.hub.card.sections import command_lines
-from gpt_kit_hf.options.run import flat_options
+from gpt_kit_hf.options.declare import flat_declarations
+from gpt_kit_hf.options.run import FinetuneOptions, RunOptions, flat_options
 
 ROOT = Path(__file__).resolve().parents[2]
 CARDS = sorted(path.parent for path in ROOT.glob("model_cards/*/facts.json"))
@@ -347,8 +348,12 @@ def test_the_lines_that_load_it_load_it(runs: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_command_gives_the_same_options(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(runs)
-    for name, parse in (("first", parse_run_options), ("tuned", parse_finetune_options)):
+    for name, kind, parse in (
+        ("first", RunOptions, parse_run_options),
+        ("tuned", FinetuneOptions, parse_finetune_options),
+    ):
         facts = card_facts(runs / name)
+        free = {option for option, each in flat_declarations(kind).items() if each.resume == "free"}
         (shown,) = re.findall(r"```bash\n(.*?)```", render_card(facts), re.DOTALL)
         words = shlex.split(shown.replace("\\\n", ""))
         assert words == facts["command"]
@@ -356,9 +361,9 @@ def test_the_command_gives_the_same_options(runs: Path, monkeypatch: pytest.Monk
         again = flat_options(parse(words[2:]))
         before = json.loads((runs / name / "options.json").read_text())
         paths = {"text.text_files": ["text.txt"], "rows.rows": ["rows.json"], "base.model_name_or_path": "first"}
-        assert {
-            option: paths.get(option, value) for option, value in before.items() if option not in FREE_ON_RESUME
-        } == {option: value for option, value in again.items() if option not in FREE_ON_RESUME}
+        assert {option: paths.get(option, value) for option, value in before.items() if option not in free} == {
+            option: value for option, value in again.items() if option not in free
+        }
 
 
 # --- what it does not say

@@ -128,7 +128,7 @@ def test_what_is_pushed_loads_without_the_package_to_the_bit(run: Path, hub: Hub
     """The command, with the gate in its two fresh processes; then a third one that only knows transformers."""
     environment = {**os.environ, **hub.environment(), "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
     pushed = subprocess.run(
-        [sys.executable, "-m", "gpt_kit_command", "push", str(run), REPO, "--private"],
+        [sys.executable, "-m", "gpt_kit_hf.commands.main", "push", str(run), REPO, "--private"],
         cwd=ROOT,
         env=environment,
         capture_output=True,

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from gpt_kit_hf.commands.cli import finetune_command, inspect_command
 from safetensors.torch import load_file, save_file
 from test_pretrain import killed_copy, update_lines
 from tiny_model import write_tiny_model
@@ -36,6 +35,7 @@ from gpt_kit_hf import (
     generate_text_autoregressive,
     read_rows,
 )
+from gpt_kit_hf.commands.main import main
 from gpt_kit_hf.data.instructions.reader import PlacedRow
 from gpt_kit_hf.data.instructions.templates import with_template
 from gpt_kit_hf.evaluation.metrics import tokenizer_byte_lengths
@@ -198,7 +198,7 @@ def test_rows_that_train_nothing_or_cannot_be_read_stop_before_anything_is_writt
     ("make", "message"),
     [
         (lambda: BaseOptions(model_name_or_path="m", chat_template="alpacca"), "did you mean 'alpaca'"),
-        (lambda: BaseOptions(model_name_or_path="m", eval_fraction=1.0), "eval_fraction must lie between 0 and 1"),
+        (lambda: BaseOptions(model_name_or_path="m", eval_fraction=1.0), "eval_fraction must be above 0 and below 1"),
         (lambda: BaseOptions(model_name_or_path="m", dropout=1.0), "dropout must be at least 0 and below 1"),
         (lambda: AdapterOptions(lora_r=-1), "lora_r must be at least 0"),
         (lambda: AdapterOptions(lora_alpha=4.0), "lora_alpha and lora_dropout are for lora_r above 0"),
@@ -222,38 +222,35 @@ def test_the_command_tunes_and_refuses_in_one_line(
         "--max_steps=2",
         "--use_cpu",
     ]
-    assert finetune_command([*arguments, "--report_to=none", "--sample_steps=0"]) == 0
+    assert main(["finetune", *arguments, "--report_to=none", "--sample_steps=0"]) == 0
     assert "held-out answers" in capsys.readouterr().out
     for bad, message in (
         (["--ros=x"], "unknown option 'ros'; did you mean 'rows'"),
         (["--truncation=cut"], "truncation"),
-        (["--model=nowhere/at/all"], "no such folder"),
+        (["--model_name_or_path=nowhere/at/all"], "no such folder"),
     ):
-        assert finetune_command([*arguments, f"--output_dir={tmp_path / 'no'}", *bad]) == 2
+        assert main(["finetune", *arguments, f"--output_dir={tmp_path / 'no'}", *bad]) == 2
         error = capsys.readouterr().err.strip().splitlines()
         assert message in error[-1]
         assert error[-1].startswith("error: ")
 
 
 def test_inspect_shows_what_would_be_trained(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def inspect(file: Path, **changes: Any) -> int:
-        asked = {
-            "model": str(base), "row_format": "auto", "max_length": None, "truncation": "error",
-            "train_on": "answers", "skip": False, "examples": 2,
-        }  # fmt: skip
-        return inspect_command([str(file)], **{**asked, **changes})
+    def inspect(file: Path, *changes: str) -> int:
+        return main(["inspect", str(file), "--examples=2", *changes])
 
+    of_base = f"--model_name_or_path={base}"
     rows = write_rows(tmp_path / "rows.json")
-    assert inspect(rows) == 0
+    assert inspect(rows, of_base) == 0
     shown = capsys.readouterr().out
     assert "rows      24 read, 24 used" in shown
     assert "⟦yes<|endoftext|>⟧" in shown
-    assert inspect(rows, model=None) == 0
+    assert inspect(rows) == 0
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"instruction": "a", "input": "", "output": "b"}\n{"instruction": null}\n')
-    assert inspect(bad) == 2
+    assert inspect(bad, of_base) == 2
     assert "bad.jsonl:2" in capsys.readouterr().err
-    assert inspect(bad, skip=True) == 0
+    assert inspect(bad, of_base, "--on_bad_row=skip") == 0
     assert "1 skipped" in capsys.readouterr().out
 
 

@@ -116,7 +116,7 @@ def _results(facts: Mapping[str, Any]) -> Iterator[EvalResult]:
                     dataset_type=kind,
                     dataset_name=name,
                     dataset_config=dataset.get("config"),
-                    dataset_train_split=dataset.get("split"),
+                    dataset_split=dataset.get("split"),
                     dataset_args={**_MADE_BY, **about},
                     metric_type=metric,
                     metric_name=title,

@@ -197,8 +197,8 @@ def test_options_ask_for_one_source() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"eval_fraction": 1.0}, "eval_fraction must lie between 0 and 1, got 1"),
-        ({"eval_fraction": 0.0}, "eval_fraction must lie between 0 and 1, got 0"),
+        ({"eval_fraction": 1.0}, "eval_fraction must be above 0 and below 1, got 1"),
+        ({"eval_fraction": 0.0}, "eval_fraction must be above 0 and below 1, got 0"),
         ({"num_proc": 0}, "num_proc must be at least 1, got 0"),
         ({"eval_max_tokens": 0}, "eval_max_tokens must be at least 1, got 0"),
         ({"document_separator": ""}, "document_separator must not be empty"),
