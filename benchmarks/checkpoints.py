@@ -103,7 +103,8 @@ def run_options(options: argparse.Namespace, folder: Path) -> RunOptions:
     return RunOptions(
         training=TrainingOptions(
             output_dir=str(folder / "run"), batch_size=options.batch, max_steps=options.steps, eval_steps=10**6,
-            sample_steps=0, sample_max_new_tokens=1, save_steps=options.save_steps, save_total_limit=1, use_cpu=True, report_to=["none"],
+            sample_steps=0, sample_max_new_tokens=1, save_steps=options.save_steps,
+            save_total_limit=1, use_cpu=True, report_to=["none"],
             mixed_precision=options.precision, async_save=not options.at_once,
         ),
         text=TextOptions(text_files=[str(folder / "text.txt")], eval_files=[str(folder / "held-out.txt")]),

@@ -25,7 +25,7 @@ _MAX_NEW_TOKENS = 200  # where --max_new_tokens is not given
 
 
 def generate(options: GenerateOptions) -> None:
-    """Stream the prompt and its continuation; in a reduced precision, also print how far it is from the model's own."""
+    """Stream the prompt and its continuation; in another `dtype`, also note how far it is from the model's own."""
     model, tokenizer = _load(options.model_name_or_path, options.device)
     if options.seed is not None:
         torch.manual_seed(options.seed)

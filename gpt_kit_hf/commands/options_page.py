@@ -1,4 +1,4 @@
-"""The page of the documentation that lists all options: `python -m gpt_kit_hf.commands.options_page > docs/options.md`."""
+"""The documentation page with all options: `python -m gpt_kit_hf.commands.options_page > docs/options.md`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Registration of the model with the Auto classes of transformers, without importing transformers before it is used."""
+"""Registration of the model with the Auto classes of transformers, without importing transformers before its use."""
 
 from __future__ import annotations
 

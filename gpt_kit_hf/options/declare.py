@@ -37,7 +37,7 @@ class Option:
     type: type[int] | type[float] | type[bool] | type[str] = str
     is_list: bool = False
     optional: bool = False
-    default: Any = REQUIRED
+    default: Any = dataclasses.field(default_factory=lambda: REQUIRED)
     help: str = ""
     choices: tuple[str, ...] = ()
     normalize: Callable[[str], str] | None = None
@@ -137,9 +137,13 @@ def option(
     Args:
         default: the default, REQUIRED if there is none.
         help: what it is, in one line, without its default and choices.
-        choices: the values that are allowed, if the type is not a Literal; `normalize` makes a value one of them.
+        choices: the values that are allowed, if the type is not a Literal.
+        normalize: makes a value that the user writes in another way one of the choices.
         noun: what a value is called in "unknown <noun> 'x'", by default the option's name.
-        minimum, maximum, above, below: bounds of a number; a float without an upper bound must be finite.
+        minimum: the lowest value of a number.
+        maximum: the highest value; a float without an upper bound must be finite.
+        above: a bound that the number must exceed.
+        below: a bound that the number must not reach.
         unset: what None means, in words; needed where the default is None.
         excludes: options of the same class that cannot be given together with this one.
         resume: whether it may differ when a run is resumed.

@@ -49,7 +49,7 @@ class GenerateOptions(SamplingOptions, LoadedModelOptions):
     )
     overflow: Overflow = option(
         "error",
-        "what to do beyond the model's context: stop with an error, or slide, which predicts from the last tokens only",
+        "what to do beyond the model's context: stop with an error, or slide: predict from the last tokens only",
     )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import textwrap
 from collections.abc import Iterable, Mapping
+from textwrap import TextWrapper
 from typing import Any
 
 from gpt_kit_hf.options.declare import Option, Section, sections_of
@@ -54,17 +54,17 @@ def help_page(
     """Return what `--help` prints: every option, by option class."""
     known = {name: each for section in sections.values() for name, each in section.options.items()}
     named = [_positional(known[name]) for name in positionals]
-    lines = [f"usage: {' '.join([prog, *named, '[--name value ...]'])}", "", *textwrap.wrap(about, _width())]
+    lines = [f"usage: {' '.join([prog, *named, '[--name value ...]'])}", "", *_wrapped(about, _width())]
     if positionals:
         lines += ["", "Arguments (may also be given by name, --name value):"]
         for name in positionals:
             lines += _entry(f"{placeholder(known[name])}", f"{name}: {explanation(known[name])}")
     for section in sections.values():
         options = [each for name, each in section.options.items() if name not in positionals]
-        lines += ["", *textwrap.wrap(f"{title(section)}:", _width()), *_entries(options)]
+        lines += ["", *_wrapped(f"{title(section)}:", _width()), *_entries(options)]
     lines += ["", "General:", *_entries(general), ""]
     note = "--name=value works too, dashes count as underscores, and --no_name is --name false."
-    return "\n".join([*lines, *textwrap.wrap(note, _width()), ""])
+    return "\n".join([*lines, *_wrapped(note, _width()), ""])
 
 
 def _positional(option: Option) -> str:
@@ -80,10 +80,15 @@ def _entries(options: Iterable[Option]) -> list[str]:
 
 
 def _entry(left: str, right: str) -> list[str]:
-    wrapped = textwrap.wrap(right, _width() - _COLUMN)
+    wrapped = _wrapped(right, _width() - _COLUMN)
     if len(left) + 4 > _COLUMN:
         return [f"  {left}", *(" " * _COLUMN + line for line in wrapped)]
     return [f"  {left}".ljust(_COLUMN) + wrapped[0], *(" " * _COLUMN + line for line in wrapped[1:])]
+
+
+def _wrapped(text: str, width: int, indent: str = "") -> list[str]:
+    wrapper = TextWrapper(width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    return wrapper.wrap(text)
 
 
 def _width() -> int:
@@ -97,15 +102,12 @@ def config_page(prog: str, sections: Mapping[str, Section], options: object) -> 
     lines = [f"# All options of {prog}. Use this file with --config FILE."]
     for name, section in sections.items():
         holder = getattr(options, name) if name else options
-        lines += ["", *textwrap.wrap(f"{title(section)}.", 100, initial_indent="# === ", subsequent_indent="# ")]
+        lines += ["", *_wrapped(f"=== {title(section)}.", 100, "# ")]
         for each in section.options.values():
-            lines += ["", *textwrap.wrap(explanation(each), 100, initial_indent="# ", subsequent_indent="# ")]
+            lines += ["", *_wrapped(explanation(each), 100, "# ")]
             value = {each.name: getattr(holder, each.name)}
-            lines.append(
-                yaml.safe_dump(
-                    value, allow_unicode=True, default_flow_style=None, width=2**31, sort_keys=False
-                ).rstrip()
-            )
+            flow = None if isinstance(value[each.name], list) else False  # a list in one line
+            lines.append(yaml.safe_dump(value, allow_unicode=True, default_flow_style=flow, width=2**31).rstrip("\n"))
     return "\n".join([*lines, ""])
 
 

@@ -46,7 +46,7 @@ class TrainingOptions(Options):
     )
     mixed_precision: str = option(
         "auto",
-        "precision of the forward pass; the weights stay in fp32. auto is bf16 where the device supports it, else fp32",
+        "precision of the forward pass; the weights stay in fp32. auto is bf16 if the device supports it, else fp32",
         choices=("auto", "no", "fp32", "bf16", "fp16"),
         resume="allowed",
     )

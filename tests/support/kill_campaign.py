@@ -83,8 +83,9 @@ def options(course: Course, folder: Path, texts: Path) -> RunOptions:
     share = 8 // course.processes
     training = TrainingOptions(
         output_dir=str(folder), resume=True, batch_size=8, per_device_train_batch_size=share // course.accumulation,
-        max_steps=_STEPS, eval_steps=5, max_eval_samples=4, save_steps=2, save_total_limit=2, keep_best=1, logging_steps=100,
-        sample_steps=0, report_to=["none"], dataloader_num_workers=course.workers, use_cpu=True, mixed_precision="fp32",
+        max_steps=_STEPS, eval_steps=5, max_eval_samples=4, save_steps=2, save_total_limit=2, keep_best=1,
+        logging_steps=100, sample_steps=0, report_to=["none"], dataloader_num_workers=course.workers, use_cpu=True,
+        mixed_precision="fp32",
     )  # fmt: skip
     if course.stream:
         text = TextOptions(

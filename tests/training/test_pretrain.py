@@ -53,8 +53,9 @@ def options(folder: Path, text_file: str, **changes: Any) -> RunOptions:
     training = TrainingOptions(
         output_dir=str(folder),
         **{
-            "batch_size": 6, "per_device_train_batch_size": 4, "max_steps": 12, "eval_steps": 5, "save_steps": 4, "save_total_limit": 9,
-            "logging_steps": 4, "sample_steps": 6, "sample_max_new_tokens": 8, "use_cpu": True, "mixed_precision": "fp32", **changes,
+            "batch_size": 6, "per_device_train_batch_size": 4, "max_steps": 12, "eval_steps": 5, "save_steps": 4,
+            "save_total_limit": 9, "logging_steps": 4, "sample_steps": 6, "sample_max_new_tokens": 8, "use_cpu": True,
+            "mixed_precision": "fp32", **changes,
         },
     )  # fmt: skip
     return RunOptions(

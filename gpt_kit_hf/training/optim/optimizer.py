@@ -144,8 +144,8 @@ def learning_rate_at(step: int, total_steps: int, options: OptimizerOptions) -> 
     """Return the learning rate of step 0, 1, ... of `total_steps`.
 
     It rises linearly over `warmup_steps`, then: cosine falls along half a cosine (Loshchilov and Hutter 2017),
-    linear along a line, to `min_lr_ratio` of the peak; warmup_stable_decay stays, and falls along a line in the last `decay_ratio`
-    of the steps (Hu et al. 2024); constant_with_warmup stays.
+    linear along a line, to `min_lr_ratio` of the peak; warmup_stable_decay stays, and falls along a line in the last
+    `decay_ratio` of the steps (Hu et al. 2024); constant_with_warmup stays.
     """
     if step < options.warmup_steps:
         return options.learning_rate * (step + 1) / options.warmup_steps

@@ -214,7 +214,7 @@ def test_options_that_cannot_be_meant_are_refused(options: dict[str, Any], messa
 
 def test_options_of_a_dataset_that_cannot_be_meant_are_refused() -> None:
     TextOptions(dataset_name="d", dataset_test_split="test")
-    with pytest.raises(UsageError, match="dataset_test_split is for dataset_name, and without eval_files"):
+    with pytest.raises(UsageError, match=r"eval_files=.* and dataset_test_split=test: give one of them"):
         TextOptions(dataset_name="d", dataset_test_split="test", eval_files=["a"])
     with pytest.raises(UsageError, match="document_separator is for text_files"):
         TextOptions(dataset_name="d", document_separator="\n")

@@ -557,8 +557,9 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("learning_rate", 0.0), ("learning_rate", math.inf), ("adam_beta1", 1.0), ("weight_decay", -1.0), ("warmup_steps", -1),
-     ("min_lr_ratio", 1.5), ("decay_ratio", -0.1), ("max_grad_norm", math.nan), ("adam_epsilon", 0.0)],
+    [("learning_rate", 0.0), ("learning_rate", math.inf), ("adam_beta1", 1.0), ("weight_decay", -1.0),
+     ("warmup_steps", -1), ("min_lr_ratio", 1.5), ("decay_ratio", -0.1), ("max_grad_norm", math.nan),
+     ("adam_epsilon", 0.0)],
 )  # fmt: skip
 def test_a_value_out_of_range_is_named(name: str, value: float) -> None:
     with pytest.raises(UsageError, match=f"{name} must be .*, got {value}"):
