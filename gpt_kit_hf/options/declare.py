@@ -11,7 +11,6 @@ import math
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 from gpt_kit_hf.errors import UsageError, unknown_name
@@ -183,8 +182,7 @@ def _given(value: object) -> bool:
     return value is not None and value is not False and value != []
 
 
-@cache
-def options_of(kind: Any) -> Mapping[str, Option]:
+def options_of(kind: type[Options]) -> Mapping[str, Option]:
     """Return the declarations of an option class by name."""
     hints = get_type_hints(kind)
     found = {}
@@ -217,7 +215,6 @@ class Section:
     options: Mapping[str, Option]
 
 
-@cache
 def sections_of(kind: Any) -> Mapping[str, Section]:
     """Return the sections of a command's options by field name; one class without sections is that of ""."""
     if issubclass(kind, Options):
