@@ -129,7 +129,7 @@ def ours(file: Path, encoding: Any, threads: int) -> tuple[int, float]:
     began = time.perf_counter()
     units = file_units([file], column="text", separator=None, may_cut=True)
     stored = store_tokens(units, encoding, threads)
-    return sum(piece.size for piece in stored.pieces), time.perf_counter() - began
+    return sum(piece.size for piece in stored.chunks), time.perf_counter() - began
 
 
 def raw_tiktoken(file: Path, encoding: Any, threads: int) -> tuple[int, float]:

@@ -1,10 +1,10 @@
-"""transformers' own OpenAI-compatible server, for one model: a run's, a folder's or a Hub repository's."""
+"""An OpenAI-compatible HTTP server for one model, with the request handlers of `transformers serve`."""
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: FastAPI reads annotations of functions that are nested in a function.
 
-import logging
 import socket
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -12,73 +12,60 @@ from typing import Any
 
 import jinja2
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.cli.serve import Serve
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 from transformers.utils.import_utils import is_serve_available
 
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.generation.chat import CONTINUATION_TEMPLATE
 from gpt_kit_hf.generation.generate import context_length
-from gpt_kit_hf.hub.model_folder import check_tokenizer, find_model_folder
+from gpt_kit_hf.hub.model_folder import check_tokenizer, find_model_folder, load_part
 
-# Roads to other models: this server has one, and what was prepared in memory would not survive loading it again.
-_ROADS_TO_OTHERS = ("/load_model", "/reset", "/v1/models")
-_SECONDS_TO_FINISH = 5
+_SHUTDOWN_SECONDS = 5
 
-_CHAT_TRIAL = """/chat/completions -H 'Content-Type: application/json' \
+_CHAT_EXAMPLE = """/chat/completions -H 'Content-Type: application/json' \
 -d '{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 50}'"""
-_COMPLETION_TRIAL = """/completions -H 'Content-Type: application/json' \
+_COMPLETION_EXAMPLE = """/completions -H 'Content-Type: application/json' \
 -d '{"prompt": "Once upon a time", "max_tokens": 50}'"""
 
 
-class _Server(Serve):  # type: ignore[misc]
-    """transformers' server, which would run from its constructor on; here it waits until the model is prepared."""
-
-    def start_server(self) -> None:
-        """Do nothing."""
-
-
 def serve(place: str, *, host: str = "127.0.0.1", port: int = 8000, announce: Callable[[str], None]) -> None:
-    """Serve a model until interrupted, as OpenAI's API: chat completions, completions, responses, models.
+    """Serve a run's, a folder's or a Hub repository's model until interrupted.
 
-    `announce` gets a line with the address, which port 0 leaves to the system, and a command to try. What follows
-    concerns this process only, nothing is written:
+    Endpoints of the OpenAI API: chat completions, completions, responses, models. `announce` receives a line with the
+    address and an example request; port 0 lets the system choose the port. Requests sample at temperature 1 unless
+    they or the model's generation config decide otherwise; temperature 0 is greedy. An answer ends at the latest at
+    the end of the model's context. Chat requests to a model without a chat template are continued as one text
+    (`chat.CONTINUATION_TEMPLATE`).
 
-    - requests sample at temperature 1 unless they say otherwise, as with OpenAI's; temperature 0 is greedy. A model
-      whose generation config decides that by itself keeps its way;
-    - an answer ends at the latest where the model's context does;
-    - a model without a chat template is a completion model. Chat requests to it are continued as one text
-      (`chat.CONTINUATION_TEMPLATE`).
-
-    Raises UsageError if the packages of the extra "serve" are missing, for an address that cannot be listened to, and
-    for a model that cannot be loaded.
+    Raises UsageError if the packages of the extra "serve" are missing, the address cannot be used, or the model cannot
+    be loaded.
     """
     if not is_serve_available():
         raise UsageError("the server needs packages that are not installed: pip install 'gpt-kit-hf[serve]'")
+    import uvicorn
+
     folder = find_model_folder(place)
-    if not Path(place).exists():
-        folder = place  # requests name the model as its users do, not by its place in the cache
-    if "@" in folder and Path(folder).is_dir():
-        raise UsageError(f"{place!r}: the server takes what follows '@' for a revision; serve the folder by a link")
+    name = folder if Path(place).exists() else place  # a Hub id, not its folder in the cache
     with _listen(host, port) as listener:
-        server = _load(folder)
-        # Its own lines of the start say less than the one below.
-        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+        transformers_logging.set_verbosity_error()
+        model, tokenizer = _load(folder, name)
+        has_template = tokenizer.chat_template is not None
+        app = _make_app(name, model, tokenizer)
         shown_host = f"[{host}]" if ":" in host else host
         url = f"http://{shown_host}:{listener.getsockname()[1]}/v1"
-        talks = _prepare(server, folder)
-        announce(
-            f"{folder} is served at {url} (Ctrl-C stops). Try: curl {url}{_CHAT_TRIAL if talks else _COMPLETION_TRIAL}"
-        )
-        if not talks:
-            announce(f"{folder} has no chat template: it is a completion model, and chats are continued as one text.")
+        example = _CHAT_EXAMPLE if has_template else _COMPLETION_EXAMPLE
+        announce(f"{name} is served at {url} (Ctrl-C stops). Try: curl {url}{example}")
+        if not has_template:
+            announce(f"{name} has no chat template: it is a completion model, and chats are continued as one text.")
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_SHUTDOWN_SECONDS)
         with suppress(KeyboardInterrupt):
-            server.server.run(sockets=[listener])
+            uvicorn.Server(config).run(sockets=[listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:
     if not 0 <= port <= 65535:
-        raise UsageError(f"port={port}: from 0, which takes a free one, to 65535")
+        raise UsageError(f"port={port}: from 0, which selects a free port, to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
@@ -86,63 +73,80 @@ def _listen(host: str, port: int) -> socket.socket:
         raise UsageError(f"host={host!r} and port={port} cannot be listened to: {error.strerror}") from None
 
 
-def _load(folder: str) -> _Server:
-    try:
-        return _Server(force_model=folder, non_blocking=True, log_level="error")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{folder!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
-
-
-def _prepare(server: _Server, folder: str) -> bool:
-    """Fit the server to its one model; return whether the model has a chat template of its own."""
-    manager = server._model_manager
-    model, tokenizer = manager.load_model_and_processor(manager.process_model_name(folder))
-    check_tokenizer(folder, model.config)
-    _keep_within_context(model)
-    # Without it the server takes a request's temperature and decodes greedily all the same.
+def _load(folder: str, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return model and tokenizer, prepared for the request handlers."""
+    model = load_part(AutoModelForCausalLM, folder, name, dtype="auto", device_map="auto").eval()
+    tokenizer = load_part(AutoTokenizer, folder, name)
+    check_tokenizer(name, model.config)
+    # The handlers pass a request's temperature on, but leave it to the generation config whether to sample.
     if model.generation_config.do_sample is None:
         model.generation_config.do_sample = True
-    talks = tokenizer.chat_template is not None
-    if not talks:
-        tokenizer.chat_template = CONTINUATION_TEMPLATE
-    _pin(server.server.config.app, folder)
-    server.server.config.timeout_graceful_shutdown = _SECONDS_TO_FINISH
-    return talks
+    _limit_to_context(model)
+    return model, tokenizer
 
 
-def _keep_within_context(model: PreTrainedModel) -> None:
-    """Have `generate` end where the context does: the server asks for 1,024 tokens where a request names no number."""
+def _limit_to_context(model: PreTrainedModel) -> None:
+    """Make `generate` stop at the end of the context: the handlers ask for at least 1,024 tokens by default."""
     generate, context = model.generate, context_length(model)
 
-    def generate_within_context(*, input_ids: Tensor, generation_config: Any, **others: Any) -> Any:
+    def generate_within_context(*, input_ids: Tensor, generation_config: Any, **options: Any) -> Any:
         length = input_ids.shape[-1]
         if length == 0:
             raise UsageError("the prompt is empty")
         if context is not None:
             if length >= context:
                 raise UsageError(f"the prompt has {length} tokens; the model's context of {context} leaves no room")
-            # In the request's own config, by which the server tells an answer that was cut from one that ended.
+            # In the request's own config: the handler compares with it to report the finish reason "length".
             generation_config.max_new_tokens = min(generation_config.max_new_tokens, context - length)
-        return generate(input_ids=input_ids, generation_config=generation_config, **others)
+        return generate(input_ids=input_ids, generation_config=generation_config, **options)
 
     model.generate = generate_within_context
 
 
-def _pin(app: Any, name: str) -> None:
-    """Keep the app to its one model, and have it say what is wrong with a request."""
+def _make_app(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Return the FastAPI application that serves the model under `name`."""
+    # Optional packages: imported only where the server is used.
+    from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse
+    from transformers.cli.serving.chat_completion import ChatCompletionHandler
+    from transformers.cli.serving.completion import CompletionHandler
+    from transformers.cli.serving.model_manager import ModelManager
+    from transformers.cli.serving.response import ResponseHandler
+    from transformers.cli.serving.utils import GenerationState
 
-    models = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "gpt-kit"}
+    class LoadedModel(ModelManager):  # type: ignore[misc]
+        """The model manager of the handlers, for a single model that is already loaded."""
 
-    def list_models() -> JSONResponse:
-        return JSONResponse({"object": "list", "data": [models]})
+        def load_model_and_processor(self, *_: Any, **__: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+            return model, tokenizer
+
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = CONTINUATION_TEMPLATE
+    manager, state, app = LoadedModel(force_model=name), GenerationState(), FastAPI()
+    handlers = {
+        "/v1/chat/completions": ChatCompletionHandler(manager, state),
+        "/v1/completions": CompletionHandler(manager, state),
+        "/v1/responses": ResponseHandler(manager, state),
+    }
+
+    async def answer(request: Request, body: dict[str, Any]) -> Any:
+        request_id = request.headers.get("x-request-id") or str(uuid.uuid4())
+        response = await handlers[request.url.path].handle_request(body, request_id)
+        response.headers["x-request-id"] = request_id
+        return response
+
+    def list_models() -> dict[str, Any]:
+        entry = {"id": name, "object": "model", "created": started, "owned_by": "gpt-kit"}
+        return {"object": "list", "data": [entry]}
 
     def refuse(_: Any, error: Exception) -> JSONResponse:
         return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, status_code=400)
 
-    app.router.routes[:] = [
-        route for route in app.router.routes if getattr(route, "path", None) not in _ROADS_TO_OTHERS
-    ]
+    started = int(time.time())
+    for path in handlers:
+        app.add_api_route(path, answer, methods=["POST"], response_model=None)
     app.add_api_route("/v1/models", list_models, methods=["GET"])
+    app.add_api_route("/health", lambda: {"status": "ok"}, methods=["GET"])
     app.add_exception_handler(ValueError, refuse)
     app.add_exception_handler(jinja2.TemplateError, refuse)
+    return app

@@ -1,4 +1,4 @@
-"""The configuration of the causal GPT. This file travels into model repositories as remote code."""
+"""The configuration of the causal GPT. This file is copied into saved model folders as remote code."""
 
 # No `from __future__ import annotations` here: `strict` cannot check a field whose type is a string.
 
@@ -7,41 +7,27 @@ from dataclasses import fields
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
+from transformers import GenerationConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-# Saving a model writes the entry of its own class only; a repository that loads through every Auto class
-# needs all of them, so they are in the configuration from the start.
+# Saving a model adds only the entry of its own class; a repository needs all three to load with every Auto class.
 _AUTO_MAP = {
     "AutoConfig": "configuration_gpt_kit.GPTKitConfig",
     "AutoModel": "modeling_gpt_kit.GPTKitModel",
     "AutoModelForCausalLM": "modeling_gpt_kit.GPTKitForCausalLM",
 }
 
-# What transformers itself passes or stores beside the fields. Anything else that is not a field is a mistake.
-_HANDLED_BY_TRANSFORMERS = frozenset(
-    {
-        "attn_implementation",
-        "auto_map",
-        "custom_pipelines",
-        "distributed_config",
-        "experts_implementation",
-        "is_causal",
-    }
-    | {"model_type", "name_or_path", "num_labels", "output_attentions", "per_layer_config", "quantization_config"}
-    | {"tie_last_hidden_states", "torch_dtype", "use_bidirectional_attention"}
-)
-
 
 @strict
 class GPTKitConfig(PreTrainedConfig):
-    """Shape and hyperparameters of a causal GPT; every assignment is checked.
+    """The architecture and hyperparameters of a causal GPT; every assignment is validated.
 
     The names of the transformers library (`hidden_size`, `num_hidden_layers`, `num_attention_heads`,
-    `intermediate_size`) and GPT-2's (`n_positions`, `n_ctx`, `activation_function`) read and write the same values.
-    `n_inner` is four times `n_embd` if not given. The dropout probabilities act in training only.
+    `intermediate_size`) and of GPT-2 (`n_positions`, `n_ctx`, `activation_function`) read and write the same values.
+    `n_inner` is 4 * `n_embd` by default. Dropout is applied in training only.
 
-    A wrong type or value raises huggingface_hub's StrictDataclassError with field, value and rule; an unknown
-    field, or one given under two names with different values, raises ValueError and suggests the nearest name.
+    A wrong type or value raises huggingface_hub's StrictDataclassError with field, value and rule. An unknown field,
+    and a field given under two names with different values, raise ValueError.
     """
 
     model_type: ClassVar[str] = "gpt_kit"
@@ -93,53 +79,52 @@ class GPTKitConfig(PreTrainedConfig):
 
     def __new__(cls, **kwargs: Any) -> "GPTKitConfig":
         """Refuse a field that is given under two names with different values."""
-        # In `__post_init__` it is too late: a field given its default cannot be told from one that was not given.
-        _refuse_two_names(kwargs, cls.attribute_map)
+        # Not in `__post_init__`: there, a field that was given its default looks like one that was not given.
+        _refuse_conflicts(kwargs)
         config: GPTKitConfig = super().__new__(cls)
         return config
 
-    def __post_init__(self, **kwargs: Any) -> None:
+    def __post_init__(self, *, _from_file: bool = False, **kwargs: Any) -> None:
         for alias, name in self.attribute_map.items():
             if alias in kwargs:
                 setattr(self, name, kwargs.pop(alias))
-        self._refuse_unknown(kwargs)
+        kwargs["auto_map"] = {**_AUTO_MAP, **(kwargs.get("auto_map") or {})}
+        for key in kwargs:
+            if not _from_file and not _is_inherited(key):
+                _refuse_unknown(key)
         if self.n_inner is None:
             self.n_inner = 4 * self.n_embd
-        kwargs["auto_map"] = {**_AUTO_MAP, **(kwargs.get("auto_map") or {})}
         super().__post_init__(**kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Build from a stored dictionary, overridden by `kwargs`; keys that other tools added stay as attributes.
+        """Build a configuration from a stored dictionary, overridden by `kwargs`.
 
-        A key that resembles a field is a slip of the pen and raises, as it does in the constructor, unless the field
-        has the same value: some tools write a setting under every name that it has in any model.
+        Keys that other tools or other versions of transformers added are kept as attributes. A key that resembles a
+        field is refused as a misspelling, unless it has the value of that field: some tools store a value under every
+        name that any model has for it.
         """
-        _refuse_two_names(kwargs, cls.attribute_map)
-        known = _known_names(cls)
-        foreign = {
-            key: value
-            for key, value in config_dict.items()
-            if not key.startswith("_") and key not in known and not _stands_for_a_field(key, config_dict, cls)
-        }
-        own = {key: value for key, value in config_dict.items() if key not in foreign}
-        loaded = super().from_dict(own, **kwargs)
+        _refuse_conflicts(kwargs)
+        values = {cls.attribute_map.get(key, key): value for key, value in config_dict.items()}
+        for key, value in config_dict.items():
+            near = None if key in _field_names() or _is_inherited(key) else _nearest_field(key)
+            if near is not None and values.get(cls.attribute_map.get(near, near)) != value:
+                _refuse_unknown(key)
+        loaded = super().from_dict({**config_dict, "_from_file": True}, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
-        for key, value in foreign.items():
-            setattr(config, key, value)
-        config.validate()  # the overrides were assigned one by one, which checks types but not rules
+        config.validate()  # the overrides were assigned one by one, which checks types but no rules between fields
         return loaded
 
     def __setattr__(self, key: str, value: Any) -> None:
-        # The base class maps an alias after the field's checks have run under the alias, that is, not at all.
-        real = type(self).attribute_map.get(key)
-        if real is None:
+        # The base class would validate the value under the alias, which has no rule, before it maps the name.
+        field = type(self).attribute_map.get(key)
+        if field is None:
             super().__setattr__(key, value)
         else:
-            setattr(self, real, value)
+            setattr(self, field, value)
 
     def validate_architecture(self) -> None:
-        """Check the rules that tie fields together; `strict` calls this after construction."""
+        """Check values and rules between fields; called by `strict` after construction."""
         for name in ("vocab_size", "max_position_embeddings", "n_embd", "n_layer", "n_head", "n_inner"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -154,57 +139,40 @@ class GPTKitConfig(PreTrainedConfig):
             if not 0.0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
 
-    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
-        known = _known_names(type(self))
-        for key in kwargs:
-            if key.startswith("_") or key in known:
-                continue
-            near = _nearest(key, type(self))
-            hint = f"did you mean {near!r}?" if near else f"fields: {', '.join(_own_names(type(self)))}"
-            raise ValueError(f"unknown config field {key!r}; {hint}")
+
+def _field_names() -> list[str]:
+    """Return the names of the fields that this model adds to the base class, and their aliases."""
+    own = {field.name for field in fields(GPTKitConfig)} - {field.name for field in fields(PreTrainedConfig)}
+    return [*sorted(own), *GPTKitConfig.attribute_map]
 
 
-def _refuse_two_names(given: dict[str, Any], aliases: dict[str, str]) -> None:
-    """Refuse a field that is given under two names with different values."""
-    first: dict[str, str] = {}
-    for key, value in given.items():
-        other = first.setdefault(aliases.get(key, key), key)
-        if other != key and given[other] != value:
-            raise ValueError(f"{key}={value!r} and {other}={given[other]!r} name the same field: give one of them")
+def _is_inherited(key: str) -> bool:
+    """Return whether the base class takes a key: private state, a field, a property or a generation parameter."""
+    if key.startswith("_") or key == "auto_map" or key in {field.name for field in fields(PreTrainedConfig)}:
+        return True
+    attributes = (getattr(PreTrainedConfig, name, None) for name in (key, f"_{key}"))
+    return any(isinstance(it, (property, str)) for it in attributes) or hasattr(GenerationConfig(), key)
 
 
-def _own_names(cls: type) -> list[str]:
-    return sorted(name for name in cls.__annotations__ if name not in _not_fields())
-
-
-def _not_fields() -> set[str]:
-    return {
-        "model_type",
-        "keys_to_ignore_at_inference",
-        "attribute_map",
-        "base_model_tp_plan",
-        "base_model_pp_plan",
-    }
-
-
-def _known_names(cls: Any) -> set[str]:
-    """Return every name that a constructor call or a stored file may hold."""
-    # Old configurations carry generation settings; transformers drops those itself.
-    from transformers import GenerationConfig
-
-    generation = GenerationConfig._get_default_generation_params()
-    return {field.name for field in fields(cls)} | set(cls.attribute_map) | _HANDLED_BY_TRANSFORMERS | set(generation)
-
-
-def _nearest(name: str, cls: Any) -> str | None:
-    near = difflib.get_close_matches(name, [*_own_names(cls), *cls.attribute_map], n=1, cutoff=0.75)
+def _nearest_field(key: str) -> str | None:
+    near = difflib.get_close_matches(key, _field_names(), n=1, cutoff=0.75)
     return near[0] if near else None
 
 
-def _stands_for_a_field(name: str, stored: dict[str, Any], cls: Any) -> bool:
-    near = _nearest(name, cls)
-    fields_stored = {cls.attribute_map.get(key, key): value for key, value in stored.items()}
-    return near is not None and fields_stored.get(cls.attribute_map.get(near, near)) != stored[name]
+def _refuse_unknown(key: str) -> None:
+    near = _nearest_field(key)
+    own = (name for name in _field_names() if name not in GPTKitConfig.attribute_map)
+    hint = f"did you mean {near!r}?" if near else f"fields: {', '.join(own)}"
+    raise ValueError(f"unknown config field {key!r}; {hint}")
+
+
+def _refuse_conflicts(given: dict[str, Any]) -> None:
+    """Refuse a field that is given under two names with different values."""
+    first: dict[str, str] = {}
+    for key, value in given.items():
+        other = first.setdefault(GPTKitConfig.attribute_map.get(key, key), key)
+        if other != key and given[other] != value:
+            raise ValueError(f"{key}={value!r} and {other}={given[other]!r} name the same field: give one of them")
 
 
 __all__ = ["GPTKitConfig"]

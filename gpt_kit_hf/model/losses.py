@@ -1,19 +1,17 @@
-"""Batch, loader and step losses for a hand-written loop: a sum over trained tokens and their count.
+"""Batch, loader and step losses for a hand-written training loop: a loss sum and the number of trained tokens.
 
-The targets of this room are already shifted: target[b, t] is the token that follows input[b, t]. They must
-not be passed to a transformers model as ``labels``: it shifts those itself, and would learn to predict two
-ahead.
+The targets are already shifted: target[b, t] is the token after input[b, t]. Do not pass them to a transformers model
+as ``labels``: it shifts labels itself and would learn to predict two tokens ahead.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate.utils import extract_model_from_parallel  # type: ignore[import-untyped, unused-ignore]
@@ -21,16 +19,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedModel
 
 from gpt_kit_hf.errors import NonFiniteError, UsageError
+from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
 
 
 class Batch(NamedTuple):
-    """Token ids and what follows each: all are (B, T) int64.
+    """Input ids and shifted targets, both (B, T) int64.
 
-    ``targets`` is shifted already, and ``ignore_index`` where nothing is trained. ``position_ids`` restart at 0 where
-    a packed document begins, and documents of a row do not see each other; None where a row is one document.
+    ``targets`` is ``ignore_index`` at untrained tokens. ``position_ids`` (B, T) restart at 0 at each packed document;
+    the documents of a row do not attend to each other. None if each row is one document.
     """
 
     input_ids: Tensor
@@ -39,10 +37,10 @@ class Batch(NamedTuple):
 
 
 class SummedLoss(NamedTuple):
-    """The loss of one batch before any division: both are scalars on the model's device.
+    """The undivided loss of a batch; both are scalars on the model's device.
 
-    ``loss_sum`` is the sum of the token losses in nats, float32, with graph; ``n_trained`` is the number of
-    tokens in that sum, int64.
+    ``loss_sum`` is the sum of the token losses in nats, float32, with graph; ``n_trained`` is the number of trained
+    tokens, int64.
     """
 
     loss_sum: Tensor
@@ -50,7 +48,7 @@ class SummedLoss(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """What one optimizer step saw: the mean loss in nats a token, and the gradient norm before clipping."""
+    """The result of one optimizer step: the mean loss in nats per token, and the gradient norm before clipping."""
 
     loss: float
     grad_norm: float
@@ -66,46 +64,51 @@ def summed_batch_loss(
 ) -> SummedLoss:
     """Return the sum of the batch's token losses and the number of trained tokens.
 
-    Sums and counts of several batches or processes may be added; a mean of means may not, where the batches
-    hold different numbers of trained tokens.
+    Sums and counts of several batches or processes can be added. Means cannot be averaged if the batches hold
+    different numbers of trained tokens.
 
     Args:
         input_batch: (B, T) token ids.
-        target_batch: (B, T) token ids, already shifted; ``ignore_index`` where nothing is trained.
-        model: a causal language model of transformers, or a module that returns logits (B, T, V); bare or
-            inside DistributedDataParallel, FSDP or torch.compile.
-        device: where to compute; the model's own by default.
-        ignore_index: the target that is not trained.
-        position_ids: (B, T), restarting at 0 where a packed document begins; passed to the model if given.
+        target_batch: (B, T) shifted token ids; ``ignore_index`` at untrained tokens.
+        model: a causal language model of transformers, or a module that returns logits (B, T, V); bare or wrapped in
+            DistributedDataParallel, FSDP or torch.compile.
+        device: where to compute; by default the model's device.
+        ignore_index: the target of untrained tokens.
+        position_ids: (B, T), restarting at 0 at each packed document; passed to the model if given.
 
     Raises:
-        UsageError: a batch is not (B, T) integers, the shapes differ, the model returns no logits (B, T, V),
-            or, where the targets are on the CPU, one of them is outside the vocabulary.
+        UsageError: a batch is not (B, T) integers, the shapes differ, the model returns no logits (B, T, V), or a
+            target is outside of the vocabulary (checked for targets on the CPU only).
 
     """
     _check_batch(input_batch, target_batch)
     device = _device_of(model, input_batch) if device is None else device
-    # No attention mask: rows are padded on the right, where causal attention never looks, and pads train
-    # nothing.
+    inputs = input_batch.to(device)
+    # No attention mask: rows are padded on the right, where causal attention never looks, and padding is not trained.
     packing = {} if position_ids is None else {"position_ids": position_ids.to(device)}
-    if (vocab_size := _vocab_size_without_logits(model)) is not None:
-        if target_batch.is_cpu:
-            _check_targets(target_batch, vocab_size, ignore_index)
+    inner = _unwrap(model)
+    if isinstance(inner, GPTKitForCausalLM):
+        _check_targets(target_batch, inner.config.vocab_size, ignore_index)
         targets = target_batch.to(device)
-        # The number of items is what the model divides the sum by.
+        # The model divides the sum by the number of items.
         asked = {"shift_labels": targets, "num_items_in_batch": 1, "ignore_index": ignore_index, "skip_logits": True}
-        output = model(input_batch.to(device), use_cache=False, **packing, **asked)
+        output = model(inputs, use_cache=False, **packing, **asked)
         return SummedLoss(output.loss, (targets != ignore_index).sum())
-    logits = _logits(model, input_batch.to(device), packing)  # (B, T) -> (B, T, V)
+    # A key-value cache is of no use in training and takes memory.
+    cacheless = {"use_cache": False} if "use_cache" in inspect.signature(inner.forward).parameters else {}
+    logits = _logits_of(model(inputs, **packing, **cacheless))  # (B, T) -> (B, T, V)
     if logits.shape[:-1] != target_batch.shape:
         raise UsageError(
             f"model returned logits {tuple(logits.shape)} for targets {tuple(target_batch.shape)}; "
             "they must be (batch, seq_len, vocab_size)"
         )
-    if target_batch.is_cpu:  # on an accelerator the look would wait for the device at every step
-        _check_targets(target_batch, logits.shape[-1], ignore_index)
+    _check_targets(target_batch, logits.shape[-1], ignore_index)
     targets = target_batch.to(device)
-    return SummedLoss(_summed_cross_entropy(logits, targets, ignore_index), (targets != ignore_index).sum())
+    # (B, T, V), (B, T) -> (); in float32 for logits in half precision, too.
+    loss_sum = F.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=ignore_index, reduction="sum"
+    )
+    return SummedLoss(loss_sum, (targets != ignore_index).sum())
 
 
 def compute_batch_loss(
@@ -115,10 +118,10 @@ def compute_batch_loss(
     device: torch.device | str | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
-    """Return the mean loss of the batch's trained tokens: a scalar in nats a token, float32, with graph.
+    """Return the mean loss of the batch's trained tokens: a scalar in nats per token, float32, with graph.
 
-    A batch without a trained token gives 0 with a graph of zero gradients, so that every process of a
-    distributed run can step. Arguments and errors are those of ``summed_batch_loss``.
+    Without a trained token the loss is 0 and its gradients are zero, so that every process of a distributed run can
+    take the step. Arguments and errors are those of ``summed_batch_loss``.
     """
     loss_sum, n_trained = summed_batch_loss(input_batch, target_batch, model, device, ignore_index)
     return loss_sum / n_trained.clamp(min=1)
@@ -133,10 +136,9 @@ def compute_loader_loss(
 ) -> float:
     """Return the mean loss in nats over all trained tokens of the first ``num_batches`` batches, or of all.
 
-    Each token weighs the same, whatever the size of its batch. The model is evaluated without graph and left
-    in the train and eval modes that it had, module by module. The CPU generator of torch is left as it was,
-    though ``iter(DataLoader)`` draws from it: a loader that shuffles with it gives the same order at each
-    call until the caller draws.
+    Every token has the same weight, whatever the size of its batch. The model runs in eval mode without a graph; the
+    mode of each module is restored. The state of torch's CPU generator is restored, too, although ``iter(DataLoader)``
+    draws from it: a loader that shuffles with it gives the same order at each call until the caller draws.
 
     Raises:
         UsageError: ``num_batches`` is below 1, the loader is empty, or no token is trained; and the errors of
@@ -146,13 +148,13 @@ def compute_loader_loss(
     if num_batches is not None and num_batches < 1:
         raise UsageError(f"num_batches={num_batches}: at least 1, or None for the whole loader")
     losses: list[SummedLoss] = []
-    # No devices: in eval mode nothing draws on one, and the loader draws on the CPU only.
+    # No devices: in eval mode nothing draws on an accelerator, and the loader draws on the CPU only.
     with torch.random.fork_rng(devices=[]), evaluation_mode(model), torch.no_grad():
         for input_batch, target_batch in itertools.islice(data_loader, num_batches):
             losses.append(summed_batch_loss(input_batch, target_batch, model, device, ignore_index))
     if not losses:
         raise UsageError("data_loader gave no batch; a mean loss needs at least one")
-    # Fetched at the end, so that the device is not waited for at every batch; float64, as there may be many.
+    # Read once at the end, so as not to wait for the device at every batch. fsum: there may be many batches.
     total = math.fsum(torch.stack([loss.loss_sum for loss in losses]).tolist())
     n_trained = int(torch.stack([loss.n_trained for loss in losses]).sum())
     if n_trained == 0:
@@ -172,14 +174,13 @@ def train_step_with_gradient_clipping(
 ) -> StepResult:
     """Take one optimizer step on the batch's mean loss, with the gradient norm clipped to ``max_norm``.
 
-    The norm is the Euclidean norm over all parameters of the optimizer; ``max_norm=None`` reports it and
-    does not clip. The scheduler, where there is one, steps once after the optimizer. The model's train or
-    eval mode is the caller's to set.
+    The norm is the Euclidean norm over all parameters of the optimizer; with ``max_norm=None`` it is reported and not
+    clipped. The scheduler, if given, steps once after the optimizer. The caller sets the model's train or eval mode.
 
     Raises:
         UsageError: ``max_norm`` is not above 0; and the errors of ``summed_batch_loss``.
-        NonFiniteError: the loss or the norm is not finite; neither weights nor optimizer have changed, and
-            the gradients are cleared.
+        NonFiniteError: the loss or the norm is not finite; weights and optimizer are unchanged, and the gradients are
+            cleared.
 
     """
     if max_norm is not None and not max_norm > 0:
@@ -202,65 +203,35 @@ def train_step_with_gradient_clipping(
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode, and give each of its modules its own mode back, also at an error."""
+    """Put the model in eval mode and restore the mode of each of its modules, also after an error."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
         for module, training in modes:
-            module.training = training  # not train(): it would set the modules below as well
+            module.training = training  # not train(), which also sets the modules below
 
 
-def _summed_cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """Return the sum of -log softmax(logits)[target] over the trained targets, computed in float32.
+def _unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside of distributed wrappers, torch.compile and PEFT, which pass keyword arguments on."""
+    while (inner := extract_model_from_parallel(model, keep_torch_compile=False)) is not model:
+        model = inner
+    # PEFT's method: an isinstance check would need the optional package.
+    unwrapped: nn.Module = cast("Any", model).get_base_model() if hasattr(model, "get_base_model") else model
+    return unwrapped
 
-    (B, T, V), (B, T) -> (). For models that cannot do without the logits.
-    """
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=ignore_index, reduction="sum")
 
-
-def _logits(model: nn.Module, input_ids: Tensor, packing: dict[str, Tensor]) -> Tensor:
-    """Return the model's logits (B, T, V), whether it returns them bare or in an output object."""
-    # A key-value cache serves generation; in training it would only hold memory.
-    cacheless = {"use_cache": False} if _takes(model, "use_cache") else {}
-    output = model(input_ids, **packing, **cacheless)
+def _logits_of(output: object) -> Tensor:
+    """Return the logits of a model's output, which is the logits or an object with ``.logits``."""
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise UsageError(f"model returned {type(output).__name__}; it must return logits, or an object with .logits")
     return logits
 
 
-def _vocab_size_without_logits(model: nn.Module) -> int | None:
-    """Return the vocabulary size of a model that computes the loss without logits, else None."""
-    if not _takes(model, "skip_logits"):
-        return None
-    for module in model.modules():  # the model itself, or the first inside what wraps it
-        if isinstance(module, PreTrainedModel) and "skip_logits" in _parameters(type(module).forward):
-            return int(module.config.get_text_config().vocab_size)
-    return None
-
-
-@functools.cache
-def _parameters(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(forward).parameters
-
-
-def _takes(model: nn.Module, argument: str) -> bool:
-    """Return whether the model inside the wrappers takes an argument: by name, or to hand it on."""
-    while (inner := extract_model_from_parallel(model, keep_torch_compile=False)) is not model:
-        model = inner
-    # What a class's function takes may be kept; a function that is an instance's own would be kept alive.
-    own = "forward" in vars(model)
-    parameters = inspect.signature(model.forward).parameters if own else _parameters(type(model).forward)
-    if argument in parameters:
-        return True
-    hands_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    return hands_on and any(isinstance(module, PreTrainedModel) for module in model.modules())
-
-
 def _device_of(model: nn.Module, input_batch: Tensor) -> torch.device:
-    """Return the device of the model's first parameter, or the batch's where there is no parameter."""
+    """Return the device of the model's first parameter, or of the batch if the model has no parameters."""
     parameter = next(model.parameters(), None)
     return input_batch.device if parameter is None else parameter.device
 
@@ -279,9 +250,11 @@ def _check_batch(input_batch: Tensor, target_batch: Tensor) -> None:
 
 
 def _check_targets(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
+    if not targets.is_cpu:  # reading the targets would wait for the accelerator at every step
+        return
     outside = (targets != ignore_index) & ((targets < 0) | (targets >= vocab_size))
     if outside.any():
         raise UsageError(
-            f"target_batch holds {int(targets[outside][0])}; a target is below vocab_size={vocab_size} "
-            f"or is ignore_index={ignore_index}"
+            f"target_batch holds {int(targets[outside][0])}; a target must be below vocab_size={vocab_size} "
+            f"or be ignore_index={ignore_index}"
         )

@@ -1,10 +1,10 @@
-"""The causal GPT and the blocks it is built of. This file travels into model repositories as remote code.
+"""The causal GPT and its building blocks. This file is copied into saved model folders as remote code.
 
-Shapes: B rows, T tokens of a row, S tokens that attention can see (those in the cache included), D model width
-(`n_embd`), H heads, Dh width of a head, V vocabulary size.
+Shapes: B batch size, T input tokens, S tokens that attention sees (input and cache), D model width (`n_embd`),
+H heads, Dh head width, F feed-forward width (`n_inner`), V vocabulary size.
 """
 
-# No `from __future__ import annotations` here: tools read the type of `**kwargs` to learn what a forward can return.
+# No `from __future__ import annotations` here: transformers reads the annotation of `**kwargs` at run time.
 
 import math
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[Tensor, Tensor]:
-    """Return attention's output (B, T, H, Dh) and weights (B, H, T, S), written out in plain tensor operations.
+    """Return the attention output (B, T, H, Dh) and the attention weights (B, H, T, S), in plain tensor operations.
 
     `query` is (B, H, T, Dh), `key` and `value` are (B, H, S, Dh), `attention_mask` is added to the scores.
     Scaled dot-product attention: Vaswani et al. 2017, "Attention Is All You Need", eq. 1.
@@ -49,15 +49,15 @@ def eager_attention_forward(
     scores = query @ key.transpose(-2, -1) * scaling  # (B, H, T, Dh) @ (B, H, Dh, S) -> (B, H, T, S)
     if attention_mask is not None:
         scores = scores + attention_mask
-    # The softmax of a long row loses too much in half precision.
+    # In float32: a softmax over a long row is too inexact in half precision.
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    output = (weights @ value).transpose(1, 2).contiguous()  # (B, H, T, Dh) -> (B, T, H, Dh)
+    output = (weights @ value).transpose(1, 2).contiguous()  # (B, H, T, S) @ (B, H, S, Dh) -> (B, T, H, Dh)
     return output, weights
 
 
 class MultiHeadAttention(nn.Module):
-    """Causal self-attention in `n_head` heads; (B, T, D) -> (B, T, D) and the weights where the backend has them."""
+    """Causal self-attention with `n_head` heads: (B, T, D) -> (B, T, D), and the weights if the backend has them."""
 
     def __init__(self, config: GPTKitConfig, layer_idx: int) -> None:
         super().__init__()
@@ -71,7 +71,6 @@ class MultiHeadAttention(nn.Module):
         self.k_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.use_bias)
         self.v_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.use_bias)
         self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.use_bias)
-        self.o_proj.adds_to_residual = True  # type: ignore[assignment]
 
     def forward(
         self,
@@ -80,12 +79,12 @@ class MultiHeadAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend from each token to itself and those before it, as `attention_mask` allows."""
-        leading = hidden_states.shape[:-1]
-        by_head = (*leading, -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(by_head).transpose(1, 2)  # (B, T, D) -> (B, H, T, Dh)
-        key = self.k_proj(hidden_states).view(by_head).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(by_head).transpose(1, 2)
+        """Let each token attend to itself and to the earlier tokens that `attention_mask` allows."""
+        input_shape = hidden_states.shape[:-1]  # (B, T)
+        head_shape = (*input_shape, -1, self.head_dim)  # (B, T, H, Dh)
+        query = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, T, D) -> (B, H, T, Dh)
+        key = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, T, D) -> (B, H, T, Dh)
+        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, T, D) -> (B, H, T, Dh)
 
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, T, Dh) -> (B, H, S, Dh)
@@ -103,7 +102,7 @@ class MultiHeadAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        output = output.reshape(*leading, -1).contiguous()  # (B, T, H, Dh) -> (B, T, D)
+        output = output.reshape(*input_shape, -1).contiguous()  # (B, T, H, Dh) -> (B, T, D)
         return self.o_proj(output), weights
 
 
@@ -112,22 +111,21 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: GPTKitConfig) -> None:
         super().__init__()
-        assert config.n_inner is not None  # the configuration fills it in
+        assert config.n_inner is not None  # the configuration sets it
         self.up_proj = nn.Linear(config.n_embd, config.n_inner, bias=config.use_bias)
         # GPT-2's "gelu_new" is the tanh approximation under another name (Hendrycks and Gimpel 2016, section 2).
         self.act_fn = GELU(approximate="none" if config.hidden_act == "gelu" else "tanh")
         self.down_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.use_bias)
-        self.down_proj.adds_to_residual = True  # type: ignore[assignment]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Transform each token by itself."""
-        widened: Tensor = self.act_fn(self.up_proj(hidden_states))  # (B, T, D) -> (B, T, n_inner)
-        narrowed: Tensor = self.down_proj(widened)  # -> (B, T, D)
-        return narrowed
+        """Transform each token independently of the others."""
+        inner: Tensor = self.act_fn(self.up_proj(hidden_states))  # (B, T, D) -> (B, T, F)
+        output: Tensor = self.down_proj(inner)  # (B, T, F) -> (B, T, D)
+        return output
 
 
 class TransformerBlock(GradientCheckpointingLayer):
-    """Attention and feed-forward, each on a normalised input and added to the residual stream (pre-norm)."""
+    """Attention and feed-forward, each with a normalised input and a residual connection (pre-norm)."""
 
     def __init__(self, config: GPTKitConfig, layer_idx: int) -> None:
         super().__init__()
@@ -145,24 +143,24 @@ class TransformerBlock(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
-        """(B, T, D) -> (B, T, D); `position_ids` reach the attention backends that read packing from them."""
-        attended, _ = self.self_attn(
+        """(B, T, D) -> (B, T, D); some attention backends detect packed documents from `position_ids`."""
+        attention_output, _ = self.self_attn(
             self.input_layernorm(hidden_states),
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_ids=position_ids,
             **kwargs,
         )
-        hidden_states = hidden_states + self.dropout(attended)
-        transformed = self.mlp(self.post_attention_layernorm(hidden_states))
-        hidden_states = hidden_states + self.dropout(transformed)
+        hidden_states = hidden_states + self.dropout(attention_output)
+        mlp_output = self.mlp(self.post_attention_layernorm(hidden_states))
+        hidden_states = hidden_states + self.dropout(mlp_output)
         return hidden_states
 
 
 class SinusoidalPositions(nn.Module):
-    """Fixed position table; position ids (B, T) -> (B, T, D).
+    """A fixed position embedding: position ids (B, T) -> (B, T, D).
 
-    Entry (p, 2i) is sin(p / 10000^(2i/D)) and entry (p, 2i+1) the cosine of the same: Vaswani et al. 2017, sec. 3.5.
+    Entry (p, 2i) is sin(p / 10000^(2i/D)), entry (p, 2i+1) is cos(p / 10000^(2i/D)): Vaswani et al. 2017, sec. 3.5.
     """
 
     def __init__(self, positions: int, width: int) -> None:
@@ -172,19 +170,19 @@ class SinusoidalPositions(nn.Module):
         self.weight.copy_(self.table())
 
     def table(self) -> Tensor:
-        """Return the table (positions, D), on the CPU."""
+        """Return the values of the table (positions, D), computed on the CPU."""
         positions, width = self.weight.shape
         rates = torch.exp(torch.arange(0, width, 2, device="cpu") * (-math.log(10_000.0) / width))
         angles = torch.arange(positions, device="cpu")[:, None] * rates  # (positions, D/2)
         return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)  # -> (positions, D)
 
     def forward(self, position_ids: Tensor) -> Tensor:
-        """Look the positions up."""
+        """Return the embedding of each position."""
         return nn.functional.embedding(position_ids, self.weight)
 
 
 class GPTKitPreTrainedModel(PreTrainedModel):
-    """What the GPT tells the transformers library about itself, and how its weights start."""
+    """The properties of the GPT that the transformers library reads."""
 
     config: GPTKitConfig
     config_class = GPTKitConfig
@@ -202,21 +200,6 @@ class GPTKitPreTrainedModel(PreTrainedModel):
         "attentions": MultiHeadAttention,
     }
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Start as GPT-2 does: normal(0, 0.02), and residual projections at 0.02 / sqrt(2 n_layer).
-
-        Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3.
-        """
-        super()._init_weights(module)
-        if isinstance(module, nn.Linear) and hasattr(module, "adds_to_residual"):
-            init.normal_(module.weight, std=self.config.initializer_range / math.sqrt(2 * self.config.n_layer))
-        elif isinstance(module, SinusoidalPositions):
-            # Models are built on the meta device: a buffer that is not in the checkpoint is filled here or never.
-            init.copy_(module.weight, module.table())
-        elif isinstance(module, GPTKitModel):
-            init.copy_(module.position_ids, torch.arange(module.position_ids.shape[1])[None])
-
 
 class GPTKitModel(GPTKitPreTrainedModel):
     """The GPT without its output projection: token ids (B, T) -> hidden states (B, T, D)."""
@@ -233,9 +216,26 @@ class GPTKitModel(GPTKitPreTrainedModel):
         self.layers = nn.ModuleList(TransformerBlock(config, index) for index in range(config.n_layer))
         self.norm = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.use_bias)
         self.register_buffer("position_ids", torch.arange(config.max_position_embeddings)[None], persistent=False)
-        self.position_ids: Tensor
+        self.position_ids: Tensor  # (1, max_position_embeddings)
         self.gradient_checkpointing = False
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise as GPT-2: normal(0, 0.02), but residual projections with std 0.02 / sqrt(2 n_layer).
+
+        Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3.
+        """
+        super()._init_weights(module)
+        # transformers calls this for modules with own parameters or buffers only, so never for a whole block.
+        blocks = [layer for layer in self.layers if isinstance(layer, TransformerBlock)]
+        if any(module is block.self_attn.o_proj or module is block.mlp.down_proj for block in blocks):
+            init.normal_(module.weight, std=self.config.initializer_range / math.sqrt(2 * self.config.n_layer))
+        elif isinstance(module, SinusoidalPositions):
+            # Models are built on the meta device, so a buffer that no checkpoint holds must be filled here.
+            init.copy_(module.weight, module.table())
+        elif module is self:
+            init.copy_(self.position_ids, torch.arange(self.position_ids.shape[1])[None])
 
     @merge_with_config_defaults
     @capture_outputs
@@ -249,39 +249,42 @@ class GPTKitModel(GPTKitPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
-        """Return the hidden states (B, T, D) after the last norm.
+        """Return the hidden states (B, T, D) after the final norm.
 
-        `position_ids` (B, T) that restart at 0 mark packed documents, which then do not see each other. If they are
-        not given, they are counted from `attention_mask` (B, S), so that a padded row gives what it gives alone.
-        Raises ValueError for ids outside the vocabulary and for positions beyond the table (on the CPU; on an
-        accelerator looking at ids would stop it, so only lengths are checked there).
+        Packed documents are marked by `position_ids` (B, T) that restart at 0; they do not attend to each other.
+        Without `position_ids`, positions are counted from `attention_mask` (B, S), so a padded row gives the same
+        result as the row alone. Raises ValueError if a row is longer than the position table, and for ids outside of
+        their table (on the CPU only: reading the ids would stall an accelerator).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        past = past_key_values.get_seq_length(self._first_own_layer()) if past_key_values is not None else 0
+        first_layer = self._first_local_layer()
+        past = past_key_values.get_seq_length(first_layer) if past_key_values is not None else 0
         if input_ids is not None:
-            _check_range(input_ids, self.config.vocab_size, "input_ids", "vocab_size")
+            _check_ids(input_ids, self.config.vocab_size, "input_ids", "vocab_size")
             inputs_embeds = self.embed_tokens(input_ids)  # (B, T) -> (B, T, D)
         assert inputs_embeds is not None
 
-        # The mask comes before the cache: transformers looks for packed documents only while there is no cache.
-        causal_mask = self._causal_mask(inputs_embeds, attention_mask, position_ids, past_key_values, past)
+        # The mask is built before the cache: transformers detects packed documents only while there is no cache.
+        causal_mask = self._causal_mask(
+            inputs_embeds, attention_mask, position_ids, past_key_values, past, first_layer
+        )
         if position_ids is not None and is_flash_attention_requested(self.config) and "cu_seq_lens_q" not in kwargs:
             lengths = document_lengths(position_ids.expand(inputs_embeds.shape[0], -1), attention_mask, past)
-            causal_mask = None if lengths else causal_mask  # the lengths keep padding apart, too
+            causal_mask = None if lengths else causal_mask  # the lengths also separate padding
             kwargs.update(lengths)
         if position_ids is None:
             position_ids = self._count_positions(inputs_embeds.shape[1], attention_mask, past)
         else:
-            _check_range(position_ids, self.config.max_position_embeddings, "position_ids", "max_position_embeddings")
+            _check_ids(position_ids, self.config.max_position_embeddings, "position_ids", "max_position_embeddings")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
         hidden_states = inputs_embeds
-        if self._first_own_layer() == 0:  # what a later pipeline stage receives has its positions
-            positions = self.embed_positions(position_ids)  # (B, T) or (1, T) -> (B, T, D)
+        if first_layer == 0:  # later pipeline stages receive hidden states that already include the positions
+            positions = self.embed_positions(position_ids)  # (B, T) or (1, T) -> (B, T, D) or (1, T, D)
             hidden_states = self.dropout(hidden_states + positions.to(hidden_states.dtype))
-        # As the configuration says now: early exit drafts with the first layers by lowering it for a while.
+        # The current n_layer, not len(layers): early-exit decoding lowers it while drafting.
         for layer in self.layers[: self.config.n_layer]:
             hidden_states = layer(
                 hidden_states,
@@ -293,31 +296,33 @@ class GPTKitModel(GPTKitPreTrainedModel):
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
-    def _first_own_layer(self) -> int:
-        """Return the index of the first layer that is here; with none of them here, the number of layers.
+    def _first_local_layer(self) -> int:
+        """Return the index of the first layer in this process, or the number of layers if there is none.
 
-        Pipeline parallelism puts an identity where another stage owns the layer, whose part of the cache stays empty.
+        Pipeline parallelism replaces the layers of other stages by nn.Identity; their cache entries stay empty.
         """
-        own = (index for index, layer in enumerate(self.layers) if not isinstance(layer, nn.Identity))
-        return next(own, len(self.layers))
+        local = (index for index, layer in enumerate(self.layers) if not isinstance(layer, nn.Identity))
+        return next(local, len(self.layers))
 
     def _count_positions(self, length: int, attention_mask: Tensor | None, past: int | Tensor) -> Tensor:
-        """Return the positions (B, T), or (1, T) without padding, of `length` tokens after `past` cached ones."""
-        table = self.config.max_position_embeddings
+        """Return the positions of `length` tokens after `past` cached ones: (B, T), or (1, T) without padding."""
+        limit = self.config.max_position_embeddings
         padding = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
         if not is_tracing(past if isinstance(past, Tensor) else None):
             known_past = int(past) if isinstance(past, int) or past.device.type == "cpu" else 0
             total = length + known_past
-            if total > table:
-                raise ValueError(f"the sequence has {total} tokens, more than max_position_embeddings={table}")
+            if total > limit:
+                raise ValueError(f"the sequence has {total} tokens, more than max_position_embeddings={limit}")
             if padding is not None and padding.shape[1] < total:
-                raise ValueError(f"attention_mask covers {padding.shape[1]} of {total} tokens, those cached counted")
+                raise ValueError(
+                    f"attention_mask covers {padding.shape[1]} of {total} tokens; it must cover cached tokens, too"
+                )
         position_ids = self.position_ids[:, :length] + past  # (1, T)
         if padding is None:
             return position_ids
-        # Padding counts for nothing; a padded position itself is never looked at, whatever it holds.
-        counted = (padding.long().cumsum(dim=-1) - 1).clamp(min=0)  # (B, S)
-        return counted.gather(1, position_ids.expand(counted.shape[0], -1))  # -> (B, T)
+        # Padding does not advance the position. The value at a padding token does not matter: nothing attends to it.
+        positions = (padding.long().cumsum(dim=-1) - 1).clamp(min=0)  # (B, S)
+        return positions.gather(1, position_ids.expand(positions.shape[0], -1))  # (B, S) -> (B, T)
 
     def _causal_mask(
         self,
@@ -326,15 +331,16 @@ class GPTKitModel(GPTKitPreTrainedModel):
         position_ids: Tensor | None,
         past_key_values: Cache | None,
         past: int | Tensor,
+        first_layer: int,
     ) -> Any:
-        """Return the mask that the attention backend takes: causal, without padding, within each packed document."""
+        """Return the attention backend's mask: causal, without padding, and separate for each packed document."""
         if past_key_values is not None and not past_key_values.is_compileable and isinstance(past, int) and past == 0:
-            past_key_values = None  # an empty growing cache is no cache
+            past_key_values = None  # an empty dynamic cache has no effect on the mask
         is_2d = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
         overlay = None
         if position_ids is not None and inputs_embeds.shape[1] > 1 and (attention_mask is None or is_2d):
             if is_2d and not is_tracing(attention_mask) and bool(attention_mask.all()):  # type: ignore[union-attr]
-                attention_mask = None  # an all-ones mask is no mask
+                attention_mask = None  # a mask of ones masks nothing
             if attention_mask is not None or past_key_values is not None:
                 overlay = same_document(position_ids.expand(inputs_embeds.shape[0], -1), attention_mask, past)
         if isinstance(past, Tensor) and self.config._attn_implementation == "flex_attention":
@@ -346,12 +352,12 @@ class GPTKitModel(GPTKitPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
             and_mask_function=overlay,
-            layer_idx=self._first_own_layer(),
+            layer_idx=first_layer,
         )
 
 
 class GPTKitForCausalLM(GPTKitPreTrainedModel, GenerationMixin):
-    """The complete GPT: token ids (B, T) -> `.logits` (B, T, V), where row t scores the token after token t."""
+    """The complete GPT: token ids (B, T) -> `.logits` (B, T, V), where logits t predict token t + 1."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
@@ -378,15 +384,15 @@ class GPTKitForCausalLM(GPTKitPreTrainedModel, GenerationMixin):
         skip_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
-        """Return the logits (B, T, V) and, if labels are given, the loss.
+        """Return the logits (B, T, V) and, with labels, the loss.
 
-        `labels` (B, T) are the input ids themselves with -100 where no loss is wanted; they are shifted in here.
-        `shift_labels` (B, T) are targets that are shifted already: target t is the token after token t. The loss is
-        the mean over trained tokens, or their sum divided by `num_items_in_batch`. With `skip_logits` it is computed
-        without the logits, of which a large vocabulary makes the greatest part of a step's memory; they are None then.
+        `labels` (B, T) are the input ids, with -100 at untrained tokens; the model shifts them. `shift_labels` (B, T)
+        are already shifted: target t is token t + 1. The loss is the mean over trained tokens, or their sum divided by
+        `num_items_in_batch`. With `skip_logits` the loss is computed block by block and `logits` is None: with a large
+        vocabulary, the logits take most of the memory of a training step.
         """
-        # Not a parameter: Trainer takes each one with "label" in its name for an input that every batch must have, and
-        # gives no evaluation loss where one is missing.
+        # Not a named parameter: Trainer expects every parameter with "label" in its name in each batch, and reports
+        # no evaluation loss if one is missing.
         shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -397,15 +403,18 @@ class GPTKitForCausalLM(GPTKitPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states = _keep_positions(outputs.last_hidden_state, logits_to_keep)
-        logits, loss, wants_loss = None, None, labels is not None or shift_labels is not None
+        hidden_states = _select_positions(outputs.last_hidden_state, logits_to_keep)
+        logits, loss = None, None
+        has_labels = labels is not None or shift_labels is not None
         if shift_labels is not None:
-            shift_labels = shift_labels.contiguous()  # a slice of a batch is not, and the loss views it flat
-        if wants_loss and skip_logits and can_skip_logits(self.lm_head, hidden_states):
+            shift_labels = (
+                shift_labels.contiguous()
+            )  # the loss calls view(-1), which a slice of a batch does not allow
+        if has_labels and skip_logits and can_skip_logits(self.lm_head, hidden_states):
             loss = causal_loss(hidden_states, self.lm_head.weight, labels, shift_labels, **kwargs)
         else:
             logits = self.lm_head(hidden_states)  # (B, T, D) -> (B, T, V)
-            if wants_loss:
+            if has_labels:
                 loss = self.loss_function(
                     logits, labels, vocab_size=self.config.vocab_size, shift_labels=shift_labels, **kwargs
                 )
@@ -418,13 +427,13 @@ class GPTKitForCausalLM(GPTKitPreTrainedModel, GenerationMixin):
         )
 
 
-def _keep_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """Return the hidden states (B, T, D) of the positions that logits are wanted for.
+def _select_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """Return the hidden states of the positions whose logits are needed.
 
-    An int keeps the last so many, 0 all; a tensor (K,) the same positions of each row; integers (B, K) each row's
-    own; booleans (B, T) the true ones, flat, (N, D).
+    An int keeps that many last positions, 0 keeps all; a tensor (K,) keeps these positions of every row; integers
+    (B, K) keep positions row by row; booleans (B, T) keep the true positions as (N, D).
     """
-    # transformers has this as a function from 5.21 on; the model's code also runs on the versions before.
+    # transformers has a function for this since 5.21; the model also supports earlier versions.
     if isinstance(logits_to_keep, int):
         return hidden_states[:, -logits_to_keep:, :]
     if logits_to_keep.dim() == 1:
@@ -434,13 +443,14 @@ def _keep_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tens
     return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
 
 
-def _check_range(ids: Tensor, size: int, name: str, limit: str) -> None:
-    """Refuse ids outside 0..size-1 with the numbers, where looking costs nothing and does not break a trace."""
+def _check_ids(ids: Tensor, size: int, name: str, limit: str) -> None:
+    """Raise ValueError unless all ids are in 0..size-1; accelerators and traces are not checked."""
     if ids.device.type != "cpu" or ids.numel() == 0 or is_tracing(ids):
         return
     low, high = (int(bound) for bound in torch.aminmax(ids))
     if low < 0 or high >= size:
-        raise ValueError(f"{name} must lie between 0 and {size - 1} ({limit}={size}), got {low if low < 0 else high}")
+        got = low if low < 0 else high
+        raise ValueError(f"{name} must lie between 0 and {size - 1} ({limit}={size}), got {got}")
 
 
 __all__ = ["GPTKitForCausalLM", "GPTKitModel", "GPTKitPreTrainedModel"]

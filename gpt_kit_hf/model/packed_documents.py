@@ -1,6 +1,6 @@
-"""Attention that keeps packed documents apart. This file travels into model repositories as remote code.
+"""Attention that keeps packed documents apart. This file is copied into saved model folders as remote code.
 
-Shapes: B rows, T tokens of a row. Documents of a row are told by their `position_ids` (B, T), which restart at 0.
+Shapes: B batch size, T tokens of a row. The documents of a row are marked by `position_ids` (B, T) that restart at 0.
 """
 
 from collections.abc import Callable
@@ -14,9 +14,9 @@ from transformers.utils.import_utils import is_tracing
 def same_document(
     position_ids: Tensor, attention_mask: Tensor | None, past: int | Tensor
 ) -> Callable[..., Any] | None:
-    """Return a mask function that keeps packed documents apart, or None if no row holds more than one.
+    """Return a mask function that separates packed documents, or None if no row holds more than one.
 
-    transformers finds packed documents only without padding and without a cache; this covers the rest.
+    transformers detects packed documents only without padding and without a cache; this function covers both cases.
     """
     document = _documents(position_ids, attention_mask, past)
     if document is None:
@@ -24,47 +24,48 @@ def same_document(
     length = document.shape[1]
 
     def is_same(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        # A static cache has room beyond this row; causality hides it already, but the index must exist.
+        # A static cache is longer than the row. The causal mask hides the rest, but the index must be valid.
         return document[batch_idx, q_idx] == document[batch_idx, kv_idx.clamp(max=length - 1)]
 
     return is_same
 
 
 def document_lengths(position_ids: Tensor, attention_mask: Tensor | None, past: int | Tensor) -> dict[str, Any]:
-    """Return where packed documents begin, for FlashAttention: it reads no mask function, and one row's packing only.
+    """Return FlashAttention's arguments for packed documents, or {} if no row holds more than one.
 
-    `cu_seq_lens_*` count through the rows laid end to end; each padding token is a document of its own.
+    FlashAttention takes no mask function and detects packing in a single row only. `cu_seq_lens_*` are the start
+    offsets of the documents in the concatenated rows; each padding token is a document of its own.
     """
     document = _documents(position_ids, attention_mask, past)
-    if document is None or is_tracing(document):  # how many there are is not known in a trace: they must be given
+    if document is None or is_tracing(document):  # the number of documents is unknown in a trace
         return {}
     if attention_mask is not None:
-        alone = position_ids.max() + 1 + torch.arange(document.shape[1], device=document.device)
-        document = torch.where(attention_mask[:, : document.shape[1]].bool(), document, alone)
-    begins = nn.functional.pad(document[:, 1:] != document[:, :-1], (1, 0), value=True)  # (B, T)
-    bounds = nn.functional.pad(begins.flatten().nonzero().flatten(), (0, 1), value=document.numel()).int()
-    longest = int(bounds.diff().max())
-    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+        padding_ids = position_ids.max() + 1 + torch.arange(document.shape[1], device=document.device)
+        document = torch.where(attention_mask[:, : document.shape[1]].bool(), document, padding_ids)
+    starts = nn.functional.pad(document[:, 1:] != document[:, :-1], (1, 0), value=True)  # (B, T)
+    offsets = nn.functional.pad(starts.flatten().nonzero().flatten(), (0, 1), value=document.numel()).int()
+    longest = int(offsets.diff().max())
+    return {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": longest, "max_length_k": longest}
 
 
 def _documents(position_ids: Tensor, attention_mask: Tensor | None, past: int | Tensor) -> Tensor | None:
-    """Return a number for each token (B, T), equal within a document, or None if no row holds more than one."""
+    """Return a number per token (B, T) that is equal within a document, or None if no row holds more than one."""
     if isinstance(past, Tensor) and is_tracing(past):
-        return None  # a compiled step into a static cache: whether it is still empty is not known
+        return None  # a compiled step with a static cache: whether the cache is empty is unknown
     if int(past) > 0:
-        return None  # a continued row: which of the cached tokens belong to its document is not known
+        return None  # a continued row: which cached tokens belong to its document is unknown
     length = position_ids.shape[1]
     real = torch.ones_like(position_ids) if attention_mask is None else attention_mask[:, :length].long()
-    # How far a token's position lies from its place among the real tokens: documents that restart at 0 all differ.
+    # The distance between a token's position and its index among the real tokens; it differs for each document.
     document = (position_ids - (real.cumsum(dim=-1) - 1)) * real  # (B, T)
     return document if is_tracing(document) or bool(document.any()) else None
 
 
 class FrozenCacheLengths:
-    """What the mask asks of a static cache, as it was before this step.
+    """The sizes of a static cache before the current step, as the mask needs them.
 
-    Flex attention calls the mask's function after the cache has been written, and a static cache counts its tokens
-    in place: every query would then be taken for one `T` places later.
+    Flex attention evaluates the mask function after the cache was updated, and a static cache counts its tokens in
+    place: every query would then be taken for one `T` positions later.
     """
 
     def __init__(self, cache: Any, past: Tensor) -> None:
@@ -73,5 +74,5 @@ class FrozenCacheLengths:
         self.past = past.clone()
 
     def get_query_offset(self, layer_idx: int = 0) -> Tensor:
-        """Return how many tokens the cache held, ()."""
+        """Return the number of cached tokens before this step, ()."""
         return self.past

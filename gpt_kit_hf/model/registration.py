@@ -93,7 +93,6 @@ def _register_config() -> None:
 
 
 def _register_models() -> None:
-    import transformers
     from transformers import AutoModel, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
@@ -105,12 +104,25 @@ def _register_models() -> None:
     GPTKitModel.register_for_auto_class("AutoModel")
     GPTKitForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
-    # Trainer's label smoothing and the text-generation pipeline look class names up in these static tables; the common
-    # model tests do so to know which class has no loss.
+    # `register` does not add to these static tables. Trainer's label smoothing and the text-generation pipeline look
+    # class names up here, and the common model tests use them to find the classes without a loss.
     MODEL_MAPPING_NAMES[GPTKitConfig.model_type] = GPTKitModel.__name__
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[GPTKitConfig.model_type] = GPTKitForCausalLM.__name__
-    # Servers look the architecture of a config.json up as an attribute of the library. While it is imported, it
-    # replaces its own module object, so that whoever imported it first holds another: what they share is the class.
+
+
+def add_to_transformers_namespace() -> None:
+    """Make the classes attributes of `transformers`, for servers that run in this process.
+
+    vLLM and `transformers serve` look the architecture of a config.json up as an attribute of the library. Nothing in
+    this package needs it, so it is not done at import.
+    """
+    import transformers
+
+    from gpt_kit_hf.model.configuration_gpt_kit import GPTKitConfig
+    from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM, GPTKitModel
+
+    # transformers replaces its own module object while it is imported, so other modules may hold another object than
+    # this one. All of these objects share their class.
     owner = transformers if type(transformers) is ModuleType else type(transformers)
     for cls in (GPTKitConfig, GPTKitModel, GPTKitForCausalLM):
         setattr(owner, cls.__name__, cls)

@@ -91,7 +91,11 @@ class InstructionTask:
         self.options, self.setting = options, setting
         # A run that goes on in full does not need its base any more.
         needs_base = setting.checkpoint is None or options.adapter.lora_r > 0
-        source = find_base(options.base.model_name_or_path, options.adapter) if needs_base else str(setting.checkpoint)
+        source = (
+            find_base(options.base.model_name_or_path, permanent=options.adapter.lora_r > 0)
+            if needs_base
+            else str(setting.checkpoint)
+        )
         self.tokenizer = load_part(AutoTokenizer, str(setting.checkpoint or source), options.base.model_name_or_path)
         self.model = self._load_model(source)
         self._check_length()

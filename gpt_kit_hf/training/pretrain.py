@@ -119,7 +119,7 @@ class StreamingTask(TextTask):
 
     def describe(self) -> list[str]:
         """Return lines that say what the text and the model are."""
-        units, lanes = sum(len(lane.units) for lane in self.lanes), len(self.lanes)
+        units, lanes = sum(len(lane.shards) for lane in self.lanes), len(self.lanes)
         return [
             f"text     a stream of {units} units in {lanes} lane{'s' if lanes > 1 else ''}, {len(self.held_out):,} "
             f"tokens held out ({self.encoding.name}, {self.encoding.n_vocab:,} tokens)",
@@ -134,7 +134,7 @@ class StreamingTask(TextTask):
         bounds = [lane * len(units) // count for lane in range(count + 1)]
         self.lanes = [
             Lane(
-                units=tuple(units[bounds[lane] : bounds[lane + 1]]),
+                shards=tuple(units[bounds[lane] : bounds[lane + 1]]),
                 encoding=self.encoding,
                 windows=self.options.windows,
                 shuffle_windows=text.shuffle_windows,

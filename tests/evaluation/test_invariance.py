@@ -142,19 +142,19 @@ class _IgnoresPadding(GPTKitModel):
 
 
 class _ForgetsPacking(GPTKitModel):
-    def _causal_mask(self, embeds: Any, mask: Any, position_ids: Any, past_key_values: Any, past: Any) -> Any:
-        return super()._causal_mask(embeds, mask, None, past_key_values, past)
+    def _causal_mask(self, embeds: Any, mask: Any, position_ids: Any, past_key_values: Any, *rest: Any) -> Any:
+        return super()._causal_mask(embeds, mask, None, past_key_values, *rest)
 
 
 class _ForgetsPackingBeforeAnEmptyCache(GPTKitModel):
-    def _causal_mask(self, embeds: Any, mask: Any, position_ids: Any, past_key_values: Any, past: Any) -> Any:
+    def _causal_mask(self, embeds: Any, mask: Any, position_ids: Any, past_key_values: Any, *rest: Any) -> Any:
         kept = position_ids if past_key_values is None or past_key_values.is_compileable else None
-        return super()._causal_mask(embeds, mask, kept, past_key_values, past)
+        return super()._causal_mask(embeds, mask, kept, past_key_values, *rest)
 
 
 class _SeesPadding(GPTKitModel):
-    def _causal_mask(self, embeds: Any, mask: Any, position_ids: Any, past_key_values: Any, past: Any) -> Any:
-        return super()._causal_mask(embeds, None, position_ids, past_key_values, past)
+    def _causal_mask(self, embeds: Any, mask: Any, position_ids: Any, past_key_values: Any, *rest: Any) -> Any:
+        return super()._causal_mask(embeds, None, position_ids, past_key_values, *rest)
 
 
 class _CountsEachPieceFromZero(GPTKitModel):

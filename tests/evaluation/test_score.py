@@ -160,7 +160,7 @@ def tuned(trained: RunResult) -> tuple[RunResult, Path]:
             training=TrainingOptions(
                 output_dir=str(folder / "tuned"), max_steps=2, batch_size=2, report_to=["none"], use_cpu=True
             ),
-            base=BaseOptions(model=str(trained.folder), eval_rows=[str(folder / "held.json")]),
+            base=BaseOptions(model_name_or_path=str(trained.folder), eval_rows=[str(folder / "held.json")]),
             rows=RowOptions(rows=[str(folder / "train.json")]),
             supervision=SupervisionOptions(max_length=48),
         ),

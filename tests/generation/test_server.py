@@ -124,12 +124,13 @@ def check_with_openais_client(url: str, folder: Path) -> None:
 
 class Served:
     def __init__(self, folder: Path) -> None:
-        self.server = server._load(str(folder))
-        self.talks = server._prepare(self.server, str(folder))
+        self.model, self.tokenizer = server._load(str(folder), str(folder))
+        self.has_template = self.tokenizer.chat_template is not None
+        self.app = server._make_app(str(folder), self.model, self.tokenizer)
 
     def post(self, path: str, **body: Any) -> Any:
         async def send() -> Any:
-            transport = httpx2.ASGITransport(app=self.server.server.config.app)
+            transport = httpx2.ASGITransport(app=self.app)
             async with httpx2.AsyncClient(transport=transport, base_url="http://here/v1") as client:
                 return await (client.post(path, json=body) if body else client.get(path))
 
@@ -154,12 +155,12 @@ def chat_served(chat_folder: Path) -> Served:
 
 
 def test_a_model_without_a_template_continues_the_messages_as_one_text(served: Served, folder: Path) -> None:
-    assert not served.talks
+    assert not served.has_template
     assert served.say("the quick", " brown", "fox", temperature=0) == generated(folder, "the quick brown\nfox")
 
 
 def test_a_models_own_template_is_used(chat_served: Served, chat_folder: Path) -> None:
-    assert chat_served.talks
+    assert chat_served.has_template
     assert chat_served.say("fox", temperature=0) == generated(chat_folder, "[u]fox[a]")
 
 
@@ -186,9 +187,7 @@ def test_what_cannot_be_answered_says_so(served: Served) -> None:
 
 
 def test_a_template_that_refuses_says_so(chat_served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    manager = chat_served.server._model_manager
-    _, tokenizer = manager.load_model_and_processor(next(iter(manager.loaded_models)))
-    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
+    monkeypatch.setattr(chat_served.tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
     answer = chat_served.post("/chat/completions", messages=[{"role": "user", "content": "x"}])
     assert (answer.status_code, answer.json()["error"]["message"]) == (400, "roles must alternate")
 
@@ -212,8 +211,22 @@ def test_a_generation_config_that_decides_keeps_its_way(folder: Path, tmp_path: 
 def test_the_server_has_its_one_model(served: Served, folder: Path) -> None:
     assert [model["id"] for model in served.post("/models").json()["data"]] == [str(folder)]
     assert "pinned" in served.post("/completions", prompt="x", model="someone/else").json()["detail"]
-    for road in ("http://here/reset", "http://here/load_model"):
-        assert served.post(road, model="someone/else").status_code == 404
+    for path in ("http://here/reset", "http://here/load_model"):
+        assert served.post(path, model="someone/else").status_code == 404
+    assert served.post("http://here/health").json() == {"status": "ok"}
+
+
+def test_a_folder_name_may_contain_an_at_sign(folder: Path, tmp_path: Path) -> None:
+    link = tmp_path / "run@2"
+    link.symlink_to(folder)
+    answer = Served(link).post("/completions", prompt="fox", max_tokens=N_NEW, temperature=0, model=str(link))
+    assert answer.json()["choices"][0]["text"] == generated(folder, "fox")
+
+
+def test_a_response_carries_the_id_of_its_request(served: Served) -> None:
+    answer = served.post("/responses", input="fox", max_output_tokens=N_NEW, temperature=0, stream=False)
+    assert answer.status_code == 200
+    assert answer.json()["id"] == f"resp_{answer.headers['x-request-id']}"
 
 
 # --- before it serves ------------------------------------------------------------------------------------
@@ -234,9 +247,6 @@ def test_what_cannot_be_served_is_one_line(
         assert f"port={port} cannot be listened to: Address already in use" in refused(folder, port)
     assert "host='no such host' and port=0 cannot be listened to" in refused(folder, host="no such host")
     assert "port=65536: from 0" in refused(folder, 65536)
-    link = tmp_path / "run@2"
-    link.symlink_to(folder)
-    assert "the server takes what follows '@' for a revision" in refused(link)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text("{}")
     assert "cannot be loaded" in refused(tmp_path / "empty")

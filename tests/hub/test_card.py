@@ -63,7 +63,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(
         parse_run_options([f"--output_dir={folder / 'first'}", *texts, *sizes, "--max_steps=3", *SHORT]), stream=None
     )
-    how = [f"--model={folder / 'first'}", f"--rows={folder / 'rows.json'}", "--lora_r=2", "--max_steps=2"]
+    how = [f"--model_name_or_path={folder / 'first'}", f"--rows={folder / 'rows.json'}", "--lora_r=2", "--max_steps=2"]
     finetune(parse_finetune_options([f"--output_dir={folder / 'tuned'}", *how, *SHORT]), stream=None)
     model = AutoModelForCausalLM.from_pretrained(folder / "first")
     report = check_invariance(model, attention=["eager"]).to_dict()

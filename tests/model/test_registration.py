@@ -22,7 +22,7 @@ from transformers.utils.import_utils import direct_transformers_import
 
 import gpt_kit_hf
 from gpt_kit_hf import GPTKitConfig, GPTKitForCausalLM, GPTKitModel
-from gpt_kit_hf.model.registration import register
+from gpt_kit_hf.model.registration import add_to_transformers_namespace, register
 
 SHAPE: dict[str, Any] = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "max_position_embeddings": 16}
 CODE = {"configuration_gpt_kit.py", "modeling_gpt_kit.py", "chunked_loss.py", "packed_documents.py"}
@@ -79,12 +79,28 @@ def test_registering_twice_changes_nothing() -> None:
     assert (dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), len(AutoModelForCausalLM._model_mapping)) == before
 
 
+@pytest.fixture
+def _in_namespace() -> Iterator[None]:
+    """Run with the classes as attributes of transformers, and remove them afterwards."""
+    add_to_transformers_namespace()
+    yield
+    for cls in (GPTKitConfig, GPTKitModel, GPTKitForCausalLM):
+        delattr(type(transformers), cls.__name__)
+
+
+def test_importing_the_package_adds_no_attribute_to_transformers() -> None:
+    for cls in (GPTKitConfig, GPTKitModel, GPTKitForCausalLM):
+        assert not hasattr(transformers, cls.__name__)
+
+
+@pytest.mark.usefixtures("_in_namespace")
 def test_servers_find_the_stored_architecture_in_transformers(tmp_path: Path) -> None:
     random_model().save_pretrained(tmp_path)
     (architecture,) = json.loads((tmp_path / "config.json").read_text())["architectures"]
     assert getattr(transformers, architecture) is GPTKitForCausalLM
 
 
+@pytest.mark.usefixtures("_in_namespace")
 @pytest.mark.parametrize("cls", [GPTKitConfig, GPTKitModel, GPTKitForCausalLM])
 def test_the_classes_are_found_in_every_copy_of_the_module(cls: type, monkeypatch: pytest.MonkeyPatch) -> None:
     # transformers does this to itself while it is imported: what was imported first is then another object.
