@@ -15,7 +15,6 @@ import tiktoken
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedTokenizerBase
 
@@ -122,7 +121,7 @@ def evaluate_batches(
     world = accelerator.num_processes if accelerator else 1
     total, tokens, text_bytes, stopped = 0.0, 0, 0, False
     with evaluation_mode(model), torch.no_grad():
-        for batch in batches if not isinstance(model, FSDPModule) else _in_step(batches, accelerator, stop):
+        for batch in _in_step(batches, accelerator, stop) if _is_sharded(model) else batches:
             if stopped := stop():
                 break
             with autocast():
@@ -139,6 +138,15 @@ def evaluate_batches(
     if text_bytes == 0:
         raise UsageError("the held-out text spells no bytes: there is nothing to score")
     return Evaluation(loss=total / tokens, tokens=int(tokens), text_bytes=int(text_bytes))
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    # Not at the top: the import takes long, and a single process does not need it.
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)
 
 
 def _in_step(batches: Iterable[Batch], accelerator: Accelerator | None, stop: Callable[[], bool]) -> Iterator[Batch]:

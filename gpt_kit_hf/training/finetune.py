@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Subset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -37,7 +36,7 @@ from gpt_kit_hf.tokenization.encodings import get_encoding, save_tokenizer
 from gpt_kit_hf.training.loop import run_training
 from gpt_kit_hf.training.lora import add_adapter, load_adapter, merged
 from gpt_kit_hf.training.run_log import RunResult
-from gpt_kit_hf.training.state.sharded_state import uncut_model
+from gpt_kit_hf.training.state.sharded_state import unsharded_model
 from gpt_kit_hf.training.task import RunSetting, map_batches
 
 
@@ -283,7 +282,7 @@ class InstructionTask:
         defaults.eos_token_id = end
         # Padding has an id in generation only, where the attention mask hides it.
         defaults.pad_token_id = end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
-        whole = uncut_model(model) if isinstance(model, FSDPModule) else model
+        whole = unsharded_model(model)
         whole.save_pretrained(str(folder), state_dict=weights)
         self.tokenizer.save_pretrained(str(folder))
         save_json(folder / REPORT_FILE, self.report.to_dict())

@@ -10,7 +10,6 @@ from typing import Any
 import tiktoken
 import torch
 from accelerate.utils import broadcast_object_list
-from torch.distributed.fsdp import FSDPModule
 
 from gpt_kit_hf.data.text.corpus import choose_encoding
 from gpt_kit_hf.data.text.windows import TokenStream
@@ -25,7 +24,7 @@ from gpt_kit_hf.storage.run_folder import publish_in_run
 from gpt_kit_hf.text import printable, short
 from gpt_kit_hf.tokenization import encodings
 from gpt_kit_hf.tokenization.export import load_encoding
-from gpt_kit_hf.training.state.sharded_state import uncut_model
+from gpt_kit_hf.training.state.sharded_state import unsharded_model
 from gpt_kit_hf.training.task import RunSetting
 
 
@@ -104,7 +103,7 @@ class TextTask:
 
     def write_model(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         """Write what `from_pretrained` loads."""
-        model = uncut_model(self.model) if isinstance(self.model, FSDPModule) else self.model
+        model = unsharded_model(self.model)
         write_model_folder(folder, model, self.encoding, weights)
 
     def publish(self, run: Path, checkpoint: Path) -> None:

@@ -12,11 +12,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import parse_choice_from_env
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from gpt_kit_hf.errors import UsageError, unknown_name
 from gpt_kit_hf.model.losses import Batch, summed_batch_loss
+from gpt_kit_hf.training.state.sharded_state import is_dtensor
 
 Precision = Literal["fp32", "bf16", "fp16"]
 # "no" is Accelerate's word for fp32.
@@ -162,7 +162,7 @@ class AMPTrainer:
         self.scaler.unscale_(self.optimizer)
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = norm.full_tensor() if is_dtensor(norm) else norm
         # Read together: the one time in a step that a device is waited for.
         loss_sum, grad_norm = torch.stack((total, norm.to(total))).tolist()
         loss = loss_sum / max(tokens, 1)
