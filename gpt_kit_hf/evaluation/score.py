@@ -154,7 +154,7 @@ def _score_rows(model: Any, folder: str, place: str, options: ScoreOptions, leng
     loader = DataLoader(
         PaddedRows(encoded),
         batch_size=options.batch_size,
-        collate_fn=partial(pad_windows, filler=encoded.end_of_text_id, side=options.padding_side),
+        collate_fn=partial(pad_windows, filler=encoded.eos_token_id, side=options.padding_side),
         generator=torch.Generator(),
     )
     lengths = tokenizer_byte_lengths(tokenizer, model.config.vocab_size)
@@ -175,7 +175,7 @@ def _answers(model: Any, tokenizer: Any, rows: SupervisedRows, wanted: int) -> I
     for number in range(min(wanted, len(rows))):
         row = rows[number]
         prompt = row.input_ids[: int(row.trained.argmax())].tolist()
-        answer = _continued(model, prompt, rows.end_of_text_id)
+        answer = _continued(model, prompt, rows.eos_token_id)
         yield tokenizer.decode(prompt), tokenizer.decode(answer, skip_special_tokens=True)
 
 

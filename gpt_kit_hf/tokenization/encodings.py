@@ -213,7 +213,7 @@ def token_ids_to_text(
     return text
 
 
-def end_of_text_id(tokenizer: AnyTokenizer) -> int | None:
+def get_eos_token_id(tokenizer: AnyTokenizer) -> int | None:
     """Return the id of EOS: "<|endoftext|>" of a tiktoken encoding, `eos_token` of transformers; None without one."""
     if isinstance(tokenizer, tiktoken.Encoding):
         return tokenizer.eot_token if END_OF_TEXT in tokenizer.special_tokens_set else None

@@ -26,9 +26,9 @@ from gpt_kit_hf.tokenization.encodings import (
     check_fingerprint,
     encode_documents,
     encode_ordinary_batch,
-    end_of_text_id,
     fingerprint,
     get_encoding,
+    get_eos_token_id,
     id_dtype,
     load_encoding,
     may_cut,
@@ -580,7 +580,7 @@ def test_text_to_ids_and_back(tokenizer: Any, trained_encoding: tiktoken.Encodin
     assert trained_encoding.eot_token in ids
     for same in (ids, ids[0], ids[0].tolist(), ids.to(torch.int32), ids[0].numpy().astype(np.uint16)):
         assert token_ids_to_text(same, tokenizer) == text
-    assert end_of_text_id(tokenizer) == trained_encoding.eot_token
+    assert get_eos_token_id(tokenizer) == trained_encoding.eot_token
 
 
 def test_no_text_is_no_ids(tokenizer: Any) -> None:
@@ -620,7 +620,7 @@ def test_what_is_no_tokenizer() -> None:
     calls: list[Callable[[Any], object]] = [
         lambda tokenizer: text_to_token_ids("a", tokenizer),
         lambda tokenizer: token_ids_to_text([1], tokenizer),
-        end_of_text_id,
+        get_eos_token_id,
     ]
     for call in calls:
         with pytest.raises(UsageError, match=r"tokenizer is str; it must be a tiktoken\.Encoding"):
@@ -630,7 +630,7 @@ def test_what_is_no_tokenizer() -> None:
 def test_an_encoding_without_end_of_text() -> None:
     ranks = {bytes([byte]): byte for byte in range(256)}
     bare = tiktoken.Encoding("bare", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={})
-    assert end_of_text_id(bare) is None
+    assert get_eos_token_id(bare) is None
     assert text_to_token_ids(END_OF_TEXT, bare)[0].tolist() == list(END_OF_TEXT.encode())
 
 

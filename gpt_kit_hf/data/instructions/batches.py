@@ -40,7 +40,7 @@ class PackedRows(Dataset[tuple[Tensor, Tensor, Tensor]]):
         return len(self.sequences)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        ids = np.full(self.max_length, self.rows.end_of_text_id, np.int64)
+        ids = np.full(self.max_length, self.rows.eos_token_id, np.int64)
         targets = np.full(self.max_length, IGNORED, np.int64)
         positions = np.empty(self.max_length, np.int64)
         start = 0
@@ -74,7 +74,7 @@ class PaddedRows(Dataset[tuple[Tensor, Tensor]]):
         """Join rows to a batch (B, longest), padded on the right with EOS, untrained."""
         ids, targets = [item[0] for item in items], [item[1] for item in items]
         return Batch(
-            pad_sequence(ids, batch_first=True, padding_value=self.rows.end_of_text_id),
+            pad_sequence(ids, batch_first=True, padding_value=self.rows.eos_token_id),
             pad_sequence(targets, batch_first=True, padding_value=IGNORED),
         )
 

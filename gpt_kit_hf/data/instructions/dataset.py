@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -99,20 +99,41 @@ class InstructionDataset(Dataset[InstructionItem]):
         return InstructionItem(ids.tolist(), self._prompt_lengths[position])
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class InstructionCollator:
-    """Joins items to (input, target), both (B, T) int64; see ``create_instruction_collate_fn``."""
+    """The ``collate_fn`` of a DataLoader that turns items into (input, target), both (B, T) int64; it can be pickled.
+
+    Items are ``InstructionItem`` or plain lists of ids. Each row gets one EOS, and padding on the right to the longest
+    row. Target is the row shifted by one, for ``losses``, not for ``labels`` of transformers: its EOS is trained, its
+    padding is not. Which tokens are trained is decided by position, never by id, so rows may hold the padding id.
+
+    Args:
+        pad_token_id: fills the input, and ends each row unless ``end_of_text_id`` is given.
+        end_of_text_id: ends each row; ``pad_token_id`` by default.
+        ignore_index: the target that is not trained.
+        max_length: the most tokens of an input row; None for no limit.
+        truncation: for a row above it: "error", or "cut", which keeps its beginning and trains no EOS.
+        mask_instruction: train the answer and its EOS only, not the prompt.
+        device: of the batch; the CPU by default, as loader processes should not use an accelerator.
+
+    Raises:
+        UsageError: an argument is out of range; at a call, ``mask_instruction`` with plain lists of ids.
+        DataError: at a call, a row is empty, too long, or would lose its whole answer.
+
+    """
 
     pad_token_id: int
-    end_of_text_id: int
-    ignore_index: int
-    max_length: int | None
-    truncation: Literal["error", "cut"]
-    mask_instruction: bool
-    device: torch.device | str | None
+    _: KW_ONLY
+    end_of_text_id: int | None = None
+    ignore_index: int = -100
+    max_length: int | None = None
+    truncation: Literal["error", "cut"] = "error"
+    mask_instruction: bool = False
+    device: torch.device | str | None = None
 
     def __post_init__(self) -> None:
-        for name, token_id in (("pad_token_id", self.pad_token_id), ("end_of_text_id", self.end_of_text_id)):
+        eos = self.pad_token_id if self.end_of_text_id is None else self.end_of_text_id
+        for name, token_id in (("pad_token_id", self.pad_token_id), ("end_of_text_id", eos)):
             if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
                 raise UsageError(f"{name}={token_id!r}: it must be a token id, 0 or more")
         if self.ignore_index >= 0:
@@ -141,7 +162,8 @@ class InstructionCollator:
         if self.max_length is not None and len(ids) > self.max_length:
             self._check_cut(f"row {number} of the batch", len(ids), prompt_length, self.max_length)
         limit = None if self.max_length is None else self.max_length + 1
-        row = torch.tensor([*ids, self.end_of_text_id][:limit])  # a cut row has no EOS: it did not end here
+        eos = self.pad_token_id if self.end_of_text_id is None else self.end_of_text_id
+        row = torch.tensor([*ids, eos][:limit])  # a cut row has no EOS: it did not end here
         target = row[1:].clone()
         if self.mask_instruction and prompt_length is not None:
             # The last token of the prompt predicts the first of the answer, which is trained.
@@ -161,48 +183,7 @@ class InstructionCollator:
             )
 
 
-def create_instruction_collate_fn(
-    pad_token_id: int,
-    *,
-    end_of_text_id: int | None = None,
-    ignore_index: int = -100,
-    max_length: int | None = None,
-    truncation: Literal["error", "cut"] = "error",
-    mask_instruction: bool = False,
-    device: torch.device | str | None = None,
-) -> InstructionCollator:
-    """Return the ``collate_fn`` of a DataLoader that turns items into (input, target), both (B, T) int64.
-
-    Each row gets one EOS, and padding on the right to the longest row. Target is the row shifted by one, for
-    ``losses``, not for ``labels`` of transformers: its EOS is trained, its padding is not. Which tokens are trained is
-    decided by position, never by id, so rows may hold the padding id themselves.
-
-    Args:
-        pad_token_id: fills the input, and ends each row unless ``end_of_text_id`` is given.
-        end_of_text_id: ends each row; ``pad_token_id`` by default.
-        ignore_index: the target that is not trained.
-        max_length: the most tokens of an input row; None for no limit.
-        truncation: for a row above it: "error", or "cut", which keeps its beginning and trains no EOS.
-        mask_instruction: train the answer and its EOS only, not the prompt.
-        device: of the batch; the CPU by default, as loader processes should not use an accelerator.
-
-    Returns:
-        A callable over a list of ``InstructionItem`` or of plain lists of ids; it can be pickled.
-
-    Raises:
-        UsageError: an argument is out of range; at a call, ``mask_instruction`` with plain lists of ids.
-        DataError: at a call, a row is empty, too long, or would lose its whole answer.
-
-    """
-    return InstructionCollator(
-        pad_token_id=pad_token_id,
-        end_of_text_id=pad_token_id if end_of_text_id is None else end_of_text_id,
-        ignore_index=ignore_index,
-        max_length=max_length,
-        truncation=truncation,
-        mask_instruction=mask_instruction,
-        device=device,
-    )
+create_instruction_collate_fn = InstructionCollator  # the kit's name
 
 
 def _check_limit(max_length: int | None, truncation: str, known: tuple[str, ...]) -> None:

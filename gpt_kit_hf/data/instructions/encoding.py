@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tiktoken
@@ -25,7 +26,7 @@ from gpt_kit_hf.data.instructions.formats import (
 from gpt_kit_hf.data.instructions.reader import RowError
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.tokenization.chat_templates import check_chat_template, render_chat, trained_spans
-from gpt_kit_hf.tokenization.encodings import encode_ordinary, end_of_text_id
+from gpt_kit_hf.tokenization.encodings import encode_ordinary, get_eos_token_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,19 +83,18 @@ class RowEncoder:
     def __init__(
         self, tokenizer: AnyTokenizer, row_format: str, format_fn: FormatFn | None, vocab_size: int | None
     ) -> None:
-        eos = end_of_text_id(tokenizer)
+        eos = get_eos_token_id(tokenizer)
         if eos is None:
             raise UsageError("the tokenizer has no EOS, so a model could not learn to end an answer")
         if vocab_size is not None and eos >= vocab_size:
             raise UsageError(f"EOS has id {eos}, but the model's vocab_size is {vocab_size}")
-        self.end_of_text_id = eos
+        self.eos_token_id = eos
         self._tokenizer = tokenizer
         self._format = row_format
         self._format_fn = format_fn
         self._vocab_size = vocab_size
-        self._special_tokens: list[str] | None = None  # None until the chat template is checked
         if row_format == "chat" and format_fn is None:
-            self._check_chat()
+            _ = self._chat_tokenizer  # an error before the first row is read
 
     def encode(self, row: Any) -> EncodedRow:
         """Return the row's ids and which of them are answers; raises RowError for a row that cannot be used."""
@@ -123,11 +123,11 @@ class RowEncoder:
     def _encode_text(self, row: Row, format_fn: FormatFn) -> EncodedRow:
         prompt_ids, answer_ids = encode_text_row(row, format_fn, self._tokenizer)
         answer = [False] * len(prompt_ids) + [True] * (len(answer_ids) + 1)
-        return EncodedRow([*prompt_ids, *answer_ids, self.end_of_text_id], answer)
+        return EncodedRow([*prompt_ids, *answer_ids, self.eos_token_id], answer)
 
     def _encode_chat(self, messages: list[Message], n_context: int) -> EncodedRow:
         """Encode a conversation; assistant turns among the first `n_context` messages are not trained."""
-        tokenizer, special_tokens = self._check_chat()
+        tokenizer, special_tokens = self._chat_tokenizer
         roles = [message["role"] for message in messages]
         n_answers, n_context_answers = roles.count("assistant"), roles[:n_context].count("assistant")
         if n_answers == n_context_answers:
@@ -145,18 +145,17 @@ class RowEncoder:
             raise RowError("chat template", f"the chat template marks {len(spans)} answers of {n_answers} as trained")
         answer = [False] * len(ids)
         for start, stop in spans[n_context_answers:]:
-            if ids[stop - 1] != self.end_of_text_id:
+            if ids[stop - 1] != self.eos_token_id:
                 raise RowError("chat template", f"the chat template does not end the answer at token {stop - 1}")
             answer[start:stop] = [True] * (stop - start)
         return EncodedRow(ids, answer)
 
-    def _check_chat(self) -> tuple[PreTrainedTokenizerBase, list[str]]:
-        """Return the tokenizer, whose chat template is checked once, and its special tokens."""
+    @functools.cached_property
+    def _chat_tokenizer(self) -> tuple[PreTrainedTokenizerBase, list[str]]:
+        """The tokenizer, whose chat template is checked once, and its special tokens; raises UsageError."""
         if isinstance(self._tokenizer, tiktoken.Encoding):
             raise UsageError(
                 "chat rows need a tokenizer of transformers with a chat template, got a tiktoken.Encoding"
             )
-        if self._special_tokens is None:
-            check_chat_template(self._tokenizer)
-            self._special_tokens = [token for token in self._tokenizer.all_special_tokens if token]
-        return self._tokenizer, self._special_tokens
+        check_chat_template(self._tokenizer)
+        return self._tokenizer, [token for token in self._tokenizer.all_special_tokens if token]

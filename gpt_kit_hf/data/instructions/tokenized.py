@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from gpt_kit_hf.data.instructions.encoding import EncodedRow, RowEncoder
 from gpt_kit_hf.data.instructions.formats import FormatFn
@@ -32,6 +33,7 @@ class SupervisedRow(NamedTuple):
     trained: npt.NDArray[np.bool_]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class SupervisedRows:
     """Encoded rows in flat arrays, which loader processes share.
 
@@ -40,30 +42,22 @@ class SupervisedRows:
         trained: (N,) bool, whether the id is a target; the first id of a row never is, as nothing precedes it.
         offsets: (rows + 1,) int64, the start of each row, and the end.
         truncated: (rows,) bool, whether the beginning of the row's prompt was cut off.
+        places: (rows,) strings, the place of each row in its file or dataset.
+        eos_token_id: EOS.
+        options: what the rows were encoded with.
         skipped: rows that could not be used, by kind of fault; `dropped`: rows that were too long.
 
     """
 
-    def __init__(
-        self,
-        ids: npt.NDArray[np.int32],
-        trained: npt.NDArray[np.bool_],
-        offsets: npt.NDArray[np.int64],
-        truncated: npt.NDArray[np.bool_],
-        places: Sequence[str],
-        *,
-        end_of_text_id: int,
-        options: SupervisionOptions,
-        skipped: SkippedRows | None = None,
-        dropped: SkippedRows | None = None,
-    ) -> None:
-        self.ids, self.trained, self.offsets, self.truncated = ids, trained, offsets, truncated
-        self.end_of_text_id, self.options = end_of_text_id, options
-        self.skipped = SkippedRows() if skipped is None else skipped
-        self.dropped = SkippedRows() if dropped is None else dropped
-        # One string for all places: separate strings would take more memory than the ids of short rows.
-        self._places = "".join(places)
-        self._place_ends = np.cumsum([0, *map(len, places)], dtype=np.int64)
+    ids: npt.NDArray[np.int32]
+    trained: npt.NDArray[np.bool_]
+    offsets: npt.NDArray[np.int64]
+    truncated: npt.NDArray[np.bool_]
+    places: pa.LargeStringArray  # strings of Python would take more memory than the ids of short rows
+    eos_token_id: int
+    options: SupervisionOptions
+    skipped: SkippedRows = dataclasses.field(default_factory=SkippedRows)
+    dropped: SkippedRows = dataclasses.field(default_factory=SkippedRows)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -86,7 +80,8 @@ class SupervisedRows:
 
     def place(self, index: int) -> str:
         """Return the place of a row in its file or dataset."""
-        return self._places[self._place_ends[index] : self._place_ends[index + 1]]
+        place: str = self.places[index].as_py()
+        return place
 
     def fingerprint(self) -> str:
         """Return 16 hex digits over ids, row boundaries and trained marks: all that training sees of the rows."""
@@ -102,12 +97,12 @@ class SupervisedRows:
         # The positions of the rows' ids: each row's start, plus the steps within the row.
         positions = np.repeat(self.offsets[indices] - offsets[:-1], lengths) + np.arange(offsets[-1])
         return SupervisedRows(
-            self.ids[positions],
-            self.trained[positions],
-            offsets,
-            self.truncated[indices],
-            [self.place(int(index)) for index in indices],
-            end_of_text_id=self.end_of_text_id,
+            ids=self.ids[positions],
+            trained=self.trained[positions],
+            offsets=offsets,
+            truncated=self.truncated[indices],
+            places=self.places.take(pa.array(indices)),
+            eos_token_id=self.eos_token_id,
             options=self.options,
         )
 
@@ -140,19 +135,13 @@ def encode_rows(
     A row above max_length is an error, is dropped and counted, or loses the beginning of its prompt, by
     `options.truncation`. An answer is never cut: with "truncate_prompt" a row whose answers do not fit is dropped.
 
-    Args:
-        rows: as `read_rows` yields them, or plain dicts, whose places are "row 0", "row 1", ...
-        tokenizer: a tiktoken encoding, or a tokenizer of transformers; chat rows need one with a chat template.
-        options: what is trained, and how long a row may be.
-        format_fn: writes a row's text instead of `options.format`; see `prompt_and_answer` for what it may return.
-        vocab_size: of the model; a row with an id outside of it is a bad row.
-        on_bad_row: "stop" raises an error, "skip" adds the row to `skipped`.
-        skipped: the one given to `read_rows`, so that the result holds the rows skipped by both.
+    `rows` come from `read_rows`, or are dicts, whose places are "row 0", "row 1", ... Chat rows need a tokenizer of
+    transformers with a chat template. `format_fn` writes a row's text instead of `options.format`, as
+    `prompt_and_answer` says. A row with an id of `vocab_size` or more is a bad row. With on_bad_row="skip" bad rows
+    are added to `skipped`: pass the one given to `read_rows`, and the result holds the rows skipped by both.
 
-    Raises:
-        UsageError: the tokenizer has no EOS, or a chat template that does not mark the answers.
-        DataError: the first bad row, with its place; or no row is left.
-
+    Raises UsageError if the tokenizer has no EOS, or a chat template that does not mark the answers; DataError for the
+    first bad row, with its place, or if no row is left.
     """
     skipped, dropped = SkippedRows() if skipped is None else skipped, SkippedRows()
     encoder = RowEncoder(tokenizer, options.format, format_fn, vocab_size)
@@ -179,12 +168,12 @@ def encode_rows(
     if not places:
         raise DataError(_nothing_left(skipped, dropped))
     return SupervisedRows(
-        np.frombuffer(ids, np.int32),
-        np.frombuffer(trained, np.bool_),
-        np.frombuffer(ends, np.int64),
-        np.frombuffer(truncated, np.bool_),
-        places,
-        end_of_text_id=encoder.end_of_text_id,
+        ids=np.frombuffer(ids, np.int32),
+        trained=np.frombuffer(trained, np.bool_),
+        offsets=np.frombuffer(ends, np.int64),
+        truncated=np.frombuffer(truncated, np.bool_),
+        places=pa.array(places, pa.large_string()),
+        eos_token_id=encoder.eos_token_id,
         options=options,
         skipped=skipped,
         dropped=dropped,

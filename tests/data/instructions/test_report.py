@@ -96,8 +96,8 @@ def test_an_end_of_text_masked_as_padding_is_caught(tokenizer: PreTrainedTokeniz
     report = inspect_batches([(batch["input_ids"], batch["labels"])], BYTES, END)
     assert (report.rows_end_untrained, report.rows_end_masked, report.ends_trained) == (2, 2, 0)
     assert report.tokens_trained == 4 + 6 - 2 + 2
-    assert "2 of 2 rows mask the end of text after an answer, as where padding is the end of text" in report.findings()
-    with pytest.raises(DataError, match="no end of text would be trained in 2 rows"):
+    assert "2 of 2 rows mask the EOS after an answer, as happens if padding is EOS" in report.findings()
+    with pytest.raises(DataError, match="no EOS would be trained in 2 rows"):
         report.check()
 
 
@@ -136,9 +136,9 @@ def test_answers_cut_off_are_caught() -> None:
     cut = ([*b"Q: A"], [False] * 2 + [True] * 2)
     report = report_of_examples([whole, cut, cut], BYTES, END)
     assert (report.rows_end_untrained, report.rows_cut_off, report.rows_end_masked) == (2, 2, 0)
-    assert report.findings() == ["2 of 3 rows stop inside an answer, without an end of text: cut off"]
+    assert report.findings() == ["2 of 3 rows stop inside an answer, without EOS: cut off"]
     report.check()  # some end of text is trained
-    with pytest.raises(DataError, match="no end of text"):
+    with pytest.raises(DataError, match="no EOS"):
         report_of_examples([cut], BYTES, END).check()
 
 
@@ -146,7 +146,7 @@ def test_an_answer_that_stops_being_trained_is_caught() -> None:
     half = ([*b"Q: ABC", END], [False, False, True, True, False, False, False])
     report = report_of_examples([half], BYTES, END)
     assert (report.rows_end_untrained, report.rows_cut_off, report.rows_end_masked) == (1, 0, 0)
-    assert report.findings() == ["1 of 1 rows have an answer that goes on, untrained, without an end of text"]
+    assert report.findings() == ["1 of 1 rows have an answer that goes on, untrained, without EOS"]
 
 
 def test_each_turn_of_a_row_needs_its_end() -> None:
@@ -257,7 +257,7 @@ def test_the_text_highlights_what_is_trained() -> None:
     assert "Q:⟦ A<|endoftext|>⟧" in report.text()
     assert "\x1b" not in report.text()
     assert "\x1b[2mQ:\x1b[0m\x1b[32m A<|endoftext|>\x1b[0m" in report.text(color=True)
-    assert "tokens    5, 3 trained (60.0%), 1 of them ends of text" in report.text()
+    assert "tokens    5, 3 trained (60.0%), 1 of them EOS" in report.text()
     assert "<=       8         1  ####" in report.text()
 
 
