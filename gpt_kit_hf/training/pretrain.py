@@ -106,7 +106,7 @@ class TextTask(Task):
         return generate_sample(
             self.model,
             prompt,
-            chosen.sample_tokens,
+            chosen.sample_max_new_tokens,
             lambda ids: self.encoding.decode([token for token in ids if token != self._eos]),
             temperature=0.8,
             top_k=50,

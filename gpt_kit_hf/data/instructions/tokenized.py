@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import hashlib
 import math
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
