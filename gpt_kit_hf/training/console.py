@@ -20,46 +20,40 @@ class Console:
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
         self.interactive = stream is not None and stream.isatty()
-        self._bar: tqdm[Any] | None = None
+        self._bar: tqdm[Any] = tqdm(disable=True)
 
     def log(self, line: str = "") -> None:
         """Write a line."""
-        if self._bar is not None:
-            self._bar.write(line, file=self._stream)
-        elif self._stream is not None:
-            encoding = self._stream.encoding or "utf-8"
-            try:
-                self._stream.write(line.encode(encoding, "replace").decode(encoding) + "\n")
-                self._stream.flush()
-            except BrokenPipeError:
-                self._stream = None  # the reader is gone: the run continues without it
+        if self._stream is None:
+            return
+        encoding = self._stream.encoding or "utf-8"
+        try:
+            tqdm.write(line.encode(encoding, "replace").decode(encoding), file=self._stream)
+            self._stream.flush()
+        except BrokenPipeError:
+            self._stream = None  # the reader is gone: the run continues without it
 
     def start(self, done: int, total: int) -> None:
         """Show the bar of a run that has done `done` of `total` steps."""
-        if self.interactive:
-            layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
-            self._bar = tqdm(
-                total=total, initial=done, file=self._stream, bar_format=layout, dynamic_ncols=True, leave=False
-            )
+        layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+        shown = {"total": total, "initial": done, "bar_format": layout, "dynamic_ncols": True, "leave": False}
+        self._bar = tqdm(**shown, file=self._stream, disable=not self.interactive)
 
     def step(self, done: int, total: int, loss: float, tokens_per_second: float, seconds_left: float) -> None:
         """Show loss and speed after a step: in the bar, or as a line if there is none."""
         speed = f"{short(tokens_per_second)} tokens/s"
-        if self._bar is not None:
+        if self.interactive:
             self._bar.set_postfix_str(f"loss {loss:.3f}, {speed}", refresh=False)
         else:
             self.log(f"step {done}/{total}  loss {loss:.3f}  {speed}  {duration(seconds_left)} left")
 
     def advance(self) -> None:
         """Move the bar by one step."""
-        if self._bar is not None:
-            self._bar.update()
+        self._bar.update()
 
     def close(self) -> None:
         """Remove the bar."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self._bar.close()
 
 
 class Pace:

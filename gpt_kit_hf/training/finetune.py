@@ -174,8 +174,7 @@ class InstructionTask(Task):
         if loaded:
             return str(self.model.config._commit_hash)
         record = self.context.folder / RECORD_FILE
-        commit: str | None = load_json(record).get("base_commit") if record.is_file() else None
-        return commit
+        return load_json(record).get("base_commit") if record.is_file() else None
 
     def _check_max_length(self) -> None:
         context, wanted = context_length(self.model), self.options.supervision.max_length

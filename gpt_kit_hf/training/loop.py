@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TextIO
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import DistributedType, ProjectConfiguration
 
 from gpt_kit_hf.errors import DataError, NonFiniteError, RunError, StoppedError, UsageError
 from gpt_kit_hf.evaluation.metrics import Evaluation
@@ -39,7 +39,7 @@ from gpt_kit_hf.training.runtime.signals import EXIT_STOPPED, StopSignals
 from gpt_kit_hf.training.saving import RunCheckpoints, checkpoint_to_resume
 from gpt_kit_hf.training.state.training_state import read_position
 from gpt_kit_hf.training.steps import BatchError, StepReport, Steps
-from gpt_kit_hf.training.task import RunContext, Task
+from gpt_kit_hf.training.task import RunContext, Task, decide_on_main
 from gpt_kit_hf.training.trainer import resolve_precision
 
 _STEPS_TO_ESTIMATE = 10  # after which the remaining time is estimated
@@ -67,25 +67,14 @@ def run_training(
 def _begin_or_resume(
     options: OptionsOfRun, build_task: Callable[[RunContext], Task], stream: TextIO | None
 ) -> RunResult:
-    chosen = options.training
-    folder = Path(chosen.output_dir)
-    accelerator = Accelerator(
-        cpu=chosen.use_cpu,
-        mixed_precision="no",  # AMPTrainer does it
-        log_with=trackers(chosen.report_to) or None,
-        project_config=ProjectConfiguration(chosen.output_dir, logging_dir=str(folder / "tensorboard")),
-    )
-    check_launch(accelerator)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise UsageError("DeepSpeed is not supported: use examples/accelerate/fsdp2.yaml or ddp.yaml")
-    if accelerator.device.type == "cpu":
-        reuse_freed_memory()
+    chosen, folder = options.training, Path(options.training.output_dir)
+    accelerator = _accelerator(options)
     console = Console(stream if accelerator.is_main_process else None)
     with ExitStack() as stack:
         stack.callback(end_processes, accelerator)
         stack.callback(console.close)
         stop = stack.enter_context(StopSignals(launcher_pid()))
-        resumes = _check_folder(accelerator, folder, options)
+        resumes = decide_on_main(accelerator, lambda: _resumes(folder, chosen.resume, chosen.overwrite))
         changes: dict[str, Any] = {}
         if resumes:
             if accelerator.is_main_process:
@@ -99,12 +88,7 @@ def _begin_or_resume(
         checkpoint = checkpoint_to_resume(folder, accelerator, console.log) if resumes else None
         _check_options(options, accelerator, folder, checkpoint)
         context = RunContext(
-            options=chosen,
-            accelerator=accelerator,
-            console=console,
-            folder=folder,
-            checkpoint=checkpoint,
-            stop=stop,
+            options=chosen, accelerator=accelerator, console=console, folder=folder, checkpoint=checkpoint, stop=stop
         )
         task = build_task(context)
         if checkpoint is not None:
@@ -121,20 +105,25 @@ def _begin_or_resume(
         return loop.run()
 
 
-def _check_folder(accelerator: Accelerator, folder: Path, options: OptionsOfRun) -> bool:
-    """Return whether to resume a run in the folder; if neither begin nor resume is possible, end all processes."""
+def _accelerator(options: OptionsOfRun) -> Accelerator:
     chosen = options.training
-    found: list[Any] = [None, False]
-    if accelerator.is_main_process:
-        try:
-            check_run_folder(folder, resume=chosen.resume, overwrite=chosen.overwrite)
-            found = [None, chosen.resume and holds_run(folder)]
-        except UsageError as error:
-            found = [error, False]
-    refusal, resumes = broadcast_object_list(found)
-    if refusal is not None:
-        raise refusal if accelerator.is_main_process else SystemExit(2)  # one process reports it
-    return bool(resumes)
+    accelerator = Accelerator(
+        cpu=chosen.use_cpu,
+        mixed_precision="no",  # AMPTrainer does it
+        log_with=trackers(chosen.report_to) or None,
+        project_config=ProjectConfiguration(chosen.output_dir, logging_dir=f"{chosen.output_dir}/tensorboard"),
+    )
+    check_launch(accelerator)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise UsageError("DeepSpeed is not supported: use examples/accelerate/fsdp2.yaml or ddp.yaml")
+    if accelerator.device.type == "cpu":
+        reuse_freed_memory()
+    return accelerator
+
+
+def _resumes(folder: Path, resume: bool, overwrite: bool) -> bool:
+    check_run_folder(folder, resume=resume, overwrite=overwrite)
+    return resume and holds_run(folder)
 
 
 def _check_options(options: OptionsOfRun, accelerator: Accelerator, folder: Path, checkpoint: Path | None) -> None:
@@ -184,7 +173,7 @@ class _Loop:
                 self.checkpoints.save(must=True)
                 return self._finish()
         finally:
-            self.checkpoints.wait()
+            self.checkpoints.writer.wait()
 
     def _prepare(self) -> None:
         steps = self.steps
@@ -301,7 +290,7 @@ class _Loop:
         score = self._evaluate(None)
         sample = self._sample()
         if self.accelerator.is_main_process:
-            checkpoint = self.checkpoints.last
+            checkpoint = self.checkpoints.writer.last
             assert checkpoint is not None
             self.task.publish(self.folder, checkpoint)
             baselines = self.task.baselines()

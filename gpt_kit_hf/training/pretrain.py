@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 import tiktoken
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 
@@ -40,7 +40,7 @@ from gpt_kit_hf.tokenization.export import load_encoding
 from gpt_kit_hf.training.loop import run_training
 from gpt_kit_hf.training.run_log import RunResult
 from gpt_kit_hf.training.state.sharded_state import unsharded_model
-from gpt_kit_hf.training.task import RunContext, Task, generate_sample
+from gpt_kit_hf.training.task import RunContext, Task, decide_on_main, generate_sample
 
 
 def train(options: RunOptions, *, stream: TextIO | None = sys.stdout) -> RunResult:
@@ -66,7 +66,7 @@ class TextTask(Task):
     def __init__(self, options: RunOptions, context: RunContext) -> None:
         self.options, self.context = options, context
         self._check_max_length()
-        self.encoding = self._choose_encoding()
+        self.encoding = decide_on_main(context.accelerator, self._choose_encoding)
         self._eos = self.encoding.encode_single_token(encodings.END_OF_TEXT)
         # One process of a machine tokenises; the others read what it stored.
         with context.accelerator.local_main_process_first():
@@ -122,10 +122,7 @@ class TextTask(Task):
 
     def facts(self) -> dict[str, Any]:
         """Return the entries of run.json about the text."""
-        return {
-            "eval_tokens": len(self.eval_text),
-            "tokenizer_fingerprint": encodings.fingerprint(self.encoding),
-        }
+        return {"eval_tokens": len(self.eval_text), "tokenizer_fingerprint": encodings.fingerprint(self.encoding)}
 
     def baselines(self) -> dict[str, float]:
         """Return what gzip reaches on the evaluation text."""
@@ -154,15 +151,9 @@ class TextTask(Task):
             )
 
     def _choose_encoding(self) -> tiktoken.Encoding:
-        """Load or train the encoding on the main process; the others receive it."""
-        chosen: list[Any] = [None]
-        if self.context.accelerator.is_main_process:
-            if self.context.checkpoint is not None:
-                chosen = [load_encoding(self.context.checkpoint)]
-            else:
-                chosen = [choose_encoding(self.options.text, self.options.encoding)]
-        encoding: tiktoken.Encoding = broadcast_object_list(chosen)[0]
-        return encoding
+        if self.context.checkpoint is not None:
+            return load_encoding(self.context.checkpoint)
+        return choose_encoding(self.options.text, self.options.encoding)
 
     def _check_eval_text(self) -> None:
         tokens, window = len(self.eval_text), self.options.windows.max_length + 1

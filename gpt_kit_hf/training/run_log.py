@@ -6,7 +6,7 @@ import json
 import math
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -69,13 +69,10 @@ class RunRecord:
             self._facts["sessions"] = [*sessions, session]
             save_json(self._options, options)
             save_json(self._record, self._facts)
+            # The last evaluation follows the last checkpoint, and will be written again.
+            again = (done, "eval") if done == total else None
             if self._metrics.exists():
-                # The last evaluation follows the last checkpoint, and is about to be written again.
-                again = done if done == total else None
-                cut_jsonl(
-                    self._metrics,
-                    lambda line: line["step"] <= done and not (line["step"] == again and line["kind"] == "eval"),
-                )
+                cut_jsonl(self._metrics, lambda line: line["step"] <= done and (line["step"], line["kind"]) != again)
         # Trackers take numbers, text and truth values.
         plain = {k: v if isinstance(v, (bool, int, float, str)) else json.dumps(v) for k, v in options.items()}
         self._accelerator.init_trackers(self._name, config=plain)
@@ -94,22 +91,9 @@ class RunRecord:
 
     def update(self, step: int, report: StepReport) -> None:
         """Write the line of a step."""
-        update = report.update
-        line = {
-            "kind": "train",
-            "step": step,
-            "loss": update.loss,
-            "grad_norm": update.grad_norm,
-            "learning_rate": report.learning_rate,
-            "trained_tokens": update.trained_tokens,
-            "batch": report.batch,
-            "chain": report.chain,
-        }
-        if update.loss_scale is not None:
-            line["loss_scale"] = update.loss_scale
-        if update.skipped is not None:
-            line["skipped"] = update.skipped
-        self._write(line)
+        update = {name: value for name, value in asdict(report.update).items() if value is not None}
+        line = {"kind": "train", "step": step, **update, "learning_rate": report.learning_rate}
+        self._write({**line, "batch": report.batch, "chain": report.chain})
 
     def evaluation(self, step: int, score: Evaluation) -> None:
         """Write the line of an evaluation, also to the trackers."""

@@ -61,12 +61,12 @@ class Steps:
         self.task, self._context = task, context
         self._options, self._chosen, self._accelerator = options, options.training, context.accelerator
         self._alone = self._accelerator.num_processes == 1
-        share = -(-self._chosen.batch_size // self._accelerator.num_processes)
+        batch_size, processes = self._chosen.batch_size, self._accelerator.num_processes
         self.plan = BatchPlan(
             order=task.order,
-            batch_size=self._chosen.batch_size,
-            micro_batch_size=self._chosen.per_device_train_batch_size or share,
-            num_processes=self._accelerator.num_processes,
+            batch_size=batch_size,
+            micro_batch_size=self._chosen.per_device_train_batch_size or -(-batch_size // processes),
+            num_processes=processes,
             process_index=self._accelerator.process_index,
         )
         epochs = self._chosen.num_train_epochs or 1.0
@@ -148,21 +148,17 @@ class Steps:
 
     def loader_ended(self) -> bool:
         """Return whether a DataLoader process has ended since the step began, or ends within a second."""
-        ended = [process.sentinel for process in self._loaders]
-        return bool(multiprocessing.connection.wait(ended, timeout=1.0))
+        return bool(multiprocessing.connection.wait([loader.sentinel for loader in self._loaders], timeout=1.0))
 
     # --- the parts of a step
 
     def _check_ids(self, micro_batches: Sequence[Batch]) -> None:
         """Raise BatchError for ids outside the vocabulary, which on a GPU end in a device-side assert."""
-        vocab_size = self.task.model.config.get_text_config().vocab_size
+        size = self.task.model.config.get_text_config().vocab_size
         for batch in micro_batches:
-            low, high = batch.input_ids.min().item(), batch.input_ids.max().item()
-            if low < 0 or high >= vocab_size:
-                raise BatchError(
-                    f"input_ids must lie between 0 and {vocab_size - 1} (vocab_size={vocab_size}), "
-                    f"got {low if low < 0 else high}"
-                )
+            outside = batch.input_ids[(batch.input_ids < 0) | (batch.input_ids >= size)]
+            if len(outside):
+                raise BatchError(f"input_ids must lie between 0 and {size - 1} (vocab_size={size}), got {outside[0]}")
 
     def _update(self, micro_batches: Sequence[Batch], began: float) -> UpdateReport:
         """Update the weights; after running out of memory again, with micro-batches half as large."""

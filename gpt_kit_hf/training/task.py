@@ -8,15 +8,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
 from gpt_kit_hf.data.order import BatchPlan, Order, PlannedBatches
+from gpt_kit_hf.errors import GPTKitError
 from gpt_kit_hf.evaluation.metrics import Evaluation
 from gpt_kit_hf.generation.generate import context_length, generate_text_autoregressive
 from gpt_kit_hf.model.losses import Batch
@@ -25,6 +27,8 @@ from gpt_kit_hf.storage.run_folder import publish_in_run
 from gpt_kit_hf.text import printable
 from gpt_kit_hf.training.console import Console
 from gpt_kit_hf.training.runtime.signals import StopSignals
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +41,20 @@ class RunContext:
     folder: Path
     checkpoint: Path | None
     stop: StopSignals
+
+
+def decide_on_main(accelerator: Accelerator, decide: Callable[[], T]) -> T:
+    """Return in every process what `decide()` returns on the main one; if it raises there, the others exit."""
+    answer: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = decide()
+        except GPTKitError as error:
+            answer[1] = error
+    value, failure = broadcast_object_list(answer)
+    if failure is not None:
+        raise failure if accelerator.is_main_process else SystemExit(1)  # one process reports it
+    return value  # type: ignore[no-any-return]
 
 
 class Task(ABC):
