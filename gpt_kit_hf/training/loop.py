@@ -173,7 +173,7 @@ class _Loop:
                 self.checkpoints.save(must=True)
                 return self._finish()
         finally:
-            self.checkpoints.wait()
+            self.checkpoints.writer.wait()
 
     def _prepare(self) -> None:
         steps = self.steps
@@ -290,7 +290,7 @@ class _Loop:
         score = self._evaluate(None)
         sample = self._sample()
         if self.accelerator.is_main_process:
-            checkpoint = self.checkpoints.last
+            checkpoint = self.checkpoints.writer.last
             assert checkpoint is not None
             self.task.publish(self.folder, checkpoint)
             baselines = self.task.baselines()

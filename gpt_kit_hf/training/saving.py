@@ -42,24 +42,15 @@ class RunCheckpoints:
     def __init__(self, context: RunContext, task: Task, steps: Steps, record: RunRecord) -> None:
         self._folder, self._chosen, self._accelerator = context.folder, context.options, context.accelerator
         self._task, self._steps, self._record, self._log = task, steps, record, context.console.log
-        self._writer = CheckpointWriter(
+        self.writer = CheckpointWriter(
             context.folder, keep_last=context.options.keep_last, report=self._log, last=context.checkpoint
         )
         self.scores: dict[int, float] = {}
 
-    @property
-    def last(self) -> Path | None:
-        """The newest complete checkpoint; waits for one that is being written."""
-        return self._writer.last
-
     def describe_last(self) -> str:
         """Return which checkpoint is the newest, for the message of a run that fails."""
-        last = self.last
+        last = self.writer.last
         return f"the last good checkpoint is {last.name}" if last else "there is no checkpoint yet"
-
-    def wait(self) -> None:
-        """Wait for a checkpoint that is being written."""
-        self._writer.wait()
 
     def save(self, *, must: bool) -> None:
         """Write the checkpoint of this step; every process calls.
@@ -87,7 +78,7 @@ class RunCheckpoints:
         return [step for _, step in ranked[: self._chosen.keep_best]]
 
     def _save_whole(self, position: Mapping[str, Any], *, in_background: bool) -> None:
-        self._writer.wait()  # else there could be two copies of the state in memory
+        self.writer.wait()  # else there could be two copies of the state in memory
         state = training_state(self._task.model, self._steps.trainer, position, copied=in_background)
 
         def write(folder: Path) -> None:
@@ -131,6 +122,6 @@ class RunCheckpoints:
 
     def _write(self, write: Callable[[Path], None], *, required_bytes: int, in_background: bool) -> None:
         self._record.flush()
-        self._writer.save(
+        self.writer.save(
             self._steps.step, write, required_bytes=required_bytes, keep=self.best_steps(), in_background=in_background
         )

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gpt_kit_hf.errors import CheckpointError, UsageError
-from gpt_kit_hf.storage.atomic_files import feed_file, load_json, read_jsonl
+from gpt_kit_hf.storage.atomic_files import load_json, read_jsonl
 from gpt_kit_hf.storage.checkpoints import MANIFEST, list_checkpoints, verify_checkpoint
+from gpt_kit_hf.storage.digests import digest_of
 from gpt_kit_hf.storage.run_folder import LOCK_FILE, METRICS_FILE, OPTIONS_FILE, RECORD_FILE, holds_run
 from gpt_kit_hf.training.state.batch_digests import chained
 from gpt_kit_hf.training.state.training_state import read_position
@@ -102,15 +102,9 @@ def _check_published(run: Path, record: Mapping[str, Any], found: Verification) 
     try:
         files = load_json(source / MANIFEST)["files"]
         for name in copied:
-            if _sha256(run / name) != files[name]["sha256"]:
+            if digest_of(run / name).sha256 != files[name]["sha256"]:
                 found.problems.append(f"{name} is not that of {source.name}")
     except (CheckpointError, KeyError, TypeError) as error:
         found.problems.append(f"the model in the root folder cannot be compared with {source.name}: {error}")
         return
     found.lines.append(f"finished after step {step}; the root folder holds the model of {source.name}")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    feed_file(digest, path)
-    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Model cards: what they say is what the run recorded, and nothing else; what a person writes into one stays."""
+"""Model cards: they show what the run recorded and nothing else, and keep hand-written text."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def tables(markdown: str) -> list[list[list[str]]]:
 
 
 def table(card: str, name: str) -> dict[str, str]:
-    """Return the table of a part with two columns, without its header."""
+    """Return the two-column table of a block without its header."""
     (rows,) = tables(part(card, name))
     return {row[0]: row[1] for row in rows[1:]}
 
@@ -165,7 +165,7 @@ def check_hub_metadata(metadata: dict[str, Any]) -> None:
 # --- what a card says
 
 
-def test_the_tables_say_what_the_run_recorded(runs: Path) -> None:
+def test_the_tables_show_what_the_run_recorded(runs: Path) -> None:
     card = render_card(card_facts(runs / "first"))
     record = json.loads((runs / "first" / "run.json").read_text())
     config = json.loads((runs / "first" / "config.json").read_text())
@@ -196,7 +196,7 @@ def test_the_tables_say_what_the_run_recorded(runs: Path) -> None:
     assert "no padding token" in card
 
 
-def test_the_scores_stand_in_table_and_metadata(runs: Path, copied: Callable[..., Path]) -> None:
+def test_scores_are_in_the_table_and_in_the_metadata(runs: Path, copied: Callable[..., Path]) -> None:
     run = copied("first")
     more = {"name": "web/other.txt", "kind": "text", "loss": 2.0, "bits_per_byte": 2.5, "tokens": 1000,
             "text_bytes": 1200, "max_length": 32, "stride": 16, "data_fingerprint": "ab" * 8}  # fmt: skip
@@ -220,9 +220,7 @@ def test_the_scores_stand_in_table_and_metadata(runs: Path, copied: Callable[...
         assert values["other-txt", "loss"] == 2.0
 
 
-def test_invariance_supervision_and_the_curve_stand_where_they_were_recorded(
-    runs: Path, copied: Callable[..., Path]
-) -> None:
+def test_invariance_supervision_and_curve_are_shown_where_recorded(runs: Path, copied: Callable[..., Path]) -> None:
     file = copied("first") / "invariance.json"
     matrix = json.loads(file.read_text())
     matrix["cells"][3] |= {"holds": False, "difference": 0.5}
@@ -248,7 +246,7 @@ def test_invariance_supervision_and_the_curve_stand_where_they_were_recorded(
     assert "tuned on the instruction rows of `rows.json`" in tuned
 
 
-def test_a_card_says_less_where_less_is_known(runs: Path, copied: Callable[..., Path], tmp_path: Path) -> None:
+def test_sections_without_facts_are_left_out(runs: Path, copied: Callable[..., Path], tmp_path: Path) -> None:
     run = copied("first")
     (run / "loss.png").unlink()
     record = json.loads((run / "run.json").read_text())
@@ -275,7 +273,7 @@ def test_a_card_says_less_where_less_is_known(runs: Path, copied: Callable[..., 
 
 
 @pytest.mark.parametrize("name", ["first", "tuned"])
-def test_metadata_are_what_the_hub_takes(runs: Path, name: str, tmp_path: Path) -> None:
+def test_metadata_are_valid_on_the_hub(runs: Path, name: str, tmp_path: Path) -> None:
     card = render_card(card_facts(runs / name), repo="somebody/small")
     (tmp_path / CARD_FILE).write_text(card)
     metadata = metadata_load(tmp_path / CARD_FILE)
@@ -327,7 +325,7 @@ def test_names_of_the_hub_are_links_and_metadata(copied: Callable[..., Path]) ->
         assert "huggingface.co" not in card
 
 
-def test_the_lines_that_load_it_load_it(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shown_code_loads_the_model(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(runs)
     for name in ("first", "tuned"):
         blocks = re.findall(r"```python\n(.*?)```", render_card(card_facts(runs / name)), re.DOTALL)
@@ -427,7 +425,7 @@ def test_no_path_of_this_machine_is_in_facts_or_card(runs: Path) -> None:
     assert as_id("/absolute") is as_id("a/b/c") is as_id("../x") is as_id("") is None
 
 
-def test_text_of_a_person_is_shown_and_does_nothing(copied: Callable[..., Path]) -> None:
+def test_hostile_text_is_shown_and_not_interpreted(copied: Callable[..., Path]) -> None:
     names = [found for found, _, _ in MARKS.findall(render_card(card_facts(copied("first"))))]
     for name in HOSTILE:
         text = ["x" + name, "plain.txt"]
@@ -454,7 +452,7 @@ def test_text_of_a_person_is_shown_and_does_nothing(copied: Callable[..., Path])
         assert ["".join(child.content for child in title.children or []) for title in titles] == [shareable(name)]
 
 
-def test_words_of_a_command_are_what_they_were_to_a_shell() -> None:
+def test_a_shell_reads_the_command_as_the_same_arguments() -> None:
     words = [
         *HOSTILE[:-3],
         "",
@@ -486,7 +484,7 @@ def insert_places(card: str) -> list[int]:
 
 
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
-def test_what_is_written_outside_the_marks_survives(runs: Path, line_end: str) -> None:
+def test_text_outside_the_marks_survives(runs: Path, line_end: str) -> None:
     chance = random.Random(7)
     facts, other = card_facts(runs / "first"), card_facts(runs / "tuned")
     written = [
@@ -584,7 +582,7 @@ def test_edits_inside_the_marks_are_found_and_kept(copied: Callable[..., Path]) 
         write_card(run)
 
 
-def test_metadata_of_a_person_survive(runs: Path) -> None:
+def test_hand_written_metadata_survive(runs: Path) -> None:
     facts, other = card_facts(runs / "first"), card_facts(runs / "tuned")
     card = render_card(facts)
     result = {"task": {"type": "text-generation"}, "dataset": {"type": "x", "name": "Theirs"},
@@ -625,7 +623,7 @@ def test_metadata_of_a_person_survive(runs: Path) -> None:
     "block",
     ["{license: mit, tags: [a]}", "tags: &t [a]\nothers: *t", "? tags\n: - a\n", "tags: a", "license: mit\n\n\n", ""],
 )
-def test_metadata_in_any_yaml_are_renewed(runs: Path, block: str) -> None:
+def test_metadata_in_any_yaml_style_are_renewed(runs: Path, block: str) -> None:
     facts = card_facts(runs / "tuned")
     renewed = render_card(facts, existing=f"---\n{block}\n---\nText.\n")
     found, before = yaml.safe_load(renewed.split("---\n")[1]), yaml.safe_load(block) or {}
@@ -641,7 +639,7 @@ def test_metadata_that_cannot_be_read_are_an_error(runs: Path, block: str) -> No
         render_card(card_facts(runs / "first"), existing=f"---\n{block}\n---\nText.\n")
 
 
-def test_what_is_a_persons_is_told_from_what_is_generated(runs: Path) -> None:
+def test_hand_written_text_is_told_from_generated_text(runs: Path) -> None:
     first, tuned = (
         render_card(card_facts(runs / "first") | {"name": "one"} | more) for more in ({}, {"parameters": 3})
     )
@@ -680,7 +678,7 @@ def test_cards_are_rendered_from_a_run(
 
 
 @pytest.mark.parametrize("folder", CARDS, ids=lambda folder: folder.name)
-def test_the_cards_here_are_what_their_facts_give(folder: Path) -> None:
+def test_model_cards_are_rendered_from_their_facts(folder: Path) -> None:
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     card = (folder / CARD_FILE).read_bytes().decode()
     assert render_card(facts) == card, "the template or the facts have changed: python model_cards/render.py"

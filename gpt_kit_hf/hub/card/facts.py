@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Container, Iterable, Mapping
+from functools import partial
 from math import exp
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from gpt_kit_hf.errors import CheckpointError, UsageError
 from gpt_kit_hf.hub.card.options import as_id, command_of, shareable, shared_options
+from gpt_kit_hf.hub.secret_scan import hide_secrets
 from gpt_kit_hf.hub.untrusted_files import count_elements, read_header
 from gpt_kit_hf.model.configuration_gpt_kit import GPTKitConfig
 from gpt_kit_hf.storage.atomic_files import load_json, parse_object, read_jsonl
@@ -41,7 +43,7 @@ _ARCHITECTURE = (
 )
 _COUNTS = (
     *("rows_read", "rows_used", "rows_truncated", "tokens", "tokens_trained", "ends_trained", "rows_without_label"),
-    *("rows_end_untrained", "rows_prompt_trained", "batch_size", "padding", "padding_packed", "max_length"),
+    *("rows_end_untrained", "rows_prompt_trained"),
 )
 # The texts that a field of a configuration may have; its other values are numbers and truth values.
 _TEXTS: dict[str, Container[object]] = {
@@ -203,7 +205,6 @@ def _own_evaluation(record: Mapping[str, Any], shared: Mapping[str, Any], tuned:
         return []
     named = {
         "name": "held-out answers" if tuned else "held-out text",
-        "kind": "rows" if tuned else "text",
         "max_length": shared.get("supervision.max_length" if tuned else "windows.max_length"),
         "data_fingerprint": record.get("data_fingerprint"),
     }
@@ -235,7 +236,6 @@ def _evaluation(found: Mapping[str, Any]) -> list[dict[str, Any]]:
         return []
     scored = {
         "name": shareable(name) if isinstance(name, str) and name else "evaluation",
-        "kind": _one_of(("text", "rows"), found.get("kind")),
         "loss": loss,
         "perplexity": exp(loss) if loss < 700 else None,
         "bits_per_byte": _number(found.get("bits_per_byte")),
@@ -303,22 +303,11 @@ def _device(value: object) -> str | None:
     return _one_of(("cpu", "cuda", "mps", "xpu"), str(value).split(":")[0])
 
 
-def _attention(value: object) -> str | None:
-    # `as_id` refuses what looks like a secret.
-    return _matching(r"[a-z][a-z0-9_]{0,23}", as_id(value))
-
-
-def _digest(value: object) -> str | None:
-    return _matching(r"[0-9a-f]{8,64}(?:-[0-9a-f]{8,64})*", value)
-
-
-def _version(value: object) -> str | None:
-    return _matching(r"[0-9][0-9a-z.+-]{0,40}", value)
-
-
-def _commit(value: object) -> str | None:
-    return _matching(r"[0-9a-f]{40}", value)
-
-
 def _matching(pattern: str, value: object) -> str | None:
-    return value if isinstance(value, str) and re.fullmatch(pattern, value) else None
+    return value if isinstance(value, str) and re.fullmatch(pattern, value) and hide_secrets(value) == value else None
+
+
+_attention = partial(_matching, r"[a-z][a-z0-9_]{0,23}")
+_digest = partial(_matching, r"[0-9a-f]{8,64}(?:-[0-9a-f]{8,64})*")
+_version = partial(_matching, r"[0-9][0-9a-z.+-]{0,40}")
+_commit = partial(_matching, r"[0-9a-f]{40}")
