@@ -9,13 +9,16 @@ from tiny_model import byte_tokenizer, write_tiny_model
 from transformers import PreTrainedTokenizerBase
 
 from gpt_kit_hf.data.instructions.inspect import inspect_rows
-from gpt_kit_hf.data.instructions.reader import PlacedRow, RowOptions
+from gpt_kit_hf.data.instructions.reader import PlacedRow
 from gpt_kit_hf.data.instructions.templates import with_template
-from gpt_kit_hf.data.instructions.tokenized import SupervisionOptions, encode_rows
+from gpt_kit_hf.data.instructions.tokenized import encode_rows
 from gpt_kit_hf.errors import DataError, UsageError
+from gpt_kit_hf.options.data import RowOptions, SupervisionOptions
+from gpt_kit_hf.options.finetuning import BaseOptions
+from gpt_kit_hf.options.run import FinetuneOptions
+from gpt_kit_hf.options.training import TrainingOptions
 from gpt_kit_hf.tokenization.chat_templates import ALPACA_TEMPLATE, DEFAULT_TEMPLATE
-from gpt_kit_hf.training.finetune import BaseOptions, FinetuneOptions, finetune
-from gpt_kit_hf.training.run_options import TrainingOptions
+from gpt_kit_hf.training.finetune import finetune
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
 ALPACA = {"instruction": "Say x.", "input": "", "output": "x"}
