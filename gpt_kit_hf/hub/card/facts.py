@@ -72,7 +72,7 @@ def card_facts(run: Path) -> dict[str, Any]:
     config = _read_object(folder / "config.json")
     if not options and not config:
         raise UsageError(f"{str(run)!r} holds neither a run nor a model: no {OPTIONS_FILE} and no config.json")
-    tuned, name = "base.model" in options, shareable(run.resolve().name)
+    tuned, name = "base.model_name_or_path" in options, shareable(run.resolve().name)
     shared = shared_options(options, run)
     facts = {
         "name": name,
@@ -148,8 +148,8 @@ def _base(record: Mapping[str, Any], options: Mapping[str, Any], shared: Mapping
     """Return the model that was tuned: its name, whether it is on the Hub, and its commit there."""
     commit = _commit(record.get("base_commit") or record.get("base_digest"))
     if commit:
-        return {"name": as_id(options["base.model"]), "hub": True, "commit": commit}
-    place = shared.get("base.model", {})
+        return {"name": as_id(options["base.model_name_or_path"]), "hub": True, "commit": commit}
+    place = shared.get("base.model_name_or_path", {})
     is_folder = "base_commit" in record or record.get("base_digest") is not None
     return {"name": place.get("hub") or place.get("name"), "hub": "hub" in place and not is_folder, "commit": None}
 

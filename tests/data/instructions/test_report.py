@@ -15,11 +15,12 @@ from transformers import AutoTokenizer, DataCollatorForLanguageModeling, PreTrai
 
 from gpt_kit_hf.data.instructions.batches import PackedRows, PaddedRows
 from gpt_kit_hf.data.instructions.formats import format_alpaca
-from gpt_kit_hf.data.instructions.reader import RowOptions, SkippedRows, read_rows
+from gpt_kit_hf.data.instructions.reader import SkippedRows, read_rows
 from gpt_kit_hf.data.instructions.report import inspect_batches, report_of, report_of_examples
-from gpt_kit_hf.data.instructions.tokenized import SupervisedRows, SupervisionOptions, encode_rows
+from gpt_kit_hf.data.instructions.tokenized import SupervisedRows, encode_rows
 from gpt_kit_hf.errors import DataError
 from gpt_kit_hf.model.losses import Batch
+from gpt_kit_hf.options.data import RowOptions, SupervisionOptions
 from gpt_kit_hf.tokenization.encodings import get_encoding, save_tokenizer
 
 END = 256

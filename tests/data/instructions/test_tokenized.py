@@ -20,10 +20,11 @@ from gpt_kit_hf import GPTModel, create_model_config
 from gpt_kit_hf.data.instructions.batches import PackedRows, PaddedRows
 from gpt_kit_hf.data.instructions.dataset import InstructionDataset
 from gpt_kit_hf.data.instructions.formats import format_alpaca
-from gpt_kit_hf.data.instructions.reader import PlacedRow, RowOptions, SkippedRows, read_rows
-from gpt_kit_hf.data.instructions.tokenized import SupervisedRows, SupervisionOptions, best_fit_decreasing, encode_rows
+from gpt_kit_hf.data.instructions.reader import PlacedRow, SkippedRows, read_rows
+from gpt_kit_hf.data.instructions.tokenized import SupervisedRows, best_fit_decreasing, encode_rows
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.model.losses import Batch, summed_batch_loss
+from gpt_kit_hf.options.data import RowOptions, SupervisionOptions
 from gpt_kit_hf.tokenization.encodings import get_encoding
 
 END = 256
