@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gpt_kit_hf.errors import UsageError, unknown_name
-from gpt_kit_hf.generation.fast_decoder import DecodingWeights
+from gpt_kit_hf.generation.fast_decoder import DecodingDtype
 from gpt_kit_hf.generation.generate import context_length, stream_text
 
 Message: TypeAlias = dict[str, str]
@@ -40,7 +40,7 @@ class ChatOptions:
     max_new_tokens: int = 200
     temperature: float = 0.8
     top_k: int | None = 50
-    weights: DecodingWeights = "same"
+    weights: DecodingDtype = "same"
 
     def __post_init__(self) -> None:
         """Refuse an answer without tokens."""
