@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -11,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gpt_kit_hf.data.text.windows import IGNORED, TokenStream, check_stride
+from gpt_kit_hf.data.text.windows import IGNORED, TokenStream
 from gpt_kit_hf.errors import DataError, UsageError, unknown_name
 from gpt_kit_hf.model.losses import Batch
+from gpt_kit_hf.options.data import check_stride
+from gpt_kit_hf.options.evaluation import PaddingSide
 
-PaddingSide: TypeAlias = Literal["right", "left"]
 _CHUNK = 1 << 20  # ids read at a time
 
 

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from gpt_kit_hf.errors import UsageError, unknown_name
 from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM, TransformerBlock
+from gpt_kit_hf.options.generation import DecodingDtype
 
-DecodingDtype = Literal["auto", "float16", "int8"]
 Linear: TypeAlias = Callable[[Tensor], Tensor]
 # (weight, bias) -> the linear layer, with its weight in some memory layout.
 _Layout: TypeAlias = Callable[[Tensor, "Tensor | None"], Linear]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal, TypeAlias, get_args
+from typing import TypeAlias, get_args
 
 import tiktoken
 import torch
@@ -14,11 +14,11 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Pre
 from transformers.generation.streamers import BaseStreamer
 
 from gpt_kit_hf.errors import UsageError, unknown_name
-from gpt_kit_hf.generation.fast_decoder import Decoder, DecodingDtype, pays, why_not
+from gpt_kit_hf.generation.fast_decoder import Decoder, pays, why_not
 from gpt_kit_hf.model.losses import evaluation_mode
+from gpt_kit_hf.options.generation import DecodingDtype, Overflow
 
 AnyTokenizer: TypeAlias = tiktoken.Encoding | PreTrainedTokenizerBase
-Overflow = Literal["error", "slide"]
 
 # Prompt tokens that are decoded together with the first new token: some tokenizers decode a token differently at the
 # start of a text (SentencePiece drops its space).

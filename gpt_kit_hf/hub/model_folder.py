@@ -16,11 +16,11 @@ from gpt_kit_hf.hub.client import fetch_model
 from gpt_kit_hf.hub.safety import check_model_folder
 from gpt_kit_hf.hub.template_sandbox import check_templates
 from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
+from gpt_kit_hf.options.finetuning import AdapterOptions
 from gpt_kit_hf.storage.atomic_files import feed_file
 from gpt_kit_hf.storage.checkpoints import latest_checkpoint
 from gpt_kit_hf.tokenization.encodings import END_OF_TEXT, check_fingerprint
 from gpt_kit_hf.tokenization.export import load_encoding, save_tokenizer
-from gpt_kit_hf.training.lora import AdapterOptions
 
 
 def find_model_folder(place: str) -> str:
@@ -108,7 +108,7 @@ def find_base(model: str, adapter: AdapterOptions) -> str:
     place = find_model_folder(model)
     if not Path(model).exists():
         return model  # its id stays the same on other machines, unlike its place in the cache
-    if adapter.lora_rank and Path(place).parent.name == "checkpoints":
+    if adapter.lora_r and Path(place).parent.name == "checkpoints":
         raise UsageError(
             f"model {model!r} is at a checkpoint of a run, which may be removed, and an adapter is nothing without "
             "its base: let the run end, or copy the checkpoint to a folder of its own"

@@ -8,7 +8,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,81 +17,28 @@ from torch.utils.data import DataLoader, Subset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gpt_kit_hf.data.instructions.dataset import FormatFn
-from gpt_kit_hf.data.instructions.reader import PlacedRow, RowOptions, SkippedRows, read_rows
+from gpt_kit_hf.data.instructions.reader import PlacedRow, SkippedRows, read_rows
 from gpt_kit_hf.data.instructions.report import SupervisionReport, report_of
-from gpt_kit_hf.data.instructions.templates import KEEP, with_template
-from gpt_kit_hf.data.instructions.tokenized import (
-    PackedRows,
-    PaddedRows,
-    SupervisedRows,
-    SupervisionOptions,
-    encode_rows,
-)
+from gpt_kit_hf.data.instructions.templates import with_template
+from gpt_kit_hf.data.instructions.tokenized import PackedRows, PaddedRows, SupervisedRows, encode_rows
 from gpt_kit_hf.data.order import BatchPlan, Order, ShuffledOrder
-from gpt_kit_hf.data.text.sources import find_files
-from gpt_kit_hf.errors import UsageError, unknown_name
+from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.evaluation.metrics import Evaluation, evaluate_batches, tokenizer_byte_lengths
 from gpt_kit_hf.generation.generate import context_length, generate_text_autoregressive
 from gpt_kit_hf.hub.model_folder import find_base, find_model_folder, load_part, weights_digest
 from gpt_kit_hf.model.losses import Batch
+from gpt_kit_hf.options.data import KEEP, RowOptions, SupervisionOptions
+from gpt_kit_hf.options.files import find_files
+from gpt_kit_hf.options.run import FinetuneOptions
 from gpt_kit_hf.storage.atomic_files import load_json, save_json
 from gpt_kit_hf.storage.run_folder import ADAPTER_FOLDER, RECORD_FILE, REPORT_FILE, publish_in_run
 from gpt_kit_hf.text import printable, short
 from gpt_kit_hf.tokenization.encodings import get_encoding, save_tokenizer
 from gpt_kit_hf.training.loop import run_training
-from gpt_kit_hf.training.lora import AdapterOptions, add_adapter, load_adapter, merged
-from gpt_kit_hf.training.optim.optimizer import OptimizerOptions
+from gpt_kit_hf.training.lora import add_adapter, load_adapter, merged
 from gpt_kit_hf.training.run_log import RunResult
-from gpt_kit_hf.training.run_options import TrainingOptions
 from gpt_kit_hf.training.state.sharded_state import uncut_model
 from gpt_kit_hf.training.task import RunSetting, map_batches
-
-
-@dataclass(frozen=True, kw_only=True)
-class BaseOptions:
-    """What is tuned, and how it is asked and scored."""
-
-    model: str = dataclasses.field(metadata={"help": "folder of a run or a model, or a Hub id"})
-    chat_template: str = dataclasses.field(
-        default=KEEP,
-        metadata={
-            "help": "default or alpaca, saved with the tokenizer; 'keep' is the model's own, or where it has none the "
-            "one that writes prompts as the rows do"
-        },
-    )
-    dropout: float | None = dataclasses.field(
-        default=None,
-        metadata={"help": "dropout in training (embeddings, attention, residuals), if not the model's own"},
-    )
-    eval_rows: list[str] | None = dataclasses.field(
-        default=None, metadata={"help": "held-out files of rows, instead of eval_fraction"}
-    )
-    eval_fraction: float = dataclasses.field(default=0.1, metadata={"help": "share of the rows to hold out"})
-
-    def __post_init__(self) -> None:
-        if self.chat_template not in (KEEP, "default", "alpaca"):
-            raise UsageError(unknown_name("chat_template", self.chat_template, (KEEP, "default", "alpaca")))
-        if self.dropout is not None and not 0.0 <= self.dropout < 1.0:
-            raise UsageError(f"dropout must be at least 0 and below 1, got {self.dropout}")
-        if not 0.0 < self.eval_fraction < 1.0:
-            raise UsageError(f"eval_fraction must lie between 0 and 1, got {self.eval_fraction}")
-
-
-def finetuning_optimizer() -> OptimizerOptions:
-    """Return the optimizer's defaults for a model that knows something already: smaller steps."""
-    return OptimizerOptions(learning_rate=3e-4, warmup_steps=20)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneOptions:
-    """All options of an instruction-tuning run, by the room that reads them."""
-
-    training: TrainingOptions
-    base: BaseOptions
-    rows: RowOptions
-    supervision: SupervisionOptions = dataclasses.field(default_factory=SupervisionOptions)
-    adapter: AdapterOptions = dataclasses.field(default_factory=AdapterOptions)
-    optimizer: OptimizerOptions = dataclasses.field(default_factory=finetuning_optimizer)
 
 
 def finetune(
@@ -144,9 +90,9 @@ class InstructionTask:
     def __init__(self, options: FinetuneOptions, setting: RunSetting, format_fn: FormatFn | None) -> None:
         self.options, self.setting = options, setting
         # A run that goes on in full does not need its base any more.
-        needs_base = setting.checkpoint is None or options.adapter.lora_rank > 0
-        source = find_base(options.base.model, options.adapter) if needs_base else str(setting.checkpoint)
-        self.tokenizer = load_part(AutoTokenizer, str(setting.checkpoint or source), options.base.model)
+        needs_base = setting.checkpoint is None or options.adapter.lora_r > 0
+        source = find_base(options.base.model_name_or_path, options.adapter) if needs_base else str(setting.checkpoint)
+        self.tokenizer = load_part(AutoTokenizer, str(setting.checkpoint or source), options.base.model_name_or_path)
         self.model = self._load_model(source)
         self._check_length()
         train, self.held_out = self._read_rows(format_fn)
@@ -158,7 +104,7 @@ class InstructionTask:
         self.fingerprint = f"{train.fingerprint()}-{self.held_out.fingerprint()}"
         self.base_commit = self._base_commit(needs_base)
         self.base_digest = None
-        if options.adapter.lora_rank:  # an adapter goes on with the base that it began with, or not at all
+        if options.adapter.lora_r:  # an adapter goes on with the base that it began with, or not at all
             self.base_digest = weights_digest(source, self.model.config)
             self.fingerprint += f"-{self.base_digest}"
         self.byte_lengths = tokenizer_byte_lengths(self.tokenizer, self.model.config.vocab_size)
@@ -200,7 +146,10 @@ class InstructionTask:
         if not self.model(ids.to(self.model.device)).logits.isfinite().all():
             return "(no sample: the model's scores are not finite)"
         answered = generate_text_autoregressive(
-            self.model, ids, min(room, self.setting.options.sample_tokens), eos_token_id=self.tokenizer.eos_token_id
+            self.model,
+            ids,
+            min(room, self.setting.options.sample_max_new_tokens),
+            eos_token_id=self.tokenizer.eos_token_id,
         )
         text: str = self.tokenizer.decode(answered[0], skip_special_tokens=True)
         return printable(text)
@@ -208,18 +157,18 @@ class InstructionTask:
     def describe(self) -> list[str]:
         """Return the supervision report, and lines that say what the model is."""
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        how = f"LoRA of rank {self.options.adapter.lora_rank}" if self.options.adapter.lora_rank else "in full"
+        how = f"LoRA of rank {self.options.adapter.lora_r}" if self.options.adapter.lora_r else "in full"
         return [
             *self.report.text(color=self.setting.console.interactive).splitlines(),
             f"held out  {len(self.held_out):,} rows",
-            f"model     {self.options.base.model}: {short(self.model.num_parameters())} parameters, "
+            f"model     {self.options.base.model_name_or_path}: {short(self.model.num_parameters())} parameters, "
             f"{short(trained)} of them trained ({how})",
         ]
 
     def facts(self) -> dict[str, Any]:
         """Return what the record keeps of the rows."""
         return {
-            "base_model": self.options.base.model,
+            "base_model": self.options.base.model_name_or_path,
             "base_commit": self.base_commit,
             "base_digest": self.base_digest,
             "supervision": self.report.to_dict(),
@@ -236,7 +185,7 @@ class InstructionTask:
 
     def publish(self, run: Path, checkpoint: Path) -> None:
         """Put the finished model into the run's root, an adapter merged into its base and beside it."""
-        if not self.options.adapter.lora_rank:
+        if not self.options.adapter.lora_r:
             publish_in_run(run, checkpoint)
             return
         with tempfile.TemporaryDirectory(dir=run, prefix=".merged-") as stage:
@@ -256,18 +205,22 @@ class InstructionTask:
         dropout = self.options.base.dropout
         # GPT-2's names and ours; a model that has them under others takes no such argument, and says so.
         asked = {} if dropout is None else dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), dropout)
-        if adapter.lora_rank:
-            base = load_part(AutoModelForCausalLM, source, self.options.base.model, dtype=torch.float32, **asked)
+        if adapter.lora_r:
+            base = load_part(
+                AutoModelForCausalLM, source, self.options.base.model_name_or_path, dtype=torch.float32, **asked
+            )
             if checkpoint is not None:
                 return load_adapter(base, checkpoint)
             torch.manual_seed(self.setting.options.seed)
             return add_adapter(base, adapter)
         place = str(checkpoint or source)
-        return load_part(AutoModelForCausalLM, place, self.options.base.model, dtype=torch.float32, **asked)
+        return load_part(
+            AutoModelForCausalLM, place, self.options.base.model_name_or_path, dtype=torch.float32, **asked
+        )
 
     def _base_commit(self, loaded: bool) -> str | None:
         """Return the commit on the Hub that the base is of, None for a folder's; a run that goes on recorded it."""
-        if Path(self.options.base.model).exists():
+        if Path(self.options.base.model_name_or_path).exists():
             return None
         if loaded:
             return str(self.model.config._commit_hash)

@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType, broadcast_object_list
 
 from gpt_kit_hf.errors import DataError, NonFiniteError, StoppedError, UsageError
 from gpt_kit_hf.evaluation.metrics import Evaluation
+from gpt_kit_hf.options.run import OptionsOfRun, changed_options, flat_options
 from gpt_kit_hf.storage.atomic_files import load_json
 from gpt_kit_hf.storage.checkpoints import checkpoint_step
 from gpt_kit_hf.storage.lock import RunLock
@@ -31,7 +32,6 @@ from gpt_kit_hf.storage.run_folder import (
 from gpt_kit_hf.text import duration
 from gpt_kit_hf.training.console import Console, Pace, trackers
 from gpt_kit_hf.training.run_log import RunRecord, RunResult, finished_before
-from gpt_kit_hf.training.run_options import OptionsOfRun, changed_options, flat_options
 from gpt_kit_hf.training.runtime.compilation import compile_blocks
 from gpt_kit_hf.training.runtime.launch import check_launch, end_processes, launcher_pid
 from gpt_kit_hf.training.runtime.memory import reuse_freed_memory
@@ -65,7 +65,9 @@ def _begin_or_continue(options: OptionsOfRun, prepare: Prepare, stream: TextIO |
     chosen = options.training
     tracked = trackers(chosen.report_to) or None
     # AMPTrainer does the mixed precision.
-    accelerator = Accelerator(cpu=chosen.cpu, mixed_precision="no", log_with=tracked, project_dir=chosen.output_dir)
+    accelerator = Accelerator(
+        cpu=chosen.use_cpu, mixed_precision="no", log_with=tracked, project_dir=chosen.output_dir
+    )
     check_launch(accelerator)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise UsageError(
@@ -85,7 +87,7 @@ def _begin_or_continue(options: OptionsOfRun, prepare: Prepare, stream: TextIO |
             if accelerator.is_main_process:
                 stack.enter_context(RunLock(folder))
             changes = changed_options(load_json(folder / OPTIONS_FILE), options, folder)
-            longer = changes.keys() & {"training.max_steps", "training.epochs"}
+            longer = changes.keys() & {"training.max_steps", "training.num_train_epochs"}
             if not longer and (result := finished_before(folder)) is not None:
                 console.say(
                     f"{folder} is complete: {result.steps} steps, {result.evaluation.bits_per_byte:.3f} bits per byte"
@@ -179,7 +181,7 @@ class _Run:
         if self.checkpoint is not None:
             steps.restore(self.checkpoint)
         self._introduce()
-        compile_blocks(self.task.model, self.chosen.compile, self.accelerator.device, self.console.say)
+        compile_blocks(self.task.model, self.chosen.torch_compile, self.accelerator.device, self.console.say)
         steps.begin()
         self.console.start(steps.step, steps.total)
         self._loop()
@@ -200,7 +202,7 @@ class _Run:
             if steps.step == first + _STEPS_TO_ESTIMATE:
                 left = pace.seconds_per_step * (steps.total - steps.step)
                 self.console.say(f"expected {duration(left)}, and the evaluations")
-            if steps.step % self.chosen.log_every == 0 or steps.step == steps.total:
+            if steps.step % self.chosen.logging_steps == 0 or steps.step == steps.total:
                 self._log(report, pace.seconds_per_step)
             if report.stop:
                 self._stop()
@@ -212,7 +214,9 @@ class _Run:
         try:
             return self.steps.take()
         except (ConnectionError, EOFError) as error:
-            if not self.chosen.num_workers or str(error).startswith("Caught"):  # which is of a loader that lives
+            if not self.chosen.dataloader_num_workers or str(error).startswith(
+                "Caught"
+            ):  # which is of a loader that lives
                 raise
             # The tensors of a loader that was killed cannot be fetched any more.
             ended = RuntimeError(f"DataLoader worker: {error}")
@@ -298,7 +302,7 @@ class _Run:
         self.console.advance()
         if update.skipped is not None:
             self.console.say(f"step {step} left the weights as they were: {update.skipped}")
-        if self.steps.skipped_in_a_row >= self.chosen.max_skipped:
+        if self.steps.skipped_in_a_row >= self.chosen.max_skipped_updates:
             raise NonFiniteError(
                 f"{self.steps.skipped_in_a_row} updates in a row were skipped, the last at step {step}: "
                 f"{update.skipped}; its batch is {report.batch}, samples {self._samples(step)}; "
@@ -319,10 +323,10 @@ class _Run:
     # --- now and then
 
     def _now_and_then(self) -> None:
-        step, saves = self.steps.step, self.steps.step % self.chosen.save_every == 0
-        if step % self.chosen.eval_every == 0 or (saves and self.chosen.keep_best):
-            self._say_score(self._evaluate(self.chosen.eval_windows))
-        if self.chosen.sample_every and step % self.chosen.sample_every == 0:
+        step, saves = self.steps.step, self.steps.step % self.chosen.save_steps == 0
+        if step % self.chosen.eval_steps == 0 or (saves and self.chosen.keep_best):
+            self._say_score(self._evaluate(self.chosen.max_eval_samples))
+        if self.chosen.sample_steps and step % self.chosen.sample_steps == 0:
             self.console.say(self._sample())
         if saves:
             self.checkpoints.save(must=False)

@@ -12,15 +12,16 @@ from torch.utils.data import ConcatDataset
 
 from gpt_kit_hf.data.order import BatchPlan, MixtureOrder, Order, ShuffledOrder, StreamOrder
 from gpt_kit_hf.data.text.corpus import Corpus, prepare_corpus, prepare_held_out
+from gpt_kit_hf.data.text.sources import train_sources
 from gpt_kit_hf.data.text.streaming import Lane, LaneBatches, lane_count
 from gpt_kit_hf.data.text.windows import TokenStream, TokenWindows, collate_windows
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.evaluation.metrics import unigram_bits_per_byte
 from gpt_kit_hf.model.losses import Batch
+from gpt_kit_hf.options.run import RunOptions
 from gpt_kit_hf.tokenization import encodings
 from gpt_kit_hf.training.loop import run_training
 from gpt_kit_hf.training.run_log import RunResult
-from gpt_kit_hf.training.run_options import RunOptions
 from gpt_kit_hf.training.task import RunSetting, map_batches
 from gpt_kit_hf.training.text_task import TextTask
 
@@ -105,7 +106,7 @@ class StreamingTask(TextTask):
 
     def batches(self, plan: BatchPlan, first_step: int, last_step: int, position: Any) -> Iterator[Batch]:
         """Yield this process's micro-batches; the position is the state of every lane."""
-        workers, on_gpu = self.setting.options.num_workers, self.setting.accelerator.device.type == "cuda"
+        workers, on_gpu = self.setting.options.dataloader_num_workers, self.setting.accelerator.device.type == "cuda"
         self._batches = LaneBatches(self.lanes, plan, num_workers=workers, pin_memory=on_gpu)
         states = {int(lane): state for lane, state in (position or {}).items()}
         return self._batches.steps(first_step, last_step, states)
@@ -127,7 +128,7 @@ class StreamingTask(TextTask):
 
     def _read_text(self) -> TokenStream:
         text, chosen = self.options.text, self.setting.options
-        _, source = text.sources()[0]
+        _, source = train_sources(text)[0]
         units = source.streamed_units(encodings.may_cut(self.encoding))
         count = lane_count(len(units), chosen.batch_size)
         bounds = [lane * len(units) // count for lane in range(count + 1)]

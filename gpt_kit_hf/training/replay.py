@@ -13,13 +13,13 @@ from accelerate import Accelerator
 
 from gpt_kit_hf.data.instructions.dataset import FormatFn
 from gpt_kit_hf.errors import UsageError
+from gpt_kit_hf.options.run import FinetuneOptions, RunOptions, stored_options
 from gpt_kit_hf.storage.atomic_files import load_json, read_jsonl
 from gpt_kit_hf.storage.checkpoints import checkpoint_step, list_checkpoints, verify_checkpoint
 from gpt_kit_hf.storage.run_folder import METRICS_FILE, OPTIONS_FILE, RECORD_FILE
 from gpt_kit_hf.training.console import Console
-from gpt_kit_hf.training.finetune import FinetuneOptions, InstructionTask
+from gpt_kit_hf.training.finetune import InstructionTask
 from gpt_kit_hf.training.pretrain import PretrainingTask, StreamingTask
-from gpt_kit_hf.training.run_options import RunOptions, stored_options
 from gpt_kit_hf.training.runtime.compilation import compile_blocks
 from gpt_kit_hf.training.runtime.signals import StopSignals
 from gpt_kit_hf.training.state.training_state import read_position
@@ -60,7 +60,7 @@ def replay_steps(
         raise UsageError(f"replay {first}:{last}: the run has the steps 1 to {max(lines, default=0)}")
     options = _options(run)
     checkpoint = _checkpoint_before(run, first, say)
-    accelerator = Accelerator(cpu=options.training.cpu, mixed_precision="no")
+    accelerator = Accelerator(cpu=options.training.use_cpu, mixed_precision="no")
     exact = _as_then(load_json(run / RECORD_FILE).get("sessions", []), first, last, accelerator, say)
     with StopSignals() as stop:
         setting = RunSetting(
@@ -83,7 +83,9 @@ def replay_steps(
 
 def _options(run: Path) -> RunOptions | FinetuneOptions:
     stored = load_json(run / OPTIONS_FILE)
-    kind: type[RunOptions] | type[FinetuneOptions] = FinetuneOptions if "base.model" in stored else RunOptions
+    kind: type[RunOptions] | type[FinetuneOptions] = (
+        FinetuneOptions if "base.model_name_or_path" in stored else RunOptions
+    )
     options: RunOptions | FinetuneOptions = stored_options(kind, stored)
     return replace(options, training=replace(options.training, output_dir=str(run), report_to=["none"]))
 
@@ -130,7 +132,7 @@ def _steps(options: RunOptions | FinetuneOptions, setting: RunSetting, format_fn
     steps = Steps(options, setting, task)
     if setting.checkpoint is not None:
         steps.restore(setting.checkpoint)
-    compile_blocks(task.model, options.training.compile, setting.accelerator.device, setting.console.say)
+    compile_blocks(task.model, options.training.torch_compile, setting.accelerator.device, setting.console.say)
     return steps
 
 

@@ -52,7 +52,7 @@ class RunCheckpoints:
         self._folder, self._chosen, self._accelerator = setting.folder, setting.options, setting.accelerator
         self._task, self._steps, self._record, self._report = task, steps, record, setting.console.say
         self._writer = CheckpointWriter(
-            setting.folder, keep_last=setting.options.keep_last, report=self._report, last=setting.checkpoint
+            setting.folder, keep_last=setting.options.save_total_limit, report=self._report, last=setting.checkpoint
         )
         self.scores: dict[int, float] = {}
 
@@ -81,7 +81,7 @@ class RunCheckpoints:
             self._save_shards(position, must=must)
         elif self._accelerator.is_main_process:
             try:
-                self._save_whole(position, in_background=self._chosen.background_save and not must)
+                self._save_whole(position, in_background=self._chosen.async_save and not must)
             except CheckpointError as error:
                 if must:
                     raise

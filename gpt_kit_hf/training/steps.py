@@ -17,8 +17,8 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from gpt_kit_hf.data.order import BatchPlan
 from gpt_kit_hf.errors import RunError
 from gpt_kit_hf.model.losses import Batch
+from gpt_kit_hf.options.run import OptionsOfRun
 from gpt_kit_hf.training.optim.optimizer import create_optimizer, learning_rate_at, set_learning_rate
-from gpt_kit_hf.training.run_options import OptionsOfRun
 from gpt_kit_hf.training.state.batch_digests import batch_digest, chained, content_digest, halves, joined
 from gpt_kit_hf.training.state.training_state import restore_training_state
 from gpt_kit_hf.training.task import RunSetting, RunTask
@@ -58,21 +58,21 @@ class Steps:
         self.plan = BatchPlan(
             order=task.order,
             batch_size=self._chosen.batch_size,
-            micro_batch_size=self._chosen.micro_batch_size or share,
+            micro_batch_size=self._chosen.per_device_train_batch_size or share,
             num_processes=self._accelerator.num_processes,
             process_index=self._accelerator.process_index,
         )
-        if self._chosen.activation_checkpointing:
+        if self._chosen.gradient_checkpointing:
             # Its name before transformers had the other.
             named = "activation" if hasattr(task.model, "activation_checkpointing_enable") else "gradient"
             getattr(task.model, f"{named}_checkpointing_enable")()
-        epochs = self._chosen.epochs or 1.0
+        epochs = self._chosen.num_train_epochs or 1.0
         self.total = self._chosen.max_steps or max(1, math.ceil(epochs * task.order.samples / self.plan.batch_size))
         self.trainer = AMPTrainer(
             task.model,
             create_optimizer(task.model, options.optimizer),
             mixed_precision=self._chosen.mixed_precision,
-            max_grad_norm=options.optimizer.grad_clip or None,
+            max_grad_norm=options.optimizer.max_grad_norm or None,
             accelerator=self._accelerator,
         )
         self.step = 0
@@ -165,7 +165,7 @@ class Steps:
             raise RunError(f"{what}: lower max_length or the size of the model")
         if self._chosen.out_of_memory == "stop" or self._accelerator.num_processes > 1:
             # Processes wait for each other inside of a backward pass: one alone cannot do it again.
-            raise RunError(f"{what}: continue with --resume --micro_batch_size {max(1, size // 2)}")
+            raise RunError(f"{what}: continue with --resume --per_device_train_batch_size {max(1, size // 2)}")
 
     def _before_part(self, index: int, parts: int, began: float) -> None:
         """Make dropout a function of (seed, step, part of the batch): a resumed run needs no random state."""

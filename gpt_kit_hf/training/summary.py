@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from gpt_kit_hf.errors import RunError
 from gpt_kit_hf.evaluation.metrics import Evaluation
-from gpt_kit_hf.training.run_options import OptionsOfRun
+from gpt_kit_hf.options.run import OptionsOfRun
 from gpt_kit_hf.training.steps import Steps
 from gpt_kit_hf.training.task import RunTask
 

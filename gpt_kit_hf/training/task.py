@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from gpt_kit_hf.data.order import BatchPlan, Order, PlannedBatches
 from gpt_kit_hf.evaluation.metrics import Evaluation
 from gpt_kit_hf.model.losses import Batch
+from gpt_kit_hf.options.training import TrainingOptions
 from gpt_kit_hf.training.console import Console
-from gpt_kit_hf.training.run_options import TrainingOptions
 from gpt_kit_hf.training.runtime.signals import StopSignals
 
 
@@ -96,7 +96,7 @@ def map_batches(
             dataset,
             batch_sampler=PlannedBatches(plan, *steps),
             collate_fn=collate,
-            num_workers=setting.options.num_workers,
+            num_workers=setting.options.dataloader_num_workers,
             pin_memory=setting.accelerator.device.type == "cuda",
             # Without its own generator a loader draws a seed from the global one.
             generator=torch.Generator().manual_seed(setting.options.seed),

@@ -19,11 +19,12 @@ from gpt_kit_hf.evaluation.metrics import Evaluation, evaluate_stream, gzip_bits
 from gpt_kit_hf.generation.generate import generate_text_autoregressive
 from gpt_kit_hf.hub.model_folder import write_model_folder
 from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
+from gpt_kit_hf.model.presets import build_config
+from gpt_kit_hf.options.run import RunOptions
 from gpt_kit_hf.storage.run_folder import publish_in_run
 from gpt_kit_hf.text import printable, short
 from gpt_kit_hf.tokenization import encodings
 from gpt_kit_hf.tokenization.export import load_encoding
-from gpt_kit_hf.training.run_options import RunOptions
 from gpt_kit_hf.training.state.sharded_state import uncut_model
 from gpt_kit_hf.training.task import RunSetting
 
@@ -78,7 +79,7 @@ class TextTask:
         if not self.model(prompt.to(self.model.device)).logits.isfinite().all():
             return "(no sample: the model's scores are not finite)"
         ids = generate_text_autoregressive(
-            self.model, prompt, min(room, chosen.sample_tokens), temperature=0.8, top_k=50
+            self.model, prompt, min(room, chosen.sample_max_new_tokens), temperature=0.8, top_k=50
         )
         return printable(encoding.decode([token for token in ids[0].tolist() if token != end]))
 
@@ -117,7 +118,7 @@ class TextTask:
     # --- preparation
 
     def _check_before_reading(self) -> None:
-        config = self.options.model.build(vocab_size=self.options.encoding.vocab_size)
+        config = build_config(self.options.model, vocab_size=self.options.encoding.vocab_size)
         max_length = self.options.windows.max_length
         if max_length > config.max_position_embeddings:
             raise UsageError(
@@ -139,7 +140,8 @@ class TextTask:
     def _build_model(self) -> GPTKitForCausalLM:
         encoding = self.encoding
         end = encoding.encode_single_token(encodings.END_OF_TEXT)
-        config = self.options.model.build(
+        config = build_config(
+            self.options.model,
             vocab_size=encoding.n_vocab,
             bos_token_id=end,
             eos_token_id=end,

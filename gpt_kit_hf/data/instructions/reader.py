@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gpt_kit_hf.data.text.dataset_shards import load_split
 from gpt_kit_hf.data.text.shards import COMPRESSIONS
-from gpt_kit_hf.data.text.sources import find_files
-from gpt_kit_hf.errors import DataError, UsageError, unknown_name
+from gpt_kit_hf.errors import DataError, UsageError
+from gpt_kit_hf.options.data import RowOptions
+from gpt_kit_hf.options.files import find_files
 
 _JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 # Python's own bound for the conversion of an integer; more is no number of a row.
@@ -28,34 +27,6 @@ _MOST_DIGITS = 4300
 _WHITE_SPACE = " \t\n\r"
 # Where a file is decoded with "surrogateescape", these stand for bytes that are not UTF-8, and for nothing else.
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowOptions:
-    """Where instruction rows come from, and what a row that cannot be used does."""
-
-    rows: list[str] | None = dataclasses.field(
-        default=None,
-        metadata={"help": "files or globs of rows: .json, .jsonl, .ndjson (also .gz, .zst) and .parquet"},
-    )
-    rows_dataset: str | None = dataclasses.field(
-        default=None, metadata={"help": "dataset of the Hub, or a folder that `datasets` reads, instead of rows"}
-    )
-    rows_config: str | None = dataclasses.field(default=None, metadata={"help": "configuration of rows_dataset"})
-    rows_split: str | None = dataclasses.field(
-        default=None, metadata={"help": "split of rows_dataset, 'train' if not given"}
-    )
-    on_bad_row: Literal["stop", "skip"] = dataclasses.field(
-        default="stop", metadata={"help": "'stop' at a row that cannot be used, or 'skip' and count it"}
-    )
-
-    def __post_init__(self) -> None:
-        if bool(self.rows) == bool(self.rows_dataset):
-            raise UsageError("give rows: exactly one of rows (files) and rows_dataset")
-        if self.rows_dataset is None and (self.rows_config is not None or self.rows_split is not None):
-            raise UsageError("rows_config and rows_split are for rows_dataset; files have neither")
-        if self.on_bad_row not in ("stop", "skip"):
-            raise UsageError(unknown_name("on_bad_row", str(self.on_bad_row), ("stop", "skip")))
 
 
 class PlacedRow(NamedTuple):
@@ -353,10 +324,12 @@ def _check_columns(file: Path, names: list[str]) -> None:
 
 
 def _read_dataset(options: RowOptions, on_fault: OnFault) -> Iterator[PlacedRow]:
-    name = options.rows_dataset
-    rows = load_split(f"rows_dataset {name!r}", str(name), options.rows_config, options.rows_split or "train")
+    name = options.dataset_name
+    rows = load_split(
+        f"dataset_name {name!r}", str(name), options.dataset_config, options.dataset_train_split or "train"
+    )
     if not len(rows):
-        raise DataError(f"rows_dataset {name!r}: holds no row")
+        raise DataError(f"dataset_name {name!r}: holds no row")
     for number in range(len(rows)):
         item = _table_row(f"{name} row {number}", partial(rows.__getitem__, number))
         if isinstance(item, BadRow):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,40 +12,12 @@ import numpy.typing as npt
 import tiktoken
 
 from gpt_kit_hf.data.text.shards import PIECE_BYTES, ReadableUnit
-from gpt_kit_hf.data.text.sources import TextOptions, TextSource
+from gpt_kit_hf.data.text.sources import TextSource, eval_source, train_sources
 from gpt_kit_hf.data.text.token_cache import StoredTokens, store_tokens
 from gpt_kit_hf.data.text.windows import TokenStream, held_out_split, join_streams
-from gpt_kit_hf.errors import DataError, UsageError, unknown_name
+from gpt_kit_hf.errors import DataError, UsageError
+from gpt_kit_hf.options.data import TRAINED_BPE, EncodingOptions, TextOptions
 from gpt_kit_hf.tokenization import encodings
-
-TRAINED_BPE = "bpe"
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodingOptions:
-    """What a token is."""
-
-    encoding: str = dataclasses.field(
-        default=TRAINED_BPE,
-        metadata={"help": "bpe (trained on the text), bytes, gpt2, or a folder that holds a tokenizer.json"},
-    )
-    vocab_size: int = dataclasses.field(
-        default=4096, metadata={"help": "tokens of a trained bpe: 256 bytes, merges and end of text"}
-    )
-    vocab_text_mb: int = dataclasses.field(
-        default=100, metadata={"help": "megabytes of text, from all parts of the corpus, that a bpe is trained on"}
-    )
-
-    def __post_init__(self) -> None:
-        known = [TRAINED_BPE, "bytes", "gpt2"]
-        if self.encoding not in known and not Path(self.encoding).is_dir():
-            raise UsageError(unknown_name("encoding", self.encoding, known))
-        if self.vocab_size < 258:
-            raise UsageError(
-                f"vocab_size must be at least 258 (256 bytes, a merge, end of text), got {self.vocab_size}"
-            )
-        if self.vocab_text_mb < 1:
-            raise UsageError(f"vocab_text_mb must be at least 1, got {self.vocab_text_mb}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +51,12 @@ def choose_encoding(text: TextOptions, options: EncodingOptions) -> tiktoken.Enc
 
 def prepare_corpus(text: TextOptions, encoding: tiktoken.Encoding, *, seed: int) -> Corpus:
     """Read, tokenise and split the text; what was tokenised before is not tokenised again."""
-    weights, sources = zip(*text.sources(), strict=True)
+    weights, sources = zip(*train_sources(text), strict=True)
     stored = [_stored(source, encoding, text.num_proc) for source in sources]
     streams = [TokenStream(each.pieces, each.document_starts) for each in stored]
     keys = [each.key for each in stored]
     documents = sum(len(stream.document_starts) for stream in streams)
-    if text.held_out() is not None:
+    if eval_source(text) is not None:
         held_out, key = prepare_held_out(text, encoding)
         split: tuple[object, ...] = (key,)
     else:
@@ -109,7 +79,7 @@ def prepare_corpus(text: TextOptions, encoding: tiktoken.Encoding, *, seed: int)
 
 def prepare_text(text: TextOptions, encoding: tiktoken.Encoding) -> tuple[TokenStream, str]:
     """Return all tokens of the text, none held out, and what tells them from others."""
-    stored = [_stored(source, encoding, text.num_proc) for _, source in text.sources()]
+    stored = [_stored(source, encoding, text.num_proc) for _, source in train_sources(text)]
     stream = join_streams([TokenStream(each.pieces, each.document_starts) for each in stored])
     return stream, hashlib.sha256(repr([each.key for each in stored]).encode()).hexdigest()[:16]
 
@@ -119,9 +89,9 @@ def prepare_held_out(text: TextOptions, encoding: tiktoken.Encoding) -> tuple[To
 
     Raises UsageError if a file of it is trained on as well.
     """
-    source, num_proc = text.held_out(), text.num_proc
+    source, num_proc = eval_source(text), text.num_proc
     assert source is not None
-    both = source.resolved_files() & {file for _, trained in text.sources() for file in trained.resolved_files()}
+    both = source.resolved_files() & {file for _, trained in train_sources(text) for file in trained.resolved_files()}
     if both:
         raise UsageError(f"eval_files: {min(both)} is trained on as well; hold out a file of its own")
     if text.streaming and source.dataset is not None:
@@ -155,7 +125,7 @@ def _stored(source: TextSource, encoding: tiktoken.Encoding, num_proc: int) -> S
 
 def _vocabulary_text(text: TextOptions, limit: int) -> Iterator[str]:
     """Yield about `limit` bytes of the text to train on, from the beginning of each unit."""
-    sources = [source for _, source in text.sources()]
+    sources = [source for _, source in train_sources(text)]
     stored = [] if text.streaming else [unit for source in sources for unit in source.units(may_cut=True)]
     streamed = [unit for source in sources for unit in source.streamed_units(may_cut=True)] if text.streaming else []
     units: list[ReadableUnit] = [*stored, *streamed]

@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from gpt_kit_hf.data.order import BatchPlan, shuffled
 from gpt_kit_hf.data.text.shards import ReadableUnit
-from gpt_kit_hf.data.text.windows import WindowOptions, collate_windows, window_item
+from gpt_kit_hf.data.text.windows import collate_windows, window_item
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.model.losses import Batch
+from gpt_kit_hf.options.data import WindowOptions
 from gpt_kit_hf.tokenization import encodings
 
 _MOST_LANES = 8

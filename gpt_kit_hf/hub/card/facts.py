@@ -71,7 +71,7 @@ def card_facts(run: Path) -> dict[str, Any]:
     config = _read_object(folder / "config.json")
     if not options and not config:
         raise UsageError(f"{str(run)!r} holds neither a run nor a model: no {OPTIONS_FILE} and no config.json")
-    tuned = "base.model" in options
+    tuned = "base.model_name_or_path" in options
     chosen = shared_options(options, run)
     facts = {
         "name": shareable(run.resolve().name),
@@ -157,7 +157,7 @@ def _base(record: Mapping[str, Any], options: Mapping[str, Any], chosen: Mapping
     """Return the model that was tuned: its name, whether that is one of the Hub, and its commit there."""
     recorded = "base_commit" in record or record.get("base_digest") is not None
     commit = _matching(_COMMIT, record.get("base_commit") or record.get("base_digest"))
-    name = as_id(options["base.model"]) if commit else chosen.get("base.model", {})
+    name = as_id(options["base.model_name_or_path"]) if commit else chosen.get("base.model_name_or_path", {})
     if isinstance(name, dict):
         return {"name": name.get("hub") or name.get("name"), "hub": "hub" in name and not recorded, "commit": commit}
     return {"name": name, "hub": True, "commit": commit}

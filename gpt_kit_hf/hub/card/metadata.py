@@ -33,7 +33,7 @@ def card_data(facts: Mapping[str, Any]) -> ModelCardData:
     base, options = facts.get("base", {}), facts.get("options", {})
     datasets = [source["hub"] for source in sources(options) if "hub" in source]
     results = list(_results(facts))
-    told = {_TAGS[0]: True, _TAGS[1]: facts["kind"] == "tuned", _TAGS[2]: bool(options.get("adapter.lora_rank"))}
+    told = {_TAGS[0]: True, _TAGS[1]: facts["kind"] == "tuned", _TAGS[2]: bool(options.get("adapter.lora_r"))}
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -128,10 +128,10 @@ def _dataset(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return the dataset of the Hub that the held-out text is of, where it is of one."""
     options = facts.get("options", {})
     for room in ("text.dataset", "rows.rows"):
-        place = options.get("text.dataset_name" if room == "text.dataset" else "rows.rows_dataset", {})
+        place = options.get("text.dataset_name" if room == "text.dataset" else "rows.dataset_name", {})
         elsewhere = options.get("text.eval_files") or options.get("base.eval_rows")
         if "hub" in place and not elsewhere:
-            split = options.get("text.eval_split") or options.get(f"{room}_split")
+            split = options.get("text.dataset_test_split") or options.get(f"{room}_split")
             return {"hub": place["hub"], "config": options.get(f"{room}_config"), "split": split}
     return {}
 

@@ -71,7 +71,7 @@ def template_values(facts: Mapping[str, Any], repo: str | None) -> dict[str, Any
         "own_class": architecture.get("model_type") == "gpt_kit",
         "base": _base(facts.get("base", {})),
         "sources": _linked_sources(options) or "what is not recorded",
-        "lora_rank": options.get("adapter.lora_rank"),
+        "lora_r": options.get("adapter.lora_r"),
         "unfinished": _unfinished(progress),
         "ask": _ask(tokenizer),
         "new_tokens": min(100, (context or 200) // 2),
@@ -104,7 +104,7 @@ def sources(options: Mapping[str, Any]) -> list[dict[str, Any]]:
     found: list[Any] = []
     for option in ("text.text_files", "text.mixture", "rows.rows"):
         found += [{"name": each} if isinstance(each, str) else each for each in options.get(option, [])]
-    for option in ("text.dataset_name", "rows.rows_dataset"):
+    for option in ("text.dataset_name", "rows.dataset_name"):
         found += [options[option]] if option in options else []
     return [{**each, "name": each.get("hub") or each.get("name")} for each in found]
 
@@ -229,8 +229,8 @@ def _source(source: Mapping[str, Any], options: Mapping[str, Any]) -> str:
     if "weight" in source:
         shown += f", weight {source['weight']:g}"
     if "hub" in source:
-        parts = [options.get(name) for name in ("text.dataset_config", "rows.rows_config")]
-        parts += [options.get("text.dataset_split") or options.get("rows.rows_split")]
+        parts = [options.get(name) for name in ("text.dataset_config", "rows.dataset_config")]
+        parts += [options.get("text.dataset_train_split") or options.get("rows.dataset_train_split")]
         shown += "".join(f", {plain(part)}" for part in parts if part)
     return shown
 
@@ -239,8 +239,8 @@ def _held_out(options: Mapping[str, Any]) -> list[str]:
     files = options.get("text.eval_files") or options.get("base.eval_rows")
     if files:
         return [_listed(files, plain)]
-    if "text.eval_split" in options:
-        return [f"split {plain(options['text.eval_split'])}"]
+    if "text.dataset_test_split" in options:
+        return [f"split {plain(options['text.dataset_test_split'])}"]
     share = options.get("text.eval_fraction") or options.get("base.eval_fraction")
     if share is None:
         return []
@@ -304,7 +304,7 @@ def _hyperparameters(options: Mapping[str, Any]) -> str:
     for room in _ROOMS:
         for name, value in options.items():
             own, _, option = name.partition(".")
-            without_adapter = room == "adapter" and not options.get("adapter.lora_rank")
+            without_adapter = room == "adapter" and not options.get("adapter.lora_r")
             other_optimizer = option.startswith("muon_") and options.get("optimizer.optimizer") != "muon"
             if own == room and not without_adapter and not other_optimizer:
                 rows.append([f"`{option}`", _listed(value, plain) if isinstance(value, list) else number(value)])

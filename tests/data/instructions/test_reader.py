@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gpt_kit_hf.data.instructions.reader import PlacedRow, RowOptions, SkippedRows, read_rows
+from gpt_kit_hf.data.instructions.reader import PlacedRow, SkippedRows, read_rows
 from gpt_kit_hf.errors import DataError, UsageError
+from gpt_kit_hf.options.data import RowOptions
 
 GOOD = b'{"a": "x"}'
 
@@ -239,21 +240,21 @@ def test_a_dataset_folder_is_read_by_its_split(tmp_path: Path) -> None:
     rows = [{"a": "x", "b": None}, {"a": "y", "b": 1}]
     datasets.Dataset.from_list(rows).to_json(tmp_path / "train.jsonl")
     datasets.Dataset.from_list(rows[:1] * 3).to_json(tmp_path / "test.jsonl")
-    found = list(read_rows(RowOptions(rows_dataset=str(tmp_path))))
+    found = list(read_rows(RowOptions(dataset_name=str(tmp_path))))
     assert found == [(f"{tmp_path} row {number}", row) for number, row in enumerate(rows)]
-    assert len(list(read_rows(RowOptions(rows_dataset=str(tmp_path), rows_split="test")))) == 3
+    assert len(list(read_rows(RowOptions(dataset_name=str(tmp_path), dataset_train_split="test")))) == 3
     with pytest.raises(DataError, match="cannot be loaded"):
-        next(read_rows(RowOptions(rows_dataset=str(tmp_path), rows_split="missing")))
+        next(read_rows(RowOptions(dataset_name=str(tmp_path), dataset_train_split="missing")))
     with pytest.raises(DataError, match="cannot be loaded"):
-        next(read_rows(RowOptions(rows_dataset=str(tmp_path / "nowhere"))))
+        next(read_rows(RowOptions(dataset_name=str(tmp_path / "nowhere"))))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({}, "exactly one of rows"),
-        ({"rows": ["a.json"], "rows_dataset": "b"}, "exactly one of rows"),
-        ({"rows": ["a.json"], "rows_split": "train"}, "are for rows_dataset"),
+        ({"rows": ["a.json"], "dataset_name": "b"}, "exactly one of rows"),
+        ({"rows": ["a.json"], "dataset_train_split": "train"}, "are for dataset_name"),
         ({"rows": ["a.json"], "on_bad_row": "skipp"}, "did you mean 'skip'"),
     ],
 )

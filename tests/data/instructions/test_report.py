@@ -13,16 +13,11 @@ from tiny_model import byte_tokenizer
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
 from gpt_kit_hf.data.instructions.dataset import format_alpaca
-from gpt_kit_hf.data.instructions.reader import RowOptions, SkippedRows, read_rows
+from gpt_kit_hf.data.instructions.reader import SkippedRows, read_rows
 from gpt_kit_hf.data.instructions.report import examples_in, inspect_batches, report_of, report_of_examples
-from gpt_kit_hf.data.instructions.tokenized import (
-    PackedRows,
-    PaddedRows,
-    SupervisedRows,
-    SupervisionOptions,
-    encode_rows,
-)
+from gpt_kit_hf.data.instructions.tokenized import PackedRows, PaddedRows, SupervisedRows, encode_rows
 from gpt_kit_hf.errors import DataError
+from gpt_kit_hf.options.data import RowOptions, SupervisionOptions
 from gpt_kit_hf.tokenization.encodings import get_encoding, save_tokenizer
 
 END = 256

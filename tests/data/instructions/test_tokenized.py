@@ -18,17 +18,17 @@ from transformers import PreTrainedTokenizerBase
 
 from gpt_kit_hf import GPTModel, create_model_config
 from gpt_kit_hf.data.instructions.dataset import InstructionDataset, format_alpaca
-from gpt_kit_hf.data.instructions.reader import PlacedRow, RowOptions, SkippedRows, read_rows
+from gpt_kit_hf.data.instructions.reader import PlacedRow, SkippedRows, read_rows
 from gpt_kit_hf.data.instructions.tokenized import (
     PackedRows,
     PaddedRows,
     SupervisedRows,
-    SupervisionOptions,
     best_fit_decreasing,
     encode_rows,
 )
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.model.losses import Batch, summed_batch_loss
+from gpt_kit_hf.options.data import RowOptions, SupervisionOptions
 from gpt_kit_hf.tokenization.encodings import get_encoding
 
 END = 256

@@ -14,11 +14,12 @@ import torch
 
 from gpt_kit_hf.data.order import BatchPlan, StreamOrder
 from gpt_kit_hf.data.text import shards, streaming
-from gpt_kit_hf.data.text.sources import TextOptions
+from gpt_kit_hf.data.text.sources import train_sources
 from gpt_kit_hf.data.text.streaming import Lane, LaneBatches, lane_count
-from gpt_kit_hf.data.text.windows import IGNORED, TokenStream, TokenWindows, WindowOptions
+from gpt_kit_hf.data.text.windows import IGNORED, TokenStream, TokenWindows
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.model.losses import Batch
+from gpt_kit_hf.options.data import TextOptions, WindowOptions
 from gpt_kit_hf.tokenization.encodings import get_encoding
 
 ENCODING = get_encoding("bytes")
@@ -42,7 +43,7 @@ def write_texts(folder: Path, seed: int = 0) -> list[str]:
 def file_lanes(
     folder: Path, *, batch_size: int = BATCH, packing: bool = False, stride: int | None = None
 ) -> list[Lane]:
-    source = TextOptions(text_files=[str(folder / "*.txt")]).sources()[0][1]
+    source = train_sources(TextOptions(text_files=[str(folder / "*.txt")]))[0][1]
     return lanes_of(source._file_units(sorted(folder.glob("*.txt")), True, 2_000), batch_size, packing, stride)
 
 
@@ -54,7 +55,7 @@ def dataset_lanes(folder: Path) -> list[Lane]:
         rows = [json.dumps({"text": "w" * int(rng.integers(1, 60)) + f" {index} {row}"}) for row in range(30)]
         (folder / f"{index}.jsonl").write_text("\n".join(rows))
     options = TextOptions(dataset_name=str(folder), streaming=True, eval_files=["unread.txt"])
-    return lanes_of(options.sources()[0][1].streamed_units(may_cut=True), BATCH)
+    return lanes_of(train_sources(options)[0][1].streamed_units(may_cut=True), BATCH)
 
 
 def lanes_of(units: Any, batch_size: int, packing: bool = False, stride: int | None = None) -> list[Lane]:
@@ -218,7 +219,7 @@ def test_the_number_of_lanes_follows_from_units_and_batch(units: int, batch_size
 
 
 def test_options_of_a_stream_ask_for_what_it_lacks() -> None:
-    with pytest.raises(UsageError, match="streaming needs eval_files or eval_split"):
+    with pytest.raises(UsageError, match="streaming needs eval_files or dataset_test_split"):
         TextOptions(text_files=["a.txt"], streaming=True)
     with pytest.raises(UsageError, match="streaming and mixture"):
         TextOptions(mixture=["1:a.txt"], streaming=True, eval_files=["b.txt"])
@@ -228,4 +229,4 @@ def test_a_streamed_dataset_needs_its_column(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"body": ["a"]}).to_json(tmp_path / "rows.jsonl")
     options = TextOptions(dataset_name=str(tmp_path), streaming=True, eval_files=["unread.txt"])
     with pytest.raises(DataError, match="'text'"):
-        run(lanes_of(options.sources()[0][1].streamed_units(may_cut=True), BATCH), plan(), range(1))
+        run(lanes_of(train_sources(options)[0][1].streamed_units(may_cut=True), BATCH), plan(), range(1))
