@@ -168,7 +168,9 @@ def why_not(model: nn.Module) -> str | None:
         if parameter.device != device:
             return f"{name} is on {parameter.device}, the other parameters are on {device}"
         if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16) or type(parameter.data) is not Tensor:
-            return f"{name} is a {parameter.dtype} {type(parameter.data).__name__}, not a plain 32-bit or 16-bit tensor"
+            return (
+                f"{name} is a {parameter.dtype} {type(parameter.data).__name__}, not a plain 32-bit or 16-bit tensor"
+            )
     for name, module in model.named_modules():
         is_matrix = name.endswith("_proj") or name == "lm_head"
         if is_matrix and type(module) is not nn.Linear:
@@ -233,7 +235,9 @@ def _layout(dtype: DecodingDtype, model_dtype: torch.dtype, device: torch.device
     if dtype == "float16" or model_dtype in (torch.float16, torch.bfloat16):
         return _packed_float16 if _has_packed_products("float16") else None
     is_x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    has_product = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    has_product = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(
+        torch.ops.mkldnn, "_reorder_linear_weight"
+    )
     return _packed_float32 if is_x86 and has_product and torch.backends.mkldnn.enabled else None
 
 

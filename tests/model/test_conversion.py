@@ -356,7 +356,7 @@ def test_damaged_json_is_refused(tmp_path: Path) -> None:
         ),
         (
             lambda t: t.update({"transformer.ln_f.bias": torch.ones(WIDTH, dtype=torch.int8)}),
-            "model.norm.bias is a Tensor of torch.int8 on cpu; a weight must be a plain tensor of floating point",
+            "model.norm.bias is a Tensor of torch.int8 on cpu; a weight must be a plain floating-point tensor",
         ),
         (
             lambda t: t.update({"transformer._orig_mod.ln_f.bias": torch.ones(WIDTH)}),
@@ -541,7 +541,7 @@ def test_only_the_files_that_are_needed_are_fetched(
 def test_a_repository_that_cannot_be_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UsageError, match="'no-one/none': no such folder here; the Hub cannot be reached"):
+    with pytest.raises(UsageError, match="'no-one/none': no such local folder; the Hub cannot be reached"):
         load_gpt2_checkpoint("no-one/none")
     with pytest.raises(UsageError, match="'no one': Repo id must use alphanumeric chars"):
         load_gpt2_checkpoint("no one")
@@ -551,7 +551,7 @@ def test_a_repository_that_cannot_be_fetched(tmp_path: Path, monkeypatch: pytest
     ("kind", "message"),
     [
         ("RepositoryNotFoundError", "no such repository on the Hub, or no access to it"),
-        ("LocalEntryNotFoundError", "the Hub cannot be reached, and its cache does not hold it"),
+        ("LocalEntryNotFoundError", "the Hub cannot be reached, and its cache does not hold the repository"),
         ("DisabledRepoError", "403: the repository is disabled"),
     ],
 )
@@ -697,7 +697,9 @@ def test_only_a_whole_model_of_this_package_is_saved(tmp_path: Path, logged: lis
     adapted.model.layers[0].self_attn.q_proj = nn.Sequential(OrderedDict(base_layer=nn.Linear(WIDTH, WIDTH)))
     with pytest.raises(UsageError, match=r"does not have: model\.layers\.0\.self_attn\.q_proj\.base_layer\.bias"):
         save_as_gpt2(adapted, target)
-    with pytest.raises(UsageError, match=r"is a Tensor of torch\.float32 on meta; a weight must be a plain tensor"):
+    with pytest.raises(
+        UsageError, match=r"is a Tensor of torch\.float32 on meta; a weight must be a plain floating-point tensor"
+    ):
         save_as_gpt2(tiny_gpt_kit(tie_word_embeddings=False).to("meta"), target)
     invalid = tiny_gpt_kit()
     invalid.generation_config = GenerationConfig(temperature=0.5)
@@ -823,7 +825,7 @@ def test_kit_files_need_the_number_of_heads(wrapper: str | None, qkv_bias: bool,
     kit, file = randomize(KitModel(qkv_bias)), tmp_path / "kit.pth"
     state = kit.state_dict()
     torch.save({wrapper: state, "optimizer_state_dict": {}} if wrapper else state, file)
-    with pytest.raises(UsageError, match="n_head must be given, for no shape tells the number of heads"):
+    with pytest.raises(UsageError, match="n_head must be given; it cannot be inferred from shapes"):
         convert_checkpoint(file, tmp_path / "ours", "kit")
     convert_checkpoint(file, tmp_path / "ours", "kit", n_head=HEADS, zero_missing_biases=not qkv_bias)
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
