@@ -87,29 +87,8 @@ KIT_NAMES: Mapping[str, str] = MappingProxyType(
 )
 
 
-def convert_state_dict(
-    state_dict: Mapping[str, Tensor],
-    names: Mapping[str, str],
-    config: GPTKitConfig,
-    *,
-    zero_missing_biases: bool = False,
-) -> GPTKitForCausalLM:
-    """Return a float32 model in eval mode with copies of another model's tensors, renamed by a table.
-
-    `zero_missing_biases` adds zero biases for query, key and value projections without biases. Raises UsageError, with
-    the first names, for tensors that the table or the model does not have, that two names map to, that are missing,
-    and that have another shape or no floating-point dtype.
-    """
-    tensors = rename_tensors(state_dict, names)
-    if zero_missing_biases:
-        add_zero_biases(tensors, config)
-    return build_model(config, tensors, torch.float32, "state_dict")
-
-
-def rename_tensors(
-    state_dict: Mapping[str, Tensor], names: Mapping[str, str], source: str = "state_dict"
-) -> dict[str, Tensor]:
-    """Return views of the tensors under their names in this package; `source` is used in error messages.
+def rename_tensors(state_dict: Mapping[str, Tensor], names: Mapping[str, str], source: str) -> dict[str, Tensor]:
+    """Return views of the tensors under their names in this package, by a table; error messages begin with `source`.
 
     Raises UsageError for a name that is not in the table, a name that two tensors map to, and a tensor that cannot be
     split or transposed.

@@ -85,10 +85,8 @@ class MultiHeadAttention(nn.Module):
         query = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, T, D) -> (B, H, T, Dh)
         key = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, T, D) -> (B, H, T, Dh)
         value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, T, D) -> (B, H, T, Dh)
-
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, T, Dh) -> (B, H, S, Dh)
-
         attention_interface: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -266,9 +264,8 @@ class GPTKitModel(GPTKitPreTrainedModel):
         assert inputs_embeds is not None
 
         # The mask is built before the cache: transformers detects packed documents only while there is no cache.
-        causal_mask = self._causal_mask(
-            inputs_embeds, attention_mask, position_ids, past_key_values, past, first_layer
-        )
+        mask_inputs = (inputs_embeds, attention_mask, position_ids, past_key_values)
+        causal_mask = self._causal_mask(*mask_inputs, past, first_layer)
         if position_ids is not None and is_flash_attention_requested(self.config) and "cu_seq_lens_q" not in kwargs:
             lengths = document_lengths(position_ids.expand(inputs_embeds.shape[0], -1), attention_mask, past)
             causal_mask = None if lengths else causal_mask  # the lengths also separate padding
@@ -314,9 +311,7 @@ class GPTKitModel(GPTKitPreTrainedModel):
             if total > limit:
                 raise ValueError(f"the sequence has {total} tokens, more than max_position_embeddings={limit}")
             if padding is not None and padding.shape[1] < total:
-                raise ValueError(
-                    f"attention_mask covers {padding.shape[1]} of {total} tokens; it must cover cached tokens, too"
-                )
+                raise ValueError(f"attention_mask covers {padding.shape[1]} of {total} tokens (with the cached ones)")
         position_ids = self.position_ids[:, :length] + past  # (1, T)
         if padding is None:
             return position_ids
@@ -404,8 +399,7 @@ class GPTKitForCausalLM(GPTKitPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = _select_positions(outputs.last_hidden_state, logits_to_keep)
-        logits, loss = None, None
-        has_labels = labels is not None or shift_labels is not None
+        logits, loss, has_labels = None, None, labels is not None or shift_labels is not None
         if shift_labels is not None:
             shift_labels = (
                 shift_labels.contiguous()
@@ -430,8 +424,8 @@ class GPTKitForCausalLM(GPTKitPreTrainedModel, GenerationMixin):
 def _select_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     """Return the hidden states of the positions whose logits are needed.
 
-    An int keeps that many last positions, 0 keeps all; a tensor (K,) keeps these positions of every row; integers
-    (B, K) keep positions row by row; booleans (B, T) keep the true positions as (N, D).
+    An int keeps that many last positions, 0 all; a tensor (K,) keeps these positions of every row, integers (B, K)
+    positions row by row, booleans (B, T) the true positions as (N, D).
     """
     # transformers has a function for this since 5.21; the model also supports earlier versions.
     if isinstance(logits_to_keep, int):
@@ -449,8 +443,8 @@ def _check_ids(ids: Tensor, size: int, name: str, limit: str) -> None:
         return
     low, high = (int(bound) for bound in torch.aminmax(ids))
     if low < 0 or high >= size:
-        got = low if low < 0 else high
-        raise ValueError(f"{name} must lie between 0 and {size - 1} ({limit}={size}), got {got}")
+        outside = low if low < 0 else high
+        raise ValueError(f"{name} must lie between 0 and {size - 1} ({limit}={size}), got {outside}")
 
 
 __all__ = ["GPTKitForCausalLM", "GPTKitModel", "GPTKitPreTrainedModel"]

@@ -188,7 +188,7 @@ def test_every_layout_loads_with_equal_logits(rewrite: Callable[[Path, Any], Non
 
 
 @pytest.mark.parametrize("configured", [False, True])
-def test_a_head_of_its_own_stays_its_own(configured: bool, tmp_path: Path) -> None:
+def test_an_untied_output_projection_stays_untied(configured: bool, tmp_path: Path) -> None:
     theirs = tiny_gpt2(tie_word_embeddings=False)
     theirs.save_pretrained(tmp_path)
     edit_config(tmp_path, tie_word_embeddings=configured)
@@ -555,7 +555,7 @@ def test_a_repository_that_cannot_be_fetched(tmp_path: Path, monkeypatch: pytest
         ("DisabledRepoError", "403: the repository is disabled"),
     ],
 )
-def test_errors_of_the_hub_are_one_sentence(kind: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_the_hub_are_one_line(kind: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub.errors
 
     error = getattr(huggingface_hub.errors, kind)
@@ -601,7 +601,7 @@ def test_names_and_shapes_of_the_real_sizes(layers: int, width: int, heads: int)
     with torch.device("meta"):
         theirs = GPT2LMHeadModel(GPT2Config(n_layer=layers, n_embd=width, n_head=heads))
         ours = GPTKitForCausalLM(GPTKitConfig(n_layer=layers, n_embd=width, n_head=heads))
-    renamed = rename_tensors(theirs.state_dict(), GPT2_NAMES)
+    renamed = rename_tensors(theirs.state_dict(), GPT2_NAMES, "gpt2")
     expected = {name: tensor.shape for name, tensor in ours.state_dict().items()}
     assert {name: tensor.shape for name, tensor in renamed.items()} == expected
 
@@ -618,7 +618,7 @@ def test_names_and_shapes_of_the_real_sizes(layers: int, width: int, heads: int)
         {"position_embedding": "sinusoidal", "use_bias": False, "tie_word_embeddings": False},
     ],
 )
-def test_what_gpt2_has_no_word_for_is_written_out(options: Any, tmp_path: Path) -> None:
+def test_features_that_gpt2_lacks_are_stored_as_tensors(options: Any, tmp_path: Path) -> None:
     ours = tiny_gpt_kit(**options)
     save_as_gpt2(ours, tmp_path / "gpt2")
     theirs, report = GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2", output_loading_info=True)
@@ -670,7 +670,7 @@ def test_mixed_dtypes_lose_nothing(tmp_path: Path) -> None:
     assert torch.equal(stored_tensors(tmp_path / "gpt2")["transformer.ln_f.weight"], ours.model.norm.weight)
 
 
-def test_a_head_that_was_cut_loose_is_written(tmp_path: Path) -> None:
+def test_an_output_projection_that_was_untied_later_is_written(tmp_path: Path) -> None:
     ours = tiny_gpt_kit()
     ours.lm_head.weight = nn.Parameter(torch.randn(VOCAB, WIDTH))
     save_as_gpt2(ours, tmp_path / "gpt2")
@@ -774,8 +774,8 @@ def test_gpt2_tokenizers_are_read_without_gpt2s_model_type(described: bool, tmp_
     theirs = tiny_gpt2(vocab_size=257)
     theirs.save_pretrained(tmp_path / "gpt2")
     encoding = get_encoding("bytes")
-    save_tokenizer(encoding, tmp_path / "twin")
-    vocab = json.loads((tmp_path / "twin" / "tokenizer.json").read_text())["model"]["vocab"]
+    save_tokenizer(encoding, tmp_path / "exported")
+    vocab = json.loads((tmp_path / "exported" / "tokenizer.json").read_text())["model"]["vocab"]
     GPT2Tokenizer(vocab=vocab, merges=[]).save_pretrained(tmp_path / "gpt2")
     if not described:  # as in the published repository
         (tmp_path / "gpt2" / "tokenizer_config.json").write_text('{"model_max_length": 99}')
