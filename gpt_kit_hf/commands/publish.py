@@ -30,14 +30,14 @@ def push(options: PushCommandOptions) -> None:
         write(_verification(verified))
         return
     assert options.repo is not None
-    done = push_to_hub(options.run, options.repo, options, say=note)
-    if done.gate is None:
+    done = push_to_hub(options.run, options.repo, options, log=note)
+    if done.verification is None:
         lines = [f"would send    {size / 1e6:9.3f} MB  {name}" for name, size in done.sent.items()]
         lines += [f"would remove  {'':12}  {name}" for name in done.removed]
         write("\n".join([*lines, f"{len(done.sent)} files, {sum(done.sent.values()) / 1e6:.1f} MB"]) + "\n")
         return
     changed = f"{len(done.sent)} files sent" if done.sent or done.removed else "nothing to send: it was there already"
-    write(f"{done.url}\n{changed}\n{_verification(done.gate)}")
+    write(f"{done.url}\n{changed}\n{_verification(done.verification)}")
 
 
 def _verification(verified: GateReport) -> str:

@@ -1,11 +1,11 @@
-"""The order in which training meets its samples: a function of the seed alone, known at any place in it."""
+"""The order of training samples: a function of the seed and the position, so that a run resumes at any step."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -13,26 +13,28 @@ from torch.utils.data import Sampler
 
 from gpt_kit_hf.errors import UsageError
 
-# A mixture keeps its proportions within each run of so many samples.
+Ints: TypeAlias = npt.NDArray[np.int64]
+
+# A mixture has its exact proportions within each block of this many samples.
 _MIXTURE_BLOCK = 4096
 
 
 class Order(Protocol):
-    """Which sample a run takes when."""
+    """The order in which a run takes its samples."""
 
     @property
     def samples(self) -> int:
-        """How many samples make an epoch, 0 if there is none."""
+        """The number of samples in an epoch; 0 for an endless stream."""
 
-    def ids(self, consumed: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return the samples that a run takes after so many others."""
+    def ids(self, consumed: Ints) -> Ints:
+        """Return the sample ids that a run takes at these positions, counted from the start of the run."""
 
 
-def shuffled(positions: npt.NDArray[np.int64], size: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """Return where a pseudo-random permutation of 0..size-1, drawn by (seed, epoch), sends `positions`.
+def shuffled(positions: Ints, size: int, seed: int, epoch: int) -> Ints:
+    """Return the values at `positions` of a pseudo-random permutation of 0..size-1, drawn by (seed, epoch).
 
-    Needs no memory and no earlier position, so that a run continues anywhere at no cost. A Feistel network (Luby and
-    Rackoff 1988) over the next even power of two; values beyond `size` walk on until they fall inside.
+    Each value is computed by itself, without memory, so that a run resumes anywhere at no cost: a Feistel network
+    (Luby and Rackoff 1988) over the next even power of two, applied again to values outside of the range.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
@@ -52,7 +54,7 @@ def shuffled(positions: npt.NDArray[np.int64], size: int, seed: int, epoch: int)
 
 
 def _mixed(values: Any) -> Any:
-    """Return 64-bit values scrambled: the finaliser of SplitMix64 (Steele, Lea and Flood 2014)."""
+    """Return 64-bit values after the finalizer of SplitMix64 (Steele, Lea and Flood 2014)."""
     with np.errstate(over="ignore"):
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -61,13 +63,13 @@ def _mixed(values: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class ShuffledOrder:
-    """All samples once an epoch, in an order of its own."""
+    """Each sample once per epoch, in a new order each epoch."""
 
     samples: int
     seed: int
 
-    def ids(self, consumed: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return the samples that a run takes after so many others."""
+    def ids(self, consumed: Ints) -> Ints:
+        """Return the sample ids at these positions, (n,) -> (n,)."""
         epochs = consumed // self.samples
         ids = np.empty_like(consumed)
         for epoch in np.unique(epochs):
@@ -78,22 +80,22 @@ class ShuffledOrder:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamOrder:
-    """Samples as they come, of which there is no end: `samples` is 0."""
+    """The samples of an endless stream, as they come."""
 
     samples: int = 0
 
-    def ids(self, consumed: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return the samples that a run takes after so many others."""
+    def ids(self, consumed: Ints) -> Ints:
+        """Return the positions themselves."""
         return consumed
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureOrder:
-    """Sources of `sizes` samples, end to end, met in proportion to `weights`.
+    """Sources of `sizes` samples, concatenated, drawn in proportion to `weights`.
 
-    Of each 4,096 samples of a run a source gives its share, to the nearest whole one, in places drawn by the seed.
-    Each source is shuffled by itself and begins anew when all its samples were met, whatever the others do; an epoch
-    is as many samples as there are in all of them.
+    Each block of 4,096 samples has the same number from each source, the nearest to its weight, at places drawn by
+    the seed. Each source is shuffled by itself and starts over when it is used up. An epoch has as many samples as
+    all sources together.
     """
 
     sizes: tuple[int, ...]
@@ -106,24 +108,24 @@ class MixtureOrder:
         if 0 in self.quotas:
             raise UsageError(
                 f"mixture weights {', '.join(f'{weight:g}' for weight in self.weights)}: the smallest is below "
-                f"1/{_MIXTURE_BLOCK} of their sum, too small to be met"
+                f"1/{_MIXTURE_BLOCK} of their sum, so its source would never be drawn; raise it or leave it out"
             )
 
     @property
     def samples(self) -> int:
-        """How many samples the sources have together."""
+        """The number of samples of all sources together."""
         return sum(self.sizes)
 
     @property
     def quotas(self) -> tuple[int, ...]:
-        """How many of each 4,096 samples a source gives, by largest remainder."""
+        """The number of samples of each source in a block, by the largest-remainder method."""
         exact = np.array(self.weights) / sum(self.weights) * _MIXTURE_BLOCK
-        given = np.floor(exact).astype(int)
-        given[np.argsort(given - exact, kind="stable")[: _MIXTURE_BLOCK - given.sum()]] += 1
-        return tuple(given.tolist())
+        quotas = np.floor(exact).astype(int)
+        quotas[np.argsort(quotas - exact, kind="stable")[: _MIXTURE_BLOCK - quotas.sum()]] += 1
+        return tuple(quotas.tolist())
 
-    def ids(self, consumed: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return the samples that a run takes after so many others."""
+    def ids(self, consumed: Ints) -> Ints:
+        """Return the sample ids at these positions, (n,) -> (n,)."""
         blocks, places = np.divmod(consumed, _MIXTURE_BLOCK)
         sources, ranks = np.empty_like(consumed), np.empty_like(consumed)
         for block in np.unique(blocks):
@@ -139,11 +141,9 @@ class MixtureOrder:
         return ids
 
 
-@functools.lru_cache(maxsize=2)  # a step lies in one block, or in two
-def _mixture_block(
-    quotas: tuple[int, ...], seed: int, block: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return for each place in a block its source, and how many of the same source the block has before it."""
+@functools.lru_cache(maxsize=2)  # a step reads one block, or two at its edge
+def _mixture_block(quotas: tuple[int, ...], seed: int, block: int) -> tuple[Ints, Ints]:
+    """Return, for each place in a block, its source and the number of earlier places with the same source."""
     bounds = np.concatenate(([0], np.cumsum(quotas)))
     order = shuffled(np.arange(_MIXTURE_BLOCK), _MIXTURE_BLOCK, seed, block)
     sources = np.searchsorted(bounds, order, side="right") - 1
@@ -155,9 +155,10 @@ def _mixture_block(
 
 @dataclass(frozen=True, kw_only=True)
 class BatchPlan:
-    """Which samples each step trains on: the next `batch_size` of the order.
+    """The samples of each step: the next `batch_size` of the order.
 
-    The processes share a step's batch in equal runs, and cut theirs into micro-batches: neither changes the batch.
+    Each process takes an equal, consecutive share of the batch and divides it into micro-batches. Neither the number
+    of processes nor the micro-batch size changes the batch.
     """
 
     order: Order
@@ -167,9 +168,9 @@ class BatchPlan:
     process_index: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "micro_batch_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, size in (("batch_size", self.batch_size), ("micro_batch_size", self.micro_batch_size)):
+            if size < 1:
+                raise UsageError(f"{name} must be at least 1, got {size}")
         if self.batch_size % self.num_processes:
             raise UsageError(
                 f"batch_size={self.batch_size} must be divisible by the number of processes, {self.num_processes}"
@@ -177,23 +178,22 @@ class BatchPlan:
 
     @property
     def micro_steps(self) -> int:
-        """How many micro-batches a process computes for a step."""
+        """The number of micro-batches per process and step."""
         return -(-self.batch_size // self.num_processes // self.micro_batch_size)
 
-    def sample_ids(self, step: int) -> npt.NDArray[np.int64]:
-        """Return the ids (batch_size,) of the samples of step 0, 1, ..., over all processes."""
-        consumed = np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64)
-        return self.order.ids(consumed)
+    def sample_ids(self, step: int) -> Ints:
+        """Return the sample ids (batch_size,) of a step, counted from 0, over all processes."""
+        return self.order.ids(np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64))
 
     def micro_batches(self, step: int) -> list[list[int]]:
-        """Return the ids of this process's micro-batches of a step."""
+        """Return the sample ids of this process's micro-batches of a step."""
         share = self.batch_size // self.num_processes
         own = self.sample_ids(step)[self.process_index * share : (self.process_index + 1) * share].tolist()
         return [own[first : first + self.micro_batch_size] for first in range(0, share, self.micro_batch_size)]
 
 
 class PlannedBatches(Sampler[list[int]]):
-    """The micro-batches of the steps first_step..last_step-1, in their order."""
+    """The micro-batches of the steps first_step..last_step-1, in order, as a batch sampler."""
 
     def __init__(self, plan: BatchPlan, first_step: int, last_step: int) -> None:
         self.plan, self.first_step, self.last_step = plan, first_step, last_step

@@ -1,5 +1,10 @@
-"""Model folders and the Hub: finding, checking, publishing and downloading models.
+"""Model folders and the Hugging Face Hub: find, check, publish, verify and download a model.
 
-`model_folder` opens a run, a folder or a Hub repository; `safety`, `untrusted_files` and `template_sandbox` check one
-before it is loaded; `push`, `manifest` and `secret_scan` publish one; `verify` and `probe` compare what was published.
+- `model_folder`: find the folder of a run, a model or a Hub id, load from it, write one.
+- `safety` (folders and checkpoints), `untrusted_files` (JSON and safetensors headers) and `template_sandbox` (chat
+  templates) check a model of unknown origin before it is loaded.
+- `push` publishes a model as one commit and pulls one; `manifest` selects and lists the published files; `secret_scan`
+  refuses secrets and local paths; `client` downloads with checked digests and words the Hub's errors.
+- `verify` is the post-push verification: it compares what fresh processes, which run `probe`, find in a commit.
+- `card/`: the model card.
 """

@@ -1,4 +1,4 @@
-"""Talking to the Hub: its errors as one kind, and downloads of which every byte is checked."""
+"""The Hub's client: its errors as `HubError`, and downloads in which the digest of every file is checked."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    # The base class of the HTTP library: httpx with huggingface_hub 1, httpx2 since huggingface_hub 2.
+    HTTPError,
     IncompleteSnapshotError,
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
@@ -22,68 +24,59 @@ from huggingface_hub.errors import (
 )
 
 from gpt_kit_hf.errors import GPTKitError, HubError
-from gpt_kit_hf.hub.secret_scan import hide_secrets
+from gpt_kit_hf.hub.secret_scan import first_line
 from gpt_kit_hf.storage.digests import digest_of, git_digest_of
 
-# What a model is made of; pickles, pictures and others' code are not fetched.
+# Pickles and other repositories' code are not downloaded.
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.md", "*.png")
 CODE_FILES = ("*.py",)
 
-# The HTTP library's own error, of which the client's is one; which library that is differs between versions.
-_NetworkError: type[Exception] = HfHubHTTPError.__mro__[1]
+# Reason and next step by exception class; the first that matches counts. `{error}` is the client's own message.
+_REASONS: dict[type[Exception] | tuple[type[Exception], ...], str] = {
+    HFValidationError: "{error}: name it OWNER/NAME, of letters, digits, '-', '_' and '.'",
+    LocalTokenNotFoundError: "you are not logged in: run `hf auth login`, or set HF_TOKEN",
+    GatedRepoError: "the repository is gated: request access on its page, and log in",
+    RepositoryNotFoundError: "there is no such repository, or your account may not see it: check the name, and log in "
+    "(`hf auth login`)",
+    RevisionNotFoundError: "there is no such branch, tag or commit: see the repository's page",
+    (
+        IncompleteSnapshotError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    ): "the Hub cannot be reached and the cache does not hold it ({error}): run the same command again",
+    EntryNotFoundError: "a file is missing on the Hub ({error}): push again",
+}
+_STATUS_REASONS = {
+    401: "your token is not valid: run `hf auth login`, or set HF_TOKEN to a valid one",
+    403: "your token has no write access to this repository: create one that has",
+    409: "the repository was changed by somebody else meanwhile: review that change, and run the same command again",
+    412: "the repository was changed by somebody else meanwhile: review that change, and run the same command again",
+    429: "the Hub's rate limit is reached: run the same command again in some minutes",
+}
 
 
 @contextmanager
-def hub_errors(doing: str) -> Iterator[None]:
-    """Raise HubError, one sentence that says what failed and what to do, for whatever the client of the Hub raises."""
+def hub_errors(failure: str) -> Iterator[None]:
+    """Raise HubError for any exception of the Hub's client: one line with `failure`, its reason and the next step."""
     try:
         yield
     except GPTKitError:
         raise
-    except HFValidationError as error:
-        raise HubError(f"{doing}: {_first(error)}: name it OWNER/NAME, of letters, digits, '-', '_' and '.'") from None
-    except LocalTokenNotFoundError:
-        raise HubError(f"{doing}: you are not logged in: run `hf auth login`, or set HF_TOKEN") from None
-    except GatedRepoError:
-        raise HubError(f"{doing}: access is given by its owner only: ask on its page, and log in") from None
-    except RepositoryNotFoundError as error:
-        raise HubError(f"{doing}: {_not_found(error)}") from None
-    except RevisionNotFoundError:
-        raise HubError(f"{doing}: there is no such branch, tag or commit: look at the repository's page") from None
-    except (IncompleteSnapshotError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        why = f"the Hub cannot be reached and the cache does not hold it ({_first(error)})"
-        raise HubError(f"{doing}: {why}: run the same command again") from None
-    except EntryNotFoundError as error:
-        raise HubError(f"{doing}: a file is missing on the Hub ({_first(error)}): push again") from None
-    except HfHubHTTPError as error:
-        raise HubError(f"{doing}: {_of_status(error)}") from None
-    except (_NetworkError, OSError, RuntimeError, ValueError) as error:
-        # The client raises plain ones where a download has another size than was announced.
-        raise HubError(f"{doing}: the network failed ({_first(error)}): run the same command again") from None
+    # The client raises plain OSError, RuntimeError or ValueError where a download has another size than announced.
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        raise HubError(f"{failure}: {_reason(error)}") from None
 
 
-def _of_status(error: HfHubHTTPError) -> str:
-    status = error.response.status_code if error.response is not None else 0
-    if status == 401:
-        return "your token is not valid: run `hf auth login`, or set HF_TOKEN to another"
-    if status == 403:
-        return "your token may not do this: make one that may write to this repository"
-    if status in (409, 412):
-        return "someone else has written to it meanwhile: look at what changed, and run the same command again"
-    if status == 429:
-        return "the Hub asks to wait: run the same command again in some minutes"
-    return f"the Hub answered {status or _first(error)}: run the same command again"
-
-
-def _not_found(error: RepositoryNotFoundError) -> str:
-    if error.response is not None and error.response.status_code == 401:
-        return "there is no such repository, or you may not see it: check the name, and log in (`hf auth login`)"
-    return "there is no such repository: check the name"
-
-
-def _first(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return hide_secrets(re.sub(r"\s+", " ", lines[0]))[:200] if lines else type(error).__name__
+def _reason(error: Exception) -> str:
+    first = first_line(error)
+    for kinds, reason in _REASONS.items():
+        if isinstance(error, kinds):
+            return reason.format(error=first)
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code if error.response is not None else None
+        answered = f"the Hub answered {status or first}: run the same command again"
+        return _STATUS_REASONS.get(status, answered) if status else answered
+    return f"the network failed ({first}): run the same command again"
 
 
 def fetch_model(
@@ -94,20 +87,18 @@ def fetch_model(
     cache_dir: Path | None = None,
     api: HfApi | None = None,
 ) -> Path:
-    """Return the folder in the Hub's cache that holds a repository's model, every byte checked; nothing is run.
+    """Return the snapshot folder of a repository's model in the Hub's cache, every file checked; no code is run.
 
-    The client of the Hub compares sizes only. Here each file's digest is computed again and compared with the one
-    that the Hub gives for it: SHA-256 for large files, git's SHA-1 for others. A file that differs is taken out of
-    the cache, so that the next attempt fetches it anew. Without a network what the cache holds is checked.
-    Raises HubError.
+    The Hub's client compares sizes only. Here each file's digest is computed and compared with the Hub's: SHA-256 for
+    large files, git's SHA-1 for others. A file that differs is removed from the cache, so that the next call downloads
+    it again. Without a network the cached files are checked. Raises HubError.
     """
-    patterns = [*MODEL_FILES, *(CODE_FILES if with_code else ())]
     with hub_errors(f"{repo} was not fetched"):
         folder = Path(
             snapshot_download(
                 repo,
                 revision=revision,
-                allow_patterns=patterns,
+                allow_patterns=[*MODEL_FILES, *(CODE_FILES if with_code else ())],
                 cache_dir=cache_dir,
                 endpoint=None if api is None else api.endpoint,
                 token=None if api is None else api.token,
@@ -118,26 +109,21 @@ def fetch_model(
 
 
 def check_blobs(folder: Path, repo: str) -> None:
-    """Raise HubError unless each file of a snapshot in the Hub's cache has the digest that names it there."""
-    for path in sorted(folder.rglob("*")):
-        if not path.is_file():
-            continue
+    """Raise HubError unless each file of a cached snapshot has the digest that its blob is named by."""
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         blob = path.resolve()
-        if blob == path.absolute():
-            continue  # a cache without links, whose files have no digest for a name
-        if _digest_as(blob.name, blob) != blob.name:
+        # In a cache without symlinks a file is no blob and has no digest for a name.
+        if blob != path.absolute() and _digest_like(blob.name, blob) != blob.name:
             blob.unlink()
             path.unlink()
             raise HubError(
-                f"{repo} was not fetched: {path.name} is not what the Hub announced (its digest differs), "
-                "and was thrown away: run the same command again"
+                f"{repo} was not fetched: the digest of {path.name} is not the one that the Hub announced; the file "
+                "was removed from the cache: run the same command again"
             )
 
 
-def _digest_as(name: str, blob: Path) -> str:
-    """Return a file's digest of the kind that its name in the cache is, or the name if that is none."""
+def _digest_like(name: str, blob: Path) -> str:
+    """Return the file's digest of the kind that `name` has, or `name` if it is no digest."""
     if re.fullmatch("[0-9a-f]{64}", name):
         return digest_of(blob).sha256
-    if re.fullmatch("[0-9a-f]{40}", name):
-        return git_digest_of(blob)
-    return name
+    return git_digest_of(blob) if re.fullmatch("[0-9a-f]{40}", name) else name

@@ -1,7 +1,7 @@
-"""What a published model does, asked in a fresh process: this file is run by itself, with or without the package.
+"""The probe: a script that loads a model in a fresh process by transformers alone and reports what the model does.
 
-It reads requests as JSON from its standard input, loads each by transformers alone, and writes what it found as JSON,
-with the logits as safetensors beside it. It imports nothing of the package, so that it can run where that is absent.
+It reads requests as JSON from standard input and writes its answers as JSON. It imports nothing of this package, so
+that it runs where the package is absent. Its answers are published, and compared by `verify`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +28,21 @@ CONVERSATION = [
     {"role": "user", "content": "And of Japan?"},
 ]
 NEW_TOKENS = 16
-# Fields of a configuration that say where or with what it was read, not what it is.
-_CIRCUMSTANCES = ("_name_or_path", "transformers_version", "auto_map", "_commit_hash", "dtype")
+# Fields of a configuration that depend on where or how it was loaded.
+_LOADING_FIELDS = ("_name_or_path", "transformers_version", "auto_map", "_commit_hash", "dtype")
 
 
 class _Absent:
-    """A finder that has the package be absent, wherever it is installed."""
+    """A finder that hides the package, wherever it is installed."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-        """Raise ModuleNotFoundError for the package, and leave all else to the other finders."""
+        """Raise ModuleNotFoundError for the package; leave all other modules to the other finders."""
         if name.partition(".")[0] == PACKAGE:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
 def probe_ids(vocab_size: int, context: int) -> list[list[int]]:
-    """Return rows of ids that follow from the size of the vocabulary and of the context alone, of unequal length."""
+    """Return rows of pseudo-random token ids, of unequal length, that depend on the two sizes only."""
     rows, state = [], 12345
     for length in (1, 7, 24):
         row = []
@@ -53,56 +54,49 @@ def probe_ids(vocab_size: int, context: int) -> list[list[int]]:
 
 
 def digest(value: Any) -> str:
-    """Return what tells JSON values apart."""
+    """Return 16 hexadecimal digits that identify a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def probe(request: dict[str, Any], with_package: bool) -> dict[str, Any]:
-    """Load what a request names, and return what it does; a part that fails is said under "failures"."""
+    """Load the model at request["place"] and return the answer of each probe; errors are under "failures"."""
     import transformers
 
-    place, output = request["place"], Path(request["output"])
-    roads: dict[str, Any] = {} if with_package else {"trust_remote_code": True}
-    roads |= {key: request[key] for key in ("revision", "cache_dir") if request.get(key) is not None}
-    found: dict[str, Any] = {"transformers": transformers.__version__, "failures": {}}
-    parts: dict[str, Any] = {}
-    for name in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM", "AutoModel", "GenerationConfig"):
-        options = {k: v for k, v in roads.items() if name != "GenerationConfig" or k != "trust_remote_code"}
+    failures: dict[str, str] = {}
+
+    def attempt(name: str, results: dict[str, Any], action: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         try:
-            parts[name] = getattr(transformers, name).from_pretrained(place, **options)
-        except Exception as error:  # whatever a stranger's files do, it is a finding
-            found["failures"][name] = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
-    asked = {
-        "config": ("AutoConfig",),
-        "generation_config": ("GenerationConfig",),
-        "tokenizer": ("AutoTokenizer",),
-        "template": ("AutoTokenizer",),
-        "model": ("AutoModelForCausalLM",),
-        "base": ("AutoModel",),
-    }
-    for name, needed in asked.items():
-        if all(part in parts for part in needed):
-            try:
-                found[name] = _ASK[name](*(parts[part] for part in needed), output)
-            except Exception as error:
-                found["failures"][name] = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
-    return found
+            results[name] = action(*args, **kwargs)
+        except Exception as error:  # files of unknown origin can fail with any exception
+            failures[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+
+    options = {key: request[key] for key in ("revision", "cache_dir") if request.get(key) is not None}
+    code = {} if with_package else {"trust_remote_code": True}
+    loaded: dict[str, Any] = {}
+    for name in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM", "AutoModel", "GenerationConfig"):
+        auto_options = options if name == "GenerationConfig" else options | code
+        attempt(name, loaded, getattr(transformers, name).from_pretrained, request["place"], **auto_options)
+    answers: dict[str, Any] = {"transformers": transformers.__version__, "failures": failures}
+    for name, (auto_class, answer) in _PROBES.items():
+        if auto_class in loaded:
+            attempt(name, answers, answer, loaded[auto_class])
+    return answers
 
 
-def ask_config(config: Any, _: Path) -> dict[str, Any]:
-    """Return the configuration, and for which Auto classes it brings code."""
+def probe_config(config: Any) -> dict[str, Any]:
+    """Return the configuration's values, the Auto classes that have code of its own, and its module."""
     values = json.loads(config.to_json_string(use_diff=False))
-    plain = {key: value for key, value in values.items() if key not in _CIRCUMSTANCES}
+    plain = {key: value for key, value in values.items() if key not in _LOADING_FIELDS}
     return {"values": plain, "auto_map": sorted(values.get("auto_map") or {}), "module": type(config).__module__}
 
 
-def ask_generation_config(config: Any, _: Path) -> dict[str, Any]:
+def probe_generation_config(config: Any) -> dict[str, Any]:
     """Return the generation defaults."""
-    return {k: v for k, v in json.loads(config.to_json_string()).items() if k not in _CIRCUMSTANCES}
+    return {key: value for key, value in json.loads(config.to_json_string()).items() if key not in _LOADING_FIELDS}
 
 
-def ask_tokenizer(tokenizer: Any, _: Path) -> dict[str, Any]:
-    """Return what the tokenizer makes of texts, and its special tokens."""
+def probe_tokenizer(tokenizer: Any) -> dict[str, Any]:
+    """Return the ids of `TEXTS`, their decoded text, the vocabulary's digest and the special tokens."""
     ids = [tokenizer(text)["input_ids"] for text in TEXTS]
     return {
         "ids": ids,
@@ -116,89 +110,82 @@ def ask_tokenizer(tokenizer: Any, _: Path) -> dict[str, Any]:
     }
 
 
-def ask_template(tokenizer: Any, _: Path) -> dict[str, Any]:
-    """Return the chat template's digest and what it writes; nothing where there is none."""
+def probe_template(tokenizer: Any) -> dict[str, Any]:
+    """Return the chat template's digest and its text for `CONVERSATION`; {"source": None} without a template."""
     if tokenizer.chat_template is None:
         return {"source": None}
     written = tokenizer.apply_chat_template(CONVERSATION, tokenize=False, add_generation_prompt=True)
     return {"source": digest(tokenizer.chat_template), "written": written}
 
 
-def ask_model(model: Any, output: Path) -> dict[str, Any]:
-    """Return what the model computes: logits of rows alone and of the rows as one padded batch, tokens, losses."""
+def probe_model(model: Any) -> dict[str, Any]:
+    """Return the logits' digest for single rows, their difference in a padded batch, losses and greedy tokens."""
     import torch
-    from safetensors.torch import save_file
 
     model.eval()
     text_config = model.config.get_text_config(decoder=True)
     context = getattr(text_config, "max_position_embeddings", None) or 64
     rows = probe_ids(text_config.vocab_size, context)
     inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
-    end = model.config.eos_token_id
-    tensors: dict[str, Any] = {}
+    eos = model.config.eos_token_id
     with torch.no_grad():
         alone = [model(torch.tensor([row])).logits[0].float() for row in rows]
-        tensors |= {f"row{number}": logits.contiguous() for number, logits in enumerate(alone)}
         longest = max(map(len, rows))
         ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         padded = model(ids, attention_mask=mask).logits.float()
-        strays = [float((padded[n, -len(row) :] - alone[n]).abs().max()) for n, row in enumerate(rows)]
-        # The end of text is a target like others, also where padding has its id.
-        labelled = torch.tensor([[*rows[-1], end if isinstance(end, int) else 0]])
+        differences = [float((padded[n, -len(row) :] - alone[n]).abs().max()) for n, row in enumerate(rows)]
+        # EOS must be a target like any other token, even where padding has the same id.
+        labelled = torch.tensor([[*rows[-1], eos if isinstance(eos, int) else 0]])
         logits = model(labelled).logits[0, :-1].float()
         by_hand = torch.nn.functional.cross_entropy(logits, labelled[0, 1:])
         loss = model(labelled, labels=labelled).loss.float()
-        room = min(NEW_TOKENS, context - len(rows[-1]))
-        written = model.generate(torch.tensor([rows[-1]]), max_new_tokens=room, do_sample=False)[0].tolist()
-    save_file(tensors, str(output))
+        new_tokens = min(NEW_TOKENS, context - len(rows[-1]))
+        written = model.generate(torch.tensor([rows[-1]]), max_new_tokens=new_tokens, do_sample=False)[0].tolist()
     return {
         "class": type(model).__name__,
         "module": type(model).__module__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtypes": sorted({str(parameter.dtype) for parameter in model.parameters()}),
         "tied": outer is not None and inner.weight.data_ptr() == outer.weight.data_ptr(),
-        "eos": model.config.eos_token_id,
+        "eos": eos,
         "generation_eos": model.generation_config.eos_token_id,
         "written": written[len(rows[-1]) :],
         "logits": digest([row.tolist() for row in alone]),
-        "padding_difference": max(strays),
+        "padding_difference": max(differences),
         "loss": float(loss),
         "loss_by_hand": float(by_hand),
     }
 
 
-def ask_base(model: Any, _: Path) -> dict[str, Any]:
-    """Return what the model without its head computes."""
+def probe_base(model: Any) -> dict[str, Any]:
+    """Return the class of the model without its head, after a forward pass."""
     import torch
 
-    model.eval()
-    text_config = model.config.get_text_config(decoder=True)
-    rows = probe_ids(text_config.vocab_size, getattr(text_config, "max_position_embeddings", None) or 64)
     with torch.no_grad():
-        states = model(torch.tensor([rows[-1]])).last_hidden_state.float()
-    return {"class": type(model).__name__, "states": digest(states.tolist())}
+        states = model.eval()(torch.tensor([[0]])).last_hidden_state
+    return {"class": type(model).__name__, "finite": bool(states.isfinite().all())}
 
 
-_ASK: dict[str, Any] = {
-    "config": ask_config,
-    "generation_config": ask_generation_config,
-    "tokenizer": ask_tokenizer,
-    "template": ask_template,
-    "model": ask_model,
-    "base": ask_base,
+_PROBES: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
+    "config": ("AutoConfig", probe_config),
+    "generation_config": ("GenerationConfig", probe_generation_config),
+    "tokenizer": ("AutoTokenizer", probe_tokenizer),
+    "template": ("AutoTokenizer", probe_template),
+    "model": ("AutoModelForCausalLM", probe_model),
+    "base": ("AutoModel", probe_base),
 }
 
 
 def main() -> None:
-    """Answer the requests of the standard input: {"package": bool, "answers": file, "requests": [...]}."""
-    asked = json.load(sys.stdin)
-    if asked["package"]:
+    """Answer the requests on standard input: {"package": bool, "answers": file, "requests": [...]}."""
+    given = json.load(sys.stdin)
+    if given["package"]:
         importlib.import_module(PACKAGE)
     else:
         sys.meta_path.insert(0, _Absent())
-    answers = [probe(request, asked["package"]) for request in asked["requests"]]
-    Path(asked["answers"]).write_text(json.dumps(answers), encoding="utf-8")
+    answers = [probe(request, given["package"]) for request in given["requests"]]
+    Path(given["answers"]).write_text(json.dumps(answers), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Publishing: a run becomes one commit on the Hub, which is fetched again and compared; and the way back."""
+"""Publish a run as one commit on the Hub with post-push verification, and pull a model from the Hub."""
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -15,13 +16,7 @@ from huggingface_hub.hf_api import RepoFile
 from gpt_kit_hf.errors import HubError, UsageError
 from gpt_kit_hf.hub.card.card import card_facts, render_card, without_generated
 from gpt_kit_hf.hub.client import fetch_model, hub_errors
-from gpt_kit_hf.hub.manifest import (
-    CARD_FILE,
-    PUBLICATION_FILE,
-    Publication,
-    seal,
-    stage_files,
-)
+from gpt_kit_hf.hub.manifest import CARD_FILE, PUBLICATION_FILE, PublicationManifest, stage_files, write_manifest
 from gpt_kit_hf.hub.safety import check_model_folder
 from gpt_kit_hf.hub.secret_scan import scan_for_publication
 from gpt_kit_hf.hub.template_sandbox import check_templates
@@ -29,16 +24,23 @@ from gpt_kit_hf.hub.verify import GateReport, probe_request, run_probe, verify_p
 from gpt_kit_hf.options.hub import PushOptions
 from gpt_kit_hf.storage.digests import digest_of, git_digest_of
 
-# Weights of an earlier model, which a loader would read instead of, or beside, those of this one.
-_OUTDATED = ("model-", "model.safetensors", "pytorch_model", "adapter_model", "adapter_config.json")
-_OUTDATED_NAMES = ("chat_template.jinja", "chat_template.json", "special_tokens_map.json", "added_tokens.json")
+# Files of an earlier model, which a loader would read in place of, or beside, those of this one.
+_STALE_PREFIXES = ("model-", "model.safetensors", "pytorch_model", "adapter_model", "adapter_config.json")
+_STALE_NAMES = ("chat_template.jinja", "chat_template.json", "special_tokens_map.json", "added_tokens.json")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PushResult:
-    """What came of it: the commit, its address, the files sent with their bytes, those removed, and the gate.
+    """The result of a push.
 
-    `commit` is the one that holds the model, also if it was there already; None after a dry run, as is `gate`.
+    Attributes:
+        repo: id of the repository.
+        commit: the commit that holds the model, also if it was there before; None after a dry run.
+        url: address of the commit, after a dry run of the repository.
+        sent: sizes in bytes of the files that were sent, or would be, by name.
+        removed: names of the files that were removed, or would be.
+        verification: the post-push verification; None after a dry run.
+
     """
 
     repo: str
@@ -46,7 +48,7 @@ class PushResult:
     url: str
     sent: Mapping[str, int]
     removed: tuple[str, ...]
-    gate: GateReport | None
+    verification: GateReport | None
 
 
 def push_to_hub(
@@ -55,53 +57,52 @@ def push_to_hub(
     options: PushOptions | None = None,
     *,
     api: HfApi | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> PushResult:
-    """Publish the model of a run, or of a model folder, as one commit; then fetch it and compare (the gate).
+    """Publish the model of a run or model folder as one commit, then download and verify it.
 
-    Sent are weights, configuration with code, tokenizer, chat template, generation defaults, card and the list of all
-    of them, as far as they differ from what is there; weights of an earlier model are removed by the same commit.
-    Interrupted or failed, the repository has the old commit or the whole new one, and the same call converges.
+    Sent are weights, configuration with code, tokenizer, chat template, generation defaults, card and manifest, as far
+    as they differ from the repository's; the same commit removes weights of an earlier model. After an interruption or
+    a failure the repository holds the old commit or the complete new one, and the same call finishes the push.
 
     Raises:
         UsageError: the folder holds no model.
-        CheckpointError: something in it must not be published, or cannot be loaded.
-        HubError: the Hub refused or could not be reached; or what is there is not what was sent.
+        CheckpointError: a file must not be published, or the model cannot be loaded.
+        HubError: the Hub refused or could not be reached, or the commit is not what was sent.
 
     """
-    chosen, api = options or PushOptions(), api or HfApi()
+    options, api, run = options or PushOptions(), api or HfApi(), Path(run)
     with tempfile.TemporaryDirectory(prefix="gpt-kit-push-") as place:
         stage = Path(place) / "stage"
         stage.mkdir()
-        stage_files(Path(run), stage)
-        scan_for_publication(stage, _private_names(Path(run)))  # before anything is done on the Hub
-        head = _head(repo, chosen.revision, api) if chosen.dry_run else _prepare_repository(repo, chosen, api)
-        there = _files_on_hub(repo, head, api)
-        _write_card(Path(run), stage, repo, _card_on_hub(repo, head, there, api), chosen)
-        say("asking a fresh process what the model does")
+        stage_files(run, stage)
+        scan_for_publication(stage, _private_names(run))  # before anything is changed on the Hub
+        head = _find_head(repo, options.revision, api) if options.dry_run else _prepare_repository(repo, options, api)
+        remote = _remote_files(repo, head, api)
+        _write_card(run, stage, repo, _remote_card(repo, head, remote, api), options)
+        log("loading the model in a fresh process")
         probe = run_probe([probe_request(str(stage), Path(place))], Path(place) / "probe", with_package=True)[0]
-        for part, reason in probe["failures"].items():
-            raise HubError(f"{run} was not published: its {part} cannot be used: {reason}")
-        publication = seal(stage, probe, _private_names(Path(run)))
-        sent, removed = _changes(there, publication)
-        if chosen.dry_run:
-            return _result(repo, None, publication, sent, removed, None, api)
-        commit = head
-        if sent or removed:
-            say(f"sending {len(sent)} files, {_megabytes(publication, sent)}")
-            commit = _commit(repo, head, publication, sent, removed, chosen, api)
-        assert commit is not None
-        say(f"fetching {commit[:12]} again, into empty caches")
-        gate = verify_publication(repo, commit, local=publication, api=api)
-        gate.require()
-        return _result(repo, commit, publication, sent, removed, gate, api)
+        for name, reason in probe["failures"].items():
+            raise HubError(f"{run} was not published: its {name} cannot be used: {reason}")
+        manifest = write_manifest(stage, probe, _private_names(run))
+        result = _planned(repo, remote, manifest, api)
+        if options.dry_run:
+            return result
+        if result.sent or result.removed:
+            log(f"uploading {len(result.sent)} files, {sum(result.sent.values()) / 1e6:.1f} MB")
+            head = _commit(head, manifest, result, options, api)
+        assert head is not None  # `_prepare_repository` returns one
+        log(f"downloading commit {head[:12]} into empty caches to verify it")
+        report = verify_publication(repo, head, local=manifest, api=api)
+        report.require()
+        return dataclasses.replace(result, commit=head, url=f"{result.url}/commit/{head}", verification=report)
 
 
 def pull_model(repo: str, folder: str | Path, *, revision: str | None = None, api: HfApi | None = None) -> Path:
-    """Fetch a repository's model into a new or empty folder, every byte checked, and look at it; nothing is run.
+    """Download a repository's model into a new or empty folder; every digest is checked, no code is run.
 
-    Raises UsageError for a folder that holds something, HubError if it cannot be fetched, CheckpointError if it
-    cannot be loaded safely (`check_model_folder`).
+    Raises UsageError for a folder that is not empty, HubError for a failed download, CheckpointError for a model that
+    is not safe to load (`check_model_folder`).
     """
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -126,73 +127,77 @@ def pull_model(repo: str, folder: str | Path, *, revision: str | None = None, ap
 
 
 def _prepare_repository(repo: str, options: PushOptions, api: HfApi) -> str:
-    """Return the head of the repository's branch; both are made where they are not there."""
+    """Return the head commit of the branch to push to; a missing repository or branch is created."""
     with hub_errors(f"{repo} was not published"):
-        head = _find_head(repo, None, api)
-        if head is None:
+        if _find_head(repo, None, api) is None:
             api.create_repo(repo, private=options.private, exist_ok=True)
         if options.revision is not None:
             api.create_branch(repo, branch=options.revision, exist_ok=True)
         return str(api.repo_info(repo, revision=options.revision).sha)
 
 
-def _head(repo: str, branch: str | None, api: HfApi) -> str | None:
-    with hub_errors(f"{repo} was not looked at"):
-        return _find_head(repo, branch, api)
-
-
 def _find_head(repo: str, branch: str | None, api: HfApi) -> str | None:
-    try:
-        return str(api.repo_info(repo, revision=branch).sha)
-    except (RepositoryNotFoundError, RevisionNotFoundError):
-        return None
+    """Return the head commit of a branch, None if there is no such repository or branch."""
+    with hub_errors(f"{repo} was not published"):
+        try:
+            return str(api.repo_info(repo, revision=branch).sha)
+        except (RepositoryNotFoundError, RevisionNotFoundError):
+            return None
 
 
-def _write_card(run: Path, stage: Path, repo: str, there: str | None, options: PushOptions) -> None:
-    """Write the card, around what a person wrote in the one on the Hub, or in the run's for the first time."""
-    own = _text_of(run / CARD_FILE) if (run / CARD_FILE).is_file() else None
-    both = own is not None and there is not None and without_generated(own) != without_generated(there)
-    if both and options.keep_card is None:
-        raise HubError(
-            f"{repo} was not published: its card was edited on the Hub and in {run.name}/{CARD_FILE}: say which to "
-            "keep, --card hub or --card run"
-        )
-    base = own if there is None or options.keep_card == "run" else there
-    (stage / CARD_FILE).write_bytes(render_card(card_facts(run), repo=repo, existing=base).encode())
-
-
-def _card_on_hub(repo: str, head: str | None, there: Mapping[str, RepoFile], api: HfApi) -> str | None:
-    if CARD_FILE not in there:
-        return None
-    with hub_errors(f"the card of {repo} was not fetched"), tempfile.TemporaryDirectory() as place:
-        return _text_of(Path(api.hf_hub_download(repo, CARD_FILE, revision=head, local_dir=place)))
-
-
-def _text_of(card: Path) -> str:
-    """Return a card with the line ends that its writer chose."""
-    try:
-        return card.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{card.name} is not UTF-8: {error}") from None
-
-
-def _changes(there: Mapping[str, RepoFile], publication: Publication) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return which files the repository lacks or has otherwise, and which it has too much."""
-    names = [*publication.files, PUBLICATION_FILE]
-    sent = tuple(name for name in names if not _is_same(publication.folder / name, there.get(name)))
-    removed = tuple(
-        name for name in sorted(there.keys() - set(names)) if name.startswith(_OUTDATED) or name in _OUTDATED_NAMES
-    )
-    return sent, removed
-
-
-def _files_on_hub(repo: str, head: str | None, api: HfApi) -> dict[str, RepoFile]:
-    """Return the files of a commit by name; none where there is no commit."""
+def _remote_files(repo: str, head: str | None, api: HfApi) -> dict[str, RepoFile]:
+    """Return the files of a commit by name; an empty dict without a commit."""
     if head is None:
         return {}
     with hub_errors(f"the files of {repo} were not listed"):
         entries = api.list_repo_tree(repo, revision=head, recursive=True)
         return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+
+def _remote_card(repo: str, head: str | None, remote: Mapping[str, RepoFile], api: HfApi) -> str | None:
+    if CARD_FILE not in remote:
+        return None
+    with hub_errors(f"the card of {repo} was not fetched"), tempfile.TemporaryDirectory() as place:
+        return _read_card(Path(api.hf_hub_download(repo, CARD_FILE, revision=head, local_dir=place)))
+
+
+def _write_card(run: Path, stage: Path, repo: str, remote: str | None, options: PushOptions) -> None:
+    """Write the card with the hand-written text of the card on the Hub, or of the run's if there is none there."""
+    own = _read_card(run / CARD_FILE) if (run / CARD_FILE).is_file() else None
+    both = own is not None and remote is not None and without_generated(own) != without_generated(remote)
+    if both and options.keep_card is None:
+        raise HubError(
+            f"{repo} was not published: its card was edited on the Hub and in {run.name}/{CARD_FILE}: choose which "
+            "text to keep, --card hub or --card run"
+        )
+    base = own if remote is None or options.keep_card == "run" else remote
+    (stage / CARD_FILE).write_bytes(render_card(card_facts(run), repo=repo, existing=base).encode())
+
+
+def _read_card(path: Path) -> str:
+    """Return the text of a card with its own line endings."""
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path.name} is not UTF-8: {error}") from None
+
+
+def _planned(repo: str, remote: Mapping[str, RepoFile], manifest: PublicationManifest, api: HfApi) -> PushResult:
+    """Return the result of a dry run: the files that the repository lacks or has otherwise, and stale ones in it."""
+    names = [*manifest.files, PUBLICATION_FILE]
+    sizes = {name: (manifest.folder / name).stat().st_size for name in names}
+    return PushResult(
+        repo=repo,
+        commit=None,
+        url=f"{api.endpoint}/{repo}",
+        sent={name: sizes[name] for name in names if not _is_same(manifest.folder / name, remote.get(name))},
+        removed=tuple(
+            name
+            for name in sorted(remote.keys() - set(names))
+            if name.startswith(_STALE_PREFIXES) or name in _STALE_NAMES
+        ),
+        verification=None,
+    )
 
 
 def _is_same(path: Path, file: RepoFile | None) -> bool:
@@ -202,56 +207,25 @@ def _is_same(path: Path, file: RepoFile | None) -> bool:
 
 
 def _commit(
-    repo: str,
-    head: str | None,
-    publication: Publication,
-    sent: tuple[str, ...],
-    removed: tuple[str, ...],
-    options: PushOptions,
-    api: HfApi,
+    head: str | None, manifest: PublicationManifest, planned: PushResult, options: PushOptions, api: HfApi
 ) -> str:
     operations: list[CommitOperation] = [
-        CommitOperationAdd(path_in_repo=name, path_or_fileobj=publication.folder / name) for name in sent
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=manifest.folder / name) for name in planned.sent
     ]
-    operations += [CommitOperationDelete(path_in_repo=name) for name in removed]
-    with hub_errors(f"{repo} was not published"):
+    operations += [CommitOperationDelete(path_in_repo=name) for name in planned.removed]
+    with hub_errors(f"{planned.repo} was not published"):
         made = api.create_commit(
-            repo,
+            planned.repo,
             operations,
             commit_message=options.commit_message,
             revision=options.revision,
             create_pr=options.create_pr,
-            # Nobody's commit in between is overwritten, and no second one is made of half of the files.
+            # Refused if somebody else has committed meanwhile.
             parent_commit=head,
         )
     return str(made.oid)
 
 
 def _private_names(run: Path) -> tuple[str, ...]:
-    """Return paths of this machine that others must not see, as they would stand in a file."""
+    """Return the local paths that must not be published, as a file would contain them."""
     return tuple({str(run.absolute()), str(run.resolve()), str(Path.home())} - {"/"})
-
-
-def _result(
-    repo: str,
-    commit: str | None,
-    publication: Publication,
-    sent: tuple[str, ...],
-    removed: tuple[str, ...],
-    gate: GateReport | None,
-    api: HfApi,
-) -> PushResult:
-    url = f"{api.endpoint}/{repo}" + ("" if commit is None else f"/commit/{commit}")
-    return PushResult(
-        repo=repo,
-        commit=commit,
-        url=url,
-        sent={name: (publication.folder / name).stat().st_size for name in sent},
-        removed=removed,
-        gate=gate,
-    )
-
-
-def _megabytes(publication: Publication, names: tuple[str, ...]) -> str:
-    size = sum((publication.folder / name).stat().st_size for name in names)
-    return f"{size / 1e6:.1f} MB"

@@ -1,4 +1,4 @@
-"""Whether files may be published: no secret, no pickle, no optimizer, no path of the machine that made them."""
+"""The scan before publication: refuses secrets, pickles, training state and paths of the local machine."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from gpt_kit_hf.errors import CheckpointError
 
-# The shapes in which services give out keys. What is found is never shown.
+# The formats in which services issue keys. A match is never shown.
 _SECRETS = {
     "a Hugging Face token": r"hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}",
     "a GitHub token": r"gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}",
@@ -36,17 +38,15 @@ _TRAINING_NAMES = re.compile(
     r"[^/]*\.(?:safetensors|json|jsonl|bin|pt|lock)$"
 )
 _OPTIMIZER_TENSORS = re.compile(r"(?:^|[./|])(?:exp_avg|exp_avg_sq|momentum_buffer|max_exp_avg_sq)(?:$|[./|])")
-# A vocabulary is drawn from text: a piece of it may look like a path.
+# A vocabulary comes from text: a token in it may look like a path.
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt")
-_PICTURES = (".png",)
-_MOST_HEADER = 100 << 20
 
 
 def scan_for_publication(folder: Path, private_names: tuple[str, ...] = ()) -> None:
-    """Raise CheckpointError, which names file and place but never what was found, if a folder must not be published.
+    """Raise CheckpointError if a file of the folder must not be published; the message never quotes what was found.
 
-    Looked for are secrets, pickles, optimizers and the other parts of a checkpoint, and paths of a machine: home
-    folders and the like, and each of `private_names` as it stands.
+    Refused are secrets, pickles, files of a run or a checkpoint, optimizer states, paths of a machine (home folders
+    and the like), and each of `private_names`.
     """
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = file.relative_to(folder).as_posix()
@@ -56,17 +56,23 @@ def scan_for_publication(folder: Path, private_names: tuple[str, ...] = ()) -> N
 
 
 def hide_secrets(text: str) -> str:
-    """Return the text with anything that looks like a secret left out, for messages that quote others."""
+    """Return the text with everything that looks like a secret replaced by its kind."""
     for kind, pattern in _SECRET_PATTERNS.items():
         text = pattern.sub(f"[{kind}]", text)
     return text
+
+
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """Return the first line of an error's message, or its class, without secrets and at most `limit` characters."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return hide_secrets(" ".join(lines[0].split()))[:limit]
 
 
 def _faults(file: Path, name: str, private_names: tuple[str, ...]) -> Iterator[str]:
     if name.endswith(_PICKLE_NAMES):
         yield "by its name it is a pickle"
     if _TRAINING_NAMES.search(name):
-        yield "it is a part of a run or a checkpoint, not of a model"
+        yield "it belongs to a run or a checkpoint, not to a model"
     with file.open("rb") as opened:
         start = opened.read(8)
     if start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05":
@@ -74,23 +80,20 @@ def _faults(file: Path, name: str, private_names: tuple[str, ...]) -> Iterator[s
     if name.endswith(".safetensors"):
         yield from _header_faults(file)
     elif start.startswith(b"PK\x03\x04"):
-        yield "it is a zip archive, in which torch keeps pickles"
-    elif not name.endswith(_PICTURES):
+        yield "it is a zip archive, the format in which torch stores pickles"
+    elif not name.endswith(".png"):
         yield from _text_faults(file, name, private_names)
 
 
 def _header_faults(file: Path) -> Iterator[str]:
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = opened.read(min(length, _MOST_HEADER))
     try:
-        entries = json.loads(header)
-    except ValueError:
-        yield "its header is not JSON"
+        with safe_open(file, framework="numpy") as opened:
+            tensors, metadata = opened.keys(), json.dumps(opened.metadata() or {}, ensure_ascii=False)
+    except (SafetensorError, OSError):
+        yield "it is not valid safetensors"
         return
-    if any(_OPTIMIZER_TENSORS.search(tensor) for tensor in entries):
+    if any(_OPTIMIZER_TENSORS.search(tensor) for tensor in tensors):
         yield "it holds the state of an optimizer"
-    metadata = json.dumps(entries.get("__metadata__", {}), ensure_ascii=False)
     for kind, pattern in _SECRET_PATTERNS.items():
         if pattern.search(metadata):
             yield f"its metadata hold what looks like {kind}"

@@ -160,7 +160,7 @@ def tuned(trained: RunResult) -> tuple[RunResult, Path]:
             training=TrainingOptions(
                 output_dir=str(folder / "tuned"), max_steps=2, batch_size=2, report_to=["none"], use_cpu=True
             ),
-            base=BaseOptions(model=str(trained.folder), eval_rows=[str(folder / "held.json")]),
+            base=BaseOptions(model_name_or_path=str(trained.folder), eval_rows=[str(folder / "held.json")]),
             rows=RowOptions(rows=[str(folder / "train.json")]),
             supervision=SupervisionOptions(max_length=48),
         ),
@@ -217,7 +217,7 @@ def test_the_score_is_kept_for_the_card_once(trained: RunResult, held_out: str) 
         ({"data": []}, UsageError, "data: name at least one file"),
         ({"kind": "txt"}, UsageError, "unknown kind 'txt'; did you mean 'text'"),
         ({"stride": 49}, UsageError, "stride must lie between 1 and max_length=48, got 49"),
-        ({"max_length": 49}, UsageError, "max_length=49 is above what the model reads, 48: lower it"),
+        ({"max_length": 49}, UsageError, "max_length=49 is above the model's context length, 48: lower it"),
         ({"batch_size": 0}, UsageError, "batch_size must be at least 1, got 0"),
         ({"samples": -1}, UsageError, "samples must be at least 0, got -1"),
         ({"data": ["absent.txt"]}, DataError, "'absent.txt': no such file"),

@@ -1,4 +1,4 @@
-"""Publishing over loopback: the real client, a real push, the gate in fresh processes, and what faults leave."""
+"""Publishing over loopback: the real client, a real push, its verification in fresh processes, and faults."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from gpt_kit_hf import (
     verify_publication,
 )
 from gpt_kit_hf.hub import probe as published_probe
-from gpt_kit_hf.hub.manifest import PUBLICATION_FILE, read_publication
+from gpt_kit_hf.hub.manifest import PUBLICATION_FILE, read_manifest
 from gpt_kit_hf.hub.secret_scan import scan_for_publication
 from gpt_kit_hf.hub.verify import judge, probe_request, run_probe
 
@@ -88,7 +88,7 @@ def api(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> HfApi:
 def in_process(
     requests: list[dict[str, Any]], work: Path, with_package: bool, api: HfApi | None = None
 ) -> list[dict[str, Any]]:
-    """The probe without a process of its own: quick, and not what the gate relies on."""
+    """The probe without a process of its own: quick, but no substitute for post-push verification."""
     with _LOADING:
         answers = [published_probe.probe(request, with_package=True) for request in requests]
     for answer in answers:
@@ -97,12 +97,12 @@ def in_process(
     return answers
 
 
-# --- push, gate, and the way back -------------------------------------------------------------------------
+# --- push, verification and pull -------------------------------------------------------------------------
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pushes without fresh processes, where something else than the gate is looked at."""
+    """Pushes without fresh processes, for tests of anything but the verification."""
     monkeypatch.setattr("gpt_kit_hf.hub.push.run_probe", in_process)
     monkeypatch.setattr("gpt_kit_hf.hub.verify.run_probe", in_process)
 
@@ -125,7 +125,7 @@ save_file({"logits": model(ids).logits.detach(), "ids": ids}, sys.argv[2])
 
 
 def test_what_is_pushed_loads_without_the_package_to_the_bit(run: Path, hub: HubServer, tmp_path: Path) -> None:
-    """The command, with the gate in its two fresh processes; then a third one that only knows transformers."""
+    """The command, verification in two fresh processes included; then a third one that only knows transformers."""
     environment = {**os.environ, **hub.environment(), "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
     pushed = subprocess.run(
         [sys.executable, "-m", "gpt_kit_hf.commands.main", "push", str(run), REPO, "--private"],
@@ -227,7 +227,7 @@ def test_a_second_push_changes_nothing_and_a_changed_model_is_one_more_commit(
 @pytest.mark.usefixtures("quick")
 def test_branch_pull_request_and_dry_run(run: Path, hub: HubServer, api: HfApi) -> None:
     dry = push_to_hub(run, REPO, PushOptions(dry_run=True), api=api)
-    assert (dry.commit, dry.gate) == (None, None)
+    assert (dry.commit, dry.verification) == (None, None)
     assert dry.sent["model.safetensors"] == (run / "model.safetensors").stat().st_size
     assert hub.head(REPO) is None
     assert not [each for each in hub.requests if each.method in ("POST", "PUT") and "validate" not in each.path]
@@ -241,7 +241,7 @@ def test_branch_pull_request_and_dry_run(run: Path, hub: HubServer, api: HfApi) 
 
 
 @pytest.mark.usefixtures("quick")
-def test_what_a_person_writes_on_the_hub_survives(run: Path, hub: HubServer, api: HfApi, tmp_path: Path) -> None:
+def test_edits_of_the_card_on_the_hub_survive(run: Path, hub: HubServer, api: HfApi, tmp_path: Path) -> None:
     push_to_hub(run, REPO, api=api)
     card = hub.files(REPO, "main")["README.md"].decode()
     hub.plant(REPO, {"README.md": (card + "\n## Thanks\n\nTo my cat.\n").encode()})
@@ -249,14 +249,16 @@ def test_what_a_person_writes_on_the_hub_survives(run: Path, hub: HubServer, api
     assert "To my cat." in hub.files(REPO, "main")["README.md"].decode()
     own = shutil.copytree(run, tmp_path / "own")
     (own / "README.md").write_text(card + "\n## Thanks\n\nTo my dog.\n")
-    with pytest.raises(HubError, match=r"its card was edited on the Hub and in own/README\.md: say which to keep"):
+    with pytest.raises(
+        HubError, match=r"its card was edited on the Hub and in own/README\.md: choose which text to keep"
+    ):
         push_to_hub(own, REPO, api=api)
     push_to_hub(own, REPO, PushOptions(keep_card="run"), api=api)
     assert "To my dog." in hub.files(REPO, "main")["README.md"].decode()
 
 
 @pytest.mark.usefixtures("quick")
-def test_pull_gives_the_same_files_and_runs_none(run: Path, hub: HubServer, api: HfApi, tmp_path: Path) -> None:
+def test_pull_gives_the_same_files_and_runs_no_code(run: Path, hub: HubServer, api: HfApi, tmp_path: Path) -> None:
     push_to_hub(run, REPO, api=api)
     hub.plant(REPO, {"modeling_gpt_kit.py": b"raise SystemExit('ran')\n", "evil.pkl": b"\x80\x04."})
     folder = pull_model(REPO, tmp_path / "pulled", api=api)
@@ -319,7 +321,7 @@ def test_the_head_is_the_old_commit_or_the_whole_new_one_and_a_second_push_conve
         assert "model.safetensors" not in (read_back(hub) if before else {})
     hub.clear_faults()
     done = push_to_hub(run, REPO, api=api)
-    assert done.gate is not None
+    assert done.verification is not None
     assert done.commit == hub.head(REPO)
     if head != before:
         assert done.commit == head  # nothing had to be sent again
@@ -349,7 +351,7 @@ def test_a_flipped_or_cut_download_is_refused_and_not_kept(
 
 
 @pytest.mark.usefixtures("quick")
-def test_what_to_do_is_said_in_one_sentence(run: Path, hub: HubServer, api: HfApi, tmp_path: Path) -> None:
+def test_errors_name_the_next_step(run: Path, hub: HubServer, api: HfApi, tmp_path: Path) -> None:
     stranger = HfApi(endpoint=hub.url, token=False)
     nobody = HfApi(endpoint=hub.url, token="hf_wrongwrongwrongwrong")
     with pytest.raises(HubError, match="name it OWNER/NAME"):
@@ -390,7 +392,7 @@ def swapped_tokens(content: bytes) -> bytes:
 
 
 def without_ends(code: bytes) -> bytes:
-    """Code that leaves out the end of text where it counts the loss, as who masks padding by its id does."""
+    """Code whose loss ignores EOS, as code does that masks padding by its id."""
     text = code.decode()
     marks = "        if labels is not None:\n            labels = labels.masked_fill(labels == 256, -100)\n"
     head = text.index("class GPTKitForCausalLM")
@@ -399,7 +401,7 @@ def without_ends(code: bytes) -> bytes:
 
 
 def planted(files: dict[str, bytes], place: Path) -> dict[str, tuple[dict[str, bytes | None], str]]:
-    """By name: what is changed in the published commit, and what the gate must say, besides that a file differs."""
+    """By name: the changes to the published commit, and what must be reported besides differing files."""
     weights, config, generation = (files[n] for n in ("model.safetensors", "config.json", "generation_config.json"))
     auto_map = json.loads(config)["auto_map"]
     head = {"lm_head.weight": torch.zeros(257, 16)}
@@ -419,15 +421,15 @@ def planted(files: dict[str, bytes], place: Path) -> dict[str, tuple[dict[str, b
                 "config.json": changed_json(config, tie_word_embeddings=False),
                 "model.safetensors": changed_weights(weights, place, lambda w: w | head),
             },
-            "whether input and output embeddings are tied is false, was true",
+            r"model\.tied is false, was true",
         ),
         "padding is the end": (
             {"tokenizer_config.json": changed_json(files["tokenizer_config.json"], pad_token="<|endoftext|>")},
-            "the tokenizer pads with its end of text",
+            "the tokenizer pads with its EOS token",
         ),
         "end scored wrongly": (
             {"modeling_gpt_kit.py": without_ends(files["modeling_gpt_kit.py"])},
-            "a row that ends with the end of text is scored wrongly",
+            "the loss of a row that ends with EOS is wrong",
         ),
         "missing auto_map entry": (
             {"config.json": changed_json(config, auto_map={k: v for k, v in auto_map.items() if k != "AutoModel"})},
@@ -445,14 +447,14 @@ def planted(files: dict[str, bytes], place: Path) -> dict[str, tuple[dict[str, b
                     weights, place, lambda w: {k: v.bfloat16() for k, v in w.items()}
                 ),
             },
-            "the weights' dtype is",
+            r"model\.dtypes is",
         ),
         "stale code": (
             {"configuration_gpt_kit.py": files["configuration_gpt_kit.py"] + b"# older\n"},
             r"configuration_gpt_kit\.py is not the file that was published",
         ),
         "broken template": ({"chat_template.jinja": b"{% for m in messages %}"}, "template cannot be used"),
-        "other template": ({"chat_template.jinja": b"{{ messages[0].content }}"}, "the chat template's written is"),
+        "other template": ({"chat_template.jinja": b"{{ messages[0].content }}"}, r"template\.written is"),
         "pickle beside": ({"pytorch_model.bin": b"\x80\x04."}, r"pytorch_model\.bin"),
         "changed configuration": (
             {"config.json": changed_json(config, layer_norm_epsilon=0.5)},
@@ -463,8 +465,10 @@ def planted(files: dict[str, bytes], place: Path) -> dict[str, tuple[dict[str, b
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_gate_names_each_fault_planted_in_a_commit(run: Path, hub: HubServer, api: HfApi, tmp_path: Path) -> None:
-    """All of them in the two fresh processes that the gate asks, one process for each way to load."""
+def test_verification_names_each_fault_planted_in_a_commit(
+    run: Path, hub: HubServer, api: HfApi, tmp_path: Path
+) -> None:
+    """All of them in the two fresh processes of the verification, with and without the package."""
     push_to_hub(run, REPO, api=api)
     files = {name: content for name, content in hub.files(REPO, "main").items() if name != ".gitattributes"}
     faults = planted(files, tmp_path) | {"nothing": ({}, "")}
@@ -482,27 +486,27 @@ def test_the_gate_names_each_fault_planted_in_a_commit(run: Path, hub: HubServer
         work = tmp_path / f"work-{with_package}"
         requests = [probe_request(repo, work, commit) for repo, commit in commits.values()]
         answers[with_package] = dict(zip(commits, run_probe(requests, work, with_package, api), strict=True))
-    published = read_publication(folders["nothing"])
+    published = read_manifest(folders["nothing"])
     for name, (_, expected) in faults.items():
         for local in (published, None):  # with what was sent at hand, and by what the repository says of itself
-            gate = judge(*commits[name], folders[name], answers[True][name], answers[False][name], local)
-            assert any(re.search(expected, line) for line in gate.differences) or not expected, (name, gate)
-            assert SECRET not in str(gate.differences)
+            report = judge(*commits[name], folders[name], answers[True][name], answers[False][name], local)
+            assert any(re.search(expected, line) for line in report.differences) or not expected, (name, report)
+            assert SECRET not in str(report.differences)
             if not expected:
-                assert gate.differences == ()
+                assert report.differences == ()
             else:
                 with pytest.raises(HubError, match="is not what was published"):
-                    gate.require()
+                    report.require()
 
 
 @pytest.mark.usefixtures("quick")
-def test_verify_only_says_what_changed_since(run: Path, hub: HubServer, api: HfApi) -> None:
+def test_verification_alone_names_later_changes(run: Path, hub: HubServer, api: HfApi) -> None:
     push_to_hub(run, REPO, api=api)
     verify_publication(REPO, api=api).require()
     hub.plant(REPO, {"config.json": changed_json(hub.files(REPO, "main")["config.json"], hidden_act="gelu_new")})
-    gate = verify_publication(REPO, api=api)
+    report = verify_publication(REPO, api=api)
     expected = 'config.hidden_act is "gelu_new", was "gelu_pytorch_tanh"'
-    assert any(expected in line for line in gate.differences), gate.differences
+    assert any(expected in line for line in report.differences), report.differences
 
 
 # --- what must not be published ---------------------------------------------------------------------------
@@ -539,7 +543,7 @@ def test_a_secret_in_a_run_reaches_neither_the_hub_nor_a_message(
         save_file(weights, own / "model.safetensors", {"format": "pt", "made_by": SECRET})
     said: list[str] = []
     try:
-        push_to_hub(own, REPO, api=api, say=said.append)
+        push_to_hub(own, REPO, api=api, log=said.append)
     except (CheckpointError, UsageError, HubError) as error:
         said.append(str(error))
         assert place not in ("options", "metrics")
@@ -559,8 +563,8 @@ def test_the_scan_refuses_by_name_and_place(tmp_path: Path) -> None:
         "d.bin": (b"abc", "by its name it is a pickle"),
         "e.json": (b"\x80\x04\x95", "it holds a pickle"),
         "f.json": (b"PK\x03\x04aaaa", "it is a zip archive"),
-        "optimizer.safetensors": (b"", "a part of a run or a checkpoint"),
-        "training_state.json": (b"{}", "a part of a run or a checkpoint"),
+        "optimizer.safetensors": (b"", "it belongs to a run or a checkpoint"),
+        "training_state.json": (b"{}", "it belongs to a run or a checkpoint"),
         "g.md": (b"https://ann:secretword@example.com/", "a password in an address"),
         "h.md": (b'api_key = "abcdefgh12345"', "a secret"),
         "i.py": (b"-----BEGIN RSA PRIVATE KEY-----", "a private key"),

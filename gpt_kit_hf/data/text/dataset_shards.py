@@ -1,22 +1,23 @@
-"""Text in datasets of the `datasets` library, in units of work like those of files."""
+"""Shards of datasets of the `datasets` library: rows of a stored dataset, and shards of a streamed one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
-
-from gpt_kit_hf.data.text.shards import UNIT_BYTES, Position, TextPart
+from gpt_kit_hf.data.text.shards import SHARD_BYTES, Position, TextChunk
 from gpt_kit_hf.errors import DataError
+
+if TYPE_CHECKING:  # slow to import, and not needed for text in files
+    import datasets
 
 _ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowsUnit:
-    """Rows start..stop-1 of a dataset on the disk, a document each, in `column`."""
+class RowsShard:
+    """Rows start..stop-1 of a stored dataset, one document per row, in `column`."""
 
     dataset: datasets.Dataset
     source: str
@@ -27,37 +28,33 @@ class RowsUnit:
 
     @property
     def name(self) -> str:
-        """The dataset and the rows."""
+        """The name in error messages: the dataset and the rows."""
         return f"{self.source} rows {self.start} to {self.stop - 1}"
 
     @property
     def size(self) -> int:
-        """About how many bytes the rows take."""
+        """The approximate size in bytes, for progress."""
         return int(self.bytes_per_row * (self.stop - self.start))
 
     def content_key(self) -> str:
-        """Return what `datasets` knows the rows by."""
+        """Return the fingerprint of the rows; `datasets` has it under a private name only."""
         return f"{self.dataset._fingerprint} {self.column} {self.start} {self.stop}"
 
-    def sketch(self) -> str:
-        """Return the key, which costs nothing."""
-        return self.content_key()
-
     def stamp(self) -> str | None:
-        """Return None: the key costs nothing."""
+        """Return None: the content key costs nothing."""
         return None
 
-    def parts(self, position: Position | None = None) -> Iterator[TextPart]:
-        """Yield the rows' texts; a position is a row's number. Raises DataError with it."""
+    def chunks(self, position: Position | None = None) -> Iterator[TextChunk]:
+        """Yield the text of each row; a position is a row number. Raises DataError with the row."""
         for first in range(self.start if position is None else position, self.stop, _ROWS_AT_ONCE):
             texts = self.dataset[first : min(first + _ROWS_AT_ONCE, self.stop)][self.column]
             for row, text in enumerate(texts, start=first):
-                yield TextPart(_checked(text, f"{self.source} row {row}"), True, row + 1)
+                yield TextChunk(_checked(text, f"{self.source} row {row}"), True, row + 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardUnit:
-    """A shard of a dataset that is streamed, a document a row, in `column`."""
+class DatasetShard:
+    """One shard of a streamed dataset, one document per row, in `column`."""
 
     dataset: datasets.IterableDataset
     source: str
@@ -66,62 +63,57 @@ class ShardUnit:
 
     @property
     def name(self) -> str:
-        """The dataset and the shard."""
+        """The name in error messages: the dataset and the shard."""
         return f"{self.source} shard {self.index}"
 
     def sketch(self) -> str:
-        """Return what the dataset says of itself: its name, split, shards and files' digests, where it has them."""
+        """Return what the metadata tells of the text: the name, the split, the shards, and checksums if it has any."""
         info = self.dataset.info
         known = (info.builder_name, info.config_name, str(self.dataset.split), info.download_checksums, info.splits)
         return repr((self.name, self.column, self.dataset.num_shards, *known))
 
-    def parts(self, position: Position | None = None) -> Iterator[TextPart]:
-        """Yield the rows' texts; a position is the state that `datasets` resumes from."""
+    def chunks(self, position: Position | None = None) -> Iterator[TextChunk]:
+        """Yield the text of each row; a position is a state of `datasets`. Raises DataError with the row."""
         shard = self.dataset.shard(num_shards=self.dataset.num_shards, index=self.index)
         if position is not None:
             shard.load_state_dict(position)
-        # By `iter`: iterating over the dataset itself would share its rows out among a loader's workers once more.
+        # By `iter`: iterating over the dataset itself would divide its rows among a loader's workers once more.
         for number, rows in enumerate(shard.iter(batch_size=1)):
             if self.column not in rows:
                 raise DataError(f"{self.name}: no column {self.column!r} (text_column); it has {', '.join(rows)}")
-            # Counted from where reading began: the library's state does not say how many rows lie before it.
+            # Counted from where reading began: a state of the library does not tell the number of rows before it.
             where = f"{self.name}, row {number}" + ("" if position is None else " after the place it resumed from")
-            yield TextPart(_checked(rows[self.column][0], where), True, shard.state_dict())
+            yield TextChunk(_checked(rows[self.column][0], where), True, shard.state_dict())
 
 
 def load_split(named: str, name: str, config: str | None, split: str, *, streaming: bool = False) -> Any:
-    """Return a split of a dataset of the Hub or of a folder. Raises DataError with `named`, what a user called it."""
+    """Return a split of a dataset on the Hub or in a folder. Raises DataError that begins with `named`."""
+    import datasets
+
     try:
         return datasets.load_dataset(name, config, split=split, streaming=streaming)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        # The library's own sentence is that an error occurred.
-        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
-        told = cause or error
-        reason = (str(told).strip() or type(told).__name__).split("\n")[0]
+        # A DatasetGenerationError says only that an error occurred.
+        generation = isinstance(error, datasets.exceptions.DatasetGenerationError)
+        cause = error.__cause__ if generation and error.__cause__ else error
+        reason = (str(cause).strip() or type(cause).__name__).split("\n")[0]
         raise DataError(f"{named} cannot be loaded: {reason}") from None
 
 
-def row_units(dataset: datasets.Dataset, source: str, column: str) -> list[RowsUnit]:
-    """Cut a dataset into units of about UNIT_BYTES, the same ones at each call."""
-    size = max(1, dataset.data.nbytes)  # asked once: it is summed over all batches
-    per_unit = max(1, len(dataset) * UNIT_BYTES // size)
+def rows_shards(dataset: datasets.Dataset, source: str, column: str) -> list[RowsShard]:
+    """Divide a dataset into shards of about SHARD_BYTES, the same ones at each call."""
+    total, size = len(dataset), max(1, dataset.data.nbytes)
+    step = max(1, total * SHARD_BYTES // size)
     return [
-        RowsUnit(
+        RowsShard(
             dataset=dataset,
             source=source,
             start=first,
-            stop=min(first + per_unit, len(dataset)),
+            stop=min(first + step, total),
             column=column,
-            bytes_per_row=size / len(dataset),
+            bytes_per_row=size / total,
         )
-        for first in range(0, len(dataset), per_unit)
-    ]
-
-
-def shard_units(dataset: datasets.IterableDataset, source: str, column: str) -> list[ShardUnit]:
-    """Return the shards of a streamed dataset."""
-    return [
-        ShardUnit(dataset=dataset, source=source, index=index, column=column) for index in range(dataset.num_shards)
+        for first in range(0, total, step)
     ]
 
 

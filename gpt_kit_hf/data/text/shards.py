@@ -1,15 +1,15 @@
-"""Text in units of work: each can be read by itself, from any place in it, in pieces that fit in memory."""
+"""Shards of text files: parts of a corpus, read by themselves, from any position, in chunks that fit in memory."""
 
 from __future__ import annotations
 
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol, TypeAlias
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,62 +17,36 @@ import xxhash
 
 from gpt_kit_hf.errors import DataError
 
-# A unit is what one worker reads and one file of ids holds: large enough that opening it costs nothing, small enough
-# that a run that was stopped does little again.
-UNIT_BYTES = 4 << 20
-PIECE_BYTES = 1 << 20
+# A shard is read by one worker and cached in one file: large enough that opening it costs little, small enough that
+# an interrupted run repeats little.
+SHARD_BYTES = 4 << 20
+CHUNK_BYTES = 1 << 20
 _BLOCK = 1 << 20
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# Between a character that is no white space and a blank, the vocabularies known here begin a new token. In UTF-8 that
-# is printable ASCII, or the last byte of a longer character that is none of Unicode's spaces.
+# Before a blank that follows a character other than white space, every vocabulary of this package begins a new token.
+# In UTF-8, such a character is printable ASCII, or ends in a byte that ends none of Unicode's longer spaces.
 _SAFE_CUT = re.compile(
     rb"(?:[!-~]|[\x80-\xbf](?<!\xc2\x85)(?<!\xc2\xa0)(?<!\xe1\x9a\x80)(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf])"
     rb"(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80))(?=[ \n])"
 )
 
-# A place in a unit, as JSON.
+# A position in a shard, as JSON.
 Position: TypeAlias = Any
+_Read: TypeAlias = Iterator[tuple[str, bool, int]]  # text, whether it ends a document, the place after it
 
 
-class TextPart(NamedTuple):
-    """A piece of a document: its text, whether the document ends with it, and where the next one begins."""
+class TextChunk(NamedTuple):
+    """Consecutive text of one document, whether the document ends with it, and the position after it."""
 
     text: str
     ends_document: bool
     next: Position
 
 
-class ReadableUnit(Protocol):
-    """A share of a corpus."""
-
-    @property
-    def name(self) -> str:
-        """Where it is, for an error."""
-
-    def parts(self, position: Position | None = None) -> Iterator[TextPart]:
-        """Yield the text from its beginning, or from a part's `next`."""
-
-    def sketch(self) -> str:
-        """Return what usually changes when the text does, without reading all of it."""
-
-
-class TextUnit(ReadableUnit, Protocol):
-    """A share of a corpus that lies on the disk."""
-
-    @property
-    def size(self) -> int:
-        """About how many bytes it holds, for progress."""
-
-    def content_key(self) -> str:
-        """Return what changes when the text does."""
-
-    def stamp(self) -> str | None:
-        """Return what changes whenever the files were touched, None if that is not known; cheap, unlike the key."""
-
-
 class FileSpan(NamedTuple):
-    """Bytes start..stop-1 of a file, or all of a compressed one, or the row groups start..stop-1 of Parquet."""
+    """Bytes start..stop-1 of a file, a whole compressed file, or row groups start..stop-1 of a Parquet file."""
 
     file: Path
     start: int
@@ -80,8 +54,14 @@ class FileSpan(NamedTuple):
 
     @property
     def compression(self) -> str | None:
-        """How the file is compressed as a whole."""
+        """The compression of the whole file, if any."""
         return COMPRESSIONS.get(self.file.suffix.lower())
+
+    @property
+    def form(self) -> str:
+        """The format of the file: "text", "jsonl" or "parquet"."""
+        name = Path(self.file.stem) if self.compression else self.file
+        return _FORMATS.get(name.suffix.lower(), "text")
 
     @property
     def is_of_bytes(self) -> bool:
@@ -89,20 +69,17 @@ class FileSpan(NamedTuple):
         return self.compression is None and self.form != "parquet"
 
     @property
-    def form(self) -> str:
-        """How documents lie in the file: "text", "jsonl" or "parquet"."""
-        name = Path(self.file.stem) if self.compression else self.file
-        return {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}.get(
-            name.suffix.lower(), "text"
-        )
+    def size(self) -> int:
+        """Its approximate size on the disk, in bytes."""
+        return self.stop - self.start if self.is_of_bytes else self.file.stat().st_size
 
 
 @dataclass(frozen=True, kw_only=True)
-class FileUnit:
-    """Spans of files that follow each other.
+class FileShard:
+    """Consecutive spans of files.
 
-    Text is a document a file, or a document up to each `separator`; JSON Lines and Parquet hold a document a row, in
-    `column`. With `may_cut` a long document comes in several parts, cut where a token begins whatever stands around.
+    A text file is one document, or one up to each `separator`; JSON Lines and Parquet files have one per row, in
+    `column`. With `may_cut`, a long document comes in several chunks, cut where a token begins in any context.
     """
 
     spans: tuple[FileSpan, ...]
@@ -112,24 +89,23 @@ class FileUnit:
 
     @property
     def name(self) -> str:
-        """Its beginning and its end."""
+        """The name in error messages: the first and the last file, with the bounds."""
         first, last = self.spans[0], self.spans[-1]
         return f"{first.file}:{first.start} to {last.file.name}:{last.stop}"
 
     @property
     def size(self) -> int:
-        """About how many bytes it holds: those on the disk."""
-        return sum(s.stop - s.start if s.is_of_bytes else s.file.stat().st_size for s in self.spans)
+        """The approximate size on the disk in bytes, for progress."""
+        return sum(span.size for span in self.spans)
 
     def content_key(self) -> str:
         """Return a digest of the bytes and of how they are read."""
         digest = xxhash.xxh3_128(repr((self.column, self.separator, self.may_cut)).encode())
         for span in self.spans:
             whole, length = not span.is_of_bytes, span.file.stat().st_size
-            # What the same bytes mean: the beginning and the end of a document, and where the next span begins.
-            place = (
-                (span.start, span.stop) if whole else (span.stop - span.start, span.start == 0, span.stop == length)
-            )
+            # The same bytes are other text at the start or the end of a file.
+            part = (span.stop - span.start, span.start == 0, span.stop == length)
+            place = (span.start, span.stop) if whole else part
             digest.update(repr((span.form, span.compression, length if whole else 0, place)).encode())
             first, last = _row_group_bytes(span) if span.form == "parquet" else (span.start, span.stop)
             for block in _raw_blocks(span.file, first, last):
@@ -137,7 +113,7 @@ class FileUnit:
         return digest.hexdigest()
 
     def sketch(self) -> str:
-        """Return a digest of where each span lies in its file, and of its first and last bytes."""
+        """Return a digest that usually changes with the text: of the first and last bytes of each span."""
         digest = xxhash.xxh3_128(repr((self.column, self.separator, self.may_cut)).encode())
         for span in self.spans:
             size = span.file.stat().st_size
@@ -148,94 +124,71 @@ class FileUnit:
         return digest.hexdigest()
 
     def stamp(self) -> str | None:
-        """Return the files' inodes and times of change, which nobody can set; None if one has only just changed."""
+        """Return the files' inodes and change times, which no user can set; None if a file has just changed.
+
+        While the stamp stays, so does the content key, which is slower to get.
+        """
         stats = [span.file.stat() for span in self.spans]
-        # A second change within a tick of the clock would not show.
+        # A second change within the resolution of the clock would not show.
         if time.time_ns() - max(stat.st_ctime_ns for stat in stats) < 2 * 10**9:
             return None
         changes = [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stats]
         return repr((self.column, self.separator, self.may_cut, self.spans, changes))
 
-    def parts(self, position: Position | None = None) -> Iterator[TextPart]:
-        """Yield the text; a position is [span, place in it, 1 if inside a document]. DataError names file and line."""
+    def chunks(self, position: Position | None = None) -> Iterator[TextChunk]:
+        """Yield the text from the start, or from the `next` of an earlier chunk.
+
+        A position is [span, place in the span, 1 inside a document]. Raises DataError with the file and the line.
+        """
         first, begin, inside = position or [0, -1, 0]
         for index in range(first, len(self.spans)):
             span = self.spans[index]
-            read = {"text": self._text, "jsonl": self._lines, "parquet": self._rows}[span.form]
+            read = {"text": self._read_text, "jsonl": self._read_lines, "parquet": self._read_rows}[span.form]
             place = begin if index == first and begin >= 0 else 0 if span.form == "parquet" else span.start
             for text, ends, after in read(span, place, index == first and bool(inside)):
-                yield TextPart(text, ends, [index, after, int(not ends)])
+                yield TextChunk(text, ends, [index, after, int(not ends)])
 
-    def _text(self, span: FileSpan, place: int, inside: bool) -> Iterator[tuple[str, bool, int]]:
+    def _read_text(self, span: FileSpan, place: int, inside: bool) -> _Read:
         mark = None if self.separator is None else self.separator.encode()
-        # whole: no part of the document that waits was handed over, by this unit or the one before.
-        waiting, whole = bytearray(), not inside and (mark is not None or place == 0)
-        searched = PIECE_BYTES
-        held = len(mark or b"x") - 1  # so many bytes at the end may begin a mark
+        # `whole`: no chunk of the pending document was yielded yet, by this shard or the one before.
+        pending, whole = bytearray(), not inside and (mark is not None or place == 0)
+        searched = CHUNK_BYTES
+        held = len(mark or b"x") - 1  # this many bytes at the end may begin a separator
         for block in _blocks(span, place):
-            waiting += block
-            *documents, waiting = [waiting] if mark is None else waiting.split(mark)
-            for piece, ends in [*((d, True) for d in documents), (waiting, False)]:
-                # At the first place beyond a piece's size, so that the same parts come wherever reading began.
-                while self.may_cut and (cut := _safe_cut(piece, searched, len(piece) if ends else len(piece) - held)):
-                    yield from self._part(span, piece[:cut], place, place + cut, ends=False, whole=False)
-                    place, piece, whole, searched = place + cut, piece[cut:], False, PIECE_BYTES
+            pending += block
+            *documents, pending = [pending] if mark is None else pending.split(mark)
+            for data, ends in [*((document, True) for document in documents), (pending, False)]:
+                # At the first safe place after CHUNK_BYTES, so that the chunks do not depend on where reading began.
+                while self.may_cut and (cut := _safe_cut(data, searched, len(data) if ends else len(data) - held)):
+                    yield from _decoded(span, data[:cut], place, place + cut, ends=False, whole=False)
+                    place, data, whole, searched = place + cut, data[cut:], False, CHUNK_BYTES
                 if ends:
-                    after = place + len(piece) + len(mark or b"")
-                    yield from self._part(span, piece, place, after, ends=True, whole=whole)
-                    place, whole, searched = after, True, PIECE_BYTES
-                waiting = piece
-            searched = max(PIECE_BYTES, len(waiting) - held)
-        if waiting:
+                    after = place + len(data) + len(mark or b"")
+                    yield from _decoded(span, data, place, after, ends=True, whole=whole)
+                    place, whole, searched = after, True, CHUNK_BYTES
+                pending = data
+            searched = max(CHUNK_BYTES, len(pending) - held)
+        if pending:
             ends = bool(span.compression) or span.stop == span.file.stat().st_size or mark is not None
-            yield from self._part(span, waiting, place, place + len(waiting), ends=ends, whole=whole and ends)
+            yield from _decoded(span, pending, place, place + len(pending), ends=ends, whole=whole and ends)
 
-    def _part(
-        self, span: FileSpan, data: bytearray, place: int, after: int, *, ends: bool, whole: bool
-    ) -> Iterator[tuple[str, bool, int]]:
-        try:
-            text = data.decode("utf-8-sig" if place == 0 else "utf-8")
-        except UnicodeDecodeError as error:
-            bad = place + error.start + (len(data) - len(error.object))  # the mark at the beginning is not counted
-            raise DataError(
-                f"{span.file}:{_line_at(span, bad)}: not UTF-8 text (byte 0x{error.object[error.start]:02x} "
-                f"at offset {bad})"
-            ) from None
-        if text.strip() or not whole:  # blanks inside a document belong to it
-            yield text, ends, after
-
-    def _lines(self, span: FileSpan, place: int, inside: bool) -> Iterator[tuple[str, bool, int]]:
-        assert not inside  # a row is read as a whole
-        waiting = b""
-        for block in chain(_blocks(span, place), [b"\n"]):  # the last line may lack its end
-            *lines, waiting = (waiting + block).split(b"\n")
+    def _read_lines(self, span: FileSpan, place: int, inside: bool) -> _Read:
+        assert not inside  # a row is one chunk
+        pending = b""
+        for block in chain(_blocks(span, place), [b"\n"]):  # the last line may lack its line break
+            *lines, pending = (pending + block).split(b"\n")
             for line in lines:
                 if line.strip():
-                    yield self._column_of(span, line, place), True, place + len(line) + 1
+                    try:
+                        text = _row_text(line.removeprefix(_BYTE_ORDER_MARK) if place == 0 else line, self.column)
+                    except ValueError as error:
+                        raise DataError(f"{span.file}:{_line_at(span, place)}: {error}") from None
+                    yield text, True, place + len(line) + 1
                 place += len(line) + 1
 
-    def _column_of(self, span: FileSpan, line: bytes, place: int) -> str:
-        try:
-            row = json.loads(line.removeprefix(_BYTE_ORDER_MARK) if place == 0 else line)
-        except (ValueError, RecursionError) as error:  # bad UTF-8 is a ValueError, too
-            raise DataError(f"{span.file}:{_line_at(span, place)}: not a JSON row: {error}") from None
-        if not isinstance(row, dict) or not isinstance(row.get(self.column), str):
-            raise DataError(f"{span.file}:{_line_at(span, place)}: {_no_text(row, self.column)}")
-        text: str = row[self.column]
-        if not text.isascii():
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                half = f"U+{ord(text[error.start]):04X}"
-                raise DataError(
-                    f"{span.file}:{_line_at(span, place)}: {self.column!r} has half a character, {half}"
-                ) from None
-        return text
-
-    def _rows(self, span: FileSpan, place: int, inside: bool) -> Iterator[tuple[str, bool, int]]:
-        assert not inside  # a row is read as a whole
-        file = _parquet(span.file, self.column)
-        number = 0
+    def _read_rows(self, span: FileSpan, place: int, inside: bool) -> _Read:
+        assert not inside  # a row is one chunk
+        file, number = _parquet(span.file, self.column), 0
         try:
             for batch in file.iter_batches(256, range(span.start, span.stop), columns=[self.column]):
                 for value in batch.column(0):
@@ -252,50 +205,42 @@ class FileUnit:
 
 
 def file_units(
-    files: list[Path], *, column: str, separator: str | None, may_cut: bool, unit_bytes: int | None = None
-) -> list[FileUnit]:
-    """Cut files into units of about `unit_bytes`, UNIT_BYTES if not given, the same ones at each call."""
-    units: list[list[FileSpan]] = [[]]
-    room = unit_bytes = unit_bytes or UNIT_BYTES
-    for file in files:
-        for span in _spans(file, column, separator, may_cut, unit_bytes):
-            size = FileUnit(spans=(span,), column=column, separator=separator, may_cut=may_cut).size
-            if units[-1] and size > room:
-                units.append([])
-                room = unit_bytes
-            units[-1].append(span)
-            room -= size
-    made = [FileUnit(spans=tuple(u), column=column, separator=separator, may_cut=may_cut) for u in units if u]
-    return made
+    files: list[Path], *, column: str, separator: str | None, may_cut: bool, shard_bytes: int | None = None
+) -> list[FileShard]:
+    """Divide files into shards of about `shard_bytes`, by default SHARD_BYTES; the same ones at each call."""
+    limit = shard_bytes or SHARD_BYTES
+    spans = [span for file in files for span in _spans(file, column, separator, may_cut, limit)]
+    return [
+        FileShard(spans=tuple(spans[start:stop]), column=column, separator=separator, may_cut=may_cut)
+        for start, stop in _groups([span.size for span in spans], limit)
+        if start < stop
+    ]
 
 
-def _safe_cut(data: bytes | bytearray, searched: int = 1, stop: int | None = None) -> int:
-    """Return the first place from `searched` on where text can be cut and keep its tokens, 0 if there is none."""
-    found = _SAFE_CUT.search(data, searched - 1, len(data) if stop is None else max(0, stop))
-    return found.end() if found else 0
+def _groups(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
+    """Return the bounds of consecutive groups that hold at most `limit` together, or a single larger member."""
+    bounds, left = [0], limit
+    for index, size in enumerate(sizes):
+        if index > bounds[-1] and size > left:
+            bounds.append(index)
+            left = limit
+        left -= size
+    return [*pairwise([*bounds, len(sizes)])]
 
 
-def _spans(file: Path, column: str, separator: str | None, may_cut: bool, unit_bytes: int) -> list[FileSpan]:
-    """Cut one file where its form allows."""
+def _spans(file: Path, column: str, separator: str | None, may_cut: bool, limit: int) -> list[FileSpan]:
+    """Divide one file where its format allows."""
     size = file.stat().st_size
     whole = FileSpan(file, 0, size)
     if whole.form == "parquet":
         groups = _parquet(file, column).metadata
         sizes = [groups.row_group(index).total_byte_size for index in range(groups.num_row_groups)]
-        firsts, room = [0], unit_bytes
-        for index, group in enumerate(sizes):
-            if index > firsts[-1] and group > room:
-                firsts.append(index)
-                room = unit_bytes
-            room -= group
-        return [FileSpan(file, first, last) for first, last in pairwise([*firsts, len(sizes)])]
-    if whole.compression or size <= unit_bytes:
-        return [whole]
+        return [FileSpan(file, *bounds) for bounds in _groups(sizes, limit)]
     mark = b"\n" if whole.form == "jsonl" else None if separator is None else separator.encode()
-    if mark is None and not may_cut:
+    if whole.compression or size <= limit or (mark is None and not may_cut):
         return [whole]
-    # Very large files have larger units, or there would be too many files of ids.
-    step = max(unit_bytes, size // 256)
+    # At most 256 spans per file, or there would be too many files of ids.
+    step = max(limit, size // 256)
     cuts = [0]
     with file.open("rb") as stream:
         while (target := cuts[-1] + step) < size and (cut := _cut_after(stream, target, mark)) < size:
@@ -303,9 +248,15 @@ def _spans(file: Path, column: str, separator: str | None, may_cut: bool, unit_b
     return [FileSpan(file, first, last) for first, last in pairwise([*cuts, size])]
 
 
+def _safe_cut(data: bytes | bytearray, searched: int, stop: int) -> int:
+    """Return the first place after `searched` where a cut keeps the tokens of the text, or 0."""
+    found = _SAFE_CUT.search(data, searched - 1, max(0, stop))
+    return found.end() if found else 0
+
+
 def _cut_after(stream: BinaryIO, target: int, mark: bytes | None) -> int:
-    """Return the first place after `target` where a document ends, or without a mark where a cut is safe."""
-    # As many bytes before a block as a mark, or a character before a blank, may begin in.
+    """Return the first place after `target` where a document ends, or, without a mark, where a cut is safe."""
+    # A mark, or the character before a blank, may begin this many bytes before a block.
     before = 4 if mark is None else len(mark) - 1
     begin = max(0, target - before)
     stream.seek(begin)
@@ -313,11 +264,11 @@ def _cut_after(stream: BinaryIO, target: int, mark: bytes | None) -> int:
     while block := stream.read(_BLOCK):
         data += block
         if mark is None:
-            if cut := _safe_cut(data, max(1, place)):
+            if cut := _safe_cut(data, max(1, place), len(data)):
                 return begin + cut
         else:
             while (place := data.find(mark, place)) >= 0:
-                # A mark that begins earlier and reaches into this one takes its bytes.
+                # A mark that begins earlier and overlaps this one is the separator.
                 if data.find(mark, max(0, place - before), place + before) < 0:
                     return begin + place + len(mark)
                 place += 1
@@ -327,7 +278,7 @@ def _cut_after(stream: BinaryIO, target: int, mark: bytes | None) -> int:
 
 
 def _blocks(span: FileSpan, place: int) -> Iterator[bytes]:
-    """Yield the bytes of a span from `place` on, which counts uncompressed ones."""
+    """Yield the bytes of a span from `place` on, counted after decompression."""
     if span.compression is None:
         yield from _raw_blocks(span.file, place, span.stop)
         return
@@ -338,19 +289,52 @@ def _blocks(span: FileSpan, place: int) -> Iterator[bytes]:
             while block := stream.read(_BLOCK):
                 yield block
     except OSError as error:
-        raise DataError(f"{span.file}: cannot be uncompressed: {error}") from None
+        raise DataError(f"{span.file}: cannot be decompressed: {error}") from None
 
 
-def _raw_blocks(file: Path, start: int, stop: int | None) -> Iterator[bytes]:
+def _raw_blocks(file: Path, start: int, stop: int) -> Iterator[bytes]:
     try:
         with file.open("rb") as stream:
             stream.seek(start)
-            left = -1 if stop is None else stop - start
-            while block := stream.read(_BLOCK if left < 0 else min(left, _BLOCK)):
-                left -= len(block) if left >= 0 else 0
+            while block := stream.read(max(0, min(stop - start, _BLOCK))):
+                start += len(block)
                 yield block
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def _decoded(span: FileSpan, data: bytearray, place: int, after: int, *, ends: bool, whole: bool) -> _Read:
+    """Yield the text of bytes, unless they are a whole document of white space."""
+    try:
+        text = data.decode("utf-8-sig" if place == 0 else "utf-8")
+    except UnicodeDecodeError as error:
+        bad = place + error.start + (len(data) - len(error.object))  # the error does not count a byte order mark
+        raise DataError(
+            f"{span.file}:{_line_at(span, bad)}: not UTF-8 text (byte 0x{error.object[error.start]:02x} "
+            f"at offset {bad})"
+        ) from None
+    if text.strip() or not whole:
+        yield text, ends, after
+
+
+def _row_text(line: bytes, column: str) -> str:
+    """Return the text of a JSON row. Raises ValueError with the reason."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:  # bad UTF-8 is a ValueError, too
+        raise ValueError(f"not a JSON row: {error}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"a row must be a JSON object, got {type(row).__name__}")
+    if column not in row:
+        raise ValueError(f"no {column!r} (text_column); the row has {', '.join(map(repr, row)) or 'nothing'}")
+    text = row[column]
+    if not isinstance(text, str):
+        raise ValueError(f"{column!r} must be text, got {text!r:.60}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{column!r} has a lone surrogate, U+{ord(text[error.start]):04X}") from None
+    return text
 
 
 def _line_at(span: FileSpan, place: int) -> int:
@@ -376,21 +360,10 @@ def _parquet(file: Path, column: str) -> Any:
 
 
 def _row_group_bytes(span: FileSpan) -> tuple[int, int]:
-    """Return where in a Parquet file the bytes of a span's row groups begin and end."""
+    """Return the first byte of a span's row groups in a Parquet file, and the byte after the last."""
     groups = pq.ParquetFile(span.file).metadata
-    columns = [
-        groups.row_group(group).column(column)
-        for group in range(span.start, span.stop)
-        for column in range(groups.num_columns)
-    ]
+    rows = [groups.row_group(number) for number in range(span.start, span.stop)]
+    columns = [row_group.column(number) for row_group in rows for number in range(groups.num_columns)]
     firsts = [min(filter(None, (c.dictionary_page_offset, c.data_page_offset))) for c in columns]
     ends = [first + column.total_compressed_size for first, column in zip(firsts, columns, strict=True)]
     return min(firsts, default=0), max(ends, default=0)
-
-
-def _no_text(row: Any, column: str) -> str:
-    if not isinstance(row, dict):
-        return f"a row must be a JSON object, got {type(row).__name__}"
-    if column not in row:
-        return f"no {column!r} (text_column); the row has {', '.join(map(repr, row)) or 'nothing'}"
-    return f"{column!r} must be text, got {row[column]!r:.60}"

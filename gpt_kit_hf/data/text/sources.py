@@ -1,4 +1,4 @@
-"""Where text comes from: options, the files and datasets that they name, and the units to read these in."""
+"""Sources of text: the files and datasets that the options name, each divided into shards."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt_kit_hf.data.text.dataset_shards import RowsUnit, ShardUnit, load_split, row_units, shard_units
-from gpt_kit_hf.data.text.shards import UNIT_BYTES, FileUnit, TextUnit, file_units
+from gpt_kit_hf.data.text.dataset_shards import DatasetShard, RowsShard, load_split, rows_shards
+from gpt_kit_hf.data.text.shards import SHARD_BYTES, FileShard, file_units
 from gpt_kit_hf.errors import DataError
 from gpt_kit_hf.options.data import TextOptions, weighted_sources
 from gpt_kit_hf.options.files import find_files
 
-_SMALLEST_UNIT = 1 << 12
+_SMALLEST_SHARD = 1 << 12
 
 
 def train_sources(options: TextOptions) -> list[tuple[float, TextSource]]:
@@ -50,7 +50,10 @@ def _source(
 
 @dataclass(frozen=True, kw_only=True)
 class TextSource:
-    """Files, or one split of a dataset: `part` is its configuration and split. `option` is where a user named it."""
+    """Files, or one split of a dataset.
+
+    `part` is the dataset's configuration and split; `option` is the option that names the source.
+    """
 
     files: list[str] | None
     dataset: str | None
@@ -61,45 +64,44 @@ class TextSource:
 
     @property
     def name(self) -> str:
-        """What a user called it."""
+        """The name in error messages."""
         return str(self.dataset) if self.files is None else ", ".join(self.files[:3])
 
     def resolved_files(self) -> set[Path]:
-        """Return the files, whatever they are called."""
+        """Return the absolute paths of the files, with symbolic links resolved."""
         return set() if self.files is None else {file.resolve() for file in find_files(self.files, self.option)}
 
-    def units(self, may_cut: bool) -> list[TextUnit]:
-        """Return the text in units; `may_cut` says whether a document may be encoded in parts.
+    def shards(self, may_cut: bool) -> Sequence[FileShard | RowsShard]:
+        """Return the text in shards; `may_cut` says whether a document may be encoded in chunks.
 
-        Raises DataError for files and datasets that are not there, empty, or without the column.
+        Raises DataError for files and datasets that are missing, empty or without the column.
         """
         if self.files is not None:
-            return [*self._file_units(find_files(self.files, self.option), may_cut, UNIT_BYTES)]
+            return self._file_shards(find_files(self.files, self.option), may_cut, SHARD_BYTES)
         rows = self._load(streaming=False)
-        self._check_column(rows.column_names)
-        units: list[RowsUnit] = row_units(rows, str(self.dataset), self.column)
-        return [*units]
+        return rows_shards(rows, str(self.dataset), self.column)
 
-    def streamed_units(self, may_cut: bool) -> Sequence[TextUnit | ShardUnit]:
-        """Return units that need not be on the disk, small files in more of them: for a dataset, its shards."""
+    def streamed_units(self, may_cut: bool) -> Sequence[FileShard | DatasetShard]:
+        """Return shards that are read without being stored: a dataset's own, and at least about 32 of files."""
         if self.files is not None:
             files = find_files(self.files, self.option)
             size = sum(file.stat().st_size for file in files)
-            return self._file_units(files, may_cut, min(UNIT_BYTES, max(_SMALLEST_UNIT, size // 32)))
-        rows = self._load(streaming=True)
-        if rows.column_names is not None:
-            self._check_column(rows.column_names)
-        return shard_units(rows, str(self.dataset), self.column)
+            return self._file_shards(files, may_cut, min(SHARD_BYTES, max(_SMALLEST_SHARD, size // 32)))
+        rows, source = self._load(streaming=True), str(self.dataset)
+        return [
+            DatasetShard(dataset=rows, source=source, index=index, column=self.column)
+            for index in range(rows.num_shards)
+        ]
 
-    def _file_units(self, files: list[Path], may_cut: bool, unit_bytes: int) -> list[FileUnit]:
+    def _file_shards(self, files: list[Path], may_cut: bool, shard_bytes: int) -> list[FileShard]:
         column, separator = self.column, self.separator
-        return file_units(files, column=column, separator=separator, may_cut=may_cut, unit_bytes=unit_bytes)
+        return file_units(files, column=column, separator=separator, may_cut=may_cut, shard_bytes=shard_bytes)
 
     def _load(self, *, streaming: bool) -> Any:
         config, split = self.part
         named = f"dataset_name {self.dataset!r}, split {split!r},"
-        return load_split(named, str(self.dataset), config, split, streaming=streaming)
-
-    def _check_column(self, names: Sequence[str]) -> None:
-        if self.column not in names:
+        rows = load_split(named, str(self.dataset), config, split, streaming=streaming)
+        names = rows.column_names  # None for a stream of unknown columns
+        if names is not None and self.column not in names:
             raise DataError(f"text_column {self.column!r} is not in {self.dataset!r}; its columns: {', '.join(names)}")
+        return rows

@@ -1,9 +1,9 @@
-"""Token streams, the windows cut from them, and the order in which training meets the windows."""
+"""Windows of tokens: the token stream, its split for evaluation, and the datasets and loader of windows."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -26,70 +26,69 @@ Ids: TypeAlias = "npt.NDArray[Any] | StoredIds"
 
 
 class TokenStream:
-    """Token ids of documents, end to end, read by position without a copy of the corpus.
+    """The token ids of documents, one after another, read by position without a copy of the corpus.
 
-    `pieces` are integer arrays that follow each other; those of a stored corpus are read where they lie.
-    `document_starts` are the positions at which documents begin, ascending from 0.
+    `chunks` are consecutive integer arrays, or ids in the token cache. `document_starts` are the positions where
+    documents begin, ascending from 0.
     """
 
-    def __init__(self, pieces: Sequence[Ids], document_starts: npt.NDArray[np.int64]) -> None:
-        self.pieces = [piece for piece in pieces if piece.size]
+    def __init__(self, chunks: Sequence[Ids], document_starts: npt.NDArray[np.int64]) -> None:
+        self.chunks = [chunk for chunk in chunks if chunk.size]
         self.document_starts = document_starts
-        self._ends = np.cumsum([piece.size for piece in self.pieces], dtype=np.int64)
+        self._ends = np.cumsum([chunk.size for chunk in self.chunks], dtype=np.int64)
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if self.pieces else 0
+        return int(self._ends[-1]) if self.chunks else 0
 
     def views(self, start: int, stop: int) -> list[Ids]:
-        """Return the ids at positions start..stop-1 as views, one for each piece that they lie in."""
+        """Return the ids at positions start..stop-1 as views, one per chunk."""
         assert 0 <= start <= stop <= len(self), (start, stop, len(self))
         index = int(np.searchsorted(self._ends, start, side="right"))
-        found = []
+        views = []
         while start < stop:
-            piece, end = self.pieces[index], int(self._ends[index])
-            first = end - piece.size
-            found.append(piece[start - first : stop - first])
+            chunk, end = self.chunks[index], int(self._ends[index])
+            first = end - chunk.size
+            views.append(chunk[start - first : stop - first])
             start, index = end, index + 1
-        return found
+        return views
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """Return the ids at positions start..stop-1 as one array."""
+        """Return the ids at positions start..stop-1, (stop - start,)."""
         views = [np.asarray(view) for view in self.views(start, stop)]
         return np.concatenate(views).astype(np.int64) if views else np.empty(0, np.int64)
 
     def counts(self, n_vocab: int) -> npt.NDArray[np.int64]:
         """Return how often each id occurs, (n_vocab,)."""
         totals = np.zeros(n_vocab, dtype=np.int64)
-        for piece in self.pieces:
-            for first in range(0, piece.size, 1 << 20):
-                totals += np.bincount(np.asarray(piece[first : first + (1 << 20)]), minlength=n_vocab)
+        for block in self._blocks():
+            totals += np.bincount(block, minlength=n_vocab)
         return totals
 
     def fingerprint(self) -> str:
-        """Return a digest of the ids and the document boundaries, whatever pieces they lie in."""
+        """Return a digest of the ids and the document starts; how the ids are chunked does not change it."""
         digest = hashlib.sha256(self.document_starts.astype("<i8").tobytes())
-        for piece in self.pieces:
-            for first in range(0, piece.size, 1 << 20):
-                digest.update(np.asarray(piece[first : first + (1 << 20)]).astype("<u4").tobytes())
+        for block in self._blocks():
+            digest.update(block.astype("<u4").tobytes())
         return digest.hexdigest()[:16]
+
+    def _blocks(self) -> Iterator[npt.NDArray[Any]]:
+        for chunk in self.chunks:
+            for first in range(0, chunk.size, 1 << 20):
+                yield np.asarray(chunk[first : first + (1 << 20)])
 
 
 def join_streams(streams: Sequence[TokenStream]) -> TokenStream:
-    """Return streams end to end as one."""
+    """Return the streams as one, in order."""
     shifts = np.cumsum([0, *map(len, streams)])[:-1]
     starts = [stream.document_starts + shift for stream, shift in zip(streams, shifts, strict=True)]
-    return TokenStream([piece for stream in streams for piece in stream.pieces], np.concatenate(starts))
+    return TokenStream([chunk for stream in streams for chunk in stream.chunks], np.concatenate(starts))
 
 
-def _starts(lengths: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    return np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)))[: len(lengths)]
+def split_eval(stream: TokenStream, fraction: float, seed: int) -> tuple[TokenStream, TokenStream]:
+    """Split a stream into one to train on and one to evaluate on, which gets `fraction` of the tokens.
 
-
-def held_out_split(stream: TokenStream, fraction: float, seed: int) -> tuple[TokenStream, TokenStream]:
-    """Cut a stream into one to train on and one to hold out, which gets `fraction` of the tokens.
-
-    Whole documents, drawn by the seed, are held out, and of the last one drawn only its end. A single document is so
-    cut where its last `fraction` begins. Both parts keep the documents' order.
+    Whole documents, drawn by the seed, go to evaluation, and of the last one drawn only its end. A single document is
+    so cut where its last `fraction` begins. Both streams keep the order of the documents.
     """
     starts = stream.document_starts
     ends = np.append(starts[1:], len(stream))
@@ -97,7 +96,7 @@ def held_out_split(stream: TokenStream, fraction: float, seed: int) -> tuple[Tok
     drawn = np.random.default_rng(seed).permutation(len(starts))
     reached = np.cumsum((ends - starts)[drawn])
     whole = int(np.searchsorted(reached, wanted, side="right"))
-    cuts = starts.copy()  # where the held-out end of each document begins
+    cuts = starts.copy()  # where the evaluation's end of each document begins
     cuts[drawn[whole:]] = ends[drawn[whole:]]
     missing = wanted - (int(reached[whole - 1]) if whole else 0)
     if missing:
@@ -106,26 +105,26 @@ def held_out_split(stream: TokenStream, fraction: float, seed: int) -> tuple[Tok
 
 
 def _select(stream: TokenStream, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]) -> TokenStream:
-    """Return the stream of the spans starts[i]..stops[i]-1, a document each; empty spans are left out."""
+    """Return the stream of the spans starts[i]..stops[i]-1, one document each, without the empty ones."""
     filled = starts < stops
     starts, stops = starts[filled], stops[filled]
-    # Spans that touch are read as one piece.
-    breaks = np.flatnonzero(starts[1:] != stops[:-1]) + 1
-    firsts = starts[np.concatenate(([0], breaks))] if len(starts) else starts
-    lasts = stops[np.concatenate((breaks - 1, [len(stops) - 1]))] if len(stops) else stops
-    pieces = [v for first, last in zip(firsts, lasts, strict=True) for v in stream.views(int(first), int(last))]
-    return TokenStream(pieces, _starts(stops - starts))
+    # Adjacent spans are read as one chunk.
+    firsts = starts[np.append(True, starts[1:] != stops[:-1])[: len(starts)]]
+    lasts = stops[np.append(starts[1:] != stops[:-1], True)[: len(stops)]]
+    chunks = [view for first, last in zip(firsts, lasts, strict=True) for view in stream.views(int(first), int(last))]
+    document_starts = np.cumsum(np.append(0, stops - starts), dtype=np.int64)[:-1]
+    return TokenStream(chunks, document_starts)
 
 
 class TokenWindows(Dataset["tuple[Tensor, ...]"]):
-    """Windows of a stream: (input, target), both (max_length,) int64, where target t is the token after input t.
+    """Windows of a stream: (input, target), both (max_length,) int64; target t is the token after input t.
 
-    A window reads max_length + 1 ids, so that at stride = max_length each token but the first is a target exactly
-    once. The last window ends with the stream; targets that an earlier one had are ignored (-100) in it. Without
-    `keep_tail` the tokens after the last regular window are left out.
+    A window reads max_length + 1 ids, so that at stride = max_length every token but the first is a target exactly
+    once. The last window ends with the stream and ignores (-100) the targets of the one before; without `keep_tail`
+    the tokens after the last regular window are left out.
 
     With `packing` a window is (input, target, position_ids): positions restart where a document begins, so that the
-    model keeps documents apart, and a document's first token, which nothing of its own precedes, is no target.
+    model keeps documents apart, and a document's first token, which has no context, is no target.
     """
 
     def __init__(
@@ -163,42 +162,39 @@ class TokenWindows(Dataset["tuple[Tensor, ...]"]):
         inside = None
         if self.packing:
             starts = self.stream.document_starts
-            inside = starts[np.searchsorted(starts, start, side="right") :]
-            inside = inside[: np.searchsorted(inside, start + self.max_length, side="right")] - start
+            bounds = np.searchsorted(starts, (start, start + self.max_length), side="right")
+            inside = starts[slice(*bounds)] - start
         window = window_item(self.stream.read(start, start + self.max_length + 1), inside)
         window[1][: self.max_length - fresh] = IGNORED
         return window
 
 
 def window_item(ids: npt.NDArray[np.int64], starts: npt.NDArray[np.int64] | None) -> tuple[Tensor, ...]:
-    """Return (input, target), both (T,), of T + 1 ids; with `starts` also positions, and the documents kept apart.
+    """Return (input, target), both (T,), of T + 1 ids; with `starts` also position_ids, (T,).
 
-    `starts` are the places from 1 to T at which documents begin, ascending: such an id is no target.
+    `starts` are the places from 1 to T where documents begin, ascending: positions restart there, and such an id is
+    no target.
     """
     tokens = torch.from_numpy(ids)
     target = tokens[1:].clone()
     if starts is None:
         return tokens[:-1], target
     target[starts - 1] = IGNORED
-    return tokens[:-1], target, torch.from_numpy(restarting_positions(starts, len(target)))
-
-
-def restarting_positions(starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
-    """Return positions (length,) that count from 0 and restart at 0 at each of `starts`, ascending."""
-    begins = np.zeros(length, np.int64)
-    begins[starts[starts < length]] = starts[starts < length]
-    return np.arange(length) - np.maximum.accumulate(begins)
+    begins, inside = np.zeros(len(target), np.int64), starts[starts < len(target)]
+    begins[inside] = inside
+    positions = np.arange(len(target)) - np.maximum.accumulate(begins)
+    return tokens[:-1], target, torch.from_numpy(positions)
 
 
 def collate_windows(items: Sequence[tuple[Tensor, ...]]) -> Batch:
-    """Join windows of (max_length,) into a batch (B, max_length)."""
+    """Stack windows of (max_length,) into a batch (B, max_length)."""
     return Batch(*(torch.stack(column) for column in zip(*items, strict=True)))
 
 
 class GPTPretrainingDataset(TokenWindows):
     """Sliding windows over one text: (input, target), both (max_length,) int64, the target shifted by one.
 
-    `tokenizer` is a tiktoken encoding or a tokenizer of transformers; "<|endoftext|>" in the text is the end of text.
+    `tokenizer` is a tiktoken encoding or a tokenizer of transformers; "<|endoftext|>" in the text is the EOS token.
     """
 
     def __init__(self, text: str, tokenizer: Any, max_length: int, stride: int, *, keep_tail: bool = False) -> None:
@@ -220,8 +216,8 @@ def create_pretraining_dataloader(
 ) -> DataLoader[tuple[Tensor, ...]]:
     """Return a loader of (input, target) pairs, both (batch_size, max_length) int64; the target is shifted by one.
 
-    `tokenizer` is GPT-2's encoding if not given. The order of a shuffled epoch follows from the seed alone: neither
-    reads nor moves torch's global random state. Raises DataError if the text gives fewer windows than one batch.
+    `tokenizer` is GPT-2's encoding by default. The order of a shuffled epoch follows from the seed alone; torch's
+    global random state is neither read nor changed. Raises DataError if the text gives fewer windows than one batch.
     """
     if tokenizer is None:
         tokenizer = encodings.get_encoding("gpt2")

@@ -1,45 +1,64 @@
-"""torch's Muon, with all matrices of one shape orthogonalised together."""
+"""Muon and AdamW in one optimizer; matrices of one shape are orthogonalised as one batch."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Muon
+from torch.optim import AdamW, Muon, Optimizer
+from torch.optim.adamw import adamw
 
-# Numbers of a batch: enough for a device to be busy, and little memory beside the model's.
-_MOST_NUMBERS = 1 << 24
+from gpt_kit_hf.errors import UsageError
+from gpt_kit_hf.training.state.sharded_state import is_dtensor
+
+# Elements of a batch of matrices: enough to keep a device busy, and little memory compared with the model's.
+_MAX_BATCH_ELEMENTS = 1 << 24
 
 
-class BatchedMuon(Muon):
-    """Muon (Jordan et al. 2024) with torch's options, state and update; fewer and larger matrix products.
+class MuonWithAdamW(Optimizer):
+    """One optimizer with two update rules: Muon for the groups that have a `momentum`, AdamW for all others.
 
-    Where torch takes one matrix after the other in bfloat16, this takes those of a shape as a batch, in bfloat16 on
-    an accelerator and in float32 on a CPU, most of which compute bfloat16 many times slower.
+    Takes over the parameter groups of the two optimizers that it is built from; Muon's come first. A group added
+    later without a `momentum` gets AdamW's defaults. Muon (Jordan et al. 2024) has torch's options, state and update,
+    but orthogonalises all matrices of one shape together, in bfloat16 on an accelerator and in float32 on a CPU, as
+    most CPUs compute bfloat16 many times slower.
+
+    `step` raises UsageError, with nothing changed, if one of Muon's matrices is sharded: the update of a matrix cannot
+    be computed from its shards separately.
     """
+
+    def __init__(self, muon: Muon, adamw: AdamW) -> None:
+        # Both optimizers have completed their groups, so no defaults apply to these.
+        super().__init__([*muon.param_groups, *adamw.param_groups], {})
+        self.defaults = adamw.defaults
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update all matrices that have a gradient; return what `closure` returns."""
+        """Update all parameters that have a gradient; return what `closure` returns."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        muon_groups = [group for group in self.param_groups if "momentum" in group]
+        # Checked at each step: Accelerate replaces parameters by their shards when it prepares a model for FSDP.
+        require_whole(parameter for group in muon_groups for parameter in group["params"])
         for group in self.param_groups:
-            matrices: list[Tensor] = []
-            gradients: list[Tensor] = []
-            means: list[Tensor] = []
-            self._init_group(group, matrices, gradients, means)
-            if matrices:
-                self._update(group, matrices, gradients, means)
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if parameters:
+                update = self._muon_update if "momentum" in group else self._adamw_update
+                update(group, parameters)
         return loss
 
-    @staticmethod
-    def _update(group: dict[str, Any], matrices: list[Tensor], gradients: list[Tensor], means: list[Tensor]) -> None:
+    def _muon_update(self, group: dict[str, Any], matrices: list[Tensor]) -> None:
+        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
+        for matrix, gradient in zip(matrices, gradients, strict=True):
+            if "momentum_buffer" not in self.state[matrix]:
+                self.state[matrix]["momentum_buffer"] = torch.zeros_like(gradient)
+        means = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
         rate, momentum = float(group["lr"]), group["momentum"]
         torch._foreach_lerp_(means, gradients, 1.0 - momentum)
         updates = list(torch._foreach_lerp(gradients, means, momentum)) if group["nesterov"] else means
@@ -47,34 +66,73 @@ class BatchedMuon(Muon):
         for indices in _batches(matrices):
             stacked = torch.stack([updates[index] for index in indices])  # (N, rows, columns)
             steps = orthogonalised(stacked, group["ns_coefficients"], group["ns_steps"], group["eps"])
-            shape = matrices[indices[0]].shape
-            # torch's own choices of how a step depends on the shape, by their names there.
-            scales = {"original": math.sqrt(max(1, shape[0] / shape[1])), "match_rms_adamw": 0.2 * max(shape) ** 0.5}
+            rows, columns = matrices[indices[0]].shape
+            # How the step's size depends on the shape, by torch's names.
+            scales = {
+                "original": math.sqrt(max(1, rows / columns)),
+                "match_rms_adamw": 0.2 * max(rows, columns) ** 0.5,
+            }
             scale = scales[group["adjust_lr_fn"] or "original"]
             torch._foreach_add_([matrices[index] for index in indices], list(steps.unbind()), alpha=-rate * scale)
 
+    def _adamw_update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        keys = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
+        on_device = group["fused"] or group["capturable"]
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
+                state.update({key: torch.zeros_like(parameter) for key in keys})
+        states = [self.state[parameter] for parameter in parameters]
+        adamw(
+            parameters,
+            [parameter.grad for parameter in parameters if parameter.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
+            [state["step"] for state in states],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            **{key: group[key] for key in _ADAMW_ARGUMENTS},
+        )
+
+
+_ADAMW_ARGUMENTS = (
+    "foreach", "capturable", "differentiable", "fused", "amsgrad", "lr", "weight_decay", "eps", "maximize"
+)  # fmt: skip
+
+
+def require_whole(matrices: Iterable[Tensor]) -> None:
+    """Raise UsageError if one of Muon's parameters is a shard of a matrix."""
+    for matrix in matrices:
+        if matrix.dim() != 2 or is_dtensor(matrix):
+            raise UsageError(
+                f"optimizer=muon needs whole matrices, one of shape {tuple(matrix.shape)} is sharded: "
+                "use optimizer=adamw"
+            )
+
 
 def _batches(matrices: list[Tensor]) -> Iterator[list[int]]:
-    """Yield numbers of matrices that are alike in shape, type and device, in batches of bounded size."""
+    """Yield the indices of matrices of one shape, dtype and device, in batches of bounded size."""
     alike: dict[Any, list[int]] = defaultdict(list)
     for index, matrix in enumerate(matrices):
         alike[matrix.shape, matrix.dtype, matrix.device].append(index)
     for indices in alike.values():
-        most = max(1, _MOST_NUMBERS // matrices[indices[0]].numel())
+        most = max(1, _MAX_BATCH_ELEMENTS // matrices[indices[0]].numel())
         yield from (indices[first : first + most] for first in range(0, len(indices), most))
 
 
 def orthogonalised(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Return matrices of about the same singular vectors and singular values near 1, (N, rows, columns).
+    """Return the matrices with all singular values moved close to 1: (N, rows, columns) -> (N, rows, columns).
 
-    By Newton and Schulz' iteration with a quintic polynomial of these coefficients (Jordan et al. 2024).
+    Newton-Schulz iteration with a quintic polynomial of these coefficients (Jordan et al. 2024).
     """
     found = matrices.float() if matrices.device.type == "cpu" else matrices.bfloat16()
     is_tall = matrices.shape[-2] > matrices.shape[-1]
-    if is_tall:  # the product with its transpose is then the smaller one
+    if is_tall:  # X X^T is then the smaller product
         found = found.mT
-    found = found / found.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)  # no singular value is above 1
-    # The products of the gram matrix lose too much in half precision.
+    found = found / found.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)  # singular values at most 1
+    # Products of Gram matrices lose too much in half precision.
     is_wide = found.shape[-1] >= 2 * found.shape[-2] and found.dtype == torch.float32
     found = (_iterated_by_gram if is_wide else _iterated)(found, coefficients, steps)
     return (found.mT if is_tall else found).to(matrices.dtype)
@@ -91,7 +149,7 @@ def _iterated(found: Tensor, coefficients: tuple[float, float, float], steps: in
 
 
 def _iterated_by_gram(found: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
-    """Return the same; only two products are with the long rows, as each next G is P G P of the P before it."""
+    """Return the same with only two products over the long rows: the next G is P G P, with P of the step before."""
     a, b, c = coefficients
     gram = found @ found.mT  # (N, r, c) -> (N, r, r)
     product: Tensor | None = None
@@ -100,5 +158,5 @@ def _iterated_by_gram(found: Tensor, coefficients: tuple[float, float, float], s
         polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
         product = polynomial if product is None else polynomial @ product
         if left:
-            gram = polynomial @ (polynomial @ gram)  # powers of one matrix: their order is free
+            gram = polynomial @ (polynomial @ gram)  # polynomials of one matrix commute
     return found if product is None else product @ found

@@ -1,4 +1,4 @@
-"""Whether the processes that a launch asked for are there, and which process launched this one."""
+"""Checks that a launch started the processes that it was asked for; finds the launcher; ends the processes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import os
 import re
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import psutil
+import torch.distributed as dist
 from accelerate import Accelerator
 
 from gpt_kit_hf.errors import UsageError
@@ -21,32 +20,34 @@ _TORCHRUN = ("torchrun", "torch.distributed.run", "torch.distributed.launch")
 _ACCELERATE = ("accelerate", "accelerate.commands.accelerate_cli")
 _ACCELERATE_LAUNCH = ("accelerate-launch", "accelerate.commands.launch")
 
+_destroyed_groups: list[object] = []
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Launcher:
-    """The process that started this one, if it is a launcher: its command line behind its name, and its folder."""
+    """The parent process, if it is torchrun or `accelerate launch`: `arguments` are those behind its name."""
 
     pid: int
-    name: Literal["torchrun", "accelerate"]
+    is_torchrun: bool
     arguments: list[str]
     folder: Path
 
 
 def end_processes(accelerator: Accelerator) -> None:
-    """End what binds the processes of a launch together, and the trackers."""
+    """Close the trackers and destroy the process group."""
     if accelerator.num_processes > 1:
-        # gloo's thread frees the last collective's tensors under its lock, for which it needs Python's own. What owns
-        # the group waits for gloo's lock with Python's in its hands: either one waits for ever if they meet
-        # (pytorch/pytorch#56297). Asleep, this thread leaves the other time to come to its end.
-        time.sleep(0.2)
+        # DDP's reducer owns the process group, too. As its last owner it would run the group's destructor with
+        # Python's lock held, which gloo's thread may need at that time to free a tensor: a deadlock
+        # (pytorch/pytorch#56297). This reference is the last one; its destructor releases Python's lock.
+        _destroyed_groups.append(dist.group.WORLD)
     accelerator.end_training()
 
 
 def launcher_pid() -> int | None:
     """Return the pid of the parent process if that is torchrun or `accelerate launch`, else None.
 
-    While the launcher lives, `os.getppid()` is this number. Only the parent's command line counts: a shell keeps the
-    variables of launches that are long over.
+    While the launcher lives, `os.getppid()` is this number. The parent's command line decides, not environment
+    variables: a shell may have kept those of an earlier launch.
     """
     launcher = _find_launcher()
     return None if launcher is None else launcher.pid
@@ -55,28 +56,25 @@ def launcher_pid() -> int | None:
 def check_launch(accelerator: Accelerator) -> None:
     """Raise UsageError if the launcher was asked for several processes and Accelerate found only one.
 
-    Each would train the whole run by itself, or only one was started: `accelerate launch --cpu --num_processes 2`
-    starts one and says nothing.
+    Either each process would train the whole run by itself, or only one was started, as
+    `accelerate launch --cpu --num_processes 2` does without a warning.
     """
     launcher = _find_launcher()
     if launcher is None or accelerator.num_processes > 1:
         return
-    asked = int(os.environ.get("WORLD_SIZE", "1")) if launcher.name == "torchrun" else _asked_of_accelerate(launcher)
+    asked = int(os.environ.get("WORLD_SIZE", "1")) if launcher.is_torchrun else _accelerate_processes(launcher)
     if asked > 1:
         commands = _commands(asked, accelerator.device.type)
         raise UsageError(f"{asked} processes were asked for, but 1 was found: launch with {commands}")
 
 
 def _commands(processes: int, device: str) -> str:
-    """Return the commands that start so many processes on a kind of device."""
+    """Return the commands that start this number of processes on a type of device."""
     script = shlex.quote(sys.argv[0])
     several = f"accelerate launch --multi_gpu --num_processes {processes} {script} ..."
     if device not in ("cpu", "mps"):
         return f"`{several}`, which gives each process a GPU"
     return f"`torchrun --nproc_per_node {processes} {script} ... --use_cpu` or `{several} --use_cpu`"
-
-
-# --- the parent process
 
 
 def _find_launcher() -> _Launcher | None:
@@ -86,17 +84,15 @@ def _find_launcher() -> _Launcher | None:
         folder = Path(parent.cwd())
     except psutil.Error:
         return None
-    if program in _TORCHRUN:
-        return _Launcher(pid=parent.pid, name="torchrun", arguments=arguments, folder=folder)
     if program in _ACCELERATE and arguments[:1] == ["launch"]:
-        return _Launcher(pid=parent.pid, name="accelerate", arguments=arguments[1:], folder=folder)
-    if program in _ACCELERATE_LAUNCH:
-        return _Launcher(pid=parent.pid, name="accelerate", arguments=arguments, folder=folder)
-    return None
+        program, arguments = _ACCELERATE_LAUNCH[0], arguments[1:]
+    if program not in _TORCHRUN + _ACCELERATE_LAUNCH:
+        return None
+    return _Launcher(pid=parent.pid, is_torchrun=program in _TORCHRUN, arguments=arguments, folder=folder)
 
 
 def _program(command: Sequence[str]) -> tuple[str, list[str]]:
-    """Return what a command line runs, the name of a file or of a Python module, and the arguments behind it."""
+    """Return what a command line runs, as the name of a file or of a Python module, and its arguments."""
     words = iter(command)
     name = Path(next(words, "")).name.removesuffix(".exe")
     if not re.match("python|pypy", name, re.IGNORECASE):
@@ -113,43 +109,19 @@ def _program(command: Sequence[str]) -> tuple[str, list[str]]:
     return name, list(words)
 
 
-# --- what `accelerate launch` was asked for
-
-
-def _asked_of_accelerate(launcher: _Launcher) -> int:
-    """Return the number of processes on the launcher's command line, or in the configuration that it read, or 1."""
-    arguments = _before_script(launcher.arguments)
-    named = _value(arguments, "num_processes")
-    if named is not None:
-        return int(named)
-    # Not at the top: Accelerate's command line is needed by nobody else.
+def _accelerate_processes(launcher: _Launcher) -> int:
+    """Return the number of processes in the launcher's arguments, or in the configuration that it read, or 1."""
+    # Not at the top: only a process of `accelerate launch` needs Accelerate's command line.
     from accelerate.commands.config.config_args import ClusterConfig, default_config_file, load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
 
-    file = _value(arguments, "config_file")
-    if file is None and "--cpu" in arguments:
-        return 1  # the default configuration is not read then
-    path = launcher.folder / (default_config_file if file is None else file)
+    asked = launch_command_parser().parse_args(launcher.arguments)
+    if asked.num_processes is not None:
+        return int(asked.num_processes)
+    if asked.config_file is None and asked.cpu:
+        return 1  # Accelerate does not read its default configuration then
+    path = launcher.folder / (asked.config_file or default_config_file)
     if not path.is_file():
         return 1
     config = load_config_from_file(str(path))
     return int(config.num_processes) if isinstance(config, ClusterConfig) else 1
-
-
-def _before_script(arguments: list[str]) -> list[str]:
-    """Return a launcher's own arguments: the script and what is behind it is this process's command line, too."""
-    same = 0
-    for theirs, ours in zip(reversed(arguments), reversed(sys.orig_argv), strict=False):
-        if theirs != ours:
-            break
-        same += 1
-    return arguments[: len(arguments) - same]
-
-
-def _value(arguments: Sequence[str], option: str) -> str | None:
-    """Return the last value of an option that is written --like_this or --like-this, with a space or an = behind."""
-    value = None
-    for word, following in zip(arguments, [*arguments[1:], None], strict=False):
-        name, equals, attached = word.partition("=")
-        if name.replace("-", "_") == f"__{option}":
-            value = attached if equals else following
-    return value

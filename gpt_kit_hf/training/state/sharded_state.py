@@ -1,7 +1,8 @@
-"""Weights and optimizer of a model that is cut over processes, each of which writes and reads its own shards.
+"""Weights and optimizer of a model sharded over processes (FSDP2): each process writes and reads its own shards.
 
-A folder holds safetensors files, some for each process, and one JSON file; reading it runs no code. How many processes
-wrote it, and how the model was cut over them, does not matter to those who read it.
+A folder holds the safetensors files of all processes and one JSON file; reading it runs no code. It can be read by any
+number of processes, sharded in any way. `torch.distributed` modules that take long to import are imported in the
+functions that need them, as a single process without a process group needs none.
 """
 
 from __future__ import annotations
@@ -11,18 +12,11 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -30,47 +24,64 @@ from gpt_kit_hf.errors import CheckpointError
 from gpt_kit_hf.storage.atomic_files import load_json, save_json
 from gpt_kit_hf.training.state.optimizer_state import flatten_optimizer_state, restore_optimizer_state
 
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
 _OPTIMIZER_FILE = "optimizer.json"
-_WEIGHTS = "weights"  # beside the optimizer's own names for its state, as exp_avg
+_WEIGHTS = "weights"  # prefix of a weight's name; an optimizer tensor has the key of its state, as exp_avg
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Return whether a tensor is sharded by torch.distributed; without a process group there is no such tensor."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
 
 
 def write_sharded_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Write what this process holds of a model and its optimizer; every process calls, between two steps.
+    """Write the shards that this process holds; all processes call it together, between two steps.
 
-    The folder is one that all of them see and that holds nothing else; it is made if there is none. Raises
-    CheckpointError in all processes if one of them cannot write, if the folder is not the same for all, or for an
-    optimizer whose state is cut otherwise than its parameters.
+    `folder` must be the same for all, on a shared file system, and empty or missing. Raises CheckpointError in all
+    processes if one of them cannot write, if their folders differ, or if optimizer state is sharded otherwise than
+    its parameter.
     """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
     names = _names(model)
     moments, groups = flatten_optimizer_state(optimizer, names)
     weights = {name: tensor.detach() for tensor, name in names.items()}
     tensors = _labelled(weights, moments)
-    # The writer has a whole file in memory, so there is one for each kind of tensor.
+    # The writer holds a whole file in memory, so each kind of tensor gets a file of its own.
     kinds = sorted({_kind(label) for label in tensors})
     files = {label: 1 + kinds.index(_kind(label)) for label in tensors}
     writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files, save_distributed=True)
     with _failing_together(f"{folder} was not written"):
-        _check_cut(weights, moments)
-    with _failing_together(f"{folder} was not written"), _alone_or_not():
-        state_dict_saver.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+        _check_sharding(weights, moments)
+    with _failing_together(f"{folder} was not written"):
+        save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
     with _failing_together(f"{folder} was not written"):
         if _rank() == 0:
             try:
                 _check_shards(_read_shards(folder), tensors)
             except CheckpointError as error:
-                raise CheckpointError(f"what the others wrote is not here: {error}") from error
-            # Apart from the tensors: what is no tensor would be stored by pickle there.
+                raise CheckpointError(f"shards of other processes are missing here: {error}") from error
+            # Apart from the tensors: torch's writer would store by pickle what is no tensor.
             save_json(folder / _OPTIMIZER_FILE, groups)
 
 
 def restore_sharded_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Put weights and optimizer back as they were, to the bit; every process calls, and reads what it needs.
+    """Load weights and optimizer state, exactly as written; all processes call it, each reads the shards it needs.
 
-    The model may be cut over any number of processes, or whole in one that has no process group. What of the
-    optimizer's options comes back is what `restore_optimizer_state` says. Raises CheckpointError, in all processes, if
-    names, shapes or types are not those of the model, or if a shard is missing or cannot be read; the model is not to
-    be used then.
+    The model may be sharded over any number of processes, or whole in one without a process group. Options of the
+    optimizer are restored as by `restore_optimizer_state`. Raises CheckpointError in all processes if names, shapes
+    or dtypes do not fit the model, or a shard is missing or unreadable; do not use the model then.
     """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
     names = _names(model)
     weights = {name: tensor.detach() for tensor, name in names.items()}
     with _failing_together(f"{folder} was not read"):
@@ -79,17 +90,18 @@ def restore_sharded_state(folder: Path, model: nn.Module, optimizer: Optimizer) 
         moments = _empty_moments(shards, weights)
         tensors = _labelled(weights, moments)
         _check_shards(shards, tensors)
-    with _failing_together(f"{folder} was not read"), _alone_or_not():
-        reader = HuggingFaceStorageReader(str(folder))
-        state_dict_loader.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    with _failing_together(f"{folder} was not read"):
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not dist.is_initialized())
     restore_optimizer_state(optimizer, moments, groups, names)
 
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the whole model's state on the CPU of the first process, an empty dict in the others; every one calls.
+    """Return the state dict of the whole model on the first process's CPU, {} in the others; all call it together.
 
-    `uncut_model` saves it. A tied weight is one tensor under all of its names.
+    Save it with `unsharded_model`. A tied weight is one tensor under all of its names.
     """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
     whole = cast(
         "dict[str, Tensor]",
         get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)),
@@ -99,28 +111,31 @@ def full_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: whole[same[name]] for name in whole}
 
 
-def uncut_model(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model as it was before FSDP2 cut it, without its weights: on the meta device.
+def unsharded_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model itself, or if FSDP2 has sharded it, the same model unsharded and without weights (meta device).
 
-    Its `save_pretrained(state_dict=full_state(model))` writes what that of the whole model would. The cut model's own
-    writes torch's source files as the model's code: FSDP2 gives it a class of its own, in a module of torch.
+    Its `save_pretrained(state_dict=full_state(model))` writes what the whole model would. The sharded model's own
+    would write torch's source files as the model's code, as FSDP2 changes its class to one in a module of torch.
     """
-    # That class, and FSDPModule itself, come before the one that it was.
-    kind: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    if not dist.is_initialized():
+        return model
+    from torch.distributed.fsdp import FSDPModule
+
+    # FSDP2's class, and FSDPModule itself, precede the original class.
+    original: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    if original is type(model):
+        return model
     with torch.device("meta"):
-        twin: PreTrainedModel = kind(model.config)
-    twin.generation_config = model.generation_config
-    return twin
-
-
-# --- the names of tensors
+        unsharded: PreTrainedModel = original(model.config)
+    unsharded.generation_config = model.generation_config
+    return unsharded
 
 
 def _names(model: nn.Module) -> dict[Any, str]:
-    """Return {weight or stored buffer: its name}, a tied one under its first.
+    """Return {parameter or persistent buffer: its name}; a tied one has its first name.
 
-    Not `named_parameters`: asked for its state, a model that FSDP2 has gathered to evaluate goes back to its shards,
-    and wrappers that recompute activations leave their mark out of the names.
+    From the state dict, not `named_parameters`: it reshards a model that FSDP2 has gathered for an evaluation, and its
+    names are without the prefix of activation checkpointing.
     """
     names: dict[Any, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -139,7 +154,7 @@ def _kind(label: str) -> str:
 
 
 def _empty_moments(shards: Mapping[str, TensorStorageMetadata], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return room for the optimizer's tensors, cut as their parameters are."""
+    """Return uninitialised tensors for the optimizer's state, sharded as their parameters are."""
     moments: dict[str, Tensor] = {}
     for label, stored in shards.items():
         kind, _, name = label.partition(".")
@@ -155,25 +170,24 @@ def _empty_moments(shards: Mapping[str, TensorStorageMetadata], weights: Mapping
     return moments
 
 
-# --- what must hold
-
-
-def _check_cut(weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
-    """Refuse state that another number of processes could not cut again."""
+def _check_sharding(weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+    """Refuse state that could not be sharded again over another number of processes."""
     for label, moment in moments.items():
         parameter = weights[label.partition(".")[2]]
-        if isinstance(parameter, DTensor) and not isinstance(moment, DTensor) and moment.dim() > 0:
-            raise CheckpointError(f"optimizer state {label} is not cut as its parameter is, and not stored here")
+        if is_dtensor(parameter) and not is_dtensor(moment) and moment.dim() > 0:
+            raise CheckpointError(f"optimizer state {label} is not sharded as its parameter is and cannot be stored")
 
 
 def _read_shards(folder: Path) -> dict[str, TensorStorageMetadata]:
-    """Return which parts of which tensors the files of a folder hold, from their headers."""
+    """Return the metadata of all tensors in a folder's files, from the headers."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
     shards: dict[str, Any] = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     return shards
 
 
 def _check_shards(shards: Mapping[str, TensorStorageMetadata], tensors: Mapping[str, Tensor]) -> None:
-    """Refuse files that do not hold every element of all the tensors, and nothing else."""
+    """Refuse files that hold anything but every element of all these tensors."""
     if odd := sorted(shards.keys() ^ tensors.keys()):
         where = "the files" if odd[0] in shards else "the model and its optimizer"
         raise CheckpointError(f"{odd[0]} is only in {where} ({len(odd)} differ)")
@@ -189,15 +203,17 @@ def _check_shards(shards: Mapping[str, TensorStorageMetadata], tensors: Mapping[
             )
 
 
-# --- processes
-
-
 @contextmanager
 def _failing_together(what: str) -> Iterator[None]:
-    """Raise CheckpointError in all processes if anything fails in one: the others would wait for it without end."""
+    """Raise CheckpointError in all processes if one fails; otherwise the others would wait for it forever."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
     failure, cause = None, None
     try:
-        yield
+        with warnings.catch_warnings():
+            # torch warns about a process without a process group even with no_dist=True.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            yield
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
         failure = f"process {rank}: {type(cause).__name__}: {cause}"
@@ -214,11 +230,3 @@ def _failing_together(what: str) -> Iterator[None]:
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-@contextmanager
-def _alone_or_not() -> Iterator[None]:
-    """Take a process without a group for what it is: torch warns of it, even where told."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        yield

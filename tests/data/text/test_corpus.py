@@ -38,10 +38,10 @@ def _own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def _small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (shards, sources):
-        monkeypatch.setattr(module, "UNIT_BYTES", 500, raising=False)
-    monkeypatch.setattr(shards, "PIECE_BYTES", 60)
+        monkeypatch.setattr(module, "SHARD_BYTES", 500, raising=False)
+    monkeypatch.setattr(shards, "CHUNK_BYTES", 60)
     monkeypatch.setattr(shards, "_BLOCK", 41)
 
 
@@ -118,7 +118,7 @@ def test_each_source_of_a_mixture_gives_its_share_of_the_held_out_text(tmp_path:
     assert made.documents == 3
 
 
-@pytest.mark.usefixtures("_small_units")
+@pytest.mark.usefixtures("_small_shards")
 @pytest.mark.parametrize("num_proc", [1, 3])
 def test_tokens_are_those_of_the_encoding_with_an_end_after_each_document(tmp_path: Path, num_proc: int) -> None:
     encoding = get_encoding("bytes")
@@ -134,10 +134,10 @@ def test_tokens_are_those_of_the_encoding_with_an_end_after_each_document(tmp_pa
     np.testing.assert_array_equal(made.train.read(0, len(made.train)), np.concatenate(expected))
     np.testing.assert_array_equal(made.train.document_starts, np.cumsum([0, *map(len, expected)])[:-1])
     assert made.documents == 150
-    assert len(made.train.pieces) > 5
+    assert len(made.train.chunks) > 5
 
 
-@pytest.mark.usefixtures("_small_units")
+@pytest.mark.usefixtures("_small_shards")
 def test_a_vocabulary_is_trained_on_the_whole_of_a_small_corpus(tmp_path: Path) -> None:
     rng = random.Random(0)
     texts = [" ".join(rng.choices(["sea", "storm", "crown", "12", "it's", "\n\n"], k=300)) for _ in range(6)]
@@ -149,13 +149,13 @@ def test_a_vocabulary_is_trained_on_the_whole_of_a_small_corpus(tmp_path: Path) 
     assert fingerprint(chosen) != fingerprint(train_bpe(texts[:3], 300))
 
 
-@pytest.mark.usefixtures("_small_units")
-def test_a_vocabulary_of_a_large_corpus_has_seen_some_of_every_unit(
+@pytest.mark.usefixtures("_small_shards")
+def test_a_vocabulary_of_a_large_corpus_has_seen_some_of_every_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = "abcdefgh"
     write(tmp_path, **{name: f"{name * 4} " * 300 for name in names})
-    monkeypatch.setattr(corpus, "PIECE_BYTES", 60)
+    monkeypatch.setattr(corpus, "CHUNK_BYTES", 60)
     options = TextOptions(text_files=[f"{tmp_path}/*.txt"])
     text = "".join(corpus._vocabulary_text(options, 2_000))
     assert {name for name in names if name * 4 in text} == set(names)
@@ -257,10 +257,10 @@ def test_text_that_is_trained_is_not_held_out(tmp_path: Path) -> None:
 def test_a_vocabulary_is_trained_on_no_more_text_than_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus, "PIECE_BYTES", 1000)
-    monkeypatch.setattr(shards, "PIECE_BYTES", 1000)
-    monkeypatch.setattr(shards, "UNIT_BYTES", 5000)
-    monkeypatch.setattr(sources, "UNIT_BYTES", 5000)
+    monkeypatch.setattr(corpus, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(shards, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 5000)
+    monkeypatch.setattr(sources, "SHARD_BYTES", 5000)
     (tmp_path / "a.txt").write_text("".join(f"line {number}\n" for number in range(60_000)))
     text = "".join(corpus._vocabulary_text(TextOptions(text_files=[str(tmp_path / "a.txt")]), 50_000))
     assert 30_000 < len(text) < 110_000

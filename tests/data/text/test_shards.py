@@ -1,4 +1,4 @@
-"""Units against the documents that were written: nothing lost, nothing moved, wherever a file is cut."""
+"""Shards against the documents that were written: nothing lost, nothing moved, wherever a file is cut."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 import tiktoken
 
 from gpt_kit_hf.data.text import shards
-from gpt_kit_hf.data.text.shards import FileSpan, FileUnit, TextPart, file_units
+from gpt_kit_hf.data.text.shards import FileShard, FileSpan, TextChunk, file_units
 from gpt_kit_hf.errors import DataError
 from gpt_kit_hf.tokenization.encodings import END_OF_TEXT, encode_documents, get_encoding, may_cut, train_bpe
 
@@ -43,11 +43,11 @@ BLANKS = [" ", " ", "\n", "  ", "\n\n\n", "\t", "\r\n", "\u00a0", "\u2028", "   
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes at which a file of a few hundred bytes is cut everywhere; all prime, so that borders meet differently."""
-    for name, size in (("UNIT_BYTES", 211), ("PIECE_BYTES", 47), ("_BLOCK", 31)):
+    for name, size in (("SHARD_BYTES", 211), ("CHUNK_BYTES", 47), ("_BLOCK", 31)):
         monkeypatch.setattr(shards, name, size)
 
 
-def random_text(rng: random.Random, pieces: int = 60) -> str:
+def random_text(rng: random.Random, words: int = 60) -> str:
     """Words and blanks in any order, some words long enough to have no place to cut."""
     makers: list[Callable[[], str]] = [
         lambda: rng.choice(WORDS),
@@ -56,7 +56,7 @@ def random_text(rng: random.Random, pieces: int = 60) -> str:
         lambda: "".join(rng.choices("abcdefgh", k=rng.randint(1, 9))),
         lambda: rng.choice("a7é") * rng.randint(1, 90),
     ]
-    return "".join(rng.choices(makers, [9, 9, 3, 9, 1])[0]() for _ in range(rng.randint(1, pieces)))
+    return "".join(rng.choices(makers, [9, 9, 3, 9, 1])[0]() for _ in range(rng.randint(1, words)))
 
 
 def compressed(data: bytes, ending: str, rng: random.Random) -> bytes:
@@ -88,14 +88,14 @@ def write_form(folder: Path, form: str, documents: Sequence[str], rng: random.Ra
     return files
 
 
-def units_of(files: Sequence[Path], *, separator: str | None = None, cut: bool = True) -> list[FileUnit]:
+def shards_of(files: Sequence[Path], *, separator: str | None = None, cut: bool = True) -> list[FileShard]:
     return file_units(list(files), column="text", separator=separator, may_cut=cut)
 
 
-def documents_in(parts: Iterable[TextPart]) -> list[str]:
-    """The documents that parts spell, and that the last one is ended."""
+def documents_in(chunks: Iterable[TextChunk]) -> list[str]:
+    """The documents that chunks spell, and that the last one is ended."""
     documents, waiting, ends = [], "", True
-    for text, ends, _ in parts:
+    for text, ends, _ in chunks:
         waiting += text
         if ends:
             documents.append(waiting)
@@ -104,8 +104,8 @@ def documents_in(parts: Iterable[TextPart]) -> list[str]:
     return documents
 
 
-def all_parts(units: Iterable[FileUnit]) -> list[TextPart]:
-    return [part for unit in units for part in unit.parts()]
+def all_chunks(found: Iterable[FileShard]) -> list[TextChunk]:
+    return [chunk for shard in found for chunk in shard.chunks()]
 
 
 def written_text(text: str, separator: str | None = None) -> list[str]:
@@ -120,12 +120,12 @@ def written_text(text: str, separator: str | None = None) -> list[str]:
 def test_every_form_reads_as_the_documents_written(tmp_path: Path, form: str, cut: bool, seed: int) -> None:
     rng = random.Random(f"{form} {seed}")
     documents = [random_text(rng) for _ in range(14)]
-    units = units_of(write_form(tmp_path, form, documents, rng), cut=cut)
+    found = shards_of(write_form(tmp_path, form, documents, rng), cut=cut)
     expected = [d for text in documents for d in written_text(text)] if form.startswith("txt") else documents
-    assert documents_in(all_parts(units)) == expected
-    assert len(units) > 1 or form.partition(".")[2]
+    assert documents_in(all_chunks(found)) == expected
+    assert len(found) > 1 or form.partition(".")[2]
     if not cut or not form.startswith("txt"):
-        assert len(all_parts(units)) == len(expected)
+        assert len(all_chunks(found)) == len(expected)
 
 
 @pytest.mark.parametrize("separator", SEPARATORS)
@@ -135,72 +135,74 @@ def test_a_separated_file_reads_as_its_text_split(tmp_path: Path, separator: str
     rng = random.Random(f"{separator} {seed}")
     text = rng.choice(["", "\ufeff"])
     for _ in range(12):
-        text += random_text(rng, pieces=24) + separator * rng.choice([1, 1, 1, 2])
+        text += random_text(rng, words=24) + separator * rng.choice([1, 1, 1, 2])
     text += rng.choice(["", "\n", "the last one\n"])
     file = tmp_path / "a.txt"
     file.write_bytes(text.encode())
-    assert documents_in(all_parts(units_of([file], separator=separator, cut=cut))) == written_text(text, separator)
+    assert documents_in(all_chunks(shards_of([file], separator=separator, cut=cut))) == written_text(text, separator)
     packed = tmp_path / "b.txt.gz"
     packed.write_bytes(compressed(text.encode(), "gz", rng))
-    assert documents_in(all_parts(units_of([packed], separator=separator, cut=cut))) == written_text(text, separator)
+    assert documents_in(all_chunks(shards_of([packed], separator=separator, cut=cut))) == written_text(text, separator)
 
 
 @pytest.mark.parametrize("separator", SEPARATORS)
 def test_a_separator_on_any_border_ends_the_document(tmp_path: Path, separator: str) -> None:
-    """The separator walks over the borders of blocks, parts and units; before it a letter, after it a blank."""
+    """The separator walks over the borders of blocks, chunks and shards; before it a letter, after it a blank."""
     file = tmp_path / "a.txt"
     for before in range(25, 225):
         text = ("ab cd efg\n" * 40)[:before] + "x" + separator + " yz\n" + "w v" * 60 + separator + "z"
         file.write_text(text)
-        assert documents_in(all_parts(units_of([file], separator=separator))) == written_text(text, separator), before
+        assert documents_in(all_chunks(shards_of([file], separator=separator))) == written_text(text, separator), (
+            before
+        )
 
 
-def test_a_run_of_separators_is_cut_where_it_is_whole(tmp_path: Path) -> None:
-    """Three line ends are a separator of two and one that begins the next document, in every unit."""
+def test_a_run_of_separators_is_cut_between_whole_separators(tmp_path: Path) -> None:
+    """Three line ends are a separator of two and one that begins the next document, in every shard."""
     file = tmp_path / "a.txt"
     for before in range(180, 215):
         text = "a" * before + "\n\n\n" + "b" * 300 + "\n\n\n\n\nc"
         file.write_text(text)
-        assert documents_in(all_parts(units_of([file], separator="\n\n"))) == written_text(text, "\n\n"), before
+        assert documents_in(all_chunks(shards_of([file], separator="\n\n"))) == written_text(text, "\n\n"), before
 
 
 @pytest.mark.parametrize("blanks", ["\n", " " * 70, "\n" * 300])
-def test_blanks_at_the_end_of_a_document_are_kept_wherever_it_is_cut(tmp_path: Path, blanks: str) -> None:
+def test_white_space_at_the_end_of_a_document_is_kept_wherever_it_is_cut(tmp_path: Path, blanks: str) -> None:
     file = tmp_path / "a.txt"
     for before in range(200, 225):
         text = "ab" * (before // 2) + "c" * (before % 2) + blanks
         file.write_text(text)
-        assert documents_in(all_parts(units_of([file]))) == [text], before
+        assert documents_in(all_chunks(shards_of([file]))) == [text], before
 
 
 @pytest.mark.parametrize("text", ["x" * 1500, " " * 700 + "a", "é\u3000" * 400, "1\u20032" * 300, "a\tb" * 400])
-def test_text_without_a_place_to_cut_is_one_part(tmp_path: Path, text: str) -> None:
+def test_text_without_a_place_to_cut_is_one_chunk(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.txt").write_text(text)
-    units = units_of([tmp_path / "a.txt"])
-    assert len(units) == 1
-    assert [part[:2] for part in units[0].parts()] == [(text, True)]
+    found = shards_of([tmp_path / "a.txt"])
+    assert len(found) == 1
+    assert [chunk[:2] for chunk in found[0].chunks()] == [(text, True)]
 
 
-def test_a_long_document_comes_in_parts_that_fit_in_memory(tmp_path: Path) -> None:
+def test_a_long_document_comes_in_chunks_that_fit_in_memory(tmp_path: Path) -> None:
     text = "word after word\n" * 100
     for name, data in (("a.txt", text.encode()), ("b.txt.gz", gzip.compress(text.encode()))):
         (tmp_path / name).write_bytes(data)
-        parts = all_parts(units_of([tmp_path / name]))
-        assert max(len(part.text) for part in parts) <= 47 + 31 + len("after")
-        assert [part.ends_document for part in parts] == [False] * (len(parts) - 1) + [True]
-        assert all(part.text[-1].isalpha() and after.text[0] in " \n" for part, after in pairwise(parts))
+        chunks = all_chunks(shards_of([tmp_path / name]))
+        assert max(len(chunk.text) for chunk in chunks) <= 47 + 31 + len("after")
+        assert [chunk.ends_document for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+        assert all(chunk.text[-1].isalpha() and after.text[0] in " \n" for chunk, after in pairwise(chunks))
 
 
-def test_a_byte_order_mark_is_no_text_at_the_beginning_and_text_elsewhere(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_dropped_at_the_start_of_a_file_only(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\ufeffone\ufefftwo\r\n")
     (tmp_path / "b.txt").write_text("\ufeff")
     (tmp_path / "c.jsonl").write_text('\ufeff{"text": "\ufeffrow"}\r\n')
     (tmp_path / "d.txt.gz").write_bytes(gzip.compress("\ufefffour".encode()))
-    units = units_of([tmp_path / name for name in ("a.txt", "b.txt", "c.jsonl", "d.txt.gz")])
-    assert documents_in(all_parts(units)) == ["one\ufefftwo\r\n", "\ufeffrow", "four"]
+    found = shards_of([tmp_path / name for name in ("a.txt", "b.txt", "c.jsonl", "d.txt.gz")])
+    assert documents_in(all_chunks(found)) == ["one\ufefftwo\r\n", "\ufeffrow", "four"]
 
 
-# --- encoding what was cut
+# --- encoding chunks
 
 
 @pytest.fixture(scope="module")
@@ -211,35 +213,35 @@ def trained_encoding() -> tiktoken.Encoding:
 
 @pytest.mark.parametrize("kind", ["bytes", "trained", "gpt2"])
 @pytest.mark.parametrize("separator", [None, "\n\n"])
-def test_what_is_cut_encodes_as_the_whole(
+def test_chunks_encode_to_the_ids_of_the_whole_document(
     tmp_path: Path, kind: str, separator: str | None, request: pytest.FixtureRequest
 ) -> None:
-    """200 random texts: the ids of each document encoded by itself, and an end of text."""
+    """200 random texts: the ids of each document encoded by itself, and EOS."""
     encoding = get_encoding("bytes") if kind == "bytes" else request.getfixturevalue(f"{kind}_encoding")
     end = encoding.encode_single_token(END_OF_TEXT)
     assert may_cut(encoding)
     rng, file, cuts = random.Random(f"{kind} {separator}"), tmp_path / "a.txt", 0
     for number in range(200):
-        text = random_text(rng, pieces=120)
+        text = random_text(rng, words=120)
         file.write_bytes(text.encode())
-        parts = all_parts(units_of([file], separator=separator))
-        cuts += sum(not part.ends_document for part in parts)
+        chunks = all_chunks(shards_of([file], separator=separator))
+        cuts += sum(not chunk.ends_document for chunk in chunks)
         expected = [[*encoding.encode_ordinary(document), end] for document in written_text(text, separator)]
-        found = encode_documents(encoding, [part[:2] for part in parts], "a.txt")
+        found = encode_documents(encoding, [chunk[:2] for chunk in chunks], "a.txt")
         assert found.tolist() == [token for document in expected for token in document], number
-        one_by_one = [encode_documents(encoding, [part[:2]], "a.txt").tolist() for part in parts]
-        assert [token for part in one_by_one for token in part] == found.tolist(), number
+        one_by_one = [encode_documents(encoding, [chunk[:2]], "a.txt").tolist() for chunk in chunks]
+        assert [token for chunk in one_by_one for token in chunk] == found.tolist(), number
     assert cuts > 100
 
 
-# --- going on from a place
+# --- resuming
 
 
 @pytest.mark.parametrize("form", [*FORMS, "separated", "separated.gz", "separated END OF"])
 @pytest.mark.parametrize("seed", range(3))
-def test_reading_goes_on_after_any_part(tmp_path: Path, form: str, seed: int) -> None:
+def test_reading_resumes_after_any_chunk(tmp_path: Path, form: str, seed: int) -> None:
     rng = random.Random(f"{form} {seed}")
-    documents = [random_text(rng, pieces=110) for _ in range(7)]
+    documents = [random_text(rng, words=110) for _ in range(7)]
     separator = None
     if form.startswith("separated"):
         separator = "END OF" if form.endswith("OF") else "\n\n"
@@ -249,49 +251,49 @@ def test_reading_goes_on_after_any_part(tmp_path: Path, form: str, seed: int) ->
     else:
         files = write_form(tmp_path, form, documents, rng)
     inside = 0
-    for unit in units_of(files, separator=separator):
-        parts = list(unit.parts())
-        for number, part in enumerate(parts, start=1):
-            position = json.loads(json.dumps(part.next))
-            inside += not part.ends_document
-            # The same parts, so that a place inside of one is the same place, too.
-            assert list(unit.parts(position)) == parts[number:]
+    for shard in shards_of(files, separator=separator):
+        chunks = list(shard.chunks())
+        for number, chunk in enumerate(chunks, start=1):
+            position = json.loads(json.dumps(chunk.next))
+            inside += not chunk.ends_document
+            # The same chunks, so that a place inside of one is the same place, too.
+            assert list(shard.chunks(position)) == chunks[number:]
     assert inside > 5 or not form.startswith(("txt", "separated"))
 
 
-def test_units_are_the_same_ones_at_each_call_and_in_order(tmp_path: Path) -> None:
+def test_shards_are_the_same_at_each_call_and_in_order(tmp_path: Path) -> None:
     rng = random.Random(3)
     files = write_form(tmp_path, "txt", [random_text(rng, 110) for _ in range(9)], rng)
-    units = units_of(files)
-    assert units == units_of(files)
-    spans = [span for unit in units for span in unit.spans]
+    found = shards_of(files)
+    assert found == shards_of(files)
+    spans = [span for shard in found for span in shard.spans]
     assert list(dict.fromkeys(span.file for span in spans)) == files
     for file in files:
         bounds = [(span.start, span.stop) for span in spans if span.file == file]
         assert [0, *(stop for _, stop in bounds)] == [*(start for start, _ in bounds), file.stat().st_size]
-    assert all(unit.size <= 211 or len(unit.spans) == 1 for unit in units)
-    assert sum(unit.size for unit in units) == sum(file.stat().st_size for file in files)
+    assert all(shard.size <= 211 or len(shard.spans) == 1 for shard in found)
+    assert sum(shard.size for shard in found) == sum(file.stat().st_size for file in files)
 
 
-# --- what a unit is known by
+# --- digests
 
 
-def unit_of(*spans: tuple[Path, int, int], separator: str | None = None, cut: bool = True) -> FileUnit:
-    return FileUnit(spans=tuple(FileSpan(*span) for span in spans), column="text", separator=separator, may_cut=cut)
+def shard_of(*spans: tuple[Path, int, int], separator: str | None = None, cut: bool = True) -> FileShard:
+    return FileShard(spans=tuple(FileSpan(*span) for span in spans), column="text", separator=separator, may_cut=cut)
 
 
 def whole(file: Path) -> tuple[Path, int, int]:
     return (file, 0, file.stat().st_size)
 
 
-def test_a_key_changes_with_the_bytes_and_the_reading_and_not_with_the_name(tmp_path: Path) -> None:
+def test_a_content_key_changes_with_bytes_and_format_but_not_with_the_name(tmp_path: Path) -> None:
     for name, text in (("a.txt", "one two"), ("b.txt", "one two"), ("c.txt", "one tow"), ("d.jsonl", "one two")):
         (tmp_path / name).write_text(text)
     a, b, c, d = (tmp_path / name for name in ("a.txt", "b.txt", "c.txt", "d.jsonl"))
-    key = unit_of(whole(a)).content_key()
-    assert unit_of(whole(b)).content_key() == key
-    others = [unit_of(whole(c)), unit_of(whole(d)), unit_of(whole(a), separator=" "), unit_of(whole(a), cut=False)]
-    assert len({key, *(unit.content_key() for unit in others)}) == 5
+    key = shard_of(whole(a)).content_key()
+    assert shard_of(whole(b)).content_key() == key
+    others = [shard_of(whole(c)), shard_of(whole(d)), shard_of(whole(a), separator=" "), shard_of(whole(a), cut=False)]
+    assert len({key, *(shard.content_key() for shard in others)}) == 5
 
 
 @pytest.mark.parametrize(
@@ -308,42 +310,42 @@ def test_a_key_changes_with_the_bytes_and_the_reading_and_not_with_the_name(tmp_
         (["  ", "ab  "], [(0, 0, 2)], [(1, 2, 4)]),
     ],
 )
-def test_units_of_one_key_hold_the_same_parts(
+def test_shards_with_other_text_have_other_content_keys(
     tmp_path: Path, contents: list[str], one: list[tuple[int, int, int]], other: list[tuple[int, int, int]]
 ) -> None:
     for number, content in enumerate(contents):
         (tmp_path / f"{number}.txt").write_text(content)
-    units = [unit_of(*((tmp_path / f"{n}.txt", a, b) for n, a, b in spans)) for spans in (one, other)]
-    texts = [[part[:2] for part in unit.parts()] for unit in units]
+    found = [shard_of(*((tmp_path / f"{n}.txt", a, b) for n, a, b in spans)) for spans in (one, other)]
+    texts = [[chunk[:2] for chunk in shard.chunks()] for shard in found]
     assert texts[0] != texts[1]
-    assert units[0].content_key() != units[1].content_key()
+    assert found[0].content_key() != found[1].content_key()
 
 
-def test_a_stamp_is_what_nobody_can_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stamp_changes_when_a_file_keeps_its_size_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import os
     import time
 
     file = tmp_path / "a.txt"
     file.write_text("before")
-    unit = unit_of((file, 0, 6))
-    assert unit.stamp() is None, "a file that has only just changed may change again within the clock's tick"
+    shard = shard_of((file, 0, 6))
+    assert shard.stamp() is None, "a file that has only just changed may change again within the clock's tick"
     now = time.time_ns
     monkeypatch.setattr(time, "time_ns", lambda: now() + 10**11)
-    before, times = unit.stamp(), (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+    before, times = shard.stamp(), (file.stat().st_atime_ns, file.stat().st_mtime_ns)
     assert before is not None
-    assert unit.stamp() == before
+    assert shard.stamp() == before
     file.write_text("after.")
     os.utime(file, ns=times)
     assert file.stat().st_mtime_ns == times[1]
-    assert unit.stamp() not in (before, None)
+    assert shard.stamp() not in (before, None)
 
 
-# --- what cannot be read
+# --- errors
 
 
-def failure(units: Callable[[], Iterable[FileUnit]]) -> str:
+def failure(found: Callable[[], Iterable[FileShard]]) -> str:
     with pytest.raises(DataError) as caught:
-        all_parts(units())
+        all_chunks(found())
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -357,12 +359,12 @@ def test_bytes_that_are_not_utf8_are_named_by_line_and_offset(tmp_path: Path, pa
         bad = data[:place] + b"\xff" + data[place + 1 :]
         file.write_bytes(compressed(bad, packed[1:], random.Random(1)) if packed else bad)
         line = data[:place].count(b"\n") + 1
-        assert f"{file}:{line}: not UTF-8 text (byte 0xff at offset {place})" in failure(lambda: units_of([file]))
+        assert f"{file}:{line}: not UTF-8 text (byte 0xff at offset {place})" in failure(lambda: shards_of([file]))
 
 
 def test_a_character_cut_by_the_end_of_the_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("one\ntwo é".encode()[:-1])
-    assert ":2: not UTF-8 text (byte 0xc3 at offset 8)" in failure(lambda: units_of([tmp_path / "a.txt"]))
+    assert ":2: not UTF-8 text (byte 0xc3 at offset 8)" in failure(lambda: shards_of([tmp_path / "a.txt"]))
 
 
 @pytest.mark.parametrize("form", ["jsonl", "json", "ndjson", "jsonl.gz", "jsonl.zst"])
@@ -382,28 +384,28 @@ def test_a_character_cut_by_the_end_of_the_file_is_named(tmp_path: Path) -> None
         (b'{"text": 7}', "'text' must be text, got 7"),
         (b'{"text": NaN}', "'text' must be text, got nan"),
         (b'{"text": ["a"]}', "'text' must be text, got ['a']"),
-        (b'{"text": "half \\ud83d"}', "'text' has half a character, U+D83D"),
+        (b'{"text": "half \\ud83d"}', "'text' has a lone surrogate, U+D83D"),
     ],
     ids=str,
 )
-def test_a_row_that_is_no_text_is_named_by_line(tmp_path: Path, form: str, row: bytes, reason: str) -> None:
+def test_a_row_that_is_not_text_is_named_by_line(tmp_path: Path, form: str, row: bytes, reason: str) -> None:
     if form.partition(".")[2] and len(row) > 1000:
         pytest.skip("one form is enough for the deep row")
     good = b'{"text": "a row that is fine"}\n'
-    data = good * 20 + b"\r\n" + row + b"\n" + good * 3  # in the third unit
+    data = good * 20 + b"\r\n" + row + b"\n" + good * 3  # in the third shard
     file = tmp_path / f"a.{form}"
     packed = form.partition(".")[2]
     file.write_bytes(compressed(data, packed, random.Random(1)) if packed else data)
-    assert f"{file}:22: {reason}" in failure(lambda: units_of([file]))
+    assert f"{file}:22: {reason}" in failure(lambda: shards_of([file]))
 
 
 @pytest.mark.parametrize(("value", "shown"), [(None, "None"), (7, "7"), (b"raw", "b'raw'")])
-def test_a_parquet_row_that_is_no_text_is_named(tmp_path: Path, value: object, shown: str) -> None:
+def test_a_parquet_row_that_is_not_text_is_named(tmp_path: Path, value: object, shown: str) -> None:
     file = tmp_path / "a.parquet"
     values = ["a", "b", "c", "d"] if value is None else [value] * 4
     table = pa.table({"text": pa.array([*values, value])})
     pq.write_table(table, file, row_group_size=2)
-    message = failure(lambda: units_of([file]))
+    message = failure(lambda: shards_of([file]))
     assert message.startswith(f"{file}: row ")
     assert message.endswith(f"'text' must be text, got {shown}")
 
@@ -411,14 +413,14 @@ def test_a_parquet_row_that_is_no_text_is_named(tmp_path: Path, value: object, s
 def test_parquet_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     file = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": pa.array([b"fine", b"\xff\xfe"]).view(pa.string())}), file)
-    assert str(file) in failure(lambda: units_of([file]))
+    assert str(file) in failure(lambda: shards_of([file]))
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"no Parquet at all", b"PAR1" + b"\xff" * 40 + b"PAR1"])
 def test_a_file_that_is_not_parquet_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.parquet").write_bytes(content)
     assert f"{tmp_path / 'a.parquet'}: cannot be read as Parquet" in failure(
-        lambda: units_of([tmp_path / "a.parquet"])
+        lambda: shards_of([tmp_path / "a.parquet"])
     )
 
 
@@ -430,12 +432,12 @@ def test_parquet_whose_pages_are_damaged_is_named(tmp_path: Path) -> None:
     data = bytearray(file.read_bytes())
     data[4:200] = b"\xff" * 196
     file.write_bytes(data)
-    assert str(file) in failure(lambda: units_of([file]))
+    assert str(file) in failure(lambda: shards_of([file]))
 
 
 def test_a_missing_column_of_parquet_is_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"body": ["a"], "n": [1]}), tmp_path / "a.parquet")
-    message = failure(lambda: units_of([tmp_path / "a.parquet"]))
+    message = failure(lambda: shards_of([tmp_path / "a.parquet"]))
     assert message == f"{tmp_path / 'a.parquet'}: no column 'text' (text_column); its columns: body, n"
 
 
@@ -449,16 +451,16 @@ def test_a_compressed_file_that_is_damaged_is_named(tmp_path: Path, ending: str,
     file = tmp_path / f"a.{ending}"
     for length in (12, len(data) // 2, len(data) - 9, len(data) - 1):
         file.write_bytes(rows if harm == "not compressed" else data[:length])
-        message = failure(lambda: units_of([file]))
-        assert message.startswith(f"{file}: cannot be uncompressed: "), length
+        message = failure(lambda: shards_of([file]))
+        assert message.startswith(f"{file}: cannot be decompressed: "), length
 
 
 def test_a_file_that_vanished_is_named(tmp_path: Path) -> None:
     for name in ("a.txt", "b.jsonl"):
         (tmp_path / name).write_text('{"text": "x"}')
-        units = units_of([tmp_path / name])
+        found = shards_of([tmp_path / name])
         (tmp_path / name).unlink()
-        assert str(tmp_path / name) in failure(lambda units=units: units)  # type: ignore[misc]
+        assert str(tmp_path / name) in failure(lambda found=found: found)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
@@ -467,13 +469,13 @@ def test_a_file_that_vanished_is_named(tmp_path: Path) -> None:
 def test_text_of_any_script_is_cut_to_the_same_tokens(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "PIECE_BYTES", 40)
+    monkeypatch.setattr(shards, "CHUNK_BYTES", 40)
     monkeypatch.setattr(shards, "_BLOCK", 64)
     (tmp_path / "a.txt").write_text(text * 40)
     encoding = train_bpe([text * 3, "abc def 12 3\n"], 400)
-    units = file_units([tmp_path / "a.txt"], column="text", separator=None, may_cut=True, unit_bytes=500)
-    assert len(units) > 1
-    parts = [(part.text, part.ends_document) for unit in units for part in unit.parts()]
-    assert len(parts) > 10
-    ids = np.concatenate([encode_documents(encoding, [part], "here") for part in parts])
+    found = file_units([tmp_path / "a.txt"], column="text", separator=None, may_cut=True, shard_bytes=500)
+    assert len(found) > 1
+    chunks = [(chunk.text, chunk.ends_document) for shard in found for chunk in shard.chunks()]
+    assert len(chunks) > 10
+    ids = np.concatenate([encode_documents(encoding, [chunk], "here") for chunk in chunks])
     np.testing.assert_array_equal(ids, encode_documents(encoding, [(text * 40, True)], "here"))

@@ -30,10 +30,10 @@ def source(**options: Any) -> TextSource:
 
 def documents(found: TextSource, *, streamed: bool = False) -> list[str]:
     """The documents of a source; each is short enough to come whole."""
-    units: Iterable[Any] = found.streamed_units(True) if streamed else found.units(True)
-    parts = [part for unit in units for part in unit.parts()]
-    assert all(part.ends_document for part in parts)
-    return [part.text for part in parts]
+    shards: Iterable[Any] = found.streamed_units(True) if streamed else found.shards(True)
+    chunks = [chunk for shard in shards for chunk in shard.chunks()]
+    assert all(chunk.ends_document for chunk in chunks)
+    return [chunk.text for chunk in chunks]
 
 
 def in_files(*patterns: Path, **options: Any) -> list[str]:
@@ -241,15 +241,15 @@ def test_units_of_a_source_are_the_same_streamed(tmp_path: Path) -> None:
     write(tmp_path, a="one two\n" * 30_000, b="three")
     found = source(text_files=[str(tmp_path / "*.txt")])
 
-    def text(units: Iterable[Any]) -> Iterator[tuple[str, bool]]:
+    def text(shards: Iterable[Any]) -> Iterator[tuple[str, bool]]:
         waiting = ""
-        for unit in units:
-            for part in unit.parts():
-                waiting += part.text
-                if part.ends_document:
+        for shard in shards:
+            for chunk in shard.chunks():
+                waiting += chunk.text
+                if chunk.ends_document:
                     yield waiting, True
                     waiting = ""
         yield waiting, False
 
     expected = [("one two\n" * 30_000, True), ("three", True), ("", False)]
-    assert list(text(found.units(True))) == list(text(found.streamed_units(True))) == expected
+    assert list(text(found.shards(True))) == list(text(found.streamed_units(True))) == expected

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from gpt_kit_hf.data.order import BatchPlan, StreamOrder
-from gpt_kit_hf.data.text import shards, streaming
+from gpt_kit_hf.data.text import streaming
+from gpt_kit_hf.data.text.shards import CHUNK_BYTES, file_units
 from gpt_kit_hf.data.text.sources import train_sources
 from gpt_kit_hf.data.text.streaming import Lane, LaneBatches, lane_count
 from gpt_kit_hf.data.text.windows import IGNORED, TokenStream, TokenWindows
@@ -40,36 +41,37 @@ def write_texts(folder: Path, seed: int = 0) -> list[str]:
     return names
 
 
-def file_lanes(
+def file_stream_shards(
     folder: Path, *, batch_size: int = BATCH, packing: bool = False, stride: int | None = None
 ) -> list[Lane]:
-    source = train_sources(TextOptions(text_files=[str(folder / "*.txt")]))[0][1]
-    return lanes_of(source._file_units(sorted(folder.glob("*.txt")), True, 2_000), batch_size, packing, stride)
+    files = sorted(folder.glob("*.txt"))
+    shards = file_units(files, column="text", separator=None, may_cut=True, shard_bytes=2_000)
+    return stream_shards_of(shards, batch_size, packing, stride)
 
 
-def dataset_lanes(folder: Path) -> list[Lane]:
-    """Lanes of a streamed dataset of JSON lines, eight files of them."""
+def dataset_stream_shards(folder: Path) -> list[Lane]:
+    """Stream shards of a streamed dataset of JSON lines, eight files of them."""
     folder.mkdir()
     rng = np.random.default_rng(1)
     for index in range(8):
         rows = [json.dumps({"text": "w" * int(rng.integers(1, 60)) + f" {index} {row}"}) for row in range(30)]
         (folder / f"{index}.jsonl").write_text("\n".join(rows))
     options = TextOptions(dataset_name=str(folder), streaming=True, eval_files=["unread.txt"])
-    return lanes_of(train_sources(options)[0][1].streamed_units(may_cut=True), BATCH)
+    return stream_shards_of(train_sources(options)[0][1].streamed_units(may_cut=True), BATCH)
 
 
-def lanes_of(units: Any, batch_size: int, packing: bool = False, stride: int | None = None) -> list[Lane]:
-    count = lane_count(len(units), batch_size)
-    bounds = [lane * len(units) // count for lane in range(count + 1)]
+def stream_shards_of(shards: Any, batch_size: int, packing: bool = False, stride: int | None = None) -> list[Lane]:
+    count = lane_count(len(shards), batch_size)
+    bounds = [number * len(shards) // count for number in range(count + 1)]
     return [
         Lane(
-            units=tuple(units[bounds[lane] : bounds[lane + 1]]),
+            shards=tuple(shards[bounds[number] : bounds[number + 1]]),
             encoding=ENCODING,
             windows=WindowOptions(max_length=24, packing=packing, stride=stride),
             shuffle_windows=CHUNK,
-            seed=lane,
+            seed=number,
         )
-        for lane in range(count)
+        for number in range(count)
     ]
 
 
@@ -83,15 +85,15 @@ def plan(processes: int = 1, rank: int = 0, micro: int = BATCH) -> BatchPlan:
     )
 
 
-def run(lanes: list[Lane], which: BatchPlan, steps: range, states: Any = None, workers: int = 0) -> Any:
+def run(stream_shards: list[Lane], which: BatchPlan, steps: range, states: Any = None, workers: int = 0) -> Any:
     """Return each step's micro-batches, and the states after it as they come back from JSON."""
-    batches = LaneBatches(lanes, which, num_workers=workers, pin_memory=False)
+    batches = LaneBatches(stream_shards, which, num_workers=workers, pin_memory=False)
     given = batches.steps(steps.start, steps.stop, states or {})
     found = []
     for _ in steps:
         step = [next(given) for _ in range(which.micro_steps)]
         after = json.loads(json.dumps(batches.states))
-        found.append((step, {int(lane): state for lane, state in after.items()}))
+        found.append((step, {int(number): state for number, state in after.items()}))
     return found
 
 
@@ -99,29 +101,31 @@ def rows(step: list[Batch]) -> list[bytes]:
     return [part[row].numpy().tobytes() for batch in step for part in (batch.input_ids,) for row in range(len(part))]
 
 
-@pytest.mark.parametrize("lanes_from", ["files", "dataset"])
-def test_a_step_is_the_same_for_any_processes_workers_and_micro_batches(lanes_from: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["files", "dataset"])
+def test_a_step_is_the_same_for_any_processes_workers_and_micro_batches(source: str, tmp_path: Path) -> None:
     write_texts(tmp_path)
-    lanes = file_lanes(tmp_path) if lanes_from == "files" else dataset_lanes(tmp_path / "rows")
-    assert len(lanes) == 8
-    alone = [rows(step) for step, _ in run(lanes, plan(), range(12))]
+    stream_shards = file_stream_shards(tmp_path) if source == "files" else dataset_stream_shards(tmp_path / "rows")
+    assert len(stream_shards) == 8
+    alone = [rows(step) for step, _ in run(stream_shards, plan(), range(12))]
     for processes, workers, micro in ((1, 2, 3), (2, 0, 4), (2, 2, 1), (4, 1, 2), (8, 0, 1)):
-        shares = [run(lanes, plan(processes, rank, micro), range(12), workers=workers) for rank in range(processes)]
+        shares = [
+            run(stream_shards, plan(processes, rank, micro), range(12), workers=workers) for rank in range(processes)
+        ]
         for step in range(12):
             together = [row for share in shares for row in rows(share[step][0])]
             assert sorted(together) == sorted(alone[step]), (processes, workers, micro, step)
 
 
-def test_windows_of_a_lane_are_those_of_its_text(tmp_path: Path) -> None:
-    """Against `TokenWindows` over the lane's documents, pass after pass, in the order of the text."""
+def test_windows_of_a_stream_shard_equal_those_of_its_text(tmp_path: Path) -> None:
+    """Against `TokenWindows` over the stream shard's documents, pass after pass, in the order of the text."""
     write_texts(tmp_path)
     for packing, stride in ((False, None), (True, None), (False, 7)):
-        lane = file_lanes(tmp_path, packing=packing, stride=stride)[0]
+        stream_shard = file_stream_shards(tmp_path, packing=packing, stride=stride)[0]
         ids, starts = [], []
         for _ in range(3):
             inside = False
-            for unit in lane.units:
-                for text, ends, _ in unit.parts():
+            for shard in stream_shard.shards:
+                for text, ends, _ in shard.chunks():
                     if not inside:
                         starts.append(len(ids))
                     ids += [*text.encode(), *([END] * ends)]
@@ -130,7 +134,7 @@ def test_windows_of_a_lane_are_those_of_its_text(tmp_path: Path) -> None:
             TokenStream([np.array(ids)], np.array(starts)), 24, stride or 24, packing=packing, keep_tail=False
         )
         wanted = [tuple(part.tolist() for part in naive[index]) for index in range(CHUNK * 3)]
-        reader = lane.samples()
+        reader = stream_shard.samples()
         got = [tuple(part.tolist() for part in next(reader)[0]) for _ in range(CHUNK * 3)]
         for first in range(0, CHUNK * 3, CHUNK):  # shuffled within a chunk, never across
             assert sorted(got[first : first + CHUNK]) == sorted(wanted[first : first + CHUNK])
@@ -139,7 +143,7 @@ def test_windows_of_a_lane_are_those_of_its_text(tmp_path: Path) -> None:
 
 def test_packed_windows_restart_where_documents_begin(tmp_path: Path) -> None:
     write_texts(tmp_path)
-    reader = file_lanes(tmp_path, packing=True)[0].samples()
+    reader = file_stream_shards(tmp_path, packing=True)[0].samples()
     for _ in range(200):
         (inputs, targets, positions), _ = next(reader)
         begins = torch.cat((torch.tensor([True]), inputs[:-1] == END))
@@ -152,36 +156,36 @@ def test_packed_windows_restart_where_documents_begin(tmp_path: Path) -> None:
         assert (targets[inputs != END] != IGNORED).all()
 
 
-def check_resume(lanes: list[Lane], positions: int, workers: int, steps: int = 60) -> None:
-    reference = run(lanes, plan(), range(steps))
+def check_resume(stream_shards: list[Lane], positions: int, workers: int, steps: int = 60) -> None:
+    reference = run(stream_shards, plan(), range(steps))
     rng = np.random.default_rng(0)
     for _ in range(positions):
         at = int(rng.integers(0, steps - 3))
-        going_on = run(lanes, plan(), range(at + 1, at + 4), reference[at][1], workers)
+        going_on = run(stream_shards, plan(), range(at + 1, at + 4), reference[at][1], workers)
         for (step, states), (wanted, after) in zip(going_on, reference[at + 1 : at + 4], strict=True):
             assert rows(step) == rows(wanted)
             assert states == after
 
 
 @pytest.mark.parametrize(("workers", "positions"), [(0, 100), (2, 5)])
-@pytest.mark.parametrize("lanes_from", ["files", "dataset"])
-def test_a_stream_resumes_anywhere(lanes_from: str, workers: int, positions: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["files", "dataset"])
+def test_a_stream_resumes_anywhere(source: str, workers: int, positions: int, tmp_path: Path) -> None:
     write_texts(tmp_path)
-    lanes = file_lanes(tmp_path) if lanes_from == "files" else dataset_lanes(tmp_path / "rows")
-    check_resume(lanes, positions, workers)
+    stream_shards = file_stream_shards(tmp_path) if source == "files" else dataset_stream_shards(tmp_path / "rows")
+    check_resume(stream_shards, positions, workers)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_resumes_at_a_thousand_places(workers: int, tmp_path: Path) -> None:
     write_texts(tmp_path)
-    check_resume(file_lanes(tmp_path, stride=9), 1000, workers, steps=400)
+    check_resume(file_stream_shards(tmp_path, stride=9), 1000, workers, steps=400)
 
 
 def test_resuming_reads_no_more_than_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_texts(tmp_path)
-    lanes = file_lanes(tmp_path)
-    states = run(lanes, plan(), range(150))[-1][1]
+    stream_shards = file_stream_shards(tmp_path)
+    states = run(stream_shards, plan(), range(150))[-1][1]
     read = []
     encode: Callable[..., Any] = streaming.encodings.encode_documents
 
@@ -191,31 +195,31 @@ def test_resuming_reads_no_more_than_a_chunk(tmp_path: Path, monkeypatch: pytest
         return ids
 
     monkeypatch.setattr(streaming.encodings, "encode_documents", counted)
-    run(lanes, plan(), range(150, 151), states)
-    longest = shards.PIECE_BYTES if shards.PIECE_BYTES < 10_000 else 10_000
-    assert sum(read) < len(lanes) * (CHUNK * 25 + 2 * longest)
+    run(stream_shards, plan(), range(150, 151), states)
+    longest = CHUNK_BYTES if CHUNK_BYTES < 10_000 else 10_000
+    assert sum(read) < len(stream_shards) * (CHUNK * 25 + 2 * longest)
 
 
-def test_a_stream_without_text_says_so(tmp_path: Path) -> None:
+def test_a_stream_without_text_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(" \n")
     (tmp_path / "b.txt").write_text("\n")
     with pytest.raises(DataError, match="there is no text to train on"):
-        run(file_lanes(tmp_path), plan(), range(1))
+        run(file_stream_shards(tmp_path), plan(), range(1))
 
 
-def test_lanes_that_processes_cannot_share_are_refused(tmp_path: Path) -> None:
+def test_stream_shards_that_processes_cannot_share_are_refused(tmp_path: Path) -> None:
     write_texts(tmp_path)
-    lanes = file_lanes(tmp_path)[:2]
+    stream_shards = file_stream_shards(tmp_path)[:2]
     four = plan(processes=4)
-    with pytest.raises(UsageError, match="has 2 lanes, which 4 processes cannot share evenly"):
-        LaneBatches(lanes, four, num_workers=0, pin_memory=False)
+    with pytest.raises(UsageError, match="has 2 stream shards, which 4 processes cannot share evenly"):
+        LaneBatches(stream_shards, four, num_workers=0, pin_memory=False)
 
 
 @pytest.mark.parametrize(
-    ("units", "batch_size", "lanes"), [(1, 8, 1), (100, 8, 8), (100, 12, 4), (3, 8, 2), (100, 7, 1)]
+    ("shards", "batch_size", "count"), [(1, 8, 1), (100, 8, 8), (100, 12, 4), (3, 8, 2), (100, 7, 1)]
 )
-def test_the_number_of_lanes_follows_from_units_and_batch(units: int, batch_size: int, lanes: int) -> None:
-    assert lane_count(units, batch_size) == lanes
+def test_the_number_of_stream_shards_follows_from_shards_and_batch(shards: int, batch_size: int, count: int) -> None:
+    assert lane_count(shards, batch_size) == count
 
 
 def test_options_of_a_stream_ask_for_what_it_lacks() -> None:
@@ -229,4 +233,4 @@ def test_a_streamed_dataset_needs_its_column(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"body": ["a"]}).to_json(tmp_path / "rows.jsonl")
     options = TextOptions(dataset_name=str(tmp_path), streaming=True, eval_files=["unread.txt"])
     with pytest.raises(DataError, match="'text'"):
-        run(lanes_of(train_sources(options)[0][1].streamed_units(may_cut=True), BATCH), plan(), range(1))
+        run(stream_shards_of(train_sources(options)[0][1].streamed_units(may_cut=True), BATCH), plan(), range(1))

@@ -1,4 +1,4 @@
-"""Stored ids against encoding by hand: made once, made again where they must be, and read without being held."""
+"""The token cache against encoding by hand: shards are encoded once, damaged files again, none is kept in memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import tiktoken
 from conftest import KILLED, in_child
 
 from gpt_kit_hf.data.text import shards, token_cache
-from gpt_kit_hf.data.text.shards import TextPart, TextUnit, file_units
+from gpt_kit_hf.data.text.shards import FileShard, TextChunk, file_units
 from gpt_kit_hf.data.text.token_cache import StoredIds, StoredTokens, store_tokens
 from gpt_kit_hf.data.text.windows import TokenStream
 from gpt_kit_hf.errors import DataError
@@ -52,13 +52,13 @@ WORDS = [
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of each test's own, and sizes at which a file of a few hundred bytes has several units and parts."""
+    """A cache of each test's own, and sizes at which a file of a few hundred bytes has several shards and chunks."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     for module, name, size in (
-        (shards, "UNIT_BYTES", 401),
-        (shards, "PIECE_BYTES", 67),
+        (shards, "SHARD_BYTES", 401),
+        (shards, "CHUNK_BYTES", 67),
         (shards, "_BLOCK", 53),
-        (token_cache, "PIECE_BYTES", 150),
+        (token_cache, "CHUNK_BYTES", 150),
     ):
         monkeypatch.setattr(module, name, size)
     return tmp_path / "cache" / "gpt-kit-tokens"
@@ -69,12 +69,12 @@ def random_text(seed: object, words: int = 300) -> str:
     return " ".join(rng.choices([*WORDS, END_OF_TEXT], k=words)) + "\n"
 
 
-def units_in(*files: Path, separator: str | None = None) -> list[TextUnit]:
+def shards_in(*files: Path, separator: str | None = None) -> list[FileShard]:
     return [*file_units(list(files), column="text", separator=separator, may_cut=True)]
 
 
 def ids_in(stored: StoredTokens) -> list[int]:
-    return [token for piece in stored.pieces for token in np.asarray(piece).tolist()]
+    return [token for chunk in stored.chunks for token in np.asarray(chunk).tolist()]
 
 
 def by_hand(encoding: tiktoken.Encoding, documents: Sequence[str]) -> tuple[list[int], list[int]]:
@@ -113,11 +113,11 @@ def test_ids_are_those_of_each_document_by_itself(
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows))
     pq.write_table(pa.table({"text": rows[:7]}), tmp_path / "rows.parquet", row_group_size=2)
     files = [*(tmp_path / f"{number}.txt" for number in range(3)), tmp_path / "rows.jsonl", tmp_path / "rows.parquet"]
-    units = units_in(*files)
-    stored = store_tokens(units, encoding, num_proc)
+    found = shards_in(*files)
+    stored = store_tokens(found, encoding, num_proc)
     assert_stored(stored, encoding, [*texts, *rows, *rows[:7]])
-    assert stored.made == len(units) > 12
-    assert {piece.dtype for piece in stored.pieces} == {np.dtype(np.uint16)}
+    assert stored.made == len(found) > 12
+    assert {chunk.dtype for chunk in stored.chunks} == {np.dtype(np.uint16)}
 
 
 @pytest.mark.parametrize(("vocabulary", "dtype"), [(256, np.uint8), (257, np.uint16), (66_000, np.uint32)])
@@ -128,9 +128,9 @@ def test_ids_are_kept_in_the_smallest_type_that_holds_the_vocabulary(
     end = {END_OF_TEXT: vocabulary - 1}
     encoding = tiktoken.Encoding("made up", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=end)
     (tmp_path / "a.txt").write_text("some words " * 90)
-    stored = store_tokens(units_in(tmp_path / "a.txt"), encoding)
+    stored = store_tokens(shards_in(tmp_path / "a.txt"), encoding)
     assert_stored(stored, encoding, ["some words " * 90])
-    assert {piece.dtype for piece in stored.pieces} == {np.dtype(dtype)}
+    assert {chunk.dtype for chunk in stored.chunks} == {np.dtype(dtype)}
     for file in cache.glob("*.arrow"):
         with pa.ipc.open_stream(file) as reader:
             assert reader.schema.field("input_ids").type.value_type == pa.from_numpy_dtype(dtype)
@@ -138,193 +138,189 @@ def test_ids_are_kept_in_the_smallest_type_that_holds_the_vocabulary(
 
 def test_nothing_is_encoded_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text(random_text(1))
-    first = store_tokens(units_in(tmp_path / "a.txt"), get_encoding("bytes"))
+    first = store_tokens(shards_in(tmp_path / "a.txt"), get_encoding("bytes"))
     no_encoding(monkeypatch)
-    again = store_tokens(units_in(tmp_path / "a.txt"), get_encoding("bytes"), 3)
+    again = store_tokens(shards_in(tmp_path / "a.txt"), get_encoding("bytes"), 3)
     assert (again.made, again.key, ids_in(again)) == (0, first.key, ids_in(first))
     # Under another name, too: it is the text that counts.
     (tmp_path / "a.txt").rename(tmp_path / "b.txt")
-    assert store_tokens(units_in(tmp_path / "b.txt"), get_encoding("bytes")).made == 0
+    assert store_tokens(shards_in(tmp_path / "b.txt"), get_encoding("bytes")).made == 0
     (tmp_path / "c.txt").write_text("something else")
     with pytest.raises(pytest.fail.Exception, match="encoded again"):
-        store_tokens(units_in(tmp_path / "c.txt"), get_encoding("bytes"))
+        store_tokens(shards_in(tmp_path / "c.txt"), get_encoding("bytes"))
 
 
-def test_another_encoding_another_separator_another_text_are_stored_beside(
-    tmp_path: Path, trained_encoding: tiktoken.Encoding
-) -> None:
+def test_each_encoding_and_separator_has_its_own_files(tmp_path: Path, trained_encoding: tiktoken.Encoding) -> None:
     text = random_text(1)
     (tmp_path / "a.txt").write_text(text)
     keys = set()
     for encoding in (get_encoding("bytes"), trained_encoding):
         for separator, documents in ((None, [text]), ("\n", [line for line in text.split("\n") if line.strip()])):
-            stored = store_tokens(units_in(tmp_path / "a.txt", separator=separator), encoding)
+            stored = store_tokens(shards_in(tmp_path / "a.txt", separator=separator), encoding)
             assert stored.made > 2
             assert_stored(stored, encoding, documents)
             keys.add(stored.key)
     assert len(keys) == 4
 
 
-def test_a_change_encodes_its_unit_only(tmp_path: Path) -> None:
+def test_a_change_encodes_only_its_shard_again(tmp_path: Path) -> None:
     texts = [random_text(seed, words=60) for seed in range(6)]
     for number, text in enumerate(texts):
         (tmp_path / f"{number}.txt").write_text(text)
     files = sorted(tmp_path.glob("*.txt"))
-    units = units_in(*files)
+    found = shards_in(*files)
     encoding = get_encoding("bytes")
-    before = store_tokens(units, encoding)
-    assert before.made == len(units) == 6
+    before = store_tokens(found, encoding)
+    assert before.made == len(found) == 6
     texts[3] = texts[3].swapcase()
     files[3].write_text(texts[3])
-    after = store_tokens(units_in(*files), encoding)
+    after = store_tokens(shards_in(*files), encoding)
     assert after.made == 1
     assert after.key != before.key
     assert_stored(after, encoding, texts)
     # And back: what was made before is still there.
     files[3].write_text(texts[3].swapcase())
-    assert store_tokens(units_in(*files), encoding).made == 0
+    assert store_tokens(shards_in(*files), encoding).made == 0
 
 
 @pytest.mark.parametrize("ending", ["\n", "word", " ", "x" * 300])
-def test_what_is_appended_encodes_the_last_unit_only(tmp_path: Path, ending: str) -> None:
-    """Whatever the file ended with: its last unit, which ended the document, no longer does."""
+def test_appended_text_encodes_only_the_last_shard_again(tmp_path: Path, ending: str) -> None:
+    """Whatever the file ended with: its last shard, which ended the document, no longer does."""
     encoding, file = get_encoding("bytes"), tmp_path / "a.txt"
     for words in range(200, 260):
         text = random_text("appended", words=words).rstrip() + ending
         file.write_text(text)
-        before = store_tokens(units_in(file), encoding)
+        before = store_tokens(shards_in(file), encoding)
         assert_stored(before, encoding, [text])
         file.write_text(text + " and more")
-        after = store_tokens(units_in(file), encoding)
+        after = store_tokens(shards_in(file), encoding)
         assert_stored(after, encoding, [text + " and more"])
-        assert after.made <= 2 < len(after.pieces)
+        assert after.made <= 2 < len(after.chunks)
 
 
-def test_files_of_the_same_bytes_are_stored_once_and_read_each(tmp_path: Path, cache: Path) -> None:
+def test_files_with_the_same_bytes_share_a_file_of_ids(tmp_path: Path, cache: Path) -> None:
     rows = "".join(json.dumps({"text": random_text(0, words=40)}) + "\n" for _ in range(2))
     for name in ("a.jsonl", "b.jsonl", "c.jsonl"):
         (tmp_path / name).write_text(rows)
-    units = units_in(*sorted(tmp_path.glob("*.jsonl")))
-    stored = store_tokens(units, get_encoding("bytes"))
-    assert len(units) == 3
+    found = shards_in(*sorted(tmp_path.glob("*.jsonl")))
+    stored = store_tokens(found, get_encoding("bytes"))
+    assert len(found) == 3
     assert stored.made == 1 == len(list(cache.glob("*.arrow")))
     assert_stored(stored, get_encoding("bytes"), [random_text(0, words=40)] * 6)
 
 
-def test_two_files_are_not_the_file_that_spells_both(tmp_path: Path) -> None:
+def test_two_files_and_one_with_their_joined_text_are_stored_apart(tmp_path: Path) -> None:
     for name, text in (("a.txt", "a"), ("b.txt", "b"), ("c.txt", "atextb")):
         (tmp_path / name).write_text(text)
     a, b, c = (tmp_path / name for name in ("a.txt", "b.txt", "c.txt"))
-    assert_stored(store_tokens(units_in(a, b), get_encoding("bytes")), get_encoding("bytes"), ["a", "b"])
-    assert_stored(store_tokens(units_in(c), get_encoding("bytes")), get_encoding("bytes"), ["atextb"])
+    assert_stored(store_tokens(shards_in(a, b), get_encoding("bytes")), get_encoding("bytes"), ["a", "b"])
+    assert_stored(store_tokens(shards_in(c), get_encoding("bytes")), get_encoding("bytes"), ["atextb"])
 
 
-def test_nothing_but_blanks_is_no_document(tmp_path: Path) -> None:
+def test_white_space_alone_is_no_document(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(" \n" * 400)
-    for units in ([], units_in(tmp_path / "a.txt")):
-        stored = store_tokens(units, get_encoding("bytes"))
+    for found in ([], shards_in(tmp_path / "a.txt")):
+        stored = store_tokens(found, get_encoding("bytes"))
         assert stored.document_starts.size == 0
         assert ids_in(stored) == []
 
 
-# --- what was touched, and what only seems so
+# --- changed files
 
 
-def test_a_file_that_was_seen_is_not_read_again_and_a_touched_one_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_read_again_only_when_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import time
 
     file = tmp_path / "a.txt"
     file.write_text(random_text(1))
-    now, read = time.time_ns, shards.FileUnit.content_key
+    now, read = time.time_ns, FileShard.content_key
     monkeypatch.setattr(time, "time_ns", lambda: now() + 10**11)  # as if written long ago
     reads: list[str] = []
 
-    def counted(unit: shards.FileUnit) -> str:
-        reads.append(unit.name)
-        return read(unit)
+    def counted(shard: FileShard) -> str:
+        reads.append(shard.name)
+        return read(shard)
 
-    monkeypatch.setattr(shards.FileUnit, "content_key", counted)
+    monkeypatch.setattr(FileShard, "content_key", counted)
     encoding = get_encoding("bytes")
-    units = len(units_in(file))
-    first = store_tokens(units_in(file), encoding)
-    assert len(reads) == units > 2
-    assert store_tokens(units_in(file), encoding).key == first.key
-    assert len(reads) == units
+    found = len(shards_in(file))
+    first = store_tokens(shards_in(file), encoding)
+    assert len(reads) == found > 2
+    assert store_tokens(shards_in(file), encoding).key == first.key
+    assert len(reads) == found
     # Same size, and the time set back: only what nobody can set shows the change.
     times = (file.stat().st_atime_ns, file.stat().st_mtime_ns)
     file.write_text(random_text(1).swapcase())
     os.utime(file, ns=times)
-    changed = store_tokens(units_in(file), encoding)
-    assert len(reads) == 2 * units
+    changed = store_tokens(shards_in(file), encoding)
+    assert len(reads) == 2 * found
     assert_stored(changed, encoding, [random_text(1).swapcase()])
 
 
-def test_a_file_that_changes_at_once_is_read_each_time(tmp_path: Path) -> None:
+def test_a_file_that_has_just_changed_is_read_each_time(tmp_path: Path) -> None:
     file, encoding = tmp_path / "a.txt", get_encoding("bytes")
     for text in ("aaaa", "bbbb", "cccc"):
         file.write_text(text)
         os.utime(file, (0, 0))
-        assert_stored(store_tokens(units_in(file), encoding), encoding, [text])
+        assert_stored(store_tokens(shards_in(file), encoding), encoding, [text])
 
 
-# --- files of ids that are damaged
+# --- damaged files of ids
 
 
-def test_a_file_of_ids_cut_anywhere_is_made_again(tmp_path: Path, cache: Path) -> None:
+def test_a_truncated_file_of_ids_is_made_again(tmp_path: Path, cache: Path) -> None:
     encoding, texts = get_encoding("bytes"), [random_text(seed, words=15) for seed in range(3)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    store_tokens(units_in(tmp_path / "a.jsonl"), encoding)
+    store_tokens(shards_in(tmp_path / "a.jsonl"), encoding)
     (stored,) = cache.glob("*.arrow")
     data = stored.read_bytes()
     for length in [*range(0, len(data) - 8, 8), *range(1, len(data) - 8, 37)]:
         stored.write_bytes(data[:length])
-        again = store_tokens(units_in(tmp_path / "a.jsonl"), encoding)
+        again = store_tokens(shards_in(tmp_path / "a.jsonl"), encoding)
         assert again.made == 1, f"{length} of {len(data)} bytes passed for the whole"
         assert stored.read_bytes() == data
 
 
 @pytest.mark.parametrize("harm", ["nothing", "text", "zeros", "other schema"])
-def test_a_file_that_holds_something_else_is_made_again(tmp_path: Path, cache: Path, harm: str) -> None:
+def test_a_file_with_other_content_is_made_again(tmp_path: Path, cache: Path, harm: str) -> None:
     encoding, text = get_encoding("bytes"), random_text(0, words=20)
     (tmp_path / "a.txt").write_text(text)
-    store_tokens(units_in(tmp_path / "a.txt"), encoding)
+    store_tokens(shards_in(tmp_path / "a.txt"), encoding)
     (stored,) = cache.glob("*.arrow")
     if harm == "other schema":
         with pa.OSFile(str(stored), "wb") as sink, pa.ipc.new_stream(sink, pa.schema([("x", pa.int8())])) as writer:
             writer.write_table(pa.table({"x": pa.array([1], pa.int8())}))
     else:
         stored.write_bytes({"nothing": b"", "text": b"not Arrow " * 50, "zeros": bytes(2000)}[harm])
-    again = store_tokens(units_in(tmp_path / "a.txt"), encoding)
+    again = store_tokens(shards_in(tmp_path / "a.txt"), encoding)
     assert again.made == 1
     assert_stored(again, encoding, [text])
 
 
-def test_ids_made_again_are_read_where_the_damaged_ones_were_open(tmp_path: Path, cache: Path) -> None:
+def test_ids_made_again_are_read_although_the_damaged_file_was_open(tmp_path: Path, cache: Path) -> None:
     encoding, text = get_encoding("bytes"), random_text(0, words=20)
     (tmp_path / "a.txt").write_text(text)
-    assert_stored(store_tokens(units_in(tmp_path / "a.txt"), encoding), encoding, [text])
+    assert_stored(store_tokens(shards_in(tmp_path / "a.txt"), encoding), encoding, [text])
     (stored,) = cache.glob("*.arrow")
     os.truncate(stored, 100)
-    assert_stored(store_tokens(units_in(tmp_path / "a.txt"), encoding), encoding, [text])
+    assert_stored(store_tokens(shards_in(tmp_path / "a.txt"), encoding), encoding, [text])
 
 
-def test_ids_cut_short_while_they_are_read_are_an_error(tmp_path: Path, cache: Path) -> None:
+def test_ids_truncated_while_they_are_read_are_an_error(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "a.txt").write_text(random_text(0, words=20))
-    stored = store_tokens(units_in(tmp_path / "a.txt"), get_encoding("bytes"))
+    stored = store_tokens(shards_in(tmp_path / "a.txt"), get_encoding("bytes"))
     (file,) = cache.glob("*.arrow")
     os.truncate(file, 100)
     with pytest.raises(DataError, match=r"\.arrow was cut short; remove it"):
         ids_in(stored)
 
 
-# --- stopped in the middle
+# --- interrupted runs
 
 
 @dataclass(frozen=True)
-class Unit:
-    """A unit of given parts, which may do something before it is read."""
+class FakeShard:
+    """A shard of given chunks, which may do something before it is read."""
 
     texts: tuple[str, ...]
     number: int
@@ -332,7 +328,7 @@ class Unit:
 
     @property
     def name(self) -> str:
-        return f"unit {self.number}"
+        return f"shard {self.number}"
 
     @property
     def size(self) -> int:
@@ -344,10 +340,10 @@ class Unit:
     def stamp(self) -> str | None:
         return None
 
-    def parts(self, position: Any = None) -> Iterator[TextPart]:
+    def chunks(self, position: Any = None) -> Iterator[TextChunk]:
         self.before()
         for number, text in enumerate(self.texts):
-            yield TextPart(text, True, number + 1)
+            yield TextChunk(text, True, number + 1)
 
 
 def bad() -> None:
@@ -355,10 +351,10 @@ def bad() -> None:
 
 
 @pytest.mark.parametrize("num_proc", [1, 3])
-def test_an_error_keeps_what_was_made(num_proc: int, cache: Path) -> None:
+def test_an_error_keeps_the_shards_encoded_before_it(num_proc: int, cache: Path) -> None:
     encoding = get_encoding("bytes")
-    fine = [Unit((f"text {n}", "more"), n) for n in range(9)]
-    broken = [*fine[:6], Unit(fine[6].texts, 6, bad), *fine[7:]]
+    fine = [FakeShard((f"text {n}", "more"), n) for n in range(9)]
+    broken = [*fine[:6], FakeShard(fine[6].texts, 6, bad), *fine[7:]]
     with pytest.raises(DataError, match="the disk is on fire"):
         store_tokens(broken, encoding, num_proc)
     kept = len(list(cache.glob("*.arrow")))
@@ -366,63 +362,66 @@ def test_an_error_keeps_what_was_made(num_proc: int, cache: Path) -> None:
     assert not list(cache.glob(".*")), "a stage was left behind"
     stored = store_tokens(fine, encoding)
     assert stored.made == 9 - kept
-    assert_stored(stored, encoding, [text for unit in fine for text in unit.texts])
+    assert_stored(stored, encoding, [text for shard in fine for text in shard.texts])
 
 
-def test_text_that_cannot_be_encoded_is_named_by_its_unit() -> None:
-    with pytest.raises(DataError, match="unit 3 has the lone surrogate"):
-        store_tokens([Unit(("fine", "half \ud83d"), 3)], get_encoding("bytes"))
+def test_text_that_cannot_be_encoded_is_named_by_its_shard() -> None:
+    with pytest.raises(DataError, match="shard 3 has the lone surrogate"):
+        store_tokens([FakeShard(("fine", "half \ud83d"), 3)], get_encoding("bytes"))
 
 
-# Dies when a unit is begun, or when the file of its ids is written but has not its name yet.
+# Is killed before it encodes a shard, or when a file of ids is written but does not have its name yet.
 KILLED_RUN = """
 import os, pathlib, signal, sys
 import datasets
 datasets.config.HF_DATASETS_CACHE = pathlib.Path(sys.argv[1])
-from gpt_kit_hf.data.text import shards
-from gpt_kit_hf.data.text import token_cache
+from gpt_kit_hf.data.text import shards, token_cache
+from gpt_kit_hf.storage import atomic_files
 from gpt_kit_hf.tokenization.encodings import get_encoding
-shards.UNIT_BYTES = 401
-files = [pathlib.Path(name) for name in sys.argv[4:]]
-units = shards.file_units(files, column="text", separator=None, may_cut=True)
-place, room = sys.argv[2].split()
-inner, calls = getattr(token_cache, room), []
+shards.SHARD_BYTES = 401
+files = [pathlib.Path(file) for file in sys.argv[4:]]
+found = shards.file_units(files, column="text", separator=None, may_cut=True)
+place, name = sys.argv[2].split()
+module = atomic_files if name == "write_synced" else token_cache
+inner, calls = getattr(module, name), []
 
 def deadly(*arguments):
-    # A stage of ids, or a unit: not a note of what was seen.
+    # A shard or a file of ids: not a note of a content key.
     calls.extend([1] * (".arrow" in str(arguments)))
-    if len(calls) > int(place):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return inner(*arguments)
+    if len(calls) <= int(place):
+        return inner(*arguments)
+    if name == "write_synced":
+        inner(*arguments)
+    os.kill(os.getpid(), signal.SIGKILL)
 
-setattr(token_cache, room, deadly)
-token_cache.store_tokens(units, get_encoding("bytes"), int(sys.argv[3]))
+setattr(module, name, deadly)
+token_cache.store_tokens(found, get_encoding("bytes"), int(sys.argv[3]))
 """
 
 
-@pytest.mark.parametrize(("killed_at", "room", "num_proc"), [(4, "sync_path", 1), (5, "_encode_unit", 3)])
+@pytest.mark.parametrize(("killed_at", "name", "num_proc"), [(4, "write_synced", 1), (5, "_encode_shard", 3)])
 def test_a_killed_run_continues_to_the_same_ids(
-    killed_at: int, room: str, num_proc: int, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    killed_at: int, name: str, num_proc: int, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoding, texts = get_encoding("bytes"), [random_text(seed, words=80) for seed in range(9)]
     for number, text in enumerate(texts):
         (tmp_path / f"{number}.txt").write_text(text)
     files = sorted(tmp_path.glob("*.txt"))
-    arguments = [str(tmp_path / "cache"), f"{killed_at} {room}", str(num_proc), *map(str, files)]
+    arguments = [str(tmp_path / "cache"), f"{killed_at} {name}", str(num_proc), *map(str, files)]
     ended = subprocess.run([sys.executable, "-c", KILLED_RUN, *arguments], check=False, timeout=100)
     assert ended.returncode == KILLED
     kept = len(list(cache.glob("*.arrow")))
     assert killed_at - num_proc < kept <= killed_at
-    assert room != "sync_path" or list(cache.glob(".*")), "the file that was being written has no name yet"
-    continued = store_tokens(units_in(*files), encoding, num_proc)
+    assert name != "write_synced" or list(cache.glob(".*")), "the file that was being written has no name yet"
+    continued = store_tokens(shards_in(*files), encoding, num_proc)
     assert continued.made == 9 - kept
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "other")
-    uninterrupted = store_tokens(units_in(*files), encoding)
+    uninterrupted = store_tokens(shards_in(*files), encoding)
     assert uninterrupted.made == 9
     assert continued.key == uninterrupted.key
     assert_stored(continued, encoding, texts)
     np.testing.assert_array_equal(continued.document_starts, uninterrupted.document_starts)
-    for ours, theirs in zip(continued.pieces, uninterrupted.pieces, strict=True):
+    for ours, theirs in zip(continued.chunks, uninterrupted.chunks, strict=True):
         assert Path(ours.file).read_bytes() == Path(theirs.file).read_bytes()
 
 
@@ -431,33 +430,33 @@ def test_a_killed_run_continues_to_the_same_ids(
 
 def stored_corpus(tmp_path: Path, text: str) -> tuple[list[StoredIds], list[int]]:
     (tmp_path / "corpus.txt").write_text(text)
-    stored = store_tokens(units_in(tmp_path / "corpus.txt"), get_encoding("bytes"))
-    return stored.pieces, [*text.encode(), 256]
+    stored = store_tokens(shards_in(tmp_path / "corpus.txt"), get_encoding("bytes"))
+    return stored.chunks, [*text.encode(), 256]
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_stored_ids_are_sliced_like_an_array(tmp_path: Path, seed: int) -> None:
-    pieces, expected = stored_corpus(tmp_path, random_text(seed))
+    chunks, expected = stored_corpus(tmp_path, random_text(seed))
     rng = np.random.default_rng(seed)
-    piece, array = pieces[1], np.asarray(pieces[1])
+    chunk, array = chunks[1], np.asarray(chunks[1])
     for _ in range(100):
         a, b, c, d = (int(n) for n in rng.integers(-array.size - 9, array.size + 9, size=4))
-        np.testing.assert_array_equal(np.asarray(piece[a:b]), array[a:b])
-        np.testing.assert_array_equal(np.asarray(piece[a:b][c:d]), array[a:b][c:d])
-        assert piece[a:b].size == array[a:b].size
-    assert np.asarray(piece, dtype=np.int64).dtype == np.int64
-    np.testing.assert_array_equal(np.asarray(pickle.loads(pickle.dumps(piece[3:9]))), array[3:9])
-    stream = TokenStream(pieces, np.zeros(1, np.int64))
+        np.testing.assert_array_equal(np.asarray(chunk[a:b]), array[a:b])
+        np.testing.assert_array_equal(np.asarray(chunk[a:b][c:d]), array[a:b][c:d])
+        assert chunk[a:b].size == array[a:b].size
+    assert np.asarray(chunk, dtype=np.int64).dtype == np.int64
+    np.testing.assert_array_equal(np.asarray(pickle.loads(pickle.dumps(chunk[3:9]))), array[3:9])
+    stream = TokenStream(chunks, np.zeros(1, np.int64))
     assert len(stream) == len(expected)
     for _ in range(50):
         start, stop = (int(n) for n in np.sort(rng.integers(0, len(expected) + 1, size=2)))
         assert stream.read(start, stop).tolist() == expected[start:stop]
 
 
-def test_a_read_in_a_child_and_after_it_in_the_parent_is_right(tmp_path: Path) -> None:
+def test_a_child_process_and_its_parent_read_the_same_ids(tmp_path: Path) -> None:
     """Processes share no file position, and none closes what another reads."""
-    pieces, expected = stored_corpus(tmp_path, random_text(3))
-    stream = TokenStream(pieces, np.zeros(1, np.int64))
+    chunks, expected = stored_corpus(tmp_path, random_text(3))
+    stream = TokenStream(chunks, np.zeros(1, np.int64))
 
     def read() -> None:
         assert stream.read(0, len(stream)).tolist() == expected
@@ -468,22 +467,22 @@ def test_a_read_in_a_child_and_after_it_in_the_parent_is_right(tmp_path: Path) -
 
 
 def test_more_files_than_may_be_open_are_read_in_any_order() -> None:
-    units = [Unit((f"text number {n}",), n) for n in range(170)]
-    pieces = store_tokens(units, get_encoding("bytes")).pieces
-    assert len({piece.file for piece in pieces}) == 170
+    found = [FakeShard((f"text number {n}",), n) for n in range(170)]
+    chunks = store_tokens(found, get_encoding("bytes")).chunks
+    assert len({chunk.file for chunk in chunks}) == 170
     rng = random.Random(0)
-    own = len(list(Path("/proc/self/fd").iterdir())) - len(token_cache._open_files)
+    own = len(list(Path("/proc/self/fd").iterdir())) - token_cache._open_file.cache_info().currsize
     for number in [*range(170), *rng.choices(range(170), k=300)]:
-        assert bytes(np.asarray(pieces[number][:-1]).tolist()) == f"text number {number}".encode()
-    assert len(token_cache._open_files) == 128
+        assert bytes(np.asarray(chunks[number][:-1]).tolist()) == f"text number {number}".encode()
+    assert token_cache._open_file.cache_info().currsize == 128
     assert len(list(Path("/proc/self/fd").iterdir())) <= own + 128
 
 
-def test_what_was_read_is_not_held_in_memory(tmp_path: Path, cache: Path) -> None:
-    pieces, expected = stored_corpus(tmp_path, random_text(4, words=2000))
-    stream = TokenStream(pieces, np.zeros(1, np.int64))
+def test_ids_that_were_read_are_not_kept_in_memory(tmp_path: Path, cache: Path) -> None:
+    chunks, expected = stored_corpus(tmp_path, random_text(4, words=2000))
+    stream = TokenStream(chunks, np.zeros(1, np.int64))
     assert stream.read(0, len(stream)).tolist() == expected
     assert str(cache) not in Path("/proc/self/maps").read_text()
     # The look does see files that are mapped.
-    with pa.memory_map(pieces[0].file):
+    with pa.memory_map(chunks[0].file):
         assert str(cache) in Path("/proc/self/maps").read_text()

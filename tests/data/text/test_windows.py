@@ -22,7 +22,7 @@ from gpt_kit_hf.data.text.windows import (
     TokenWindows,
     collate_windows,
     create_pretraining_dataloader,
-    held_out_split,
+    split_eval,
 )
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.evaluation.invariance import _flex_attention
@@ -104,7 +104,7 @@ def test_the_split_holds_out_its_share_and_loses_nothing(seed: int, documents: i
     ids = np.arange(len(stream))
     named = TokenStream([ids], stream.document_starts)
     fraction = float(rng.uniform(0.05, 0.5))
-    train, held_out = held_out_split(named, fraction, seed)
+    train, held_out = split_eval(named, fraction, seed)
     kept, held = train.read(0, len(train)), held_out.read(0, len(held_out))
     assert len(held_out) == round(len(stream) * fraction)
     np.testing.assert_array_equal(np.sort(np.concatenate((kept, held))), ids)
@@ -119,7 +119,7 @@ def test_the_split_holds_out_its_share_and_loses_nothing(seed: int, documents: i
 
 def test_one_document_is_cut_at_its_end() -> None:
     stream = TokenStream([np.arange(100)], np.zeros(1, np.int64))
-    train, held_out = held_out_split(stream, 0.1, seed=3)
+    train, held_out = split_eval(stream, 0.1, seed=3)
     np.testing.assert_array_equal(train.read(0, 90), np.arange(90))
     np.testing.assert_array_equal(held_out.read(0, 10), np.arange(90, 100))
 

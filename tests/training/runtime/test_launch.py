@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +17,13 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.utils import DistributedType
 
 import gpt_kit_hf
 from gpt_kit_hf.errors import UsageError
-from gpt_kit_hf.training.runtime.launch import check_launch, launcher_pid
+from gpt_kit_hf.training.runtime.launch import check_launch, end_processes, launcher_pid
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIGURATIONS = sorted((ROOT / "examples/accelerate").glob("*.yaml"))
@@ -265,6 +268,17 @@ def test_torchrun_tells_its_processes_their_number(tmp_path: Path, monkeypatch: 
     assert "accelerate launch --multi_gpu --num_processes 4 x.py" in str(raised.value)
 
 
+def test_the_process_group_outlives_the_models_that_hold_it(tmp_path: Path) -> None:
+    """A model of DDP that drops the last reference runs the destructor with Python's lock held, and can deadlock."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    group = weakref.ref(dist.group.WORLD)
+    accelerator: Any = SimpleNamespace(num_processes=2, end_training=dist.destroy_process_group)
+    end_processes(accelerator)
+    gc.collect()
+    assert not dist.is_initialized()
+    assert group() is not None
+
+
 # --- the configurations
 
 
@@ -320,7 +334,7 @@ def test_the_configuration_for_a_cpu_trains_on_two_processes(tmp_path: Path) -> 
     course = ["--encoding=bytes", "--batch_size=4", "--max_steps=3", "--eval_steps=100", "--save_steps=100"]
     quiet = ["--sample_steps=0", "--report_to=none", "--mixed_precision=fp32", "--use_cpu"]
     folder, text = f"--output_dir={tmp_path / 'run'}", f"--text_files={tmp_path / 'text.txt'}"
-    launch = ["--config_file", "examples/accelerate/cpu.yaml", "examples/train_gpt.py"]
+    launch = ["--config_file", "examples/accelerate/cpu.yaml", "examples/pretrain.py"]
     ended = subprocess.run(
         [sys.executable, *ACCELERATE, *launch, folder, text, *shape, *course, *quiet],
         cwd=ROOT,

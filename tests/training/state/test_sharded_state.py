@@ -30,7 +30,12 @@ from transformers import AutoModelForCausalLM
 
 from gpt_kit_hf import GPTKitConfig, GPTKitForCausalLM
 from gpt_kit_hf.errors import CheckpointError
-from gpt_kit_hf.training.state.sharded_state import full_state, restore_sharded_state, uncut_model, write_sharded_state
+from gpt_kit_hf.training.state.sharded_state import (
+    full_state,
+    restore_sharded_state,
+    unsharded_model,
+    write_sharded_state,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 RANKS = 2
@@ -169,7 +174,7 @@ def run_case(case: str, folder: Path, rank: int) -> dict[str, Any]:
     state = full_state(model)
     found["full"] = list(state)
     if rank == 0:
-        uncut_model(model).save_pretrained(folder / "saved", state_dict=state)
+        unsharded_model(model).save_pretrained(folder / "saved", state_dict=state)
 
     found["losses"] += train(model, optimizer, range(STEPS, STEPS + MORE), rank, RANKS)
     found["later"] = gathered(model, optimizer)
@@ -376,9 +381,9 @@ def test_a_failure_in_one_process_is_one_in_all(ranks: Path) -> None:
     first, second = both_ranks(ranks, "failures")
     assert second == {key: text.replace("of process 0 was", "of process 1 was") for key, text in first.items()}
     assert first["full disk"].endswith("was not written: process 1: OSError: [Errno 28] No space left on device")
-    assert " was not written: process 0: what the others wrote is not here: " in first["a folder for each"]
+    assert " was not written: process 0: shards of other processes are missing here: " in first["a folder for each"]
     assert first["a shard is missing"].startswith(f"{ranks / 'cut short'} was not read: process 0: of ")
-    odd = "optimizer state rows.model.embed_tokens.weight is not cut as its parameter is, and not stored here"
+    odd = "optimizer state rows.model.embed_tokens.weight is not sharded as its parameter is and cannot be stored"
     assert first["cut otherwise"] == f"{ranks / 'odd'} was not written: process 0: {odd}"
 
 
@@ -493,7 +498,7 @@ def run_accelerated(accelerator: Accelerator, folder: Path) -> None:
     write_sharded_state(folder / "sharded", model, optimizer)
     state = full_state(model)
     if accelerator.is_main_process:
-        uncut_model(model).save_pretrained(folder / "saved", state_dict=state)
+        unsharded_model(model).save_pretrained(folder / "saved", state_dict=state)
     again, other = prepared(accelerator, tiny_model(1), 0.5)
     restore_sharded_state(folder / "sharded", again, other)
     later = range(STEPS, STEPS + MORE)
