@@ -4,6 +4,6 @@
 the cross entropy without full logits, `packed_documents` the attention masks of packed rows. These four files are
 copied into saved model folders as remote code, so they import nothing else of this package. `presets` builds
 configurations by name, `registration` adds the model to the Auto classes of transformers, `losses` computes batch and
-step losses. `conversion` converts GPT-2, nanoGPT and kit checkpoints: `layouts` maps tensor names, `weight_files` reads
-files of weights. `kit_names` holds the kit's names for parts of the model.
+step losses. `conversion` converts GPT-2, nanoGPT and kit checkpoints: `layouts` maps the names of tensors and
+`weight_files` reads files of weights. `kit_names` holds the kit's names for parts of the model.
 """

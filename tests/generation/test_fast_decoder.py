@@ -190,9 +190,7 @@ def test_short_answers_do_not_wait_for_packing(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_gpu_path_gives_the_models_own_logits(
-    kind: str, packed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_gpu_path_gives_the_models_own_logits(kind: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast_decoder, "_layout", lambda *_: fast_decoder._row_by_row if packed else None)
     model, ids = model_of(**KINDS[kind]), ids_of(3, 30)
     with torch.no_grad():

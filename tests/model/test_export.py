@@ -304,7 +304,9 @@ def onnx_logits(model: GPTKitForCausalLM, arrangement: Arrangement, file: Path) 
         pytest.param(KINDS[1], packed_then_padded, marks=pytest.mark.slow),
     ],
 )
-def test_the_onnx_runtime_gives_the_same_logits(kind: tuple[str, str], arrangement: Arrangement, tmp_path: Path) -> None:
+def test_the_onnx_runtime_gives_the_same_logits(
+    kind: tuple[str, str], arrangement: Arrangement, tmp_path: Path
+) -> None:
     model = frozen(kind[0], position_embedding=kind[1])
     check_rows(onnx_logits(model, arrangement, tmp_path / "model.onnx"), model, arrangement)
     check_unchanged(model)

@@ -449,7 +449,9 @@ def worst_difference(model: PreTrainedModel, arrangement: Arrangement, cache: st
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
-def test_a_row_gives_the_same_alone_padded_packed_and_cached(arrangement: Arrangement, cache: str, attention: str) -> None:
+def test_a_row_gives_the_same_alone_padded_packed_and_cached(
+    arrangement: Arrangement, cache: str, attention: str
+) -> None:
     assert worst_difference(tiny_model(attention), arrangement, cache) <= 1e-4
 
 
@@ -516,14 +518,18 @@ def test_a_row_gives_the_same_in_flex_attention(arrangement: Arrangement, cache:
     assert worst_difference(tiny_model("flex_attention"), arrangement, cache) <= 1e-4
 
 
-@pytest.mark.parametrize(("arrangement", "cache"), [(packed, "default"), (left_padded, "no cache"), (left_padded, "default")])
+@pytest.mark.parametrize(
+    ("arrangement", "cache"), [(packed, "default"), (left_padded, "no cache"), (left_padded, "default")]
+)
 def test_gpt2_of_transformers_fails_what_ours_passes(arrangement: Arrangement, cache: str) -> None:
     model = tiny_model()
     assert worst_difference(gpt2_like(model), arrangement, cache) > 0.1
     assert worst_difference(model, arrangement, cache) <= 1e-4
 
 
-@pytest.mark.parametrize(("arrangement", "cache"), [(alone, "default"), (right_padded, "default"), (packed, "no cache")])
+@pytest.mark.parametrize(
+    ("arrangement", "cache"), [(alone, "default"), (right_padded, "default"), (packed, "no cache")]
+)
 def test_gpt2_of_transformers_passes_where_it_can(arrangement: Arrangement, cache: str) -> None:
     # Without this, the control above could fail for a reason of its own.
     assert worst_difference(gpt2_like(tiny_model()), arrangement, cache) <= 1e-4
