@@ -8,7 +8,7 @@ H heads, Dh head width, F feed-forward width (`n_inner`), V vocabulary size.
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from torch.nn import GELU, LayerNorm
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -28,7 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .chunked_loss import can_skip_logits, causal_loss
 from .configuration_gpt_kit import GPTKitConfig
-from .packed_documents import FrozenCacheLengths, document_lengths, same_document
+from .packed_documents import count_positions, document_lengths, document_mask
 
 
 def eager_attention_forward(
@@ -264,14 +263,15 @@ class GPTKitModel(GPTKitPreTrainedModel):
         assert inputs_embeds is not None
 
         # The mask is built before the cache: transformers detects packed documents only while there is no cache.
-        mask_inputs = (inputs_embeds, attention_mask, position_ids, past_key_values)
-        causal_mask = self._causal_mask(*mask_inputs, past, first_layer)
+        causal_mask = document_mask(
+            self.config, inputs_embeds, attention_mask, position_ids, past_key_values, past, first_layer
+        )
         if position_ids is not None and is_flash_attention_requested(self.config) and "cu_seq_lens_q" not in kwargs:
             lengths = document_lengths(position_ids.expand(inputs_embeds.shape[0], -1), attention_mask, past)
             causal_mask = None if lengths else causal_mask  # the lengths also separate padding
             kwargs.update(lengths)
         if position_ids is None:
-            position_ids = self._count_positions(inputs_embeds.shape[1], attention_mask, past)
+            position_ids = count_positions(self.position_ids, inputs_embeds.shape[1], attention_mask, past)
         else:
             _check_ids(position_ids, self.config.max_position_embeddings, "position_ids", "max_position_embeddings")
         if use_cache and past_key_values is None:
@@ -300,55 +300,6 @@ class GPTKitModel(GPTKitPreTrainedModel):
         """
         local = (index for index, layer in enumerate(self.layers) if not isinstance(layer, nn.Identity))
         return next(local, len(self.layers))
-
-    def _count_positions(self, length: int, attention_mask: Tensor | None, past: int | Tensor) -> Tensor:
-        """Return the positions of `length` tokens after `past` cached ones: (B, T), or (1, T) without padding."""
-        limit = self.config.max_position_embeddings
-        padding = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
-        if not is_tracing(past if isinstance(past, Tensor) else None):
-            known_past = int(past) if isinstance(past, int) or past.device.type == "cpu" else 0
-            total = length + known_past
-            if total > limit:
-                raise ValueError(f"the sequence has {total} tokens, more than max_position_embeddings={limit}")
-            if padding is not None and padding.shape[1] < total:
-                raise ValueError(f"attention_mask covers {padding.shape[1]} of {total} tokens (with the cached ones)")
-        position_ids = self.position_ids[:, :length] + past  # (1, T)
-        if padding is None:
-            return position_ids
-        # Padding does not advance the position. The value at a padding token does not matter: nothing attends to it.
-        positions = (padding.long().cumsum(dim=-1) - 1).clamp(min=0)  # (B, S)
-        return positions.gather(1, position_ids.expand(positions.shape[0], -1))  # (B, S) -> (B, T)
-
-    def _causal_mask(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        past_key_values: Cache | None,
-        past: int | Tensor,
-        first_layer: int,
-    ) -> Any:
-        """Return the attention backend's mask: causal, without padding, and separate for each packed document."""
-        if past_key_values is not None and not past_key_values.is_compileable and isinstance(past, int) and past == 0:
-            past_key_values = None  # an empty dynamic cache has no effect on the mask
-        is_2d = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
-        overlay = None
-        if position_ids is not None and inputs_embeds.shape[1] > 1 and (attention_mask is None or is_2d):
-            if is_2d and not is_tracing(attention_mask) and bool(attention_mask.all()):  # type: ignore[union-attr]
-                attention_mask = None  # a mask of ones masks nothing
-            if attention_mask is not None or past_key_values is not None:
-                overlay = same_document(position_ids.expand(inputs_embeds.shape[0], -1), attention_mask, past)
-        if isinstance(past, Tensor) and self.config._attn_implementation == "flex_attention":
-            past_key_values = FrozenCacheLengths(past_key_values, past)
-        return create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-            and_mask_function=overlay,
-            layer_idx=first_layer,
-        )
 
 
 class GPTKitForCausalLM(GPTKitPreTrainedModel, GenerationMixin):
