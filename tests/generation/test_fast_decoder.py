@@ -272,9 +272,9 @@ def with_an_adapter_inside(model: GPTKitForCausalLM) -> nn.Module:
         (adapted, "PeftModel is no plain GPTKitForCausalLM"),
         (with_an_adapter_inside, r"q_proj is Linear, not a plain linear layer"),
         (hooked, r"model\.layers\.1 has forward hooks"),
-        (lambda model: model.double(), "is a torch.float64 Tensor, no tensor in 32 or 16 bits"),
-        (lambda model: model.to("meta"), "the model is on meta, and this is for a CPU or a CUDA GPU"),
-        (in_two_places, r"lm_head\.weight is on meta, not on cpu as the rest"),
+        (lambda model: model.double(), "is a torch.float64 Tensor, not a plain 32-bit or 16-bit tensor"),
+        (lambda model: model.to("meta"), "the model is on meta, and only a CPU or a CUDA GPU is supported"),
+        (in_two_places, r"lm_head\.weight is on meta, the other parameters are on cpu"),
         (lambda _: GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1)), "GPT2LMHeadModel is no plain"),
     ],
 )
@@ -291,7 +291,7 @@ def test_other_models_are_left_to_transformers(change: Any, reason: str) -> None
         ({"dtype": "int4"}, "int8"),
         (
             {"dtype": "int8", "overflow": "slide", "max_new_tokens": CONTEXT},
-            "dtype=int8: not where the text slides",
+            "dtype=int8: not with a text that exceeds the model's positions",
         ),
     ],
 )
