@@ -148,7 +148,7 @@ def check_same_data(task: Task, checkpoint: Path, run: Path) -> None:
         changed = [f"{name} was {record.get(name)}, is {now[name]}" for name in now if record.get(name) != now[name]]
         listed = "; ".join(line for line in changed if len(line) < 200) or "same counts, different content"
         raise UsageError(
-            f"cannot resume {str(run)!r} with other data ({listed}): its fingerprint was {before}, "
+            f"{str(run)!r} was begun with other data ({listed}): its fingerprint was {before}, "
             f"that of the data now is {task.fingerprint}; restore the data, or name another output_dir"
         )
 
