@@ -32,7 +32,7 @@ import torch
 import transformers
 
 from gpt_kit_hf import EncodingOptions, ModelOptions, RunOptions, TextOptions, TrainingOptions, WindowOptions, train
-from gpt_kit_hf.data.text.sources import find_files
+from gpt_kit_hf.options.files import find_files
 from gpt_kit_hf.storage.checkpoints import verify_checkpoint
 from gpt_kit_hf.training.saving import RunCheckpoints
 from gpt_kit_hf.training.state import checkpoint_writer as writer_room
@@ -65,7 +65,7 @@ class Save:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=36)
-    parser.add_argument("--save-every", type=int, default=6)
+    parser.add_argument("--save_steps", type=int, default=6)
     parser.add_argument("--batch", type=int, default=4, help="windows of a step")
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--model", default="gpt2-small")
@@ -102,9 +102,10 @@ def benchmark(options: argparse.Namespace, folder: Path) -> None:
 def run_options(options: argparse.Namespace, folder: Path) -> RunOptions:
     return RunOptions(
         training=TrainingOptions(
-            output_dir=str(folder / "run"), batch_size=options.batch, max_steps=options.steps, eval_every=10**6,
-            sample_every=0, sample_tokens=1, save_every=options.save_every, keep_last=1, cpu=True, report_to=["none"],
-            mixed_precision=options.precision, background_save=not options.at_once,
+            output_dir=str(folder / "run"), batch_size=options.batch, max_steps=options.steps, eval_steps=10**6,
+            sample_steps=0, sample_max_new_tokens=1, save_steps=options.save_steps,
+            save_total_limit=1, use_cpu=True, report_to=["none"],
+            mixed_precision=options.precision, async_save=not options.at_once,
         ),
         text=TextOptions(text_files=[str(folder / "text.txt")], eval_files=[str(folder / "held-out.txt")]),
         encoding=EncodingOptions(encoding=options.encoding),
@@ -163,7 +164,7 @@ def saves_of(times: Times) -> tuple[list[Save], list[float]]:
         after = spans[number + 1][0] if number + 1 < len(spans) else math.inf
         near = lengths(before, after, beside=False)
         if not near:
-            sys.exit(f"save {number + 1} was still written when the next one began: raise --save-every")
+            sys.exit(f"save {number + 1} was still written when the next one began: raise --save_steps")
         extra = sum(mine) - len(mine) * statistics.median(near)
         stop, write = (end - begin for begin, end in (times.stops[number], times.writes[number]))
         saves.append(Save(stop=stop, write=write, steps_beside=len(mine), extra=extra))

@@ -40,10 +40,10 @@ from gpt_kit_hf import (
 )
 from gpt_kit_hf.data.order import BatchPlan, ShuffledOrder
 from gpt_kit_hf.data.text.shards import file_units
-from gpt_kit_hf.data.text.sources import find_files
 from gpt_kit_hf.data.text.token_cache import store_tokens
 from gpt_kit_hf.data.text.windows import collate_windows
-from gpt_kit_hf.training.run_options import TrainingOptions
+from gpt_kit_hf.options.files import find_files
+from gpt_kit_hf.options.training import TrainingOptions
 from gpt_kit_hf.training.runtime.signals import StopSignals
 from gpt_kit_hf.training.task import RunContext, map_batches
 

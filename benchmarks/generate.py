@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gpt_kit_hf import generate_text_autoregressive
-from gpt_kit_hf.generation.fast_decoder import DecodingWeights
+from gpt_kit_hf.options.generation import DecodingDtype
 
 Generate = Callable[[Tensor, int], Tensor]
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser.set_defaults(shape="gpt2", context=1024, batch=1)
     parser.add_argument("--prompt", type=int, default=16, help="tokens")
     parser.add_argument("--new", type=int, default=64, help="tokens to add")
-    parser.add_argument("--weights", nargs="+", choices=get_args(DecodingWeights), help="of ours; on a GPU only same")
+    parser.add_argument("--dtype", nargs="+", choices=get_args(DecodingDtype), help="of ours; on a GPU only auto")
     parser.add_argument("--static", action="store_true", help="transformers with a static cache, compiled, too")
     options = parser.parse_args()
     work = peers.work_of(options)
@@ -42,8 +42,8 @@ def main() -> None:
     roads: dict[str, Generate] = {"transformers": theirs(gpt2)}
     if options.static:
         roads["transformers, static cache"] = theirs(gpt2, cache_implementation="static")
-    for weights in options.weights or (get_args(DecodingWeights) if options.device == "cpu" else ["same"]):
-        roads[f"gpt_kit_hf, weights {weights}"] = ours(model, weights)
+    for dtype in options.dtype or (get_args(DecodingDtype) if options.device == "cpu" else ["auto"]):
+        roads[f"gpt_kit_hf, dtype {dtype}"] = ours(model, dtype)
     prompt = torch.randint(options.vocabulary, (options.batch, options.prompt)).to(options.device)
     check(roads, prompt, options.new, exact=work.dtype == torch.float32)
     first = measure.interleaved({n: lambda g=g: g(prompt, 1) for n, g in roads.items()}, options.rounds, work.device)
@@ -64,11 +64,9 @@ def theirs(gpt2: Any, **options: Any) -> Generate:
     return generate
 
 
-def ours(model: Any, weights: str) -> Generate:
+def ours(model: Any, dtype: str) -> Generate:
     model.generation_config.eos_token_id = None
-    return lambda prompt, new: generate_text_autoregressive(
-        model, prompt, new, weights=cast("DecodingWeights", weights)
-    )
+    return lambda prompt, new: generate_text_autoregressive(model, prompt, new, dtype=cast("DecodingDtype", dtype))
 
 
 def check(roads: dict[str, Generate], prompt: Tensor, new: int, *, exact: bool) -> None:
@@ -77,7 +75,7 @@ def check(roads: dict[str, Generate], prompt: Tensor, new: int, *, exact: bool) 
     for name, road in roads.items():
         same = (road(prompt, new) == expected).float().mean().item()
         print(f"tokens   {same:.0%} as transformers': {name}")
-        if exact and same < 1.0 and "half" not in name and "int8" not in name:
+        if exact and same < 1.0 and "float16" not in name and "int8" not in name:
             raise SystemExit(f"{name} predicts other tokens: not the same work")
 
 
@@ -98,7 +96,7 @@ def report(
     for name in whole:
         behind = [all_ - one for all_, one in zip(whole[name], first[name], strict=True)]
         seconds = statistics.median(behind) / (options.new - 1)
-        width = 1 if "int8" in name else 2 if "half" in name or work.dtype == torch.bfloat16 else 4
+        width = 1 if "int8" in name else 2 if "float16" in name or work.dtype == torch.bfloat16 else 4
         limit = bandwidth / (read * width)
         rows.append(
             [

@@ -38,12 +38,12 @@ from gpt_kit_hf import (
     get_encoding,
     train,
 )
-from gpt_kit_hf.data.text.sources import find_files
+from gpt_kit_hf.options.files import find_files
 from gpt_kit_hf.training.runtime.memory import reuse_freed_memory
 from gpt_kit_hf.training.steps import Steps
 
 LEFT_OUT = 2  # steps that allocate
-SAVE_EVERY = TrainingOptions.save_every  # steps, and Trainer's default, too; here each saves once, in the middle
+SAVE_EVERY = TrainingOptions.save_steps  # steps, and Trainer's default, too; here each saves once, in the middle
 CHARACTERS = 3_000_000
 BARE = "gpt_kit_hf, the step"
 
@@ -137,8 +137,8 @@ def our_loop(options: argparse.Namespace, work: peers.Work, _: torch.Tensor) -> 
 
     run = RunOptions(
         training=TrainingOptions(
-            output_dir=str(options.folder / "run"), batch_size=work.batch, max_steps=options.steps, eval_every=10**6,
-            sample_every=0, sample_tokens=1, save_every=options.steps // 2, cpu=work.device == "cpu",
+            output_dir=str(options.folder / "run"), batch_size=work.batch, max_steps=options.steps, eval_steps=10**6,
+            sample_steps=0, sample_max_new_tokens=1, save_steps=options.steps // 2, use_cpu=work.device == "cpu",
             mixed_precision=options.precision, report_to=["none"],
         ),
         text=TextOptions(

@@ -34,12 +34,13 @@ from gpt_kit_hf import (
     create_optimizer,
     train,
 )
-from gpt_kit_hf.training.optim.optimizer import recipe_options
+from gpt_kit_hf.model.presets import build_config
+from gpt_kit_hf.options.training import recipe_options
 
 CONTEXT, BATCH, VOCABULARY = 128, 16, 257
 MODEL = ModelOptions(model="nano-xs", n_layer=4, n_head=4, n_embd=256, max_position_embeddings=CONTEXT)
 # Between the rates 2e-3 and 4e-3; with 1,000 steps 1e-3 ends at 1.774, 2e-3 at 1.708.
-PLAIN = OptimizerOptions(learning_rate=2.5e-3, schedule="cosine", min_lr_ratio=0.02, warmup_steps=60)
+PLAIN = OptimizerOptions(learning_rate=2.5e-3, lr_scheduler_type="cosine", min_lr_ratio=0.02, warmup_steps=60)
 RECIPES = {"plain": PLAIN, "fast": OptimizerOptions(**recipe_options("fast"))}
 
 
@@ -78,7 +79,7 @@ def step_times(options: argparse.Namespace) -> dict[str, list[float]]:
     batch = Batch(ids[:, :-1], ids[:, 1:])
     trainers = {}
     for name, recipe in RECIPES.items():
-        model = GPTKitForCausalLM(MODEL.build(vocab_size=VOCABULARY))
+        model = GPTKitForCausalLM(build_config(MODEL, vocab_size=VOCABULARY))
         accelerator = Accelerator(cpu=options.device == "cpu")
         trainers[name] = AMPTrainer(model, create_optimizer(model, recipe), accelerator=accelerator)
     steps = {name: lambda trainer=trainer: trainer.update([batch]) for name, trainer in trainers.items()}
@@ -101,8 +102,8 @@ def run_options(name: str, seed: int, options: argparse.Namespace, folder: Path)
     return RunOptions(
         training=TrainingOptions(
             output_dir=str(folder), cpu=options.device == "cpu", seed=seed, batch_size=BATCH,
-            max_steps=options.steps[list(RECIPES).index(name)], eval_every=20, eval_windows=250,
-            save_every=100_000, sample_every=0, report_to=["none"],
+            max_steps=options.steps[list(RECIPES).index(name)], eval_steps=20, max_eval_samples=250,
+            save_steps=100_000, sample_steps=0, report_to=["none"],
         ),
         text=TextOptions(text_files=[options.text], eval_fraction=0.1),
         encoding=EncodingOptions(encoding="bytes"),

@@ -23,7 +23,7 @@ import measure
 GPT_KIT = [sys.executable, "-c", "from gpt_kit_command import main; main()"]
 TRAIN = [
     "train", "--text_files", "python-stdlib", "--encoding", "bytes", "--model", "nano-xs", "--n_layer", "4",
-    "--n_embd", "128", "--max_steps", "1", "--log_every", "1", "--eval_windows", "1", "--report_to", "none",
+    "--n_embd", "128", "--max_steps", "1", "--logging_steps", "1", "--max_eval_samples", "1", "--report_to", "none",
 ]  # fmt: skip
 COMMANDS = {
     "gpt-kit --help": [*GPT_KIT, "--help"],

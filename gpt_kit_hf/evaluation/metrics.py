@@ -21,8 +21,9 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gpt_kit_hf.data.text.windows import IGNORED, TokenStream
 from gpt_kit_hf.errors import StoppedError, UsageError
-from gpt_kit_hf.evaluation.windows import DocumentWindows, PaddingSide, pad_windows
+from gpt_kit_hf.evaluation.windows import DocumentWindows, pad_windows
 from gpt_kit_hf.model.losses import Batch, evaluation_mode, summed_batch_loss
+from gpt_kit_hf.options.evaluation import PaddingSide
 from gpt_kit_hf.tokenization.encodings import END_OF_TEXT
 
 _Ints = npt.NDArray[np.int64]

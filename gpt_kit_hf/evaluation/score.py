@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -15,13 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpt_kit_hf.data.instructions.batches import PaddedRows
 from gpt_kit_hf.data.instructions.formats import format_of
-from gpt_kit_hf.data.instructions.reader import RowError, RowOptions, read_rows
-from gpt_kit_hf.data.instructions.templates import KEEP, with_template
-from gpt_kit_hf.data.instructions.tokenized import SupervisedRows, SupervisionOptions, encode_rows
+from gpt_kit_hf.data.instructions.reader import RowError, read_rows
+from gpt_kit_hf.data.instructions.templates import with_template
+from gpt_kit_hf.data.instructions.tokenized import SupervisedRows, encode_rows
 from gpt_kit_hf.data.text.corpus import prepare_text
 from gpt_kit_hf.data.text.shards import COMPRESSIONS
-from gpt_kit_hf.data.text.sources import TextOptions
-from gpt_kit_hf.errors import DataError, UsageError, unknown_name
+from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.evaluation.metrics import (
     Evaluation,
     evaluate_batches,
@@ -29,63 +28,21 @@ from gpt_kit_hf.evaluation.metrics import (
     token_byte_lengths,
     tokenizer_byte_lengths,
 )
-from gpt_kit_hf.evaluation.windows import PaddingSide, pad_windows
+from gpt_kit_hf.evaluation.windows import pad_windows
 from gpt_kit_hf.generation.generate import context_length, generate_text_autoregressive
 from gpt_kit_hf.hub.model_folder import check_tokenizer, find_model_folder, load_part, put_on
+from gpt_kit_hf.options.data import KEEP, RowOptions, SupervisionOptions, TextOptions
+from gpt_kit_hf.options.evaluation import ScoreOptions
 from gpt_kit_hf.storage.atomic_files import load_json, save_json
 from gpt_kit_hf.storage.run_folder import EVALUATIONS_FILE, holds_run
 from gpt_kit_hf.text import printable
 from gpt_kit_hf.tokenization.encodings import END_OF_TEXT
 from gpt_kit_hf.tokenization.export import load_encoding
 
-Kind = Literal["auto", "text", "rows"]
 _UNKNOWN_LENGTH = 1024  # for a model whose configuration states no context length
 _SAMPLE_PROMPT = 32  # tokens of a document that a sample continues
 _SAMPLE_TOKENS = 64
 _ROW_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreOptions:
-    """What is scored, and how.
-
-    Attributes:
-        data: files or globs: text (a document each), .jsonl, .json and .parquet (a document or an instruction row a
-            row), also .gz and .zst; "python-stdlib".
-        kind: "text" or "rows"; "auto" takes files whose rows have the keys of instructions for rows.
-        text_column, document_separator: as `TextOptions` has them.
-        max_length: tokens of a window or row; what the model reads if None.
-        stride: tokens between the starts of two windows of a document; max_length if None.
-        batch_size, padding_side: of the passes through the model; neither changes the result.
-        max_tokens: score about so many tokens of text, from all over it; None for all.
-        samples: how many prompts, from the beginning of documents or rows, to continue.
-        device: where to compute.
-
-    """
-
-    data: list[str]
-    kind: Kind = "auto"
-    text_column: str = "text"
-    document_separator: str | None = None
-    max_length: int | None = None
-    stride: int | None = None
-    batch_size: int = 8
-    padding_side: PaddingSide = "right"
-    max_tokens: int | None = None
-    samples: int = 0
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        if not self.data:
-            raise UsageError("data: name at least one file")
-        for name, known in (("kind", get_args(Kind)), ("padding_side", get_args(PaddingSide))):
-            if getattr(self, name) not in known:
-                raise UsageError(unknown_name(name, str(getattr(self, name)), known))
-        for name in ("max_length", "stride", "batch_size", "max_tokens"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UsageError(f"{name} must be at least 1, got {value}")
-        if self.samples < 0:
-            raise UsageError(f"samples must not be below 0, got {self.samples}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +12,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from gpt_kit_hf.data.text.windows import IGNORED, TokenStream, check_stride
+from gpt_kit_hf.data.text.windows import IGNORED, TokenStream
 from gpt_kit_hf.errors import DataError, UsageError, unknown_name
 from gpt_kit_hf.model.losses import Batch
+from gpt_kit_hf.options.data import check_stride
+from gpt_kit_hf.options.evaluation import PaddingSide
 
-PaddingSide: TypeAlias = Literal["right", "left"]
 _BLOCK = 1 << 20  # ids that are read at once
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import TypeAlias
 
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gpt_kit_hf.errors import UsageError, unknown_name
-from gpt_kit_hf.generation.fast_decoder import DecodingWeights
 from gpt_kit_hf.generation.generate import context_length, stream_text
+from gpt_kit_hf.options.generation import ChatOptions
 
 Message: TypeAlias = dict[str, str]
 
@@ -26,26 +25,6 @@ CONTINUATION_TEMPLATE = (
 )
 
 COMMANDS = ("/clear", "/exit")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChatOptions:
-    """How an answer is made; `temperature`, `top_k` and `weights` as in `stream_text`.
-
-    Attributes:
-        max_new_tokens: the most tokens of an answer, 1 or more.
-
-    """
-
-    max_new_tokens: int = 200
-    temperature: float = 0.8
-    top_k: int | None = 50
-    weights: DecodingWeights = "same"
-
-    def __post_init__(self) -> None:
-        """Refuse an answer without tokens."""
-        if self.max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens={self.max_new_tokens}: an integer, 1 or more")
 
 
 class MessageTooLongError(UsageError):
@@ -84,7 +63,7 @@ class Conversation:
             max_new_tokens=min(self._options.max_new_tokens, room),
             temperature=self._options.temperature,
             top_k=self._options.top_k,
-            weights=self._options.weights,
+            dtype=self._options.dtype,
             on_text=on_text,
         )
         self._messages = [*kept, {"role": "assistant", "content": answer}]

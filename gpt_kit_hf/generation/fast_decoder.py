@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from gpt_kit_hf.errors import UsageError, unknown_name
 from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM, TransformerBlock
+from gpt_kit_hf.options.generation import DecodingDtype
 
-DecodingWeights = Literal["same", "half", "int8"]
 Linear: TypeAlias = Callable[[Tensor], Tensor]
 # (weight, bias) -> the linear layer, in one layout or another.
 _Layout: TypeAlias = Callable[[Tensor, "Tensor | None"], Linear]
@@ -56,23 +56,23 @@ _kept: WeakKeyDictionary[nn.Module, dict[str, tuple[list[tuple[int, int]], _Matr
 class Decoder:
     """Predicts the next tokens of rows without padding, from a model of this package on one CPU or GPU.
 
-    On a CPU it computes in float32, on a GPU in the model's own precision. `weights` "same" keeps the matrices'
-    precision; on a CPU "half" rounds them to float16, "int8" to 8 bits with a scale for each row, and the inputs of
+    On a CPU it computes in float32, on a GPU in the model's own precision. `dtype` "auto" keeps the matrices'
+    precision; on a CPU "float16" rounds them to float16, "int8" to 8 bits with a scale for each row, and the inputs of
     each product to 8 bits too. The model's weights must not change while the decoder is in use. Raises UsageError for
     a model that it cannot compute, and for weights that this machine has no products for.
     """
 
-    def __init__(self, model: GPTKitForCausalLM, weights: DecodingWeights = "same") -> None:
-        if weights not in get_args(DecodingWeights):
-            raise UsageError(unknown_name("weights", str(weights), get_args(DecodingWeights)))
+    def __init__(self, model: GPTKitForCausalLM, dtype: DecodingDtype = "auto") -> None:
+        if dtype not in get_args(DecodingDtype):
+            raise UsageError(unknown_name("dtype", str(dtype), get_args(DecodingDtype)))
         if (reason := why_not(model)) is not None:
-            raise UsageError(f"weights={weights}: {reason}")
+            raise UsageError(f"dtype={dtype}: {reason}")
         self._device: torch.device = model.device
-        if weights != "same" and self._device.type != "cpu":
-            raise UsageError(f"weights={weights}: only on a CPU, and the model is on {self._device}; use same")
-        if weights != "same" and not _has_packed_products(weights):
-            raise UsageError(f"weights={weights}: this CPU's torch has no such products; use same")
-        self._model, self._weights = model, weights
+        if dtype != "auto" and self._device.type != "cpu":
+            raise UsageError(f"dtype={dtype}: only on a CPU, and the model is on {self._device}; use auto")
+        if dtype != "auto" and not _has_packed_products(dtype):
+            raise UsageError(f"dtype={dtype}: this CPU's torch has no such products; use auto")
+        self._model, self._chosen = model, dtype
         self._dtype = torch.float32 if self._device.type == "cpu" else model.dtype
         self._layers = model.model.layers[: model.config.n_layer]
         self._heads = model.config.n_head
@@ -89,19 +89,19 @@ class Decoder:
         It is kept for the next decoder while the model lives and its weights stay as they are; not if the model is in
         training mode, as they will not, nor if it is large and nobody asked for it.
         """
-        layout = _layout(self._weights, self._model.dtype, self._device)
+        layout = _layout(self._chosen, self._model.dtype, self._device)
         if self._packed is not None or layout is None:
             return
         state = [(p.data_ptr(), p._version) for p in self._model.parameters()]
         kept = _kept.setdefault(self._model, {})
-        if self._weights in kept and kept[self._weights][0] == state:
-            self._packed = kept[self._weights][1]
+        if self._chosen in kept and kept[self._chosen][0] == state:
+            self._packed = kept[self._chosen][1]
             return
-        kept.pop(self._weights, None)
+        kept.pop(self._chosen, None)
         self._packed = _laid_out(self._model, self._layers, layout, self._dtype)
         small = sum(p.nbytes for p in self._model.parameters()) <= _KEPT_BYTES
-        if not self._model.training and (small or self._weights != "same"):
-            kept[self._weights] = state, self._packed
+        if not self._model.training and (small or self._chosen != "auto"):
+            kept[self._chosen] = state, self._packed
 
     def start(self, prompt: Tensor, length: int) -> Tensor:
         """Read a prompt (B, T) into a new cache with room for `length` tokens; return the next token's logits (B, V).
@@ -219,22 +219,22 @@ def _packed_int8(weight: Tensor, bias: Tensor | None) -> Linear:
     return lambda inputs: product(inputs, packed, True)
 
 
-def _has_packed_products(weights: Literal["half", "int8"]) -> bool:
-    needed = {"half": "linear_prepack_fp16", "int8": "linear_prepack"}[weights]
-    makes_them = weights == "half" or hasattr(torch, "quantize_per_channel")
+def _has_packed_products(chosen: Literal["float16", "int8"]) -> bool:
+    needed = {"float16": "linear_prepack_fp16", "int8": "linear_prepack"}[chosen]
+    makes_them = chosen == "float16" or hasattr(torch, "quantize_per_channel")
     return (
         makes_them and "fbgemm" in torch.backends.quantized.supported_engines and hasattr(torch.ops.quantized, needed)
     )
 
 
-def _layout(weights: DecodingWeights, dtype: torch.dtype, device: torch.device) -> _Layout | None:
+def _layout(chosen: DecodingDtype, dtype: torch.dtype, device: torch.device) -> _Layout | None:
     """Return the layout for single tokens, or None where this machine has none that is better than the model's own."""
     if device.type != "cpu":
         return _row_by_row  # what is gained is one product for query, key and value
-    if weights == "int8":
+    if chosen == "int8":
         return _packed_int8
-    if weights == "half" or dtype in (torch.float16, torch.bfloat16):
-        return _packed_float16 if _has_packed_products("half") else None
+    if chosen == "float16" or dtype in (torch.float16, torch.bfloat16):
+        return _packed_float16 if _has_packed_products("float16") else None
     x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
     known = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     return _packed_float32 if x86 and known and torch.backends.mkldnn.enabled else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal, TypeAlias, get_args
+from typing import TypeAlias, get_args
 
 import tiktoken
 import torch
@@ -14,11 +14,10 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Pre
 from transformers.generation.streamers import BaseStreamer
 
 from gpt_kit_hf.errors import UsageError, unknown_name
-from gpt_kit_hf.generation.fast_decoder import Decoder, DecodingWeights, pays, why_not
+from gpt_kit_hf.generation.fast_decoder import Decoder, pays, why_not
+from gpt_kit_hf.options.generation import DecodingDtype, Overflow
 
 AnyTokenizer: TypeAlias = tiktoken.Encoding | PreTrainedTokenizerBase
-Overflow = Literal["error", "slide"]
-
 # Tokens of the prompt that are decoded with the continuation's first: some tokenizers write a token
 # differently at the start of a text (SentencePiece drops its space).
 _CONTEXT_TOKENS = 8
@@ -33,7 +32,7 @@ def generate_text_autoregressive(
     top_k: int | None = None,
     eos_token_id: int | None = None,
     overflow: Overflow = "error",
-    weights: DecodingWeights = "same",
+    dtype: DecodingDtype = "auto",
 ) -> Tensor:
     """Return the prompt and its continuation, predicted a token at a time by any causal LM of transformers.
 
@@ -51,8 +50,8 @@ def generate_text_autoregressive(
         overflow: what to do where T + max_new_tokens exceeds the model's ``max_position_embeddings``:
             "error", or "slide": each further token is predicted from the last ``max_position_embeddings``
             tokens, without a cache, which is slower.
-        weights: the precision in which the matrices are read for each token: "same" as they are, or, for a model
-            of this package on a CPU, "half" or "int8"; see ``Decoder``.
+        dtype: the precision in which the matrices are read for each token: "auto" as they are, or, for a model
+            of this package on a CPU, "float16" or "int8"; see ``Decoder``.
 
     Returns:
         (B, T + N) int64 on the model's device, N at most ``max_new_tokens``: fewer where every row has
@@ -65,7 +64,7 @@ def generate_text_autoregressive(
     """
     prompt = _checked_prompt(model, token_ids)
     decoding = _decoding(model, temperature, top_k, eos_token_id)
-    return _extended(model, prompt, max_new_tokens, decoding, overflow, weights, streamer=None)
+    return _extended(model, prompt, max_new_tokens, decoding, overflow, dtype, streamer=None)
 
 
 def stream_text(
@@ -78,7 +77,7 @@ def stream_text(
     top_k: int | None = None,
     eos_token_id: int | None = None,
     overflow: Overflow = "error",
-    weights: DecodingWeights = "same",
+    dtype: DecodingDtype = "auto",
     on_text: Callable[[str], None],
 ) -> str:
     """Call ``on_text`` with each piece of the continuation as soon as it decodes, and return all of it.
@@ -98,7 +97,7 @@ def stream_text(
     prompt_ids = _checked_prompt(model, torch.tensor(ids, dtype=torch.long))
     decoding = _decoding(model, temperature, top_k, eos_token_id)
     pieces = _TextPieces(_decoder(tokenizer), ids[-_CONTEXT_TOKENS:], decoding.eos_token_id or [], on_text)
-    _extended(model, prompt_ids, max_new_tokens, decoding, overflow, weights, streamer=pieces)
+    _extended(model, prompt_ids, max_new_tokens, decoding, overflow, dtype, streamer=pieces)
     return pieces.finish()
 
 
@@ -178,7 +177,7 @@ def _extended(
     max_new_tokens: int,
     decoding: GenerationConfig,
     overflow: Overflow,
-    weights: DecodingWeights,
+    dtype: DecodingDtype,
     streamer: BaseStreamer | None,
 ) -> Tensor:
     """(B, T) -> (B, T + N): by a ``Decoder`` or one call of ``generate`` where the text fits the model's positions."""
@@ -196,10 +195,10 @@ def _extended(
             f"prompt of {prompt.shape[1]} tokens + max_new_tokens={max_new_tokens} is {length}, more than the "
             f'model\'s max_position_embeddings={context}; ask for fewer, or pass overflow="slide"'
         )
-    if fits and (weights != "same" or why_not(model) is None):
-        return _decode(Decoder(model, weights), prompt, max_new_tokens, decoding, streamer)
-    if weights != "same":
-        raise UsageError(f"weights={weights}: not where the text slides through the model's positions; use same")
+    if fits and (dtype != "auto" or why_not(model) is None):
+        return _decode(Decoder(model, dtype), prompt, max_new_tokens, decoding, streamer)
+    if dtype != "auto":
+        raise UsageError(f"dtype={dtype}: not where the text slides through the model's positions; use auto")
     with _decoding_by(model, decoding):
         if context is None or fits:
             return _generate(model, prompt, max_new_tokens, streamer)

@@ -8,57 +8,25 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
 from huggingface_hub import CommitOperation, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from gpt_kit_hf.errors import HubError, UsageError, unknown_name
-from gpt_kit_hf.hub.card.card import card_facts, render_card, without_generated
+from gpt_kit_hf.errors import HubError, UsageError
+from gpt_kit_hf.hub.card.card import CARD_FILE, card_facts, render_card, without_generated
 from gpt_kit_hf.hub.client import fetch_model, hub_errors
-from gpt_kit_hf.hub.manifest import CARD_FILE, PUBLICATION_FILE, PublicationManifest, stage_files, write_manifest
+from gpt_kit_hf.hub.manifest import PUBLICATION_FILE, PublicationManifest, stage_files, write_manifest
 from gpt_kit_hf.hub.safety import check_model_folder
 from gpt_kit_hf.hub.secret_scan import scan_for_publication
 from gpt_kit_hf.hub.template_sandbox import check_templates
 from gpt_kit_hf.hub.verify import GateReport, probe_request, run_probe, verify_publication
+from gpt_kit_hf.options.hub import PushOptions
 from gpt_kit_hf.storage.digests import digest_of, git_digest_of
 
-CardBase = Literal["hub", "run"]
 # Files of an earlier model, which a loader would read in place of, or beside, those of this one.
 _STALE_PREFIXES = ("model-", "model.safetensors", "pytorch_model", "adapter_model", "adapter_config.json")
 _STALE_NAMES = ("chat_template.jinja", "chat_template.json", "special_tokens_map.json", "added_tokens.json")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PushOptions:
-    """How a run is published.
-
-    Attributes:
-        private: of a repository that is made; None is the account's own default.
-        branch: where the commit goes, made if it is not there; None is main.
-        pull_request: whether the commit becomes a pull request instead.
-        message: of the commit.
-        card: whose text outside the generated parts is kept, where the card on the Hub and the run's were both
-            edited: "hub" or "run".
-        dry_run: list what would be sent, and send nothing.
-
-    """
-
-    private: bool | None = None
-    branch: str | None = None
-    pull_request: bool = False
-    message: str = "Publish the model"
-    card: CardBase | None = None
-    dry_run: bool = False
-
-    def __post_init__(self) -> None:
-        if self.card is not None and self.card not in get_args(CardBase):
-            raise UsageError(unknown_name("card", self.card, get_args(CardBase)))
-        if self.branch is not None and self.pull_request:
-            raise UsageError("branch and pull_request: a pull request has a branch of its own; give one of them")
-        if not self.message.strip():
-            raise UsageError("message must not be empty")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +77,7 @@ def push_to_hub(
         stage.mkdir()
         stage_files(run, stage)
         scan_for_publication(stage, _private_names(run))  # before anything is changed on the Hub
-        head = _find_head(repo, options.branch, api) if options.dry_run else _prepare_repository(repo, options, api)
+        head = _find_head(repo, options.revision, api) if options.dry_run else _prepare_repository(repo, options, api)
         remote = _remote_files(repo, head, api)
         _write_card(run, stage, repo, _remote_card(repo, head, remote, api), options)
         log("loading the model in a fresh process")
@@ -163,9 +131,9 @@ def _prepare_repository(repo: str, options: PushOptions, api: HfApi) -> str:
     with hub_errors(f"{repo} was not published"):
         if _find_head(repo, None, api) is None:
             api.create_repo(repo, private=options.private, exist_ok=True)
-        if options.branch is not None:
-            api.create_branch(repo, branch=options.branch, exist_ok=True)
-        return str(api.repo_info(repo, revision=options.branch).sha)
+        if options.revision is not None:
+            api.create_branch(repo, branch=options.revision, exist_ok=True)
+        return str(api.repo_info(repo, revision=options.revision).sha)
 
 
 def _find_head(repo: str, branch: str | None, api: HfApi) -> str | None:
@@ -197,12 +165,12 @@ def _write_card(run: Path, stage: Path, repo: str, remote: str | None, options: 
     """Write the card with the hand-written text of the card on the Hub, or of the run's if there is none there."""
     own = _read_card(run / CARD_FILE) if (run / CARD_FILE).is_file() else None
     both = own is not None and remote is not None and without_generated(own) != without_generated(remote)
-    if both and options.card is None:
+    if both and options.keep_card is None:
         raise HubError(
             f"{repo} was not published: its card was edited on the Hub and in {run.name}/{CARD_FILE}: choose which "
             "text to keep, --card hub or --card run"
         )
-    base = own if remote is None or options.card == "run" else remote
+    base = own if remote is None or options.keep_card == "run" else remote
     (stage / CARD_FILE).write_bytes(render_card(card_facts(run), repo=repo, existing=base).encode())
 
 
@@ -249,9 +217,9 @@ def _commit(
         made = api.create_commit(
             planned.repo,
             operations,
-            commit_message=options.message,
-            revision=options.branch,
-            create_pr=options.pull_request,
+            commit_message=options.commit_message,
+            revision=options.revision,
+            create_pr=options.create_pr,
             # Refused if somebody else has committed meanwhile.
             parent_commit=head,
         )

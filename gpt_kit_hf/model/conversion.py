@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from huggingface_hub import snapshot_download
@@ -42,10 +42,10 @@ from gpt_kit_hf.model.layouts import (
 )
 from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
 from gpt_kit_hf.model.weight_files import PICKLES, SAFETENSORS, read_state_dict, read_weights
+from gpt_kit_hf.options.conversion import Layout
+from gpt_kit_hf.options.model import Activation
 from gpt_kit_hf.storage.atomic_files import load_json
 
-Layout = Literal["gpt2", "nanogpt", "kit", "to-gpt2"]
-Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh"]
 _T = TypeVar("_T")
 
 # --- GPT-2 in --------------------------------------------------------------------------------------------

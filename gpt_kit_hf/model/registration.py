@@ -1,25 +1,106 @@
-"""Registration of the GPT with the transformers library."""
+"""Registration of the model with the Auto classes of transformers, without importing transformers before its use."""
 
 from __future__ import annotations
 
+import sys
+import threading
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
-import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
-
-from gpt_kit_hf.model.configuration_gpt_kit import GPTKitConfig
-from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM, GPTKitModel
+_AUTO_CONFIG = "transformers.models.auto.configuration_auto"
+_AUTO_MODEL = "transformers.models.auto.modeling_auto"
 
 
 def register() -> None:
-    """Register configuration and models with the Auto classes; a second call has no effect."""
+    """Register configuration and models with the Auto classes; a second call changes nothing."""
+    _register_config()
+    _register_models()
+
+
+def register_when_used() -> None:
+    """Register what transformers has loaded already, and the rest as soon as its Auto classes are imported."""
+    if _AUTO_MODEL in sys.modules:
+        register()
+        return
+    if _AUTO_CONFIG in sys.modules:
+        _register_config()
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+class _Finder(MetaPathFinder):
+    """Watches the imports of transformers and of this package, finds nothing itself, and goes when all is registered.
+
+    The models need modules that may themselves be importing the Auto classes at that moment. So they are registered
+    when the outermost import ends.
+    """
+
+    def __init__(self) -> None:
+        self._running = threading.local()
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Return what the other finders find, with a loader that reports the end of the import."""
+        if fullname.partition(".")[0] not in ("transformers", "gpt_kit_hf"):
+            return None
+        others = [finder for finder in sys.meta_path if finder is not self]
+        found = (finder.find_spec(fullname, path, target) for finder in others if hasattr(finder, "find_spec"))
+        spec = next((each for each in found if each is not None), None)
+        if spec is not None and spec.loader is not None:
+            self._report(spec.loader)
+        return spec
+
+    def _report(self, loader: Any) -> None:
+        load = loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            self._running.depth = getattr(self._running, "depth", 0) + 1
+            try:
+                load(module)
+            finally:
+                self._running.depth -= 1
+            if self._running.depth == 0:
+                self._register()
+
+        loader.exec_module = exec_module
+
+    def _register(self) -> None:
+        if self not in sys.meta_path:
+            return
+        if _AUTO_MODEL in sys.modules:
+            sys.meta_path.remove(self)
+            register()
+        elif _AUTO_CONFIG in sys.modules:
+            self._running.depth += 1  # the imports of the configuration do not register it again
+            try:
+                _register_config()
+            finally:
+                self._running.depth -= 1
+
+
+def _register_config() -> None:
+    from transformers import AutoConfig
+
+    from gpt_kit_hf.model.configuration_gpt_kit import GPTKitConfig
+
     AutoConfig.register(GPTKitConfig.model_type, GPTKitConfig, exist_ok=True)
+    # Saved folders carry the code, so that they load where this package is not installed.
+    GPTKitConfig.register_for_auto_class("AutoConfig")
+
+
+def _register_models() -> None:
+    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+    from gpt_kit_hf.model.configuration_gpt_kit import GPTKitConfig
+    from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM, GPTKitModel
+
     AutoModel.register(GPTKitConfig, GPTKitModel, exist_ok=True)
     AutoModelForCausalLM.register(GPTKitConfig, GPTKitForCausalLM, exist_ok=True)
-
-    # Saved folders include the code, so that they load where this package is not installed.
-    GPTKitConfig.register_for_auto_class("AutoConfig")
     GPTKitModel.register_for_auto_class("AutoModel")
     GPTKitForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
@@ -35,6 +116,11 @@ def add_to_transformers_namespace() -> None:
     vLLM and `transformers serve` look the architecture of a config.json up as an attribute of the library. Nothing in
     this package needs it, so it is not done at import.
     """
+    import transformers
+
+    from gpt_kit_hf.model.configuration_gpt_kit import GPTKitConfig
+    from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM, GPTKitModel
+
     # transformers replaces its own module object while it is imported, so other modules may hold another object than
     # this one. All of these objects share their class.
     owner = transformers if type(transformers) is ModuleType else type(transformers)

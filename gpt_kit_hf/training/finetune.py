@@ -8,7 +8,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,73 +18,26 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpt_kit_hf.data.instructions.batches import PackedRows, PaddedRows
 from gpt_kit_hf.data.instructions.formats import FormatFn
-from gpt_kit_hf.data.instructions.reader import RowOptions, SkippedRows, read_rows
+from gpt_kit_hf.data.instructions.reader import SkippedRows, read_rows
 from gpt_kit_hf.data.instructions.report import report_of
-from gpt_kit_hf.data.instructions.templates import KEEP, with_template
-from gpt_kit_hf.data.instructions.tokenized import SupervisedRows, SupervisionOptions, encode_rows
+from gpt_kit_hf.data.instructions.templates import with_template
+from gpt_kit_hf.data.instructions.tokenized import SupervisedRows, encode_rows
 from gpt_kit_hf.data.order import ShuffledOrder
-from gpt_kit_hf.data.text.sources import find_files
-from gpt_kit_hf.errors import UsageError, unknown_name
+from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.evaluation.metrics import Evaluation, evaluate_batches, tokenizer_byte_lengths
 from gpt_kit_hf.generation.generate import context_length
 from gpt_kit_hf.hub.model_folder import find_base, load_part, weights_digest
+from gpt_kit_hf.options.data import RowOptions, SupervisionOptions
+from gpt_kit_hf.options.files import find_files
+from gpt_kit_hf.options.run import FinetuneOptions
 from gpt_kit_hf.storage.atomic_files import load_json, save_json
 from gpt_kit_hf.storage.run_folder import ADAPTER_FOLDER, RECORD_FILE, REPORT_FILE, publish_in_run
 from gpt_kit_hf.text import short
 from gpt_kit_hf.training.loop import run_training
-from gpt_kit_hf.training.lora import AdapterOptions, add_adapter, load_adapter
-from gpt_kit_hf.training.optim.optimizer import OptimizerOptions
+from gpt_kit_hf.training.lora import add_adapter, load_adapter
 from gpt_kit_hf.training.run_log import RunResult
-from gpt_kit_hf.training.run_options import TrainingOptions
 from gpt_kit_hf.training.state.sharded_state import unsharded_model
 from gpt_kit_hf.training.task import RunContext, Task, generate_sample
-
-
-@dataclass(frozen=True, kw_only=True)
-class BaseOptions:
-    """What is tuned, and how it is asked and scored."""
-
-    model: str = dataclasses.field(metadata={"help": "folder of a run or a model, or a Hub id"})
-    chat_template: str = dataclasses.field(
-        default=KEEP,
-        metadata={
-            "help": "default or alpaca, saved with the tokenizer; 'keep' is the model's own, or where it has none the "
-            "one that writes prompts as the rows do"
-        },
-    )
-    dropout: float | None = dataclasses.field(
-        default=None,
-        metadata={"help": "dropout in training (embeddings, attention, residuals), if not the model's own"},
-    )
-    eval_rows: list[str] | None = dataclasses.field(
-        default=None, metadata={"help": "held-out files of rows, instead of eval_fraction"}
-    )
-    eval_fraction: float = dataclasses.field(default=0.1, metadata={"help": "share of the rows to hold out"})
-
-    def __post_init__(self) -> None:
-        if self.chat_template not in (KEEP, "default", "alpaca"):
-            raise UsageError(unknown_name("chat_template", self.chat_template, (KEEP, "default", "alpaca")))
-        if self.dropout is not None and not 0.0 <= self.dropout < 1.0:
-            raise UsageError(f"dropout must be at least 0 and below 1, got {self.dropout}")
-        if not 0.0 < self.eval_fraction < 1.0:
-            raise UsageError(f"eval_fraction must lie between 0 and 1, got {self.eval_fraction}")
-
-
-def finetuning_optimizer() -> OptimizerOptions:
-    """Return the optimizer's defaults for a model that knows something already: smaller steps."""
-    return OptimizerOptions(learning_rate=3e-4, warmup_steps=20)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneOptions:
-    """All options of an instruction-tuning run, by the room that reads them."""
-
-    training: TrainingOptions
-    base: BaseOptions
-    rows: RowOptions
-    supervision: SupervisionOptions = dataclasses.field(default_factory=SupervisionOptions)
-    adapter: AdapterOptions = dataclasses.field(default_factory=AdapterOptions)
-    optimizer: OptimizerOptions = dataclasses.field(default_factory=finetuning_optimizer)
 
 
 def finetune(
@@ -109,7 +61,7 @@ class InstructionTask(Task):
 
     def __init__(self, options: FinetuneOptions, context: RunContext, format_fn: FormatFn | None) -> None:
         self.options, self.context = options, context
-        self._lora, self._named = options.adapter.lora_rank > 0, options.base.model
+        self._lora, self._named = options.adapter.lora_r > 0, options.base.model_name_or_path
         # A checkpoint of full finetuning replaces the base model.
         needs_base = context.checkpoint is None or self._lora
         source = find_base(self._named, permanent=self._lora) if needs_base else str(context.checkpoint)
@@ -148,7 +100,7 @@ class InstructionTask(Task):
         return generate_sample(
             self.model,
             torch.from_numpy(row.input_ids[: int(row.trained.argmax())])[None],
-            self.context.options.sample_tokens,
+            self.context.options.sample_max_new_tokens,
             lambda ids: str(self.tokenizer.decode(ids, skip_special_tokens=True)),
             eos_token_id=self.tokenizer.eos_token_id,
         )
@@ -156,7 +108,7 @@ class InstructionTask(Task):
     def describe(self) -> list[str]:
         """Return the supervision report and a line with the model's size."""
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        how = f"LoRA of rank {self.options.adapter.lora_rank}" if self._lora else "in full"
+        how = f"LoRA of rank {self.options.adapter.lora_r}" if self._lora else "in full"
         return [
             *self.report.text(color=self.context.console.interactive).splitlines(),
             f"eval      {len(self.eval_rows):,} rows",

@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType, ProjectConfiguration
 
 from gpt_kit_hf.errors import DataError, NonFiniteError, RunError, StoppedError, UsageError
 from gpt_kit_hf.evaluation.metrics import Evaluation
+from gpt_kit_hf.options.run import OptionsOfRun, changed_options, flat_options
 from gpt_kit_hf.storage.atomic_files import load_json
 from gpt_kit_hf.storage.checkpoints import checkpoint_step, list_checkpoints
 from gpt_kit_hf.storage.lock import RunLock
@@ -31,7 +32,6 @@ from gpt_kit_hf.storage.run_folder import (
 from gpt_kit_hf.text import duration
 from gpt_kit_hf.training.console import Console, Pace, trackers
 from gpt_kit_hf.training.run_log import RunRecord, RunResult, finished_before
-from gpt_kit_hf.training.run_options import OptionsOfRun, changed_options, flat_options
 from gpt_kit_hf.training.runtime.compilation import compile_blocks
 from gpt_kit_hf.training.runtime.launch import check_launch, end_processes, launcher_pid
 from gpt_kit_hf.training.runtime.memory import reuse_freed_memory
@@ -80,7 +80,7 @@ def _begin_or_resume(
             if accelerator.is_main_process:
                 stack.enter_context(RunLock(folder))
             changes = changed_options(load_json(folder / OPTIONS_FILE), options, folder)
-            longer = changes.keys() & {"training.max_steps", "training.epochs"}
+            longer = changes.keys() & {"training.max_steps", "training.num_train_epochs"}
             if not longer and (result := finished_before(folder)) is not None:
                 bits = result.evaluation.bits_per_byte
                 console.log(f"{folder} is complete: {result.steps} steps, {bits:.3f} bits per byte")
@@ -108,7 +108,7 @@ def _begin_or_resume(
 def _accelerator(options: OptionsOfRun) -> Accelerator:
     chosen = options.training
     accelerator = Accelerator(
-        cpu=chosen.cpu,
+        cpu=chosen.use_cpu,
         mixed_precision="no",  # AMPTrainer does it
         log_with=trackers(chosen.report_to) or None,
         project_config=ProjectConfiguration(chosen.output_dir, logging_dir=f"{chosen.output_dir}/tensorboard"),
@@ -184,7 +184,7 @@ class _Loop:
         if self.checkpoint is not None:
             steps.restore(self.checkpoint)
         self._introduce()
-        compile_blocks(self.task.model, self.chosen.compile, self.accelerator.device, self.console.log)
+        compile_blocks(self.task.model, self.chosen.torch_compile, self.accelerator.device, self.console.log)
         steps.begin()
         self.console.start(steps.step, steps.total)
 
@@ -200,7 +200,7 @@ class _Loop:
             if steps.step == first + _STEPS_TO_ESTIMATE:
                 left = duration(pace.seconds_per_step * (steps.total - steps.step))
                 self.console.log(f"about {left} left, without evaluations")
-            if steps.step % self.chosen.log_every == 0 or steps.step == steps.total:
+            if steps.step % self.chosen.logging_steps == 0 or steps.step == steps.total:
                 self._log_step(report, pace.seconds_per_step)
             if report.stop:
                 self._save_and_stop()
@@ -228,10 +228,10 @@ class _Loop:
 
     def _evaluate_sample_save(self) -> None:
         """Do what is due after this step."""
-        step, saves = self.steps.step, self.steps.step % self.chosen.save_every == 0
-        if step % self.chosen.eval_every == 0 or (saves and self.chosen.keep_best):
-            self._evaluate_and_log(self.chosen.eval_windows)
-        if self.chosen.sample_every and step % self.chosen.sample_every == 0:
+        step, saves = self.steps.step, self.steps.step % self.chosen.save_steps == 0
+        if step % self.chosen.eval_steps == 0 or (saves and self.chosen.keep_best):
+            self._evaluate_and_log(self.chosen.max_eval_samples)
+        if self.chosen.sample_steps and step % self.chosen.sample_steps == 0:
             self.console.log(self._sample())
         if saves:
             self.checkpoints.save(must=False)
@@ -338,7 +338,7 @@ class _Loop:
         self.console.advance()
         if skipped is not None:
             self.console.log(f"step {step} skipped, weights unchanged: {skipped}")
-        if in_a_row >= self.chosen.max_skipped:
+        if in_a_row >= self.chosen.max_skipped_updates:
             raise NonFiniteError(
                 f"{in_a_row} updates in a row were skipped, the last at step {step}: {skipped}; its batch is "
                 f"{report.batch}, samples {self._samples(step)}; {self.checkpoints.describe_last()}"

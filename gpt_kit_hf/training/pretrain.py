@@ -18,6 +18,7 @@ from torch.utils.data import ConcatDataset
 
 from gpt_kit_hf.data.order import BatchPlan, MixtureOrder, ShuffledOrder, StreamOrder
 from gpt_kit_hf.data.text.corpus import Corpus, choose_encoding, prepare_corpus, prepare_held_out
+from gpt_kit_hf.data.text.sources import train_sources
 from gpt_kit_hf.data.text.streaming import Lane, LaneBatches, lane_count
 from gpt_kit_hf.data.text.windows import TokenStream, TokenWindows, collate_windows
 from gpt_kit_hf.errors import DataError, UsageError
@@ -31,12 +32,13 @@ from gpt_kit_hf.evaluation.metrics import (
 from gpt_kit_hf.hub.model_folder import write_model_folder
 from gpt_kit_hf.model.losses import Batch
 from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
+from gpt_kit_hf.model.presets import build_config
+from gpt_kit_hf.options.run import RunOptions
 from gpt_kit_hf.text import short
 from gpt_kit_hf.tokenization import encodings
 from gpt_kit_hf.tokenization.export import load_encoding
 from gpt_kit_hf.training.loop import run_training
 from gpt_kit_hf.training.run_log import RunResult
-from gpt_kit_hf.training.run_options import RunOptions
 from gpt_kit_hf.training.state.sharded_state import unsharded_model
 from gpt_kit_hf.training.task import RunContext, Task, decide_on_main, generate_sample
 
@@ -104,7 +106,7 @@ class TextTask(Task):
         return generate_sample(
             self.model,
             prompt,
-            chosen.sample_tokens,
+            chosen.sample_max_new_tokens,
             lambda ids: self.encoding.decode([token for token in ids if token != self._eos]),
             temperature=0.8,
             top_k=50,
@@ -138,7 +140,9 @@ class TextTask(Task):
 
     def _check_max_length(self) -> None:
         """Refuse windows that are longer than the model's context, before the text is read."""
-        positions = self.options.model.build(vocab_size=self.options.encoding.vocab_size).max_position_embeddings
+        positions = build_config(
+            self.options.model, vocab_size=self.options.encoding.vocab_size
+        ).max_position_embeddings
         max_length = self.options.windows.max_length
         if max_length > positions:
             raise UsageError(
@@ -163,7 +167,8 @@ class TextTask(Task):
         if self.context.checkpoint is not None:
             kept: GPTKitForCausalLM = GPTKitForCausalLM.from_pretrained(self.context.checkpoint, dtype=torch.float32)
             return kept
-        config = self.options.model.build(
+        config = build_config(
+            self.options.model,
             vocab_size=self.encoding.n_vocab,
             bos_token_id=self._eos,
             eos_token_id=self._eos,
@@ -232,7 +237,7 @@ class StreamingTask(TextTask):
 
     def batches(self, plan: BatchPlan, first_step: int, last_step: int, position: Any) -> Iterator[Batch]:
         """Yield this process's micro-batches; the position holds the state of every stream shard."""
-        workers, on_gpu = self.context.options.num_workers, self.context.accelerator.device.type == "cuda"
+        workers, on_gpu = self.context.options.dataloader_num_workers, self.context.accelerator.device.type == "cuda"
         self._batches = LaneBatches(self.stream_shards, plan, num_workers=workers, pin_memory=on_gpu)
         states = {int(shard): state for shard, state in (position or {}).items()}
         return self._batches.steps(first_step, last_step, states)
@@ -254,7 +259,7 @@ class StreamingTask(TextTask):
 
     def _read_text(self) -> TokenStream:
         text, chosen = self.options.text, self.context.options
-        _, source = text.sources()[0]
+        _, source = train_sources(text)[0]
         shards = source.streamed_units(encodings.may_cut(self.encoding))
         count = lane_count(len(shards), chosen.batch_size)
         bounds = [index * len(shards) // count for index in range(count + 1)]

@@ -13,14 +13,14 @@ from accelerate import Accelerator
 
 from gpt_kit_hf.data.instructions.formats import FormatFn
 from gpt_kit_hf.errors import UsageError
+from gpt_kit_hf.options.run import FinetuneOptions, RunOptions, stored_options
 from gpt_kit_hf.storage.atomic_files import load_json, read_jsonl
 from gpt_kit_hf.storage.checkpoints import checkpoint_step, list_checkpoints, verify_checkpoint
 from gpt_kit_hf.storage.run_folder import METRICS_FILE, OPTIONS_FILE, RECORD_FILE
 from gpt_kit_hf.training.console import Console
-from gpt_kit_hf.training.finetune import FinetuneOptions, InstructionTask
+from gpt_kit_hf.training.finetune import InstructionTask
 from gpt_kit_hf.training.loop import check_same_data
 from gpt_kit_hf.training.pretrain import text_task
-from gpt_kit_hf.training.run_options import RunOptions, stored_options
 from gpt_kit_hf.training.runtime.compilation import compile_blocks
 from gpt_kit_hf.training.runtime.signals import StopSignals
 from gpt_kit_hf.training.steps import StepReport, Steps
@@ -60,7 +60,7 @@ def replay_steps(
     if not 1 <= first <= last or last not in lines:
         raise UsageError(f"replay {first}:{last}: the run has the steps 1 to {max(lines, default=0)}")
     options = _options(run)
-    accelerator = Accelerator(cpu=options.training.cpu, mixed_precision="no")
+    accelerator = Accelerator(cpu=options.training.use_cpu, mixed_precision="no")
     with StopSignals() as stop:
         context = RunContext(
             options=options.training,
@@ -84,7 +84,9 @@ def replay_steps(
 
 def _options(run: Path) -> RunOptions | FinetuneOptions:
     stored = load_json(run / OPTIONS_FILE)
-    kind: type[RunOptions] | type[FinetuneOptions] = FinetuneOptions if "base.model" in stored else RunOptions
+    kind: type[RunOptions] | type[FinetuneOptions] = (
+        FinetuneOptions if "base.model_name_or_path" in stored else RunOptions
+    )
     options: RunOptions | FinetuneOptions = stored_options(kind, stored)
     return replace(options, training=replace(options.training, output_dir=str(run), report_to=["none"]))
 
@@ -128,7 +130,7 @@ def _prepared_steps(options: RunOptions | FinetuneOptions, context: RunContext, 
     steps = Steps(options, context, task)
     if context.checkpoint is not None:
         steps.restore(context.checkpoint)
-    compile_blocks(task.model, options.training.compile, context.accelerator.device, context.console.log)
+    compile_blocks(task.model, options.training.torch_compile, context.accelerator.device, context.console.log)
     return steps
 
 

@@ -43,7 +43,7 @@ class RunCheckpoints:
         self._folder, self._chosen, self._accelerator = context.folder, context.options, context.accelerator
         self._task, self._steps, self._record, self._log = task, steps, record, context.console.log
         self.writer = CheckpointWriter(
-            context.folder, keep_last=context.options.keep_last, report=self._log, last=context.checkpoint
+            context.folder, keep_last=context.options.save_total_limit, report=self._log, last=context.checkpoint
         )
         self.scores: dict[int, float] = {}
 
@@ -63,7 +63,7 @@ class RunCheckpoints:
             if self._accelerator.is_fsdp2:
                 self._save_shards(position)
             elif self._accelerator.is_main_process:
-                self._save_whole(position, in_background=self._chosen.background_save and not must)
+                self._save_whole(position, in_background=self._chosen.async_save and not must)
         except CheckpointError as error:
             if must and self._accelerator.is_main_process:
                 raise

@@ -19,8 +19,8 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from gpt_kit_hf.data.order import BatchPlan
 from gpt_kit_hf.errors import DataError, RunError
 from gpt_kit_hf.model.losses import Batch
+from gpt_kit_hf.options.run import OptionsOfRun
 from gpt_kit_hf.training.optim.optimizer import create_optimizer, learning_rate_at, set_learning_rate
-from gpt_kit_hf.training.run_options import OptionsOfRun
 from gpt_kit_hf.training.state.batch_digests import batch_digest, chained, content_digest, halves, joined
 from gpt_kit_hf.training.state.training_state import restore_training_state
 from gpt_kit_hf.training.task import RunContext, Task
@@ -65,13 +65,13 @@ class Steps:
         self.plan = BatchPlan(
             order=task.order,
             batch_size=batch_size,
-            micro_batch_size=self._chosen.micro_batch_size or -(-batch_size // processes),
+            micro_batch_size=self._chosen.per_device_train_batch_size or -(-batch_size // processes),
             num_processes=processes,
             process_index=self._accelerator.process_index,
         )
-        epochs = self._chosen.epochs or 1.0
+        epochs = self._chosen.num_train_epochs or 1.0
         self.total = self._chosen.max_steps or max(1, math.ceil(epochs * task.order.samples / self.plan.batch_size))
-        if self._chosen.activation_checkpointing:
+        if self._chosen.gradient_checkpointing:
             # Newer versions of transformers renamed the method, and warn under the old name.
             renamed = hasattr(task.model, "activation_checkpointing_enable")
             (task.model.activation_checkpointing_enable if renamed else task.model.gradient_checkpointing_enable)()
@@ -79,7 +79,7 @@ class Steps:
             task.model,
             create_optimizer(task.model, options.optimizer),
             mixed_precision=self._chosen.mixed_precision,
-            max_grad_norm=options.optimizer.grad_clip or None,
+            max_grad_norm=options.optimizer.max_grad_norm or None,
             accelerator=self._accelerator,
         )
         self.step = 0
@@ -124,7 +124,7 @@ class Steps:
         began = time.perf_counter()
         if self._alone and self._context.stop.asked():
             return None
-        if self._chosen.num_workers:
+        if self._chosen.dataloader_num_workers:
             self._loaders = multiprocessing.active_children()
         micro_batches = [next(self._batches) for _ in range(self.plan.micro_steps)]
         self._check_ids(micro_batches)
@@ -189,7 +189,7 @@ class Steps:
             raise RunError(f"{what}: lower max_length or the size of the model")
         if self._chosen.out_of_memory == "stop" or not self._alone:
             # Processes wait for each other in a backward pass: one alone cannot repeat it.
-            raise RunError(f"{what}: continue with --resume --micro_batch_size {max(1, size // 2)}")
+            raise RunError(f"{what}: continue with --resume --per_device_train_batch_size {max(1, size // 2)}")
 
     def _before_micro_batch(self, index: int, count: int, began: float) -> None:
         """Seed dropout by (seed, step, micro-batch), so that a checkpoint needs no random state."""

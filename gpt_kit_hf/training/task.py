@@ -22,10 +22,10 @@ from gpt_kit_hf.errors import GPTKitError
 from gpt_kit_hf.evaluation.metrics import Evaluation
 from gpt_kit_hf.generation.generate import context_length, generate_text_autoregressive
 from gpt_kit_hf.model.losses import Batch
+from gpt_kit_hf.options.training import TrainingOptions
 from gpt_kit_hf.storage.run_folder import publish_in_run
 from gpt_kit_hf.text import printable
 from gpt_kit_hf.training.console import Console
-from gpt_kit_hf.training.run_options import TrainingOptions
 from gpt_kit_hf.training.runtime.signals import StopSignals
 
 T = TypeVar("T")
@@ -135,7 +135,7 @@ def map_batches(
             dataset,
             batch_sampler=PlannedBatches(plan, *steps),
             collate_fn=collate,
-            num_workers=context.options.num_workers,
+            num_workers=context.options.dataloader_num_workers,
             pin_memory=context.accelerator.device.type == "cuda",
             # Without its own generator a loader draws a seed from torch's global one.
             generator=torch.Generator().manual_seed(context.options.seed),

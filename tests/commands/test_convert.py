@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import Ended, gpt_kit
 from hand_written_models import CONTEXT, END, HEADS, SHAPE, KitModel, NanoModel, difference, randomize, tiny_gpt_kit
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
-from typer.testing import CliRunner, Result
 
-import gpt_kit_command
 from gpt_kit_hf import get_encoding
 from gpt_kit_hf.hub.model_folder import write_model_folder
 from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
@@ -20,15 +17,15 @@ from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
 pytestmark = pytest.mark.usefixtures("logged")
 
 
-def convert(*arguments: object) -> Result:
-    return CliRunner().invoke(gpt_kit_command.app, ["convert", *map(str, arguments)], catch_exceptions=False)
+def convert(*arguments: object) -> Ended:
+    return gpt_kit("convert", *arguments)
 
 
 def test_a_model_folder_becomes_gpt2_and_comes_back(tmp_path: Path) -> None:
     ours = tiny_gpt_kit(vocab_size=257)
     write_model_folder(tmp_path / "ours", ours, get_encoding("bytes"))
     done = convert(tmp_path / "ours", tmp_path / "gpt2", "--layout", "to-gpt2")
-    assert (done.exit_code, done.stdout) == (0, f"{tmp_path / 'gpt2'} holds the model now\n")
+    assert (done.exit_code, done.stdout) == (0, f"the model was written to {tmp_path / 'gpt2'}\n")
     assert convert(tmp_path / "gpt2", tmp_path / "back", "--layout=gpt2").exit_code == 0
     for name, kind in (("gpt2", GPT2LMHeadModel), ("back", GPTKitForCausalLM)):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
@@ -101,14 +98,3 @@ def test_a_folder_that_holds_something_is_not_overwritten(tmp_path: Path) -> Non
     assert refused.exit_code == 2
     assert "nothing is overwritten" in refused.stderr
     assert [path.name for path in (tmp_path / "there").iterdir()] == ["precious"]
-
-
-@pytest.mark.parametrize("command", ["convert", "chat", "serve"])
-def test_help_explains_without_loading_torch(command: str) -> None:
-    code = "import sys, gpt_kit_command\ntry: gpt_kit_command.main()\nfinally: assert 'torch' not in sys.modules"
-    ended = subprocess.run(
-        [sys.executable, "-c", code, command, "--help"], capture_output=True, text=True, check=False
-    )
-    assert ended.returncode == 0, ended.stderr
-    shown = " ".join(ended.stdout.split())
-    assert {"convert": "--layout", "chat": "--temperature", "serve": "--port"}[command] in shown

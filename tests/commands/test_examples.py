@@ -90,7 +90,7 @@ def test_tuning_halves_the_loss_of_answers_and_ends_them(shared_data: Path, tmp_
     falls to 0.51 of what it was.
     """
     base = tmp_path / "base"
-    run_example("quickstart.yaml", base, "--max_steps", "3000", "--sample_every", "0")
+    run_example("quickstart.yaml", base, "--max_steps", "3000", "--sample_steps", "0")
     rows = json.loads((shared_data / "instruction-data.json").read_text())
     order = np.random.default_rng(0).permutation(len(rows))
     files = {}
@@ -98,7 +98,7 @@ def test_tuning_halves_the_loss_of_answers_and_ends_them(shared_data: Path, tmp_
         files[name] = tmp_path / f"{name}.json"
         files[name].write_text(json.dumps([rows[index] for index in part], indent=0))
     command = [sys.executable, "examples/finetune_instructions.py"]
-    command += ["--config", "examples/configs/instructions_small.yaml", "--model", str(base)]
+    command += ["--config", "examples/configs/instructions_small.yaml", "--model_name_or_path", str(base)]
     command += [
         "--rows",
         str(files["train"]),

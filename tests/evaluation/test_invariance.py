@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import Ended, gpt_kit
 from tiny_model import write_tiny_model
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
-from typer.testing import CliRunner, Result
 
-import gpt_kit_command
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.evaluation.invariance import CACHES, LAYOUTS, InvarianceReport, check_invariance
 from gpt_kit_hf.model.configuration_gpt_kit import GPTKitConfig
@@ -272,14 +271,14 @@ def test_invalid_arguments_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- the command
 
 
-def check(*arguments: object) -> Result:
-    return CliRunner().invoke(gpt_kit_command.app, ["check", *map(str, arguments)], catch_exceptions=False)
+def check(*arguments: object) -> Ended:
+    return gpt_kit("check", *arguments)
 
 
 def test_the_command_shows_the_table_and_writes_it(tmp_path: Path) -> None:
     write_tiny_model(tmp_path / "model")
-    done = check(tmp_path / "model", "--attention=eager", "--attention", "sdpa", "--json", tmp_path / "check.json")
-    assert done.exit_code == 0, done.output
+    done = check(tmp_path / "model", "--attention", "eager", "sdpa", "--output_json", tmp_path / "check.json")
+    assert done.exit_code == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("GPTKitForCausalLM on cpu, rows of 20, 13, 6 tokens")
     assert lines[-1] == "all 48 cells hold"
@@ -300,7 +299,7 @@ def test_the_command_shows_the_table_and_writes_it(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("logged")
 def test_the_command_fails_and_names_the_cells(tmp_path: Path) -> None:
     gpt2().save_pretrained(tmp_path)
-    done = check(tmp_path, "--attention=sdpa", "--json", tmp_path / "check.json")
+    done = check(tmp_path, "--attention=sdpa", "--output_json", tmp_path / "check.json")
     assert done.exit_code == 1
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: 14 of 24 cells fail: left-padded/none/sdpa/fp32, ")

@@ -34,7 +34,7 @@ from gpt_kit_hf import (
     score_model,
     train,
 )
-from gpt_kit_hf.commands.cli import check_command
+from gpt_kit_hf.commands.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 HELD_OUT = "\n".join(["Was ever woman in this humour wooed? Was ever woman in this humour won? Größe, ein Wort."] * 7)
@@ -49,7 +49,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     return train(
         RunOptions(
             training=TrainingOptions(
-                output_dir=str(folder / "run"), max_steps=4, batch_size=2, report_to=["none"], cpu=True
+                output_dir=str(folder / "run"), max_steps=4, batch_size=2, report_to=["none"], use_cpu=True
             ),
             text=TextOptions(text_files=[str(folder / "text.txt")], eval_files=[str(folder / "held.txt")]),
             encoding=EncodingOptions(encoding="bpe", vocab_size=280),
@@ -158,9 +158,9 @@ def tuned(trained: RunResult) -> tuple[RunResult, Path]:
     result = finetune(
         FinetuneOptions(
             training=TrainingOptions(
-                output_dir=str(folder / "tuned"), max_steps=2, batch_size=2, report_to=["none"], cpu=True
+                output_dir=str(folder / "tuned"), max_steps=2, batch_size=2, report_to=["none"], use_cpu=True
             ),
-            base=BaseOptions(model=str(trained.folder), eval_rows=[str(folder / "held.json")]),
+            base=BaseOptions(model_name_or_path=str(trained.folder), eval_rows=[str(folder / "held.json")]),
             rows=RowOptions(rows=[str(folder / "train.json")]),
             supervision=SupervisionOptions(max_length=48),
         ),
@@ -219,7 +219,7 @@ def test_the_score_is_kept_for_the_card_once(trained: RunResult, held_out: str) 
         ({"stride": 49}, UsageError, "stride must lie between 1 and max_length=48, got 49"),
         ({"max_length": 49}, UsageError, "max_length=49 is above the model's context length, 48: lower it"),
         ({"batch_size": 0}, UsageError, "batch_size must be at least 1, got 0"),
-        ({"samples": -1}, UsageError, "samples must not be below 0, got -1"),
+        ({"samples": -1}, UsageError, "samples must be at least 0, got -1"),
         ({"data": ["absent.txt"]}, DataError, "'absent.txt': no such file"),
         ({"device": "tpu9"}, UsageError, "device 'tpu9' cannot be used"),
     ],
@@ -230,8 +230,5 @@ def test_mistakes_are_named(trained: RunResult, held_out: str, options: Any, err
 
 
 def test_what_check_found_of_a_run_is_kept_for_its_card_too(trained: RunResult) -> None:
-    code = check_command(
-        str(trained.folder), attention=["eager"], compile_flex=None, device="cpu", seed=0, json_file=None
-    )
-    assert code == 0
+    assert main(["check", str(trained.folder), "--attention", "eager"]) == 0
     assert "## Invariance" in render_card(card_facts(trained.folder))

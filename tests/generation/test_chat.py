@@ -20,14 +20,15 @@ import torch
 from tiny_model import CHAT_TEMPLATE, CONTEXT, write_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gpt_kit_hf.commands import cli
-from gpt_kit_hf.commands.cli import chat_command
+from gpt_kit_hf.commands import generate as generate_commands
+from gpt_kit_hf.commands.main import main
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.generation import chat as chat_room
-from gpt_kit_hf.generation.chat import ChatOptions, Conversation, MessageTooLongError, converse
+from gpt_kit_hf.generation.chat import Conversation, MessageTooLongError, converse
+from gpt_kit_hf.options.generation import ChatOptions
 
 GREEDY = ChatOptions(max_new_tokens=12, temperature=0.0, top_k=None)
-SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0.0, "top_k": None, "seed": None}
+SETTINGS = ["--max_new_tokens=12", "--temperature=0", "--top_k=none"]
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +166,7 @@ def test_a_template_that_refuses_is_one_sentence(model: Any, tokenizer: Any) -> 
 
 
 def test_options_are_checked(model: Any, tokenizer: Any) -> None:
-    with pytest.raises(UsageError, match="max_new_tokens=0: an integer, 1 or more"):
+    with pytest.raises(UsageError, match="max_new_tokens must be at least 1, got 0"):
         ChatOptions(max_new_tokens=0)
     with pytest.raises(UsageError, match="top_k=1000: from 1 to vocab_size=257"):
         say(Conversation(model, tokenizer, ChatOptions(top_k=1000)), "hello")
@@ -179,7 +180,7 @@ def test_piped_lines_are_answered_and_nothing_else_is_on_the_output(
     folder: Path, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipe(monkeypatch, b"the quick\r\n\nlazy")
-    assert chat_command(str(folder), **SETTINGS) == 0
+    assert main(["chat", str(folder), *SETTINGS]) == 0
     first = continued(model, tokenizer, "the quick")
     out, err = capsys.readouterr()
     assert out == f"{first}\n{continued(model, tokenizer, f'the quick{first}' + chr(10) + 'lazy')}\n"
@@ -191,7 +192,7 @@ def test_bytes_that_are_no_text_do_not_end_the_conversation(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipe(monkeypatch, b"the \xff quick\nfox\n")
-    assert chat_command(str(folder), **SETTINGS) == 0
+    assert main(["chat", str(folder), *SETTINGS]) == 0
     assert capsys.readouterr().out.count("\n") == 2
 
 
@@ -200,14 +201,14 @@ def test_a_seed_makes_a_conversation_repeatable(
 ) -> None:
     def talk(seed: int) -> str:
         pipe(monkeypatch, b"the quick\nfox\n")
-        assert chat_command(str(folder), **{**SETTINGS, "temperature": 1.5, "seed": seed}) == 0
+        assert main(["chat", str(folder), *SETTINGS, "--temperature=1.5", f"--seed={seed}"]) == 0
         return capsys.readouterr().out
 
     assert talk(1) == talk(1) != talk(2)
 
 
 def test_what_cannot_be_talked_to_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert chat_command(str(tmp_path), **SETTINGS) == 2
+    assert main(["chat", str(tmp_path), *SETTINGS]) == 2
     said = capsys.readouterr().err
     assert "holds no model" in said
     assert said.count("\n") == 1
@@ -215,7 +216,7 @@ def test_what_cannot_be_talked_to_is_one_line(tmp_path: Path, capsys: pytest.Cap
 
 @pytest.mark.parametrize("device", ["cuda:99", "gpu"])
 def test_a_device_that_is_not_there_is_one_line(device: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert chat_command(str(folder), **SETTINGS, device=device) == 2
+    assert main(["chat", str(folder), *SETTINGS, f"--device={device}"]) == 2
     said = capsys.readouterr().err
     assert f"device '{device}' cannot be used: " in said
     assert said.count("\n") == 1
@@ -276,9 +277,9 @@ def test_a_terminal_ends_it_with_success(
         return " said"
 
     monkeypatch.setattr(chat_room, "stream_text", answer)
-    monkeypatch.setattr(cli, "_load", lambda *_: (model, tokenizer))
+    monkeypatch.setattr(generate_commands, "_load", lambda *_: (model, tokenizer))
     monkeypatch.setenv("TERM", "dumb")
-    terminal = Terminal(lambda: chat_command(str(folder), **SETTINGS))
+    terminal = Terminal(lambda: main(["chat", str(folder), *SETTINGS]))
     terminal.read_until(b"> ")
     terminal.type(b"hello\n")
     seen = terminal.read_until(b"said\r\n> ")

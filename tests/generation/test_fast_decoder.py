@@ -17,7 +17,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt_kit_hf import GPTKitConfig, GPTKitForCausalLM, UsageError, generate_text_autoregressive
 from gpt_kit_hf.generation import fast_decoder
-from gpt_kit_hf.generation.fast_decoder import Decoder, DecodingWeights, pays, why_not
+from gpt_kit_hf.generation.fast_decoder import Decoder, pays, why_not
+from gpt_kit_hf.options.generation import DecodingDtype
 
 FBGEMM = pytest.mark.skipif(
     "fbgemm" not in torch.backends.quantized.supported_engines, reason="this machine's torch has no FBGEMM"
@@ -78,10 +79,10 @@ def test_weights_in_half_precision_are_computed_in_float32(dtype: torch.dtype) -
 
 
 @FBGEMM
-@pytest.mark.parametrize(("weights", "most"), [("half", 1e-5), ("int8", 0.02)])
-def test_fewer_bits_cost_little_and_the_decoder_tells_how_much(weights: DecodingWeights, most: float) -> None:
+@pytest.mark.parametrize(("dtype", "most"), [("float16", 1e-5), ("int8", 0.02)])
+def test_fewer_bits_cost_little_and_the_decoder_tells_how_much(dtype: DecodingDtype, most: float) -> None:
     model, ids = model_of(), ids_of(1, 40)
-    decoder = Decoder(model, weights)
+    decoder = Decoder(model, dtype)
     divergence, same = decoder.divergence(ids)
     with torch.no_grad():
         own = model(ids).logits.log_softmax(-1)
@@ -94,18 +95,18 @@ def test_fewer_bits_cost_little_and_the_decoder_tells_how_much(weights: Decoding
 
 
 @FBGEMM
-@pytest.mark.parametrize("weights", get_args(DecodingWeights))
-def test_packed_weights_are_kept_while_the_model_stays_as_it_is(weights: DecodingWeights) -> None:
+@pytest.mark.parametrize("dtype", get_args(DecodingDtype))
+def test_packed_weights_are_kept_while_the_model_stays_as_it_is(dtype: DecodingDtype) -> None:
     model, ids = model_of(), ids_of(1, 12)
-    first = Decoder(model, weights)
+    first = Decoder(model, dtype)
     before = fed(first, ids, 3)
-    Decoder(model, "half" if weights == "int8" else "int8").pack()
-    second = Decoder(model, weights)
+    Decoder(model, "float16" if dtype == "int8" else "int8").pack()
+    second = Decoder(model, dtype)
     second.pack()
     assert second._packed is first._packed is not None
     with torch.no_grad():
         model.lm_head.weight.mul_(2.0)
-    after = fed(Decoder(model, weights), ids, 3)
+    after = fed(Decoder(model, dtype), ids, 3)
     assert not torch.allclose(after, before, rtol=0.1)
     gone = weakref.ref(model)
     del model, first, second
@@ -118,7 +119,7 @@ def test_of_a_model_in_training_no_copy_is_kept() -> None:
     generate_text_autoregressive(model, ids, 40)
     assert not fast_decoder._kept[model]
     generate_text_autoregressive(model.eval(), ids, 40)
-    assert set(fast_decoder._kept[model]) == {"same"}
+    assert set(fast_decoder._kept[model]) == {"auto"}
 
 
 def test_early_exit_uses_the_first_layers_only() -> None:
@@ -238,8 +239,8 @@ def test_on_a_gpu_everything_stays_there(kind: str, dtype: torch.dtype, monkeypa
 
 def test_fewer_bits_are_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast_decoder, "why_not", lambda _: None)
-    with pytest.raises(UsageError, match=r"weights=half: only on a CPU, and the model is on meta; use same"):
-        Decoder(model_of().to("meta"), "half")
+    with pytest.raises(UsageError, match=r"dtype=float16: only on a CPU, and the model is on meta; use auto"):
+        Decoder(model_of().to("meta"), "float16")
 
 
 # --- what it refuses
@@ -281,18 +282,18 @@ def with_an_adapter_inside(model: GPTKitForCausalLM) -> nn.Module:
 )
 def test_other_models_are_left_to_transformers(change: Any, reason: str) -> None:
     model = change(model_of())
-    with pytest.raises(UsageError, match=rf"weights=half: .*{reason}"):
-        Decoder(model, "half")
+    with pytest.raises(UsageError, match=rf"dtype=float16: .*{reason}"):
+        Decoder(model, "float16")
     assert why_not(model) is not None
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weights": "int4"}, "int8"),
+        ({"dtype": "int4"}, "int8"),
         (
-            {"weights": "int8", "overflow": "slide", "max_new_tokens": CONTEXT},
-            "weights=int8: not where the text slides",
+            {"dtype": "int8", "overflow": "slide", "max_new_tokens": CONTEXT},
+            "dtype=int8: not where the text slides",
         ),
     ],
 )
@@ -303,7 +304,7 @@ def test_weights_that_cannot_be_had_are_named(options: dict[str, Any], message: 
 
 def test_a_machine_without_packed_products_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast_decoder, "_has_packed_products", lambda weights: False)
-    with pytest.raises(UsageError, match=r"weights=half: this CPU's torch has no such products; use same"):
-        Decoder(model_of(), "half")
+    with pytest.raises(UsageError, match=r"dtype=float16: this CPU's torch has no such products; use auto"):
+        Decoder(model_of(), "float16")
     model, ids = model_of(torch.bfloat16), ids_of(1, 8)
     assert fed(Decoder(model), ids, 2).isfinite().all()

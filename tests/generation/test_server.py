@@ -22,7 +22,7 @@ from tiny_model import CHAT_TEMPLATE, CONTEXT, write_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from gpt_kit_hf.commands.cli import serve_command
+from gpt_kit_hf.commands.main import main
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.generation import server
 from gpt_kit_hf.generation.server import serve
@@ -72,7 +72,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_chat_request_over_loopback_is_answered_and_streamed(folder: Path) -> None:
     before = contents(folder)
     process = subprocess.Popen(
-        [sys.executable, "-m", "gpt_kit_command", "serve", str(folder), "--port", "0"],
+        [sys.executable, "-m", "gpt_kit_hf.commands.main", "serve", str(folder), "--port", "0"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -236,7 +236,7 @@ def test_what_cannot_be_served_is_one_line(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(place: Path, port: int = 0, host: str = "127.0.0.1") -> str:
-        assert serve_command(str(place), host=host, port=port) == 2
+        assert main(["serve", str(place), f"--host={host}", f"--port={port}"]) == 2
         out, err = capsys.readouterr()
         assert (out, err.count("\n")) == ("", 1)
         return err

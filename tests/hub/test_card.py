@@ -32,14 +32,15 @@ from gpt_kit_hf.errors import CheckpointError, UsageError
 from gpt_kit_hf.hub.card.card import CARD_FILE, card_facts, edited_blocks, render_card, without_generated, write_card
 from gpt_kit_hf.hub.card.markdown import command_lines
 from gpt_kit_hf.hub.card.options import as_id, shareable
-from gpt_kit_hf.training.run_options import FREE_ON_RESUME, flat_options
+from gpt_kit_hf.options.declare import flat_declarations
+from gpt_kit_hf.options.run import FinetuneOptions, RunOptions, flat_options
 
 ROOT = Path(__file__).resolve().parents[2]
 CARDS = sorted(path.parent for path in ROOT.glob("model_cards/*/facts.json"))
 # The files of examples/configs whose models have a card in model_cards, in a folder of the same name.
 WITH_CARD = ["quickstart", "instructions_small", "tinyshakespeare_bytes"]
 
-SHORT = ["--cpu=true", "--mixed_precision=fp32", "--sample_every=0", "--report_to=none", "--batch_size=4"]
+SHORT = ["--use_cpu=true", "--mixed_precision=fp32", "--sample_steps=0", "--report_to=none", "--batch_size=4"]
 MARKS = re.compile(r"<!-- gpt-kit: ([a-z]+) ([0-9a-f]{12}) -->(.*?)<!-- /gpt-kit: \1 -->", re.DOTALL)
 TOKEN = "hf_" + "aB3dE5gH7jK9mN1pQ2sT" * 2
 HOSTILE = [
@@ -62,7 +63,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(
         parse_run_options([f"--output_dir={folder / 'first'}", *texts, *sizes, "--max_steps=3", *SHORT]), stream=None
     )
-    how = [f"--model={folder / 'first'}", f"--rows={folder / 'rows.json'}", "--lora_rank=2", "--max_steps=2"]
+    how = [f"--model_name_or_path={folder / 'first'}", f"--rows={folder / 'rows.json'}", "--lora_r=2", "--max_steps=2"]
     finetune(parse_finetune_options([f"--output_dir={folder / 'tuned'}", *how, *SHORT]), stream=None)
     model = AutoModelForCausalLM.from_pretrained(folder / "first")
     report = check_invariance(model, attention=["eager"]).to_dict()
@@ -301,10 +302,10 @@ def test_metadata_are_valid_on_the_hub(runs: Path, name: str, tmp_path: Path) ->
 def test_names_of_the_hub_are_links_and_metadata(copied: Callable[..., Path]) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     options = {
-        "base.model": "owner/base",
+        "base.model_name_or_path": "owner/base",
         "rows.rows": None,
-        "rows.rows_dataset": "owner/rows",
-        "rows.rows_split": "a",
+        "rows.dataset_name": "owner/rows",
+        "rows.dataset_train_split": "a",
     }
     for record in ({"base_digest": commit}, {"base_commit": commit}):
         card = render_card(card_facts(copied("tuned", options=options, record=record)))
@@ -316,9 +317,12 @@ def test_names_of_the_hub_are_links_and_metadata(copied: Callable[..., Path]) ->
         assert "[owner/base](https://huggingface.co/owner/base)" in card
         assert (f"commit `{commit}`" in card) == (commit in record.values())
     for changes in (
-        {"options": {"base.model": "runs/base", "training.output_dir": "runs/tuned"}, "record": {"base_digest": None}},
-        {"options": {"base.model": "owner/base"}, "record": {"base_digest": "0123456789abcdef"}},
-        {"options": {"base.model": "owner/base"}, "record": {"base_commit": None, "base_digest": None}},
+        {
+            "options": {"base.model_name_or_path": "runs/base", "training.output_dir": "runs/tuned"},
+            "record": {"base_digest": None},
+        },
+        {"options": {"base.model_name_or_path": "owner/base"}, "record": {"base_digest": "0123456789abcdef"}},
+        {"options": {"base.model_name_or_path": "owner/base"}, "record": {"base_commit": None, "base_digest": None}},
     ):
         card = render_card(card_facts(copied("tuned", **changes)))
         assert "base_model" not in ModelCard(card).data.to_dict()
@@ -342,18 +346,22 @@ def test_the_shown_code_loads_the_model(runs: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_command_gives_the_same_options(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(runs)
-    for name, parse in (("first", parse_run_options), ("tuned", parse_finetune_options)):
+    for name, kind, parse in (
+        ("first", RunOptions, parse_run_options),
+        ("tuned", FinetuneOptions, parse_finetune_options),
+    ):
         facts = card_facts(runs / name)
+        free = {option for option, each in flat_declarations(kind).items() if each.resume == "free"}
         (shown,) = re.findall(r"```bash\n(.*?)```", render_card(facts), re.DOTALL)
         words = shlex.split(shown.replace("\\\n", ""))
         assert words == facts["command"]
         assert len(shown.splitlines()) <= 5
         again = flat_options(parse(words[2:]))
         before = json.loads((runs / name / "options.json").read_text())
-        paths = {"text.text_files": ["text.txt"], "rows.rows": ["rows.json"], "base.model": "first"}
-        assert {
-            option: paths.get(option, value) for option, value in before.items() if option not in FREE_ON_RESUME
-        } == {option: value for option, value in again.items() if option not in FREE_ON_RESUME}
+        paths = {"text.text_files": ["text.txt"], "rows.rows": ["rows.json"], "base.model_name_or_path": "first"}
+        assert {option: paths.get(option, value) for option, value in before.items() if option not in free} == {
+            option: value for option, value in again.items() if option not in free
+        }
 
 
 # --- what it does not say

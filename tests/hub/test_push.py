@@ -58,7 +58,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(
         RunOptions(
             training=TrainingOptions(
-                output_dir=str(folder / "tiny"), max_steps=3, batch_size=2, report_to=["none"], cpu=True
+                output_dir=str(folder / "tiny"), max_steps=3, batch_size=2, report_to=["none"], use_cpu=True
             ),
             text=TextOptions(text_files=[str(folder / "text.txt")]),
             encoding=EncodingOptions(encoding="bytes"),
@@ -128,7 +128,7 @@ def test_what_is_pushed_loads_without_the_package_to_the_bit(run: Path, hub: Hub
     """The command, verification in two fresh processes included; then a third one that only knows transformers."""
     environment = {**os.environ, **hub.environment(), "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
     pushed = subprocess.run(
-        [sys.executable, "-m", "gpt_kit_command", "push", str(run), REPO, "--private"],
+        [sys.executable, "-m", "gpt_kit_hf.commands.main", "push", str(run), REPO, "--private"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -217,7 +217,7 @@ def test_a_second_push_changes_nothing_and_a_changed_model_is_one_more_commit(
     weights = load_file(changed / "model.safetensors")
     weights["model.norm.weight"] += 1
     save_file(weights, changed / "model.safetensors", {"format": "pt"})
-    result = push_to_hub(changed, REPO, PushOptions(card="run"), api=api)
+    result = push_to_hub(changed, REPO, PushOptions(keep_card="run"), api=api)
     assert "model.safetensors" in result.sent
     assert set(result.removed) == {"model-00001-of-00002.safetensors", "pytorch_model.bin"}
     assert "notes.md" in hub.files(REPO, "main")  # another's file stays
@@ -231,11 +231,11 @@ def test_branch_pull_request_and_dry_run(run: Path, hub: HubServer, api: HfApi) 
     assert dry.sent["model.safetensors"] == (run / "model.safetensors").stat().st_size
     assert hub.head(REPO) is None
     assert not [each for each in hub.requests if each.method in ("POST", "PUT") and "validate" not in each.path]
-    push_to_hub(run, REPO, PushOptions(branch="next"), api=api)
+    push_to_hub(run, REPO, PushOptions(revision="next"), api=api)
     assert "model.safetensors" in hub.files(REPO, "next")
     assert "model.safetensors" not in hub.files(REPO, "main")
     before = hub.head(REPO)
-    proposed = push_to_hub(run, REPO, PushOptions(pull_request=True), api=api)
+    proposed = push_to_hub(run, REPO, PushOptions(create_pr=True), api=api)
     assert hub.head(REPO) == before
     assert hub.head(REPO, "refs/pr/1") == proposed.commit
 
@@ -253,7 +253,7 @@ def test_edits_of_the_card_on_the_hub_survive(run: Path, hub: HubServer, api: Hf
         HubError, match=r"its card was edited on the Hub and in own/README\.md: choose which text to keep"
     ):
         push_to_hub(own, REPO, api=api)
-    push_to_hub(own, REPO, PushOptions(card="run"), api=api)
+    push_to_hub(own, REPO, PushOptions(keep_card="run"), api=api)
     assert "To my dog." in hub.files(REPO, "main")["README.md"].decode()
 
 

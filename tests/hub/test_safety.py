@@ -752,7 +752,7 @@ def test_no_loader_runs_files_of_a_good_folder(
 def test_a_resumed_run_runs_no_code_of_its_folder(tmp_path: Path, mark: Path) -> None:
     text = tmp_path / "lines.txt"
     text.write_text("".join(f"The king sees {number} ships.\n" for number in range(80)))
-    short: dict[str, Any] = {"max_steps": 4, "save_every": 2, "sample_every": 0, "report_to": ["none"]}
+    short: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "sample_steps": 0, "report_to": ["none"]}
     train(run_options(tmp_path / "whole", str(text), **short), stream=None)
     for step in (1, 2):
         folder = killed_copy(tmp_path / "whole", tmp_path / f"run-{step}", "step-00000004")

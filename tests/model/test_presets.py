@@ -7,6 +7,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt_kit_hf import PRESETS, GPTKitForCausalLM, ModelOptions, UsageError, create_model_config
+from gpt_kit_hf.model.presets import build_config
 
 # Full name, layers, width, heads, context, vocabulary: GPT-2 after Radford et al. 2019, GPT-3 after Brown et al. 2020,
 # table 2.1, GPT-1 after Radford et al. 2018.
@@ -151,13 +152,13 @@ def test_presets_cannot_be_changed() -> None:
 
 def test_model_options_change_only_what_is_given() -> None:
     options = ModelOptions(model="nano-m", n_layer=2, dropout=0.2, use_bias=False)
-    config = options.build(vocab_size=257, eos_token_id=256, max_position_embeddings=99)
+    config = build_config(options, vocab_size=257, eos_token_id=256, max_position_embeddings=99)
     assert (config.n_layer, config.attn_pdrop, config.use_bias) == (2, 0.2, False)
     assert (config.vocab_size, config.eos_token_id, config.max_position_embeddings) == (257, 256, 99)
     assert (config.n_embd, config.n_head) == (384, 6)
-    assert ModelOptions(model="nano-m").build() == create_model_config("nano-m")
+    assert build_config(ModelOptions(model="nano-m")) == create_model_config("nano-m")
 
 
 def test_an_option_wins_over_what_the_data_suggest() -> None:
     options = ModelOptions(max_position_embeddings=64)
-    assert options.build(max_position_embeddings=99).max_position_embeddings == 64
+    assert build_config(options, max_position_embeddings=99).max_position_embeddings == 64

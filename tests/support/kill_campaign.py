@@ -82,9 +82,10 @@ def options(course: Course, folder: Path, texts: Path) -> RunOptions:
     """Return a run of few small steps, with dropout, that saves often."""
     share = 8 // course.processes
     training = TrainingOptions(
-        output_dir=str(folder), resume=True, batch_size=8, micro_batch_size=share // course.accumulation,
-        max_steps=_STEPS, eval_every=5, eval_windows=4, save_every=2, keep_last=2, keep_best=1, log_every=100,
-        sample_every=0, report_to=["none"], num_workers=course.workers, cpu=True, mixed_precision="fp32",
+        output_dir=str(folder), resume=True, batch_size=8, per_device_train_batch_size=share // course.accumulation,
+        max_steps=_STEPS, eval_steps=5, max_eval_samples=4, save_steps=2, save_total_limit=2, keep_best=1,
+        logging_steps=100, sample_steps=0, report_to=["none"], dataloader_num_workers=course.workers, use_cpu=True,
+        mixed_precision="fp32",
     )  # fmt: skip
     if course.stream:
         text = TextOptions(

@@ -13,13 +13,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--max_position_embeddings=32", "--max_length=32"]
-COURSE = ["--encoding=bytes", "--batch_size=8", "--micro_batch_size=3", "--max_steps=8", "--eval_every=3"]
+COURSE = ["--encoding=bytes", "--batch_size=8", "--per_device_train_batch_size=3", "--max_steps=8", "--eval_steps=3"]
 QUIET = [
-    "--eval_windows=5",
-    "--save_every=4",
-    "--sample_every=0",
+    "--max_eval_samples=5",
+    "--save_steps=4",
+    "--sample_steps=0",
     "--report_to=none",
-    "--cpu",
+    "--use_cpu",
     "--mixed_precision=fp32",
 ]
 
@@ -92,7 +92,7 @@ def test_batch_size_must_be_divisible_by_the_processes(tmp_path: Path, text: Pat
 
 def test_resume_on_another_number_of_processes_keeps_the_batches(tmp_path: Path, text: Path) -> None:
     """In the middle of an epoch: none lost, none repeated."""
-    course = ["--schedule=constant", "--resume"]
+    course = ["--lr_scheduler_type=constant_with_warmup", "--resume"]
     ended = launch(1, tmp_path / "whole", text, *course)
     assert ended.returncode == 0, ended.stderr
     for processes, steps in ((1, 3), (2, 6), (1, 8)):

@@ -35,7 +35,7 @@ from gpt_kit_hf import (
     generate_text_autoregressive,
     read_rows,
 )
-from gpt_kit_hf.commands.cli import finetune_command, inspect_command
+from gpt_kit_hf.commands.main import main
 from gpt_kit_hf.data.instructions.reader import PlacedRow
 from gpt_kit_hf.data.instructions.templates import with_template
 from gpt_kit_hf.evaluation.metrics import tokenizer_byte_lengths
@@ -65,15 +65,15 @@ def write_rows(file: Path, n: int = 24) -> Path:
 
 def options(folder: Path, base: Path, rows: Path, **changes: Any) -> FinetuneOptions:
     training = {
-        "batch_size": 4, "micro_batch_size": 3, "max_steps": 8, "eval_every": 4, "save_every": 4, "keep_last": 9,
-        "log_every": 4, "sample_every": 0, "sample_tokens": 8, "cpu": True, "mixed_precision": "fp32",
-        "report_to": ["none"],
+        "batch_size": 4, "per_device_train_batch_size": 3, "max_steps": 8, "eval_steps": 4, "save_steps": 4,
+        "save_total_limit": 9, "logging_steps": 4, "sample_steps": 0, "sample_max_new_tokens": 8, "use_cpu": True,
+        "mixed_precision": "fp32", "report_to": ["none"],
     }  # fmt: skip
     rooms: dict[str, Any] = {"supervision": SupervisionOptions(max_length=CONTEXT), "adapter": AdapterOptions()}
     rooms |= {name: changes.pop(name) for name in list(changes) if name in rooms}
     return FinetuneOptions(
         training=TrainingOptions(output_dir=str(folder), **{**training, **changes}),
-        base=BaseOptions(model=str(base), eval_fraction=0.25),
+        base=BaseOptions(model_name_or_path=str(base), eval_fraction=0.25),
         rows=RowOptions(rows=[str(rows)]),
         optimizer=OptimizerOptions(learning_rate=1e-2, warmup_steps=1),
         **rooms,
@@ -83,7 +83,7 @@ def options(folder: Path, base: Path, rows: Path, **changes: Any) -> FinetuneOpt
 @pytest.mark.parametrize("rank", [0, 4])
 def test_finetuned_model_loads_and_answers(rank: int, base: Path, tmp_path: Path) -> None:
     rows, output = write_rows(tmp_path / "rows.json"), io.StringIO()
-    asked = options(tmp_path / "run", base, rows, max_steps=60, save_every=60, adapter=AdapterOptions(lora_rank=rank))
+    asked = options(tmp_path / "run", base, rows, max_steps=60, save_steps=60, adapter=AdapterOptions(lora_r=rank))
     result = finetune(asked, stream=output)
     scores = [line["loss"] for line in read_jsonl(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "eval"]
     assert result.evaluation.loss < 0.6 * scores[0]  # the score before the first step is there to compare
@@ -122,7 +122,7 @@ def test_run_resumes_to_the_bit(packing: bool, rank: int, base: Path, tmp_path: 
     rows = write_rows(tmp_path / "rows.json")
     rooms = {
         "supervision": SupervisionOptions(max_length=CONTEXT, packing=packing),
-        "adapter": AdapterOptions(lora_rank=rank, lora_dropout=0.1 if rank else 0.0),
+        "adapter": AdapterOptions(lora_r=rank, lora_dropout=0.1 if rank else 0.0),
     }
     finetune(options(tmp_path / "whole", base, rows, **rooms), stream=None)
     killed = killed_copy(tmp_path / "whole", tmp_path / "again", "step-00000008")
@@ -136,7 +136,7 @@ def test_run_resumes_to_the_bit(packing: bool, rank: int, base: Path, tmp_path: 
 
 def test_adapter_changes_only_its_target_modules(base: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.json")
-    finetune(options(tmp_path / "run", base, rows, adapter=AdapterOptions(lora_rank=2)), stream=None)
+    finetune(options(tmp_path / "run", base, rows, adapter=AdapterOptions(lora_r=2)), stream=None)
     before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "run" / "model.safetensors")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved
@@ -186,9 +186,9 @@ def test_unusable_rows_are_refused_before_anything_is_written(base: Path, tmp_pa
         finetune(options(tmp_path / "run", base, rows, supervision=SupervisionOptions(max_length=512)), stream=None)
     with pytest.raises(UsageError, match=r"cannot be loaded|no such folder"):
         finetune(options(tmp_path / "run", tmp_path / "missing", rows), stream=None)
-    with pytest.raises(UsageError, match="lora_targets"):
+    with pytest.raises(UsageError, match="lora_target_modules"):
         finetune(
-            options(tmp_path / "run", base, rows, adapter=AdapterOptions(lora_rank=2, lora_targets=["nothing"])),
+            options(tmp_path / "run", base, rows, adapter=AdapterOptions(lora_r=2, lora_target_modules=["nothing"])),
             stream=None,
         )
     assert not (tmp_path / "run").exists()
@@ -197,13 +197,13 @@ def test_unusable_rows_are_refused_before_anything_is_written(base: Path, tmp_pa
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: BaseOptions(model="m", chat_template="alpacca"), "did you mean 'alpaca'"),
-        (lambda: BaseOptions(model="m", eval_fraction=1.0), "eval_fraction must lie between 0 and 1"),
-        (lambda: BaseOptions(model="m", dropout=1.0), "dropout must be at least 0 and below 1"),
-        (lambda: AdapterOptions(lora_rank=-1), "lora_rank must be at least 0"),
-        (lambda: AdapterOptions(lora_alpha=4.0), "lora_alpha and lora_dropout are for lora_rank above 0"),
-        (lambda: AdapterOptions(lora_rank=1, lora_alpha=0.0), "lora_alpha must be above 0"),
-        (lambda: AdapterOptions(lora_targets=[]), "lora_targets is empty"),
+        (lambda: BaseOptions(model_name_or_path="m", chat_template="alpacca"), "did you mean 'alpaca'"),
+        (lambda: BaseOptions(model_name_or_path="m", eval_fraction=1.0), "eval_fraction must be above 0 and below 1"),
+        (lambda: BaseOptions(model_name_or_path="m", dropout=1.0), "dropout must be at least 0 and below 1"),
+        (lambda: AdapterOptions(lora_r=-1), "lora_r must be at least 0"),
+        (lambda: AdapterOptions(lora_alpha=4.0), "lora_alpha and lora_dropout are for lora_r above 0"),
+        (lambda: AdapterOptions(lora_r=1, lora_alpha=0.0), "lora_alpha must be above 0"),
+        (lambda: AdapterOptions(lora_target_modules=[]), "lora_target_modules is empty"),
     ],
 )
 def test_options_out_of_range_are_refused(make: Any, message: str) -> None:
@@ -215,15 +215,21 @@ def test_finetune_command_runs_and_refuses_in_one_line(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = write_rows(tmp_path / "rows.json")
-    arguments = [f"--model={base}", f"--rows={rows}", f"--output_dir={tmp_path / 'run'}", "--max_steps=2", "--cpu"]
-    assert finetune_command([*arguments, "--report_to=none", "--sample_every=0"]) == 0
+    arguments = [
+        f"--model_name_or_path={base}",
+        f"--rows={rows}",
+        f"--output_dir={tmp_path / 'run'}",
+        "--max_steps=2",
+        "--use_cpu",
+    ]
+    assert main(["finetune", *arguments, "--report_to=none", "--sample_steps=0"]) == 0
     assert "eval answers" in capsys.readouterr().out
     for bad, message in (
         (["--ros=x"], "unknown option 'ros'; did you mean 'rows'"),
         (["--truncation=cut"], "truncation"),
-        (["--model=nowhere/at/all"], "no such folder"),
+        (["--model_name_or_path=nowhere/at/all"], "no such folder"),
     ):
-        assert finetune_command([*arguments, f"--output_dir={tmp_path / 'no'}", *bad]) == 2
+        assert main(["finetune", *arguments, f"--output_dir={tmp_path / 'no'}", *bad]) == 2
         error = capsys.readouterr().err.strip().splitlines()
         assert message in error[-1]
         assert error[-1].startswith("error: ")
@@ -232,24 +238,21 @@ def test_finetune_command_runs_and_refuses_in_one_line(
 def test_inspect_command_shows_the_trained_tokens(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def inspect(file: Path, **changes: Any) -> int:
-        asked = {
-            "model": str(base), "row_format": "auto", "max_length": None, "truncation": "error",
-            "train_on": "answers", "skip": False, "examples": 2,
-        }  # fmt: skip
-        return inspect_command([str(file)], **{**asked, **changes})
+    def inspect(file: Path, *changes: str) -> int:
+        return main(["inspect", str(file), "--examples=2", *changes])
 
+    of_base = f"--model_name_or_path={base}"
     rows = write_rows(tmp_path / "rows.json")
-    assert inspect(rows) == 0
+    assert inspect(rows, of_base) == 0
     shown = capsys.readouterr().out
     assert "rows      24 read, 24 used" in shown
     assert "⟦yes<|endoftext|>⟧" in shown
-    assert inspect(rows, model=None) == 0
+    assert inspect(rows) == 0
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"instruction": "a", "input": "", "output": "b"}\n{"instruction": null}\n')
-    assert inspect(bad) == 2
+    assert inspect(bad, of_base) == 2
     assert "bad.jsonl:2" in capsys.readouterr().err
-    assert inspect(bad, skip=True) == 0
+    assert inspect(bad, of_base, "--on_bad_row=skip") == 0
     assert "1 skipped" in capsys.readouterr().out
 
 
@@ -313,7 +316,7 @@ def test_format_other_than_the_saved_template_is_refused(base: Path, tmp_path: P
 def test_adapter_resumes_on_its_own_base_only(base: Path, tmp_path: Path) -> None:
     rows, mine = write_rows(tmp_path / "rows.json"), tmp_path / "mine"
     shutil.copytree(base, mine)
-    adapter = AdapterOptions(lora_rank=2)
+    adapter = AdapterOptions(lora_r=2)
     finetune(options(tmp_path / "run", mine, rows, adapter=adapter), stream=None)
     killed = killed_copy(tmp_path / "run", tmp_path / "killed", "step-00000008")
     write_tiny_model(mine, context=CONTEXT)

@@ -55,8 +55,9 @@ def options(folder: Path, text_file: str, **changes: Any) -> RunOptions:
     training = TrainingOptions(
         output_dir=str(folder),
         **{
-            "batch_size": 6, "micro_batch_size": 4, "max_steps": 12, "eval_every": 5, "save_every": 4, "keep_last": 9,
-            "log_every": 4, "sample_every": 6, "sample_tokens": 8, "cpu": True, "mixed_precision": "fp32", **changes,
+            "batch_size": 6, "per_device_train_batch_size": 4, "max_steps": 12, "eval_steps": 5, "save_steps": 4,
+            "save_total_limit": 9, "logging_steps": 4, "sample_steps": 6, "sample_max_new_tokens": 8, "use_cpu": True,
+            "mixed_precision": "fp32", **changes,
         },
     )  # fmt: skip
     return RunOptions(
@@ -176,7 +177,7 @@ def test_run_resumes_to_the_bit(finished: tuple[Path, str], tmp_path: Path, text
 
 def test_resume_with_workers_keeps_the_batches(finished: tuple[Path, str], tmp_path: Path, text_file: str) -> None:
     folder = killed_copy(finished[0], tmp_path / "run", "step-00000012")
-    train(options(folder, text_file, resume=True, num_workers=2), stream=None)
+    train(options(folder, text_file, resume=True, dataloader_num_workers=2), stream=None)
     assert_same_run(finished[0], folder)
 
 
@@ -233,13 +234,13 @@ def test_existing_run_is_never_overwritten(finished: tuple[Path, str], tmp_path:
 def test_resume_refuses_a_changed_text(finished: tuple[Path, str], tmp_path: Path, text_file: str) -> None:
     folder, file = tmp_path / "run", tmp_path / "lines.txt"
     file.write_text(Path(text_file).read_text())
-    train(options(tmp_path / "whole", str(file), max_steps=4, save_every=2), stream=None)
+    train(options(tmp_path / "whole", str(file), max_steps=4, save_steps=2), stream=None)
     killed_copy(tmp_path / "whole", folder, "step-00000004")
     file.write_text(Path(text_file).read_text() + "One more line.\n")
     with pytest.raises(
         UsageError, match=r"other data \(train_tokens was 3371, is \d+; eval_tokens .* its fingerprint was"
     ):
-        train(options(folder, str(file), max_steps=4, save_every=2, resume=True), stream=None)
+        train(options(folder, str(file), max_steps=4, save_steps=2, resume=True), stream=None)
 
 
 def test_folder_with_other_files_is_refused(tmp_path: Path, text_file: str) -> None:
@@ -259,7 +260,7 @@ def test_too_many_skipped_updates_stop_the_run(
         "gpt_kit_hf.model.chunked_loss.summed_cross_entropy", lambda hidden, *_: hidden.sum() * math.nan
     )
     with pytest.raises(NonFiniteError, match="3 updates in a row were skipped, the last at step 3: loss is nan"):
-        train(options(tmp_path / "run", text_file, max_skipped=3), stream=None)
+        train(options(tmp_path / "run", text_file, max_skipped_updates=3), stream=None)
     lines = update_lines(tmp_path / "run")
     assert [line["loss"] for line in lines] == [None] * 3
     assert all(line["skipped"] == "loss is nan" for line in lines)

@@ -49,10 +49,10 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output = io.StringIO()
-    train(no_dropout(options(tmp_path / "short", text_file, micro_batch_size=6)), stream=output)
+    train(no_dropout(options(tmp_path / "short", text_file, per_device_train_batch_size=6)), stream=output)
     assert output.getvalue().count("ran out of memory") == 2  # 6 rows, 3, then 2 and 1
     monkeypatch.undo()
-    train(no_dropout(options(tmp_path / "whole", text_file, micro_batch_size=6)), stream=None)
+    train(no_dropout(options(tmp_path / "whole", text_file, per_device_train_batch_size=6)), stream=None)
     for one, other in zip(update_lines(tmp_path / "short"), update_lines(tmp_path / "whole"), strict=True):
         assert one["batch"] == other["batch"]
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
@@ -63,7 +63,9 @@ def test_out_of_memory_stops_the_run_if_asked_to(
     tmp_path: Path,
     small_memory: None,
 ) -> None:
-    with pytest.raises(RunError, match=r"with micro-batches of 4: continue with --resume --micro_batch_size 2"):
+    with pytest.raises(
+        RunError, match=r"with micro-batches of 4: continue with --resume --per_device_train_batch_size 2"
+    ):
         train(options(tmp_path / "run", text_file, out_of_memory="stop"), stream=None)
 
 
@@ -100,7 +102,7 @@ def test_non_finite_losses_stop_the_run_and_name_the_batch(
     with pytest.raises(
         NonFiniteError, match=r"last at step 9: loss is nan; its batch is \w{16}, samples \d+, .*step-0"
     ):
-        train(options(tmp_path / "run", text_file, max_skipped=3), stream=None)
+        train(options(tmp_path / "run", text_file, max_skipped_updates=3), stream=None)
 
 
 def test_failed_save_keeps_the_run_and_the_old_checkpoint(
@@ -134,8 +136,8 @@ def test_background_saves_and_recomputation_change_no_bit(
     text_file: str,  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    train(options(tmp_path / "one", text_file, background_save=background, save_every=1, keep_best=2), stream=None)
-    train(options(tmp_path / "other", text_file, activation_checkpointing=True), stream=None)
+    train(options(tmp_path / "one", text_file, async_save=background, save_steps=1, keep_best=2), stream=None)
+    train(options(tmp_path / "other", text_file, gradient_checkpointing=True), stream=None)
     assert_same_run(tmp_path / "one", tmp_path / "other")
     # Its tensors alone, twice: tied weights are written once.
     a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "other"))

@@ -39,7 +39,7 @@ def test_streaming_run_resumes_to_the_bit(workers: int, texts: Path, tmp_path: P
     train(streamed(tmp_path / "whole", texts), stream=output)
     assert "a stream of" in output.getvalue()
     killed = killed_copy(tmp_path / "whole", tmp_path / "again", "step-00000008", "step-00000012")
-    train(streamed(killed, texts, resume=True, num_workers=workers), stream=None)
+    train(streamed(killed, texts, resume=True, dataloader_num_workers=workers), stream=None)
     assert_same_run(tmp_path / "whole", killed)
 
 

@@ -15,8 +15,8 @@ from test_pretrain import finished, options, text_file, update_lines  # noqa: F4
 
 from gpt_kit_hf import RunOptions, UsageError, train
 from gpt_kit_hf.model.losses import Batch
+from gpt_kit_hf.options.run import flat_options, stored_options
 from gpt_kit_hf.training.replay import replay_steps
-from gpt_kit_hf.training.run_options import flat_options, stored_options
 from gpt_kit_hf.training.state.batch_digests import batch_digest, chained, content_digest, halves, joined
 from gpt_kit_hf.training.verify import verify_run
 

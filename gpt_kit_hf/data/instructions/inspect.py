@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gpt_kit_hf.data.instructions.reader import RowOptions, SkippedRows, read_rows
+from gpt_kit_hf.data.instructions.reader import SkippedRows, read_rows
 from gpt_kit_hf.data.instructions.report import SupervisionReport, report_of
-from gpt_kit_hf.data.instructions.templates import KEEP, with_template
-from gpt_kit_hf.data.instructions.tokenized import SupervisionOptions, encode_rows
+from gpt_kit_hf.data.instructions.templates import with_template
+from gpt_kit_hf.data.instructions.tokenized import encode_rows
+from gpt_kit_hf.options.data import KEEP, RowOptions, SupervisionOptions
 from gpt_kit_hf.tokenization.encodings import get_encoding
 from gpt_kit_hf.tokenization.export import to_transformers
 

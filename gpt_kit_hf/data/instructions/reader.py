@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import math
@@ -11,52 +10,24 @@ from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gpt_kit_hf.data.text.dataset_shards import load_split
 from gpt_kit_hf.data.text.shards import COMPRESSIONS
-from gpt_kit_hf.data.text.sources import find_files
-from gpt_kit_hf.errors import DataError, UsageError, unknown_name
+from gpt_kit_hf.errors import DataError, UsageError
+from gpt_kit_hf.options.data import RowOptions
+from gpt_kit_hf.options.files import find_files
 
 _JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 _MAX_DIGITS = 4300  # Python's own limit for converting an integer
 _SPACE = re.compile(r"[ \t\n\r]*")
 # Files are decoded with "surrogateescape": these characters stand for bytes that are not UTF-8, and for nothing else.
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowOptions:
-    """Where instruction rows come from, and what a row that cannot be used does."""
-
-    rows: list[str] | None = dataclasses.field(
-        default=None,
-        metadata={"help": "files or globs of rows: .json, .jsonl, .ndjson (also .gz, .zst) and .parquet"},
-    )
-    rows_dataset: str | None = dataclasses.field(
-        default=None, metadata={"help": "dataset of the Hub, or a folder that `datasets` reads, instead of rows"}
-    )
-    rows_config: str | None = dataclasses.field(default=None, metadata={"help": "configuration of rows_dataset"})
-    rows_split: str | None = dataclasses.field(
-        default=None, metadata={"help": "split of rows_dataset, 'train' if not given"}
-    )
-    on_bad_row: Literal["stop", "skip"] = dataclasses.field(
-        default="stop", metadata={"help": "'stop' at a row that cannot be used, or 'skip' and count it"}
-    )
-
-    def __post_init__(self) -> None:
-        if bool(self.rows) == bool(self.rows_dataset):
-            raise UsageError("give rows: exactly one of rows (files) and rows_dataset")
-        if self.rows_dataset is None and (self.rows_config is not None or self.rows_split is not None):
-            raise UsageError("rows_config and rows_split are for rows_dataset; files have neither")
-        if self.on_bad_row not in ("stop", "skip"):
-            raise UsageError(unknown_name("on_bad_row", str(self.on_bad_row), ("stop", "skip")))
 
 
 class PlacedRow(NamedTuple):
@@ -137,8 +108,11 @@ Found: TypeAlias = Iterator["PlacedRow | BadRow"]
 
 def _sources(options: RowOptions) -> Iterator[tuple[str, Found]]:
     if options.rows is None:
-        name = str(options.rows_dataset)
-        yield f"rows_dataset {name!r}", _dataset_rows(name, options.rows_config, options.rows_split or "train")
+        name = str(options.dataset_name)
+        yield (
+            f"dataset_name {name!r}",
+            _dataset_rows(name, options.dataset_config, options.dataset_train_split or "train"),
+        )
         return
     files = find_files(options.rows, "rows")
     readers = [_reader(file) for file in files]  # a wrong name is an error before the first file is read
@@ -188,9 +162,8 @@ def _line_row(file: Path, number: int, line: str) -> PlacedRow | BadRow:
     place = f"{file}:{number}"
     if not_utf8 := _NOT_UTF8.search(line):
         return _not_utf8_row(place, not_utf8)
-    decoder = _StrictDecoder()
     try:
-        value, end = decoder.raw_decode(line, _skip_space(line, 0))
+        row, end = _decode_row(line, _skip_space(line, 0), place)
     except json.JSONDecodeError as error:
         reason = f"broken JSON: {error.msg}"
         if number == 1 and line.strip() == "{":
@@ -199,7 +172,7 @@ def _line_row(file: Path, number: int, line: str) -> PlacedRow | BadRow:
     rest = _skip_space(line, end)
     if rest < len(line):
         return BadRow(f"{place}:{rest + 1}", "broken JSON", "broken JSON: more text after the row")
-    return _checked_row(place, value, decoder)
+    return row
 
 
 def _array_rows(file: Path, first_line: int, text: str) -> Found:
@@ -219,13 +192,11 @@ def _array_rows(file: Path, first_line: int, text: str) -> Found:
     position = _skip_space(text, text.index("[") + 1)
     more = not text.startswith("]", position)
     while more:
-        decoder = _StrictDecoder()
         try:
-            value, end = decoder.raw_decode(text, position)
+            row, end = _decode_row(text, position, place(position))
         except json.JSONDecodeError as error:
             raise unreadable(error.pos, error.msg) from None
-        where, not_utf8 = place(position), _NOT_UTF8.search(text, position, end)
-        yield _not_utf8_row(where, not_utf8) if not_utf8 else _checked_row(where, value, decoder)
+        yield row
         position = _skip_space(text, end)
         more = text.startswith(",", position)
         if more:
@@ -235,6 +206,19 @@ def _array_rows(file: Path, first_line: int, text: str) -> Found:
     rest = _skip_space(text, position + 1)
     if rest < len(text):
         raise DataError(f"{place(rest)}: broken JSON: more text after the array's end")
+
+
+def _decode_row(text: str, position: int, place: str) -> tuple[PlacedRow | BadRow, int]:
+    """Return the row at a position, and its end; raises JSONDecodeError if the end cannot be found."""
+    decoder = _StrictDecoder()
+    value, end = decoder.raw_decode(text, position)
+    if not_utf8 := _NOT_UTF8.search(text, position, end):
+        return _not_utf8_row(place, not_utf8), end
+    if decoder.faults:
+        return BadRow(place, *decoder.faults[0]), end
+    if not isinstance(value, dict):
+        return BadRow(place, "not an object", f"a row is a JSON object, got {shown(value)}"), end
+    return PlacedRow(place, value), end
 
 
 class _StrictDecoder(json.JSONDecoder):
@@ -287,14 +271,6 @@ def _skip_space(text: str, position: int) -> int:
     return match.end()
 
 
-def _checked_row(place: str, value: Any, decoder: _StrictDecoder) -> PlacedRow | BadRow:
-    if decoder.faults:
-        return BadRow(place, *decoder.faults[0])
-    if not isinstance(value, dict):
-        return BadRow(place, "not an object", f"a row is a JSON object, got {shown(value)}")
-    return PlacedRow(place, value)
-
-
 def _not_utf8_row(place: str, escaped: re.Match[str]) -> BadRow:
     return BadRow(place, "not UTF-8", f"not UTF-8 text (byte 0x{ord(escaped[0]) - 0xDC00:02x})")
 
@@ -321,7 +297,7 @@ def _batch_row(batch: pa.RecordBatch, index: int) -> dict[str, Any]:
 
 
 def _dataset_rows(name: str, config: str | None, split: str) -> Found:
-    rows = load_split(f"rows_dataset {name!r}", name, config, split)
+    rows = load_split(f"dataset_name {name!r}", name, config, split)
     yield from _table_rows(name, 0, len(rows), rows.__getitem__)
 
 

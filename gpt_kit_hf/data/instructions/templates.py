@@ -8,11 +8,10 @@ from typing import Any
 
 from gpt_kit_hf.data.instructions.formats import format_of
 from gpt_kit_hf.data.instructions.reader import PlacedRow, RowError
-from gpt_kit_hf.data.instructions.tokenized import RowFormat
 from gpt_kit_hf.errors import UsageError
+from gpt_kit_hf.options.data import KEEP, RowFormat
 from gpt_kit_hf.tokenization.chat_templates import ALPACA_TEMPLATE, DEFAULT_TEMPLATE, get_chat_template
 
-KEEP = "keep"
 _TEMPLATE_OF = {"alpaca": ALPACA_TEMPLATE, "chat": DEFAULT_TEMPLATE, "prompt_completion": None}
 
 

@@ -9,60 +9,22 @@ import math
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from gpt_kit_hf.data.instructions.encoding import EncodedRow, RowEncoder
-from gpt_kit_hf.data.instructions.formats import FORMAT_KEYS, FormatFn
+from gpt_kit_hf.data.instructions.formats import FormatFn
 from gpt_kit_hf.data.instructions.reader import BadRow, PlacedRow, RowError, SkippedRows, skip_or_raise
-from gpt_kit_hf.errors import DataError, UsageError, unknown_name
+from gpt_kit_hf.errors import DataError, UsageError
+from gpt_kit_hf.options.data import SupervisionOptions
 
 if TYPE_CHECKING:
     from gpt_kit_hf.tokenization.encodings import AnyTokenizer
 
-RowFormat: TypeAlias = Literal["auto", "alpaca", "chat", "prompt_completion"]
-TrainOn: TypeAlias = Literal["answers", "everything"]
-Truncation: TypeAlias = Literal["error", "drop", "truncate_prompt"]
-
 _TOO_LONG = "longer than max_length"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SupervisionOptions:
-    """What of a row is trained, and what becomes of a row that is too long."""
-
-    format: RowFormat = dataclasses.field(
-        default="auto", metadata={"help": "how rows are read: by their keys, or all as one of the formats"}
-    )
-    train_on: TrainOn = dataclasses.field(
-        default="answers", metadata={"help": "'answers' with their end of text, or 'everything', prompts too"}
-    )
-    max_length: int = dataclasses.field(
-        default=256, metadata={"help": "tokens that the model reads of a row at most, and length of a packed sequence"}
-    )
-    truncation: Truncation = dataclasses.field(
-        default="error",
-        metadata={"help": "a row above max_length: stop, leave it out, or cut the beginning of its prompt"},
-    )
-    packing: bool = dataclasses.field(
-        default=True, metadata={"help": "put several rows, which do not see each other, into one sequence"}
-    )
-
-    def __post_init__(self) -> None:
-        choices = {
-            "format": ("auto", *FORMAT_KEYS),
-            "train_on": ("answers", "everything"),
-            "truncation": ("error", "drop", "truncate_prompt"),
-        }
-        for name, known in choices.items():
-            value = getattr(self, name)
-            if value not in known:
-                raise UsageError(unknown_name(name, str(value), known))
-        if isinstance(self.max_length, bool) or not isinstance(self.max_length, int) or self.max_length < 1:
-            raise UsageError(f"max_length must be an integer, at least 1, got {self.max_length!r}")
 
 
 class SupervisedRow(NamedTuple):

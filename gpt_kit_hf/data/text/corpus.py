@@ -2,51 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import tiktoken
 
 from gpt_kit_hf.data.text.dataset_shards import DatasetShard, RowsShard
 from gpt_kit_hf.data.text.shards import CHUNK_BYTES, FileShard
-from gpt_kit_hf.data.text.sources import TextOptions, TextSource
+from gpt_kit_hf.data.text.sources import TextSource, eval_source, train_sources
 from gpt_kit_hf.data.text.token_cache import store_tokens
 from gpt_kit_hf.data.text.windows import TokenStream, join_streams, split_eval
-from gpt_kit_hf.errors import DataError, UsageError, unknown_name
+from gpt_kit_hf.errors import DataError, UsageError
+from gpt_kit_hf.options.data import TRAINED_BPE, EncodingOptions, TextOptions
 from gpt_kit_hf.tokenization import encodings
-
-TRAINED_BPE = "bpe"
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodingOptions:
-    """What a token is."""
-
-    encoding: str = dataclasses.field(
-        default=TRAINED_BPE,
-        metadata={"help": "bpe (trained on the text), bytes, gpt2, or a folder that holds a tokenizer.json"},
-    )
-    vocab_size: int = dataclasses.field(
-        default=4096, metadata={"help": "tokens of a trained bpe: 256 bytes, merges and end of text"}
-    )
-    vocab_text_mb: int = dataclasses.field(
-        default=100, metadata={"help": "megabytes of text, from all parts of the corpus, that a bpe is trained on"}
-    )
-
-    def __post_init__(self) -> None:
-        known = [TRAINED_BPE, "bytes", "gpt2"]
-        if self.encoding not in known and not Path(self.encoding).is_dir():
-            raise UsageError(unknown_name("encoding", self.encoding, known))
-        if self.vocab_size < 258:
-            raise UsageError(
-                f"vocab_size must be at least 258 (256 bytes, a merge, end of text), got {self.vocab_size}"
-            )
-        if self.vocab_text_mb < 1:
-            raise UsageError(f"vocab_text_mb must be at least 1, got {self.vocab_text_mb}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +51,10 @@ def choose_encoding(text: TextOptions, options: EncodingOptions) -> tiktoken.Enc
 
 def prepare_corpus(text: TextOptions, encoding: tiktoken.Encoding, *, seed: int) -> Corpus:
     """Read, tokenize and split the text; shards in the token cache are not tokenized again."""
-    weights, sources = zip(*text.sources(), strict=True)
+    weights, sources = zip(*train_sources(text), strict=True)
     streams, keys = zip(*(_tokenized(source, encoding, text.num_proc) for source in sources), strict=True)
     documents = sum(len(stream.document_starts) for stream in streams)
-    if text.held_out() is not None:
+    if eval_source(text) is not None:
         eval_stream, key = prepare_held_out(text, encoding)
         split: tuple[object, ...] = (key,)
     else:
@@ -106,7 +76,9 @@ def prepare_corpus(text: TextOptions, encoding: tiktoken.Encoding, *, seed: int)
 
 def prepare_text(text: TextOptions, encoding: tiktoken.Encoding) -> tuple[TokenStream, str]:
     """Return all tokens of the text and their fingerprint."""
-    streams, keys = zip(*(_tokenized(source, encoding, text.num_proc) for _, source in text.sources()), strict=True)
+    streams, keys = zip(
+        *(_tokenized(source, encoding, text.num_proc) for _, source in train_sources(text)), strict=True
+    )
     return join_streams(streams), hashlib.sha256(repr(list(keys)).encode()).hexdigest()[:16]
 
 
@@ -115,9 +87,9 @@ def prepare_held_out(text: TextOptions, encoding: tiktoken.Encoding) -> tuple[To
 
     Raises UsageError if one of the files is a training file as well.
     """
-    source = text.held_out()
+    source = eval_source(text)
     assert source is not None
-    both = source.resolved_files() & {file for _, trained in text.sources() for file in trained.resolved_files()}
+    both = source.resolved_files() & {file for _, trained in train_sources(text) for file in trained.resolved_files()}
     if both:
         raise UsageError(f"eval_files: {min(both)} is trained on as well; evaluate on a file that is not")
     if text.streaming and source.dataset is not None:
@@ -149,7 +121,7 @@ def _tokenized(source: TextSource, encoding: tiktoken.Encoding, num_proc: int) -
 def _vocabulary_text(text: TextOptions, limit: int) -> Iterator[str]:
     """Yield about `limit` bytes of the training text, from the start of each shard."""
     shards: Sequence[FileShard | RowsShard | DatasetShard]
-    sources = [source for _, source in text.sources()]
+    sources = [source for _, source in train_sources(text)]
     if text.streaming:  # the size of a stream is not known
         shards, whole = [shard for source in sources for shard in source.streamed_units(may_cut=True)], False
     else:

@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from gpt_kit_hf.data.order import BatchPlan, shuffled
 from gpt_kit_hf.data.text.dataset_shards import DatasetShard
 from gpt_kit_hf.data.text.shards import FileShard
-from gpt_kit_hf.data.text.windows import WindowOptions, collate_windows, window_item
+from gpt_kit_hf.data.text.windows import collate_windows, window_item
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.model.losses import Batch
+from gpt_kit_hf.options.data import WindowOptions
 from gpt_kit_hf.tokenization import encodings
 
 # JSON: {"chunk": number of the shuffle buffer, "used": windows of it that were taken, "place" and "skip": where it

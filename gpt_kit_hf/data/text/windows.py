@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,39 +15,11 @@ from torch.utils.data import DataLoader, Dataset
 from gpt_kit_hf.data.text.token_cache import StoredIds
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.model.losses import Batch
+from gpt_kit_hf.options.data import check_stride
 from gpt_kit_hf.tokenization import encodings
 
 # A target of this id is not trained: the default `ignore_index` of torch's cross-entropy.
 IGNORED = -100
-
-
-@dataclass(frozen=True, kw_only=True)
-class WindowOptions:
-    """How windows are cut."""
-
-    max_length: int = dataclasses.field(default=256, metadata={"help": "tokens of a window, the model's context"})
-    stride: int | None = dataclasses.field(
-        default=None, metadata={"help": "tokens between the starts of two windows, if not max_length"}
-    )
-    packing: bool = dataclasses.field(
-        default=False, metadata={"help": "documents in a window do not see each other, nor begin each other's targets"}
-    )
-
-    def __post_init__(self) -> None:
-        if self.max_length < 1:
-            raise UsageError(f"max_length must be at least 1, got {self.max_length}")
-        check_stride(self.step, self.max_length)
-
-    @property
-    def step(self) -> int:
-        """The stride, or max_length if none is given."""
-        return self.max_length if self.stride is None else self.stride
-
-
-def check_stride(stride: int, max_length: int) -> None:
-    """Raise UsageError for a stride that stands still or leaps over tokens."""
-    if not 1 <= stride <= max_length:
-        raise UsageError(f"stride must lie between 1 and max_length={max_length}, got {stride}: it would skip tokens")
 
 
 Ids: TypeAlias = "npt.NDArray[Any] | StoredIds"

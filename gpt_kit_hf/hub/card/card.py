@@ -138,7 +138,7 @@ def _render_body(facts: Mapping[str, Any], repo: str | None, blocks: dict[str, s
         repo=repo or markdown.repo_name(facts["name"]),
         sources=markdown.sources(options),
         eval_source=markdown.eval_source(options),
-        lora_rank=options.get("adapter.lora_rank"),
+        lora_r=options.get("adapter.lora_r"),
         hyperparameters=markdown.hyperparameters(options),
         block=block,
     )

@@ -43,7 +43,7 @@ _ARCHITECTURE = (
 )
 _COUNTS = (
     *("rows_read", "rows_used", "rows_truncated", "tokens", "tokens_trained", "ends_trained", "rows_without_label"),
-    *("rows_end_untrained", "rows_prompt_trained", "batch_size", "padding", "padding_packed", "max_length"),
+    *("rows_end_untrained", "rows_prompt_trained"),
 )
 # The texts that a field of a configuration may have; its other values are numbers and truth values.
 _TEXTS: dict[str, Container[object]] = {
@@ -72,7 +72,7 @@ def card_facts(run: Path) -> dict[str, Any]:
     config = _read_object(folder / "config.json")
     if not options and not config:
         raise UsageError(f"{str(run)!r} holds neither a run nor a model: no {OPTIONS_FILE} and no config.json")
-    tuned, name = "base.model" in options, shareable(run.resolve().name)
+    tuned, name = "base.model_name_or_path" in options, shareable(run.resolve().name)
     shared = shared_options(options, run)
     facts = {
         "name": name,
@@ -148,8 +148,8 @@ def _base(record: Mapping[str, Any], options: Mapping[str, Any], shared: Mapping
     """Return the model that was tuned: its name, whether it is on the Hub, and its commit there."""
     commit = _commit(record.get("base_commit") or record.get("base_digest"))
     if commit:
-        return {"name": as_id(options["base.model"]), "hub": True, "commit": commit}
-    place = shared.get("base.model", {})
+        return {"name": as_id(options["base.model_name_or_path"]), "hub": True, "commit": commit}
+    place = shared.get("base.model_name_or_path", {})
     is_folder = "base_commit" in record or record.get("base_digest") is not None
     return {"name": place.get("hub") or place.get("name"), "hub": "hub" in place and not is_folder, "commit": None}
 
@@ -205,7 +205,6 @@ def _own_evaluation(record: Mapping[str, Any], shared: Mapping[str, Any], tuned:
         return []
     named = {
         "name": "held-out answers" if tuned else "held-out text",
-        "kind": "rows" if tuned else "text",
         "max_length": shared.get("supervision.max_length" if tuned else "windows.max_length"),
         "data_fingerprint": record.get("data_fingerprint"),
     }
@@ -237,7 +236,6 @@ def _evaluation(found: Mapping[str, Any]) -> list[dict[str, Any]]:
         return []
     scored = {
         "name": shareable(name) if isinstance(name, str) and name else "evaluation",
-        "kind": _one_of(("text", "rows"), found.get("kind")),
         "loss": loss,
         "perplexity": exp(loss) if loss < 700 else None,
         "bits_per_byte": _number(found.get("bits_per_byte")),

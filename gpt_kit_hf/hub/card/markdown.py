@@ -58,7 +58,7 @@ def sources(options: Mapping[str, Any]) -> list[dict[str, Any]]:
     found: list[Any] = []
     for option in ("text.text_files", "text.mixture", "rows.rows"):
         found += [{"name": each} if isinstance(each, str) else each for each in options.get(option, [])]
-    for option in ("text.dataset_name", "rows.rows_dataset"):
+    for option in ("text.dataset_name", "rows.dataset_name"):
         found += [options[option]] if option in options else []
     details = [options.get(name) for name in ("text.dataset_config", "rows.rows_config")]
     details += [options.get("text.dataset_split") or options.get("rows.rows_split")]
@@ -71,8 +71,8 @@ def eval_source(options: Mapping[str, Any]) -> str:
     files = options.get("text.eval_files") or options.get("base.eval_rows")
     if files:
         return value(files)
-    if "text.eval_split" in options:
-        return f"split {plain(options['text.eval_split'])}"
+    if "text.dataset_test_split" in options:
+        return f"split {plain(options['text.dataset_test_split'])}"
     share = options.get("text.eval_fraction") or options.get("base.eval_fraction")
     most = options.get("text.eval_max_tokens")
     return "" if share is None else f"{100 * share:g}% of it" + (f", at most {most:,} tokens" if most else "")
@@ -84,7 +84,7 @@ def hyperparameters(options: Mapping[str, Any]) -> dict[str, Any]:
     for group in _COMPUTING:
         for name, found in options.items():
             own, _, option = name.partition(".")
-            unused = (group == "adapter" and not options.get("adapter.lora_rank")) or (
+            unused = (group == "adapter" and not options.get("adapter.lora_r")) or (
                 option.startswith("muon_") and options.get("optimizer.optimizer") != "muon"
             )
             if own == group and not unused:

@@ -28,7 +28,7 @@ def card_data(facts: Mapping[str, Any]) -> ModelCardData:
     """Return the metadata of the facts; unknown ones, such as a license, are left out."""
     base, options = facts.get("base", {}), facts.get("options", {})
     results = list(_results(facts))
-    conditions = (True, facts["kind"] == "tuned", options.get("adapter.lora_rank"))
+    conditions = (True, facts["kind"] == "tuned", options.get("adapter.lora_r"))
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -119,10 +119,10 @@ def _dataset(facts: Mapping[str, Any]) -> dict[str, Any]:
     options = facts.get("options", {})
     if options.get("text.eval_files") or options.get("base.eval_rows"):
         return {}
-    for option, prefix in (("text.dataset_name", "text.dataset"), ("rows.rows_dataset", "rows.rows")):
+    for option, group in (("text.dataset_name", "text"), ("rows.dataset_name", "rows")):
         if "hub" in options.get(option, {}):
-            split = options.get("text.eval_split") or options.get(f"{prefix}_split")
-            return {"hub": options[option]["hub"], "config": options.get(f"{prefix}_config"), "split": split}
+            split = options.get("text.dataset_test_split") or options.get(f"{group}.dataset_train_split")
+            return {"hub": options[option]["hub"], "config": options.get(f"{group}.dataset_config"), "split": split}
     return {}
 
 

@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from gpt_kit_hf.hub.secret_scan import hide_secrets
-from gpt_kit_hf.model.presets import PRESETS
-from gpt_kit_hf.training.finetune import FinetuneOptions, finetuning_optimizer
-from gpt_kit_hf.training.run_options import FREE_ON_RESUME, RunOptions
+from gpt_kit_hf.options.declare import Option, flat_declarations
+from gpt_kit_hf.options.run import FinetuneOptions, RunOptions
 
 _LONGEST_TEXT = 120
 # A path from a root, anywhere in a text; elsewhere a stroke is none: an end of documents may be "</doc>".
 _PATH = re.compile(r"^(?:[A-Za-z]:)?[\\/~]|(?:^|(?<=[\s'\"=:(,]))(?:[A-Za-z]:[\\/]|~?[\\/][^\s<>]*[\\/])")
 
-# How a text that a person gave is shown: as the last name of a path, as an id of the Hub if it is one, or as it is.
-_PATHS = {"text.text_files", "text.eval_files", "rows.rows", "base.eval_rows", "encoding.encoding"}
-_PATHS_OR_IDS = {"text.dataset_name", "rows.rows_dataset", "base.model"}
-_MIXTURE, _DATASET = "text.mixture", "dataset:"
-# Words that are known, where the type of an option allows any.
-_WORDS = {
-    "training.mixed_precision": {"auto", "no", "fp32", "bf16", "fp16"},
-    "base.chat_template": {"keep", "default", "alpaca"},
-    "model.model": {name for full in PRESETS for name in (full, full.split(" ")[0])},
-}
+_DATASET = "dataset:"
 
 
 def shareable(text: str) -> str:
@@ -56,18 +44,18 @@ def shared_options(options: Mapping[str, Any], run: Path) -> dict[str, Any]:
     A name of a dataset or model is {"hub": id} or {"name": last name of a folder}.
     """
     shown: dict[str, Any] = {}
-    for name, (hint, _) in _known_options(tuned="base.model" in options).items():
+    for name, declared in _known_options(tuned="base.model_name_or_path" in options).items():
         value = options.get(name)
-        if value is None or name in FREE_ON_RESUME or not _fits(value, hint) or value not in _WORDS.get(name, [value]):
+        if value is None or declared.card == "hidden" or not declared.fits(value):
             continue
-        if name in _PATHS_OR_IDS:
+        if declared.card == "path_or_id":
             shown[name] = _place(value, run, options)
-        elif name == _MIXTURE:
+        elif declared.card == "mixture":
             shown[name] = [_mixture_entry(entry, run, options) for entry in value]
         elif isinstance(value, list):
-            shown[name] = [_text(name, each) for each in value]
+            shown[name] = [_text(declared, each) for each in value]
         else:
-            shown[name] = _text(name, value) if isinstance(value, str) else value
+            shown[name] = _text(declared, value) if isinstance(value, str) else value
     return shown
 
 
@@ -76,9 +64,9 @@ def command_of(chosen: Mapping[str, Any], name: str, *, tuned: bool) -> list[str
     if not chosen:
         return []
     arguments = ["gpt-kit", "finetune" if tuned else "train", "--output_dir", name]
-    for option, (_, default) in _known_options(tuned=tuned).items():
+    for option, declared in _known_options(tuned=tuned).items():
         value = chosen.get(option)
-        if value is not None and value != default:
+        if value is not None and (declared.required or value != declared.default):
             arguments += [f"--{option.partition('.')[2]}", *_as_arguments(value)]
     return arguments
 
@@ -92,42 +80,14 @@ def _as_arguments(value: Any) -> list[str]:
     return [str(value).lower() if isinstance(value, bool) else str(value)]
 
 
-def _known_options(*, tuned: bool) -> dict[str, tuple[Any, Any]]:
-    """Return (type, default) of every option of a run, by "room.name"; a default that there is not is None."""
-    found: dict[str, tuple[Any, Any]] = {}
-    for room, kind in get_type_hints(FinetuneOptions if tuned else RunOptions).items():
-        hints = get_type_hints(kind)
-        instance = finetuning_optimizer() if tuned and room == "optimizer" else None
-        for field in dataclasses.fields(kind):
-            found[f"{room}.{field.name}"] = (hints[field.name], _default(field, instance))
-    return found
+def _known_options(*, tuned: bool) -> dict[str, Option]:
+    """Return the declarations of all options of a run, by "section.name"."""
+    return flat_declarations(FinetuneOptions if tuned else RunOptions)
 
 
-def _default(field: dataclasses.Field[Any], instance: object) -> Any:
-    if instance is not None:
-        return getattr(instance, field.name)
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return None if field.default is dataclasses.MISSING else field.default
-
-
-def _fits(value: object, hint: Any) -> bool:
-    """Return whether a value is of the type that an option has: only such a one was one."""
-    origin = get_origin(hint)
-    if origin in (Union, UnionType):
-        return any(_fits(value, each) for each in get_args(hint))
-    if origin is Literal:
-        return isinstance(value, str) and value in get_args(hint)
-    if origin is list:
-        return isinstance(value, list) and all(_fits(each, get_args(hint)[0]) for each in value)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return type(value) is hint
-
-
-def _text(option: str, text: str) -> str:
+def _text(option: Option, text: str) -> str:
     # Between documents a line end counts.
-    return shareable(text) if option in _PATHS or _PATH.search(text) else _harmless(text, names_only=False)
+    return shareable(text) if option.card == "path" or _PATH.search(text) else _harmless(text, names_only=False)
 
 
 def _harmless(text: str, *, names_only: bool = True) -> str:

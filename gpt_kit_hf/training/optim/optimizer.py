@@ -2,100 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 from transformers.pytorch_utils import Conv1D
 
-from gpt_kit_hf.errors import UsageError, unknown_name
+from gpt_kit_hf.errors import UsageError
+from gpt_kit_hf.options.training import OptimizerOptions
 from gpt_kit_hf.training.optim.muon import MuonWithAdamW, require_whole
-
-OptimizerName = Literal["adamw", "muon"]
-Schedule = Literal["cosine", "wsd", "linear", "constant"]
 
 # Key of a parameter group: its learning rate divided by that of the step; 1 if missing.
 _RATE_RATIO = "rate_ratio"
-
-
-def _option(default: float, help_text: str) -> float:
-    return dataclasses.field(default=default, metadata={"help": help_text})
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerOptions:
-    """How the weights follow the gradient."""
-
-    optimizer: OptimizerName = dataclasses.field(
-        default="adamw",
-        metadata={"help": "adamw, or muon for the matrices of the blocks beside adamw for the rest"},
-    )
-    learning_rate: float = _option(1e-3, "highest learning rate")
-    schedule: Schedule = dataclasses.field(
-        default="cosine",
-        metadata={"help": "learning rate after the warm-up; wsd is warmup-stable-decay, linear in the decay"},
-    )
-    warmup_steps: int = dataclasses.field(default=100, metadata={"help": "steps over which the learning rate rises"})
-    min_lr_ratio: float = _option(0.1, "learning rate at the end, as a share of the highest")
-    decay_ratio: float = _option(0.2, "share of the steps in which wsd decays")
-    weight_decay: float = _option(0.1, "decoupled weight decay of matrices; biases and norms have none")
-    beta1: float = _option(0.9, "decay of AdamW's mean of gradients")
-    beta2: float = _option(0.99, "decay of AdamW's mean of squared gradients")
-    adam_epsilon: float = _option(1e-8, "AdamW's guard against division by zero")
-    grad_clip: float = _option(1.0, "greatest norm of the gradient; 0 for no clipping")
-    muon_momentum: float = _option(0.95, "decay of Muon's mean of gradients")
-    muon_learning_rate: float | None = dataclasses.field(
-        default=None, metadata={"help": "highest learning rate of the matrices, if not learning_rate"}
-    )
-
-    def __post_init__(self) -> None:
-        for name, known in (("optimizer", OptimizerName), ("schedule", Schedule)):
-            if getattr(self, name) not in get_args(known):
-                raise UsageError(unknown_name(name, getattr(self, name), get_args(known)))
-        for name in ("learning_rate", "adam_epsilon"):
-            self._require(name, 0.0 < getattr(self, name) < math.inf, "positive and finite")
-        for name in ("weight_decay", "grad_clip"):
-            self._require(name, 0.0 <= getattr(self, name) < math.inf, "at least 0 and finite")
-        for name in ("beta1", "beta2", "muon_momentum"):
-            self._require(name, 0.0 <= getattr(self, name) < 1.0, "at least 0 and below 1")
-        for name in ("min_lr_ratio", "decay_ratio"):
-            self._require(name, 0.0 <= getattr(self, name) <= 1.0, "between 0 and 1")
-        self._require("warmup_steps", self.warmup_steps >= 0, "at least 0")
-        if self.muon_learning_rate is not None:
-            self._require("muon_learning_rate", 0.0 < self.muon_learning_rate < math.inf, "positive and finite")
-        for name in ("muon_momentum", "muon_learning_rate"):
-            if self.optimizer != "muon" and getattr(self, name) != getattr(type(self), name):
-                raise UsageError(f"{name}={getattr(self, name)} is for optimizer=muon, not {self.optimizer}")
-
-    def _require(self, name: str, holds: bool, rule: str) -> None:
-        if not holds:
-            raise UsageError(f"{name} must be {rule}, got {getattr(self, name)}")
-
-
-# What an optimizer's options are where a user says no more than the name.
-_RECIPES: dict[str, dict[str, Any]] = {
-    "plain": {},
-    # Found on tinyshakespeare, 4 layers of 256 (benchmarks/README.md): a stable phase gains nothing in so short a run.
-    "fast": {
-        "optimizer": "muon",
-        "muon_learning_rate": 8e-3,
-        "learning_rate": 4e-3,
-        "schedule": "linear",
-        "min_lr_ratio": 0.02,
-        "warmup_steps": 60,
-    },
-}
-
-
-def recipe_options(recipe: str) -> dict[str, Any]:
-    """Return the fields of `OptimizerOptions` that a recipe sets, "plain" (none) or "fast"."""
-    if recipe not in _RECIPES:
-        raise UsageError(unknown_name("recipe", recipe, _RECIPES))
-    return dict(_RECIPES[recipe])
 
 
 def create_optimizer(model: nn.Module, options: OptimizerOptions) -> Optimizer:
@@ -134,7 +54,7 @@ def _create_adamw(trained: Sequence[nn.Parameter], options: OptimizerOptions) ->
             {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
         ],
         lr=options.learning_rate,
-        betas=(options.beta1, options.beta2),
+        betas=(options.adam_beta1, options.adam_beta2),
         eps=options.adam_epsilon,
         fused=True,
     )
@@ -157,19 +77,19 @@ def learning_rate_at(step: int, total_steps: int, options: OptimizerOptions) -> 
     """Return the learning rate of step 0, 1, ... of `total_steps`.
 
     It rises linearly over `warmup_steps`. Then cosine (Loshchilov and Hutter 2017) and linear decay to `min_lr_ratio`
-    of the peak at the last step; wsd (Hu et al. 2024) keeps the peak and decays linearly in the last `decay_ratio` of
-    the steps; constant keeps the peak.
+    of the peak at the last step; warmup_stable_decay (Hu et al. 2024) keeps the peak and decays linearly in the last
+    `decay_ratio` of the steps; constant_with_warmup keeps the peak.
     """
     if step < options.warmup_steps:
         return options.learning_rate * (step + 1) / options.warmup_steps
     low = options.min_lr_ratio
     start = options.warmup_steps
-    if options.schedule == "wsd":
+    if options.lr_scheduler_type == "warmup_stable_decay":
         start = max(start, total_steps - round(total_steps * options.decay_ratio))
     progress = min(1.0, max(0.0, (step - start) / max(1, total_steps - 1 - start)))
-    if options.schedule == "constant":
+    if options.lr_scheduler_type == "constant_with_warmup":
         factor = 1.0
-    elif options.schedule == "cosine":
+    elif options.lr_scheduler_type == "cosine":
         factor = low + (1.0 - low) * 0.5 * (1.0 + math.cos(math.pi * progress))
     else:
         factor = 1.0 - (1.0 - low) * progress

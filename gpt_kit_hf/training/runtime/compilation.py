@@ -27,7 +27,7 @@ def compile_blocks(
     blocks = [module for module in model.modules() if type(module).__name__ in names]
     if not blocks:
         if wanted:
-            raise UsageError(f"compile=true: {type(model).__name__} does not tell what its blocks are")
+            raise UsageError(f"torch_compile=true: {type(model).__name__} does not tell what its blocks are")
         return False
     if (reason := _why_not(device)) is not None:
         log(f"note     not compiled: {reason}")

@@ -74,7 +74,7 @@ def _commands(processes: int, device: str) -> str:
     several = f"accelerate launch --multi_gpu --num_processes {processes} {script} ..."
     if device not in ("cpu", "mps"):
         return f"`{several}`, which gives each process a GPU"
-    return f"`torchrun --nproc_per_node {processes} {script} ... --cpu` or `{several} --cpu`"
+    return f"`torchrun --nproc_per_node {processes} {script} ... --use_cpu` or `{several} --use_cpu`"
 
 
 def _find_launcher() -> _Launcher | None:

@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gpt_kit_hf.data.instructions.reader import PlacedRow, RowOptions, SkippedRows, read_rows
+from gpt_kit_hf.data.instructions.reader import PlacedRow, SkippedRows, read_rows
 from gpt_kit_hf.errors import DataError, UsageError
+from gpt_kit_hf.options.data import RowOptions
 
 GOOD = b'{"a": "x"}'
 
@@ -24,7 +25,7 @@ def places(rows: list[PlacedRow]) -> list[str]:
     return [Path(row.place).name for row in rows]
 
 
-# Bad lines: what follows the file's name in the place, and a part of the reason. Each stands on line 2 of 3.
+# Bad lines: what follows the file's name in the place, and an excerpt of the reason. Each is on line 2 of 3.
 BAD_LINES = {
     "half a row": (b'{"a": "x"', ":2:10: ", "broken JSON"),
     "no value": (b'{"a": }', ":2:7: ", "Expecting value"),
@@ -190,7 +191,7 @@ def test_a_row_of_ten_megabytes_is_read(name: str, tmp_path: Path) -> None:
     assert read(tmp_path / name)[0].row == row
 
 
-def test_files_are_read_in_their_order_and_all_names_are_looked_at_first(tmp_path: Path) -> None:
+def test_files_are_read_in_order_after_all_names_are_checked(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl"):
         (tmp_path / name).write_bytes(GOOD)
     (tmp_path / "c.txt").write_bytes(GOOD)
@@ -239,21 +240,21 @@ def test_a_dataset_folder_is_read_by_its_split(tmp_path: Path) -> None:
     rows = [{"a": "x", "b": None}, {"a": "y", "b": 1}]
     datasets.Dataset.from_list(rows).to_json(tmp_path / "train.jsonl")
     datasets.Dataset.from_list(rows[:1] * 3).to_json(tmp_path / "test.jsonl")
-    found = list(read_rows(RowOptions(rows_dataset=str(tmp_path))))
+    found = list(read_rows(RowOptions(dataset_name=str(tmp_path))))
     assert found == [(f"{tmp_path} row {number}", row) for number, row in enumerate(rows)]
-    assert len(list(read_rows(RowOptions(rows_dataset=str(tmp_path), rows_split="test")))) == 3
+    assert len(list(read_rows(RowOptions(dataset_name=str(tmp_path), dataset_train_split="test")))) == 3
     with pytest.raises(DataError, match="cannot be loaded"):
-        next(read_rows(RowOptions(rows_dataset=str(tmp_path), rows_split="missing")))
+        next(read_rows(RowOptions(dataset_name=str(tmp_path), dataset_train_split="missing")))
     with pytest.raises(DataError, match="cannot be loaded"):
-        next(read_rows(RowOptions(rows_dataset=str(tmp_path / "nowhere"))))
+        next(read_rows(RowOptions(dataset_name=str(tmp_path / "nowhere"))))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({}, "exactly one of rows"),
-        ({"rows": ["a.json"], "rows_dataset": "b"}, "exactly one of rows"),
-        ({"rows": ["a.json"], "rows_split": "train"}, "are for rows_dataset"),
+        ({"rows": ["a.json"], "dataset_name": "b"}, "exactly one of rows"),
+        ({"rows": ["a.json"], "dataset_train_split": "train"}, "are for dataset_name"),
         ({"rows": ["a.json"], "on_bad_row": "skipp"}, "did you mean 'skip'"),
     ],
 )

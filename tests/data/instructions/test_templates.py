@@ -9,13 +9,16 @@ from tiny_model import byte_tokenizer, write_tiny_model
 from transformers import PreTrainedTokenizerBase
 
 from gpt_kit_hf.data.instructions.inspect import inspect_rows
-from gpt_kit_hf.data.instructions.reader import PlacedRow, RowOptions
+from gpt_kit_hf.data.instructions.reader import PlacedRow
 from gpt_kit_hf.data.instructions.templates import with_template
-from gpt_kit_hf.data.instructions.tokenized import SupervisionOptions, encode_rows
+from gpt_kit_hf.data.instructions.tokenized import encode_rows
 from gpt_kit_hf.errors import DataError, UsageError
+from gpt_kit_hf.options.data import RowOptions, SupervisionOptions
+from gpt_kit_hf.options.finetuning import BaseOptions
+from gpt_kit_hf.options.run import FinetuneOptions
+from gpt_kit_hf.options.training import TrainingOptions
 from gpt_kit_hf.tokenization.chat_templates import ALPACA_TEMPLATE, DEFAULT_TEMPLATE
-from gpt_kit_hf.training.finetune import BaseOptions, FinetuneOptions, finetune
-from gpt_kit_hf.training.run_options import TrainingOptions
+from gpt_kit_hf.training.finetune import finetune
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
 ALPACA = {"instruction": "Say x.", "input": "", "output": "x"}
@@ -84,12 +87,13 @@ def test_finetune_of_chat_rows_needs_no_template_of_the_model(tmp_path: Path) ->
     file.write_text(CHAT_LINE * 8)
     write_tiny_model(tmp_path / "model")
     options = FinetuneOptions(
-        training=TrainingOptions(output_dir=str(tmp_path / "run"), max_steps=1, cpu=True, report_to=["none"]),
-        base=BaseOptions(model=str(tmp_path / "model"), chat_template="default"),
+        training=TrainingOptions(output_dir=str(tmp_path / "run"), max_steps=1, use_cpu=True, report_to=["none"]),
+        base=BaseOptions(model_name_or_path=str(tmp_path / "model"), chat_template="default"),
         rows=RowOptions(rows=[str(file)]),
         supervision=SupervisionOptions(format="chat", max_length=64),
     )
     finetune(options, stream=None)
+    assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
 def test_a_bad_first_row_is_named(bare: PreTrainedTokenizerBase) -> None:

@@ -22,10 +22,10 @@ from gpt_kit_hf import (
     train,
 )
 from gpt_kit_hf.data.text import corpus, shards, sources
-from gpt_kit_hf.data.text.corpus import Corpus, EncodingOptions, choose_encoding, prepare_corpus
-from gpt_kit_hf.data.text.sources import TextOptions
+from gpt_kit_hf.data.text.corpus import Corpus, choose_encoding, prepare_corpus
 from gpt_kit_hf.data.text.windows import TokenStream
 from gpt_kit_hf.errors import DataError, UsageError
+from gpt_kit_hf.options.data import EncodingOptions, TextOptions
 from gpt_kit_hf.storage.atomic_files import read_jsonl
 from gpt_kit_hf.tokenization.encodings import END_OF_TEXT, fingerprint, get_encoding, train_bpe
 
@@ -198,8 +198,20 @@ def test_a_run_on_a_mixture_continues_to_the_bit(tmp_path: Path) -> None:
             "max_position_embeddings": 16,
             "dropout": 0.1,
         }
-        training = {"batch_size": 6, "micro_batch_size": 4, "max_steps": 8, "eval_every": 100, "save_every": 4}
-        quiet = {"sample_every": 0, "report_to": ["none"], "cpu": True, "mixed_precision": "fp32", "keep_last": 9}
+        training = {
+            "batch_size": 6,
+            "per_device_train_batch_size": 4,
+            "max_steps": 8,
+            "eval_steps": 100,
+            "save_steps": 4,
+        }
+        quiet = {
+            "sample_steps": 0,
+            "report_to": ["none"],
+            "use_cpu": True,
+            "mixed_precision": "fp32",
+            "save_total_limit": 9,
+        }
         return RunOptions(
             training=TrainingOptions(output_dir=str(tmp_path / folder), **{**training, **quiet, **changes}),
             text=TextOptions(
@@ -222,7 +234,7 @@ def test_a_run_on_a_mixture_continues_to_the_bit(tmp_path: Path) -> None:
     del record["results"]
     (tmp_path / "killed" / "run.json").write_text(json.dumps(record))
     shutil.rmtree(tmp_path / "killed" / "checkpoints" / "step-00000008")
-    train(options("killed", resume=True, micro_batch_size=4, num_workers=2), stream=None)
+    train(options("killed", resume=True, per_device_train_batch_size=4, dataloader_num_workers=2), stream=None)
     whole, killed = ([tmp_path / name / "checkpoints" / "step-00000008"][0] for name in ("whole", "killed"))
     for name in ("model.safetensors", "optimizer.safetensors", "training_state.json"):
         assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
@@ -238,8 +250,8 @@ def test_text_that_is_trained_is_not_held_out(tmp_path: Path) -> None:
     options = TextOptions(text_files=[str(tmp_path / "*.txt")], eval_files=[str(tmp_path / "sub" / ".." / "a.txt")])
     with pytest.raises(UsageError, match=r"eval_files: .*a\.txt is trained on as well"):
         prepare_corpus(options, get_encoding("bytes"), seed=0)
-    with pytest.raises(UsageError, match="eval_split='train' is the split to train on"):
-        TextOptions(dataset_name="x", eval_split="train")
+    with pytest.raises(UsageError, match="dataset_test_split='train' is the split to train on"):
+        TextOptions(dataset_name="x", dataset_test_split="train")
 
 
 def test_a_vocabulary_is_trained_on_no_more_text_than_asked_for(
@@ -260,7 +272,7 @@ def test_a_streamed_split_is_held_out_without_storing_the_dataset(
 ) -> None:
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text("".join(f'{{"text": "{split} {i}"}}\n' for i in range(50)))
-    options = TextOptions(dataset_name=str(tmp_path), eval_split="test", streaming=True, eval_max_tokens=45)
+    options = TextOptions(dataset_name=str(tmp_path), dataset_test_split="test", streaming=True, eval_max_tokens=45)
     load = datasets.load_dataset
     monkeypatch.setattr(
         datasets, "load_dataset", lambda *a, **k: load(*a, **k) if k["streaming"] else pytest.fail("stored")

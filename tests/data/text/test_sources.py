@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from gpt_kit_hf.data.text.sources import TextOptions, TextSource, find_files
+from gpt_kit_hf.data.text.sources import TextSource, eval_source, train_sources
 from gpt_kit_hf.errors import DataError, UsageError
+from gpt_kit_hf.options.data import TextOptions
+from gpt_kit_hf.options.files import find_files
 from gpt_kit_hf.tokenization.encodings import END_OF_TEXT
 
 
@@ -21,7 +23,7 @@ def write(folder: Path, **texts: str | bytes) -> None:
 
 
 def source(**options: Any) -> TextSource:
-    ((weight, found),) = TextOptions(**options).sources()
+    ((weight, found),) = train_sources(TextOptions(**options))
     assert weight == 1.0
     return found
 
@@ -121,10 +123,10 @@ def test_a_file_that_cannot_be_used_is_named(
         write(tmp_path, a=content)
     place = str(tmp_path / pattern) if pattern else str(tmp_path)
     if option == "eval_files":
-        found = TextOptions(text_files=["python-stdlib"], eval_files=[place]).held_out()
+        found = eval_source(TextOptions(text_files=["python-stdlib"], eval_files=[place]))
     else:
         options = {"text_files": [place]} if option == "text_files" else {"mixture": [f"1:{place}"]}
-        found = source(**options) if option == "text_files" else TextOptions(**options).sources()[0][1]  # type: ignore[arg-type]
+        found = source(**options) if option == "text_files" else train_sources(TextOptions(**options))[0][1]  # type: ignore[arg-type]
     assert found is not None
     with pytest.raises(DataError, match=message) as caught:
         documents(found)
@@ -168,13 +170,13 @@ def test_a_dataset_folder_is_read_by_its_text_column(tmp_path: Path) -> None:
 def test_splits_of_a_dataset_are_apart(tmp_path: Path) -> None:
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text(f'{{"text": "a row to {split}"}}\n')
-    options = TextOptions(dataset_name=str(tmp_path), eval_split="test")
-    assert documents(options.sources()[0][1]) == ["a row to train"]
-    held_out = options.held_out()
+    options = TextOptions(dataset_name=str(tmp_path), dataset_test_split="test")
+    assert documents(train_sources(options)[0][1]) == ["a row to train"]
+    held_out = eval_source(options)
     assert held_out is not None
     assert documents(held_out) == ["a row to test"]
     with pytest.raises(DataError, match="split 'nowhere', cannot be loaded"):
-        documents(source(dataset_name=str(tmp_path), dataset_split="nowhere"))
+        documents(source(dataset_name=str(tmp_path), dataset_train_split="nowhere"))
 
 
 def test_a_changed_dataset_folder_is_read_again(tmp_path: Path) -> None:
@@ -195,13 +197,13 @@ def test_options_ask_for_one_source() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"eval_fraction": 1.0}, "eval_fraction must lie between 0 and 1, got 1"),
-        ({"eval_fraction": 0.0}, "eval_fraction must lie between 0 and 1, got 0"),
+        ({"eval_fraction": 1.0}, "eval_fraction must be above 0 and below 1, got 1"),
+        ({"eval_fraction": 0.0}, "eval_fraction must be above 0 and below 1, got 0"),
         ({"num_proc": 0}, "num_proc must be at least 1, got 0"),
         ({"eval_max_tokens": 0}, "eval_max_tokens must be at least 1, got 0"),
         ({"document_separator": ""}, "document_separator must not be empty"),
-        ({"eval_split": "test"}, "eval_split is for dataset_name"),
-        ({"streaming": True}, "streaming needs eval_files or eval_split"),
+        ({"dataset_test_split": "test"}, "dataset_test_split is for dataset_name"),
+        ({"streaming": True}, "streaming needs eval_files or dataset_test_split"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused(options: dict[str, Any], message: str) -> None:
@@ -211,9 +213,9 @@ def test_options_that_cannot_be_meant_are_refused(options: dict[str, Any], messa
 
 
 def test_options_of_a_dataset_that_cannot_be_meant_are_refused() -> None:
-    TextOptions(dataset_name="d", eval_split="test")
-    with pytest.raises(UsageError, match="eval_split is for dataset_name, and without eval_files"):
-        TextOptions(dataset_name="d", eval_split="test", eval_files=["a"])
+    TextOptions(dataset_name="d", dataset_test_split="test")
+    with pytest.raises(UsageError, match=r"eval_files=.* and dataset_test_split=test: give one of them"):
+        TextOptions(dataset_name="d", dataset_test_split="test", eval_files=["a"])
     with pytest.raises(UsageError, match="document_separator is for text_files"):
         TextOptions(dataset_name="d", document_separator="\n")
 
@@ -223,7 +225,7 @@ def test_a_mixture_names_sources_with_weights(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "rows.jsonl").write_text('{"text": "row"}\n')
     options = TextOptions(mixture=[f"0.7:{tmp_path}/[ab].txt", f"3:{tmp_path}/c.txt", f"1e-1:dataset:{tmp_path}/set"])
-    found = options.sources()
+    found = train_sources(options)
     assert [weight for weight, _ in found] == [0.7, 3.0, 0.1]
     assert [documents(each) for _, each in found] == [["one", "two"], ["three"], ["row"]]
     assert [each.name for _, each in found] == [f"{tmp_path}/[ab].txt", f"{tmp_path}/c.txt", f"{tmp_path}/set"]

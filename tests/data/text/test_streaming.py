@@ -15,11 +15,12 @@ import torch
 from gpt_kit_hf.data.order import BatchPlan, StreamOrder
 from gpt_kit_hf.data.text import streaming
 from gpt_kit_hf.data.text.shards import CHUNK_BYTES, file_units
-from gpt_kit_hf.data.text.sources import TextOptions
+from gpt_kit_hf.data.text.sources import train_sources
 from gpt_kit_hf.data.text.streaming import Lane, LaneBatches, lane_count
-from gpt_kit_hf.data.text.windows import IGNORED, TokenStream, TokenWindows, WindowOptions
+from gpt_kit_hf.data.text.windows import IGNORED, TokenStream, TokenWindows
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.model.losses import Batch
+from gpt_kit_hf.options.data import TextOptions, WindowOptions
 from gpt_kit_hf.tokenization.encodings import get_encoding
 
 ENCODING = get_encoding("bytes")
@@ -56,7 +57,7 @@ def dataset_stream_shards(folder: Path) -> list[Lane]:
         rows = [json.dumps({"text": "w" * int(rng.integers(1, 60)) + f" {index} {row}"}) for row in range(30)]
         (folder / f"{index}.jsonl").write_text("\n".join(rows))
     options = TextOptions(dataset_name=str(folder), streaming=True, eval_files=["unread.txt"])
-    return stream_shards_of(options.sources()[0][1].streamed_units(may_cut=True), BATCH)
+    return stream_shards_of(train_sources(options)[0][1].streamed_units(may_cut=True), BATCH)
 
 
 def stream_shards_of(shards: Any, batch_size: int, packing: bool = False, stride: int | None = None) -> list[Lane]:
@@ -222,7 +223,7 @@ def test_the_number_of_stream_shards_follows_from_shards_and_batch(shards: int, 
 
 
 def test_options_of_a_stream_ask_for_what_it_lacks() -> None:
-    with pytest.raises(UsageError, match="streaming needs eval_files or eval_split"):
+    with pytest.raises(UsageError, match="streaming needs eval_files or dataset_test_split"):
         TextOptions(text_files=["a.txt"], streaming=True)
     with pytest.raises(UsageError, match="streaming and mixture"):
         TextOptions(mixture=["1:a.txt"], streaming=True, eval_files=["b.txt"])
@@ -232,4 +233,4 @@ def test_a_streamed_dataset_needs_its_column(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"body": ["a"]}).to_json(tmp_path / "rows.jsonl")
     options = TextOptions(dataset_name=str(tmp_path), streaming=True, eval_files=["unread.txt"])
     with pytest.raises(DataError, match="'text'"):
-        run(stream_shards_of(options.sources()[0][1].streamed_units(may_cut=True), BATCH), plan(), range(1))
+        run(stream_shards_of(train_sources(options)[0][1].streamed_units(may_cut=True), BATCH), plan(), range(1))

@@ -20,7 +20,6 @@ from gpt_kit_hf.data.text.windows import (
     GPTPretrainingDataset,
     TokenStream,
     TokenWindows,
-    WindowOptions,
     collate_windows,
     create_pretraining_dataloader,
     split_eval,
@@ -28,6 +27,7 @@ from gpt_kit_hf.data.text.windows import (
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.evaluation.invariance import _flex_attention
 from gpt_kit_hf.model.losses import summed_batch_loss
+from gpt_kit_hf.options.data import WindowOptions
 from gpt_kit_hf.tokenization.encodings import get_encoding
 
 

@@ -37,8 +37,9 @@ from gpt_kit_hf import (
     create_optimizer,
     learning_rate_at,
 )
+from gpt_kit_hf.options.finetuning import AdapterOptions
 from gpt_kit_hf.storage.atomic_files import load_json, load_tensors, save_json, save_tensors
-from gpt_kit_hf.training.lora import AdapterOptions, add_adapter
+from gpt_kit_hf.training.lora import add_adapter
 from gpt_kit_hf.training.optim import muon
 from gpt_kit_hf.training.optim.optimizer import set_learning_rate
 from gpt_kit_hf.training.state.optimizer_state import flatten_optimizer_state, restore_optimizer_state
@@ -68,20 +69,20 @@ def test_frozen_weights_are_left_out() -> None:
 
 
 def test_the_warm_up_rises_to_the_peak() -> None:
-    for schedule in ("cosine", "wsd", "linear", "constant"):
-        assert rates(100, warmup_steps=4, schedule=schedule)[:4] == [0.5, 1.0, 1.5, 2.0]
-        assert rates(100, warmup_steps=0, schedule=schedule)[0] == 2.0
+    for schedule in ("cosine", "warmup_stable_decay", "linear", "constant_with_warmup"):
+        assert rates(100, warmup_steps=4, lr_scheduler_type=schedule)[:4] == [0.5, 1.0, 1.5, 2.0]
+        assert rates(100, warmup_steps=0, lr_scheduler_type=schedule)[0] == 2.0
 
 
 def test_each_schedule_follows_its_formula() -> None:
-    cosine = rates(101, warmup_steps=0, schedule="cosine", min_lr_ratio=0.1)
+    cosine = rates(101, warmup_steps=0, lr_scheduler_type="cosine", min_lr_ratio=0.1)
     assert cosine == pytest.approx([0.2 + 0.9 * (1 + math.cos(math.pi * t / 100)) for t in range(101)])
-    linear = rates(101, warmup_steps=0, schedule="linear", min_lr_ratio=0.5)
+    linear = rates(101, warmup_steps=0, lr_scheduler_type="linear", min_lr_ratio=0.5)
     assert linear == pytest.approx([2.0 - 1.0 * t / 100 for t in range(101)])
-    wsd = rates(100, warmup_steps=10, schedule="wsd", min_lr_ratio=0.0, decay_ratio=0.2)
+    wsd = rates(100, warmup_steps=10, lr_scheduler_type="warmup_stable_decay", min_lr_ratio=0.0, decay_ratio=0.2)
     assert wsd[10:81] == [2.0] * 71
     assert wsd[80:] == pytest.approx([2.0 * (1 - t / 19) for t in range(20)])
-    assert set(rates(50, warmup_steps=0, schedule="constant")) == {2.0}
+    assert set(rates(50, warmup_steps=0, lr_scheduler_type="constant_with_warmup")) == {2.0}
 
 
 def test_a_run_shorter_than_its_warm_up_keeps_rising() -> None:
@@ -149,7 +150,7 @@ SPLITS: dict[str, tuple[Callable[[], Any], str, int]] = {
     "neox": (neo_x, r"gpt_neox\.layers\.\d\.(attention|mlp)\.dense\w*\.weight|.*query_key_value\.weight", 8),
     # The embedding is narrower than the model: linear layers before and after the blocks widen and narrow it.
     "opt": (opt, r".*layers\.\d\.(self_attn\.([qkv]|out)_proj|fc[12])\.weight|.*project_(in|out)\.weight", 14),
-    "lora": (lambda: add_adapter(tiny_model(), AdapterOptions(lora_rank=2)), r".*\.lora_[AB]\.default\.weight", 24),
+    "lora": (lambda: add_adapter(tiny_model(), AdapterOptions(lora_r=2)), r".*\.lora_[AB]\.default\.weight", 24),
 }
 
 
@@ -538,14 +539,14 @@ def test_a_model_with_nothing_for_muon_is_refused() -> None:
     ("options", "message"),
     [
         ({"optimizer": "muno"}, "unknown optimizer 'muno'; did you mean 'muon'?"),
-        ({"schedule": "cosin"}, "unknown schedule 'cosin'; did you mean 'cosine'?"),
+        ({"lr_scheduler_type": "cosin"}, "unknown lr_scheduler_type 'cosin'; did you mean 'cosine'?"),
         ({"muon_learning_rate": 0.1}, "muon_learning_rate=0.1 is for optimizer=muon, not adamw"),
         ({"muon_momentum": 0.9}, "muon_momentum=0.9 is for optimizer=muon, not adamw"),
         ({"optimizer": "muon", "muon_momentum": 1.0}, "muon_momentum must be at least 0 and below 1, got 1.0"),
-        ({"optimizer": "muon", "muon_learning_rate": 0.0}, "muon_learning_rate must be positive and finite, got 0.0"),
+        ({"optimizer": "muon", "muon_learning_rate": 0.0}, "muon_learning_rate must be above 0 and finite, got 0.0"),
         (
             {"optimizer": "muon", "muon_learning_rate": math.nan},
-            "muon_learning_rate must be positive and finite, got nan",
+            "muon_learning_rate must be above 0 and finite, got nan",
         ),
     ],
 )
@@ -556,8 +557,9 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("learning_rate", 0.0), ("learning_rate", math.inf), ("beta1", 1.0), ("weight_decay", -1.0), ("warmup_steps", -1),
-     ("min_lr_ratio", 1.5), ("decay_ratio", -0.1), ("grad_clip", math.nan), ("adam_epsilon", 0.0)],
+    [("learning_rate", 0.0), ("learning_rate", math.inf), ("adam_beta1", 1.0), ("weight_decay", -1.0),
+     ("warmup_steps", -1), ("min_lr_ratio", 1.5), ("decay_ratio", -0.1), ("max_grad_norm", math.nan),
+     ("adam_epsilon", 0.0)],
 )  # fmt: skip
 def test_a_value_out_of_range_is_named(name: str, value: float) -> None:
     with pytest.raises(UsageError, match=f"{name} must be .*, got {value}"):

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from gpt_kit_hf import GPTKitConfig, GPTKitForCausalLM, RunOptions, TextOptions, TrainingOptions, UsageError, train
-from gpt_kit_hf.data.text.corpus import EncodingOptions
-from gpt_kit_hf.data.text.windows import WindowOptions
-from gpt_kit_hf.model.presets import ModelOptions
+from gpt_kit_hf.options.data import EncodingOptions, WindowOptions
+from gpt_kit_hf.options.model import ModelOptions
 from gpt_kit_hf.training.runtime.compilation import compile_blocks
 
 CPU = torch.device("cpu")
@@ -60,7 +59,7 @@ def test_a_machine_that_cannot_compile_goes_on_without(monkeypatch: pytest.Monke
 def test_a_model_without_blocks_is_refused_if_it_was_asked_for(pretended: pytest.MonkeyPatch) -> None:
     model = small_model()
     pretended.setattr(model, "_no_split_modules", None)
-    with pytest.raises(UsageError, match="compile=true: GPTKitForCausalLM does not tell what its blocks are"):
+    with pytest.raises(UsageError, match="torch_compile=true: GPTKitForCausalLM does not tell what its blocks are"):
         compile_blocks(model, True, CPU, print)
     assert not compile_blocks(model, None, torch.device("cuda"), print)
 
@@ -75,7 +74,12 @@ def test_a_compiled_run_has_the_losses_of_one_that_is_not(tmp_path: Path) -> Non
         run = tmp_path / str(compiled)
         options = RunOptions(
             training=TrainingOptions(
-                output_dir=str(run), compile=compiled, max_steps=6, batch_size=4, report_to=["none"], log_every=1
+                output_dir=str(run),
+                torch_compile=compiled,
+                max_steps=6,
+                batch_size=4,
+                report_to=["none"],
+                logging_steps=1,
             ),
             text=TextOptions(text_files=[str(text)], eval_fraction=0.2),
             encoding=EncodingOptions(encoding="bytes"),

@@ -136,7 +136,7 @@ class Runs:
     def options(self, run: Path, processes: int = 1, **changes: Any) -> RunOptions:
         course = Course(processes=processes, workers=0, accumulation=1, stream=False)
         made = campaign_options(course, run, self.base / "texts")
-        changes = {"max_steps": STEPS, "eval_every": 100, "keep_best": 0, **changes}
+        changes = {"max_steps": STEPS, "eval_steps": 100, "keep_best": 0, **changes}
         return replace(made, training=replace(made.training, **changes))
 
     def begin(self, options: RunOptions, inject: Inject | None = None, rank: int = 0, port: int = 0) -> Attempt:
@@ -207,7 +207,7 @@ def whole(runs: Runs) -> Path:
 @pytest.fixture(scope="module")
 def killed(runs: Runs) -> Path:
     """A run that was killed in step 8, when step 6 was saved."""
-    assert runs.go(runs.base / "killed", partial(before_step, STEPS, die), background_save=False).code == KILLED
+    assert runs.go(runs.base / "killed", partial(before_step, STEPS, die), async_save=False).code == KILLED
     return runs.base / "killed"
 
 
@@ -405,7 +405,7 @@ def test_a_dead_worker(
     fault: str, injected: str, inject: Inject, runs: Runs, whole: Path, tmp_path: Path, table: Table
 ) -> None:
     run = tmp_path / "run"
-    ended = runs.go(run, inject, num_workers=1)
+    ended = runs.go(run, inject, dataloader_num_workers=1)
     assert ended.code == 1
     assert ended.refusal.startswith("a process that loads batches ended (DataLoader worker")
     # torch says it at whatever moment: the save of step 4 may still be written beside the steps then.
@@ -507,7 +507,7 @@ def test_a_disk_that_is_full_for_a_while(
     fault: str, left: int, unseen: bool, runs: Runs, whole: Path, disk: Path, table: Table
 ) -> None:
     run = disk / "run"
-    ended = runs.go(run, partial(fill_for_a_while, disk, left, 6, unseen), background_save=False)
+    ended = runs.go(run, partial(fill_for_a_while, disk, left, 6, unseen), async_save=False)
     assert ended.code == 0, ended.errors
     reason = "No space left on device" if unseen else "free"
     [said] = [line for line in ended.output.splitlines() if "the checkpoint of step 4 was not saved" in line]
@@ -572,7 +572,7 @@ BATCHES: dict[str, tuple[Callable[[Steps], Inject], str]] = {
 @pytest.mark.parametrize("fault", BATCHES)
 def test_a_batch_that_would_hurt_the_weights(fault: str, runs: Runs, tmp_path: Path, table: Table) -> None:
     run, (alter, reason) = tmp_path / "run", BATCHES[fault]
-    changes = {"max_steps": 13, "save_every": 1, "keep_last": 3, "spike_factor": 10.0}
+    changes = {"max_steps": 13, "save_steps": 1, "save_total_limit": 3, "spike_factor": 10.0}
     ended = runs.go(run, partial(spoil, range(12, 13), alter), **changes)
     assert ended.code == 0, ended.errors
     lines = [line for line in read_jsonl(run / "metrics.jsonl") if line["kind"] == "train"]
@@ -603,7 +603,7 @@ STOPPED_BY: dict[str, tuple[range, Callable[[Steps], Inject], int, str]] = {
 def test_batches_that_stop_the_run(fault: str, runs: Runs, whole: Path, tmp_path: Path, table: Table) -> None:
     steps, alter, code, reason = STOPPED_BY[fault]
     run = tmp_path / "run"
-    ended = runs.go(run, partial(spoil, steps, alter), max_skipped=2)
+    ended = runs.go(run, partial(spoil, steps, alter), max_skipped_updates=2)
     assert ended.code == code
     assert reason in ended.refusal
     assert ended.refusal.endswith("the last good checkpoint is step-00000006")

@@ -96,8 +96,8 @@ def test_accelerate_that_starts_one_process_of_two_is_refused(script: Path, tmp_
     assert found["launcher"] == found["parent"]
     assert found["refused"] == (
         "2 processes were asked for, but 1 was found: launch with "
-        "`torchrun --nproc_per_node 2 script.py ... --cpu` or "
-        "`accelerate launch --multi_gpu --num_processes 2 script.py ... --cpu`"
+        "`torchrun --nproc_per_node 2 script.py ... --use_cpu` or "
+        "`accelerate launch --multi_gpu --num_processes 2 script.py ... --use_cpu`"
     )
 
 
@@ -311,7 +311,7 @@ def test_fsdp2_is_configured_as_the_file_says(tmp_path: Path) -> None:
         "plugin = FullyShardedDataParallelPlugin()\n"  # from the variables that the launcher has set
         "print(json.dumps({'version': plugin.fsdp_version, 'wrap': plugin.auto_wrap_policy.__name__,\n"
         "    'names': plugin.transformer_cls_names_to_wrap, 'reshard': plugin.reshard_after_forward,\n"
-        "    'state': plugin.state_dict_type.name, 'recompute': plugin.activation_checkpointing,\n"
+        "    'state': plugin.state_dict_type.name, 'recompute': plugin.gradient_checkpointing,\n"
         "    'on one': plugin.cpu_ram_efficient_loading, 'offload': plugin.cpu_offload.__class__.__name__}))\n"
     )
     file = str(ROOT / "examples/accelerate/fsdp2.yaml")
@@ -331,8 +331,8 @@ def test_fsdp2_is_configured_as_the_file_says(tmp_path: Path) -> None:
 def test_the_configuration_for_a_cpu_trains_on_two_processes(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("Shall I compare thee to a summer's day? " * 60)
     shape = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--max_position_embeddings=16", "--max_length=16"]
-    course = ["--encoding=bytes", "--batch_size=4", "--max_steps=3", "--eval_every=100", "--save_every=100"]
-    quiet = ["--sample_every=0", "--report_to=none", "--mixed_precision=fp32", "--cpu"]
+    course = ["--encoding=bytes", "--batch_size=4", "--max_steps=3", "--eval_steps=100", "--save_steps=100"]
+    quiet = ["--sample_steps=0", "--report_to=none", "--mixed_precision=fp32", "--use_cpu"]
     folder, text = f"--output_dir={tmp_path / 'run'}", f"--text_files={tmp_path / 'text.txt'}"
     launch = ["--config_file", "examples/accelerate/cpu.yaml", "examples/pretrain.py"]
     ended = subprocess.run(

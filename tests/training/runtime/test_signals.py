@@ -19,8 +19,9 @@ from gpt_kit_hf.training.verify import verify_run
 ROOT = Path(__file__).resolve().parents[3]
 RUN = [
     "--n_layer=2", "--n_head=2", "--n_embd=32", "--max_position_embeddings=32", "--max_length=32", "--dropout=0.1",
-    "--encoding=bytes", "--batch_size=4", "--eval_windows=5", "--sample_every=0", "--report_to=none", "--cpu",
-    "--mixed_precision=fp32", "--save_every=100000", "--eval_every=100000", "--schedule=constant", "--resume",
+    "--encoding=bytes", "--batch_size=4", "--max_eval_samples=5", "--sample_steps=0", "--report_to=none", "--use_cpu",
+    "--mixed_precision=fp32", "--save_steps=100000", "--eval_steps=100000", "--resume",
+    "--lr_scheduler_type=constant_with_warmup",
 ]  # fmt: skip
 LAUNCHERS = {
     "python": [sys.executable],

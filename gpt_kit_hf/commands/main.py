@@ -1,0 +1,160 @@
+"""The entry point of `gpt-kit`: the table of its commands.
+
+A command line is parsed, and the files that it names are looked for, before the command's module is imported: help and
+refusals do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+from gpt_kit_hf.commands.running import USAGE_ERROR, quiet_libraries, run_command
+from gpt_kit_hf.errors import UsageError, unknown_name
+from gpt_kit_hf.options.conversion import ConvertOptions
+from gpt_kit_hf.options.evaluation import CheckOptions, EvaluateOptions, InspectOptions, VerifyOptions
+from gpt_kit_hf.options.files import check_named_files
+from gpt_kit_hf.options.generation import ChatCommandOptions, GenerateOptions, ServeOptions
+from gpt_kit_hf.options.hub import CardOptions, PullOptions, PushCommandOptions
+from gpt_kit_hf.options.parser import parse_options
+from gpt_kit_hf.options.run import FinetuneOptions, RunOptions
+
+ABOUT = "Train, evaluate, use and publish a GPT of your own."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A command: its options, and the function of a module in this folder that takes them."""
+
+    name: str
+    summary: str
+    options: type
+    module: str
+    about: str = ""
+
+    def help(self) -> str:
+        """Return what the command does."""
+        return f"{self.summary} {self.about}".strip()
+
+    def run(self, options: object) -> None:
+        """Import the command's module and run the command."""
+        function = getattr(import_module(f"gpt_kit_hf.commands.{self.module}"), self.name)
+        quiet_libraries()
+        function(options)
+
+
+COMMANDS = {
+    command.name: command
+    for command in (
+        Command(name="train", summary="Pretrain a GPT on text.", options=RunOptions, module="train"),
+        Command(
+            name="finetune",
+            summary="Finetune a model on instruction rows.",
+            options=FinetuneOptions,
+            module="train",
+        ),
+        Command(
+            name="inspect",
+            summary="Show which tokens of instruction rows would be trained, and which rows are invalid.",
+            options=InspectOptions,
+            module="inspect",
+        ),
+        Command(
+            name="verify",
+            summary="Check a run folder: checkpoints, metrics and model files.",
+            about="Exits with 1 if anything differs from what the run wrote.",
+            options=VerifyOptions,
+            module="train",
+        ),
+        Command(name="generate", summary="Generate text from a prompt.", options=GenerateOptions, module="generate"),
+        Command(
+            name="chat",
+            summary="Chat with a model in the terminal.",
+            about="A model without a chat template continues your text.",
+            options=ChatCommandOptions,
+            module="generate",
+        ),
+        Command(
+            name="serve",
+            summary="Serve a model over an OpenAI-compatible HTTP API.",
+            about="The server is that of transformers and needs the extra serve. Requests are sampled at temperature "
+            "1 unless they set one; 0 always takes the most likely token. For a model without a chat template use "
+            "/v1/completions; /v1/chat/completions continues the messages as one text.",
+            options=ServeOptions,
+            module="generate",
+        ),
+        Command(
+            name="evaluate",
+            summary="Evaluate a model: loss, perplexity and bits per byte of text or answers, or benchmark tasks.",
+            about="Every token of a document is scored once. The scores of a run are kept for its model card.",
+            options=EvaluateOptions,
+            module="evaluate",
+        ),
+        Command(
+            name="check",
+            summary="Check that a model gives the same answers with any batching, cache and attention.",
+            about="Compares rows alone, padded and packed, without a cache and with a dynamic or static one, for each "
+            "attention implementation, in fp32 and bf16. Exits with 1 if logits or greedy tokens differ.",
+            options=CheckOptions,
+            module="evaluate",
+        ),
+        Command(
+            name="card",
+            summary="Write the model card of a run, RUN/README.md.",
+            about="Text that you wrote outside of the generated blocks is kept.",
+            options=CardOptions,
+            module="publish",
+        ),
+        Command(
+            name="push",
+            summary="Publish a model on the Hub, then download it and compare.",
+            about="Exits with 1 if what is on the Hub differs from what was sent, or cannot be loaded.",
+            options=PushCommandOptions,
+            module="publish",
+        ),
+        Command(
+            name="pull",
+            summary="Download a model from the Hub and check every file.",
+            about="None of its code is run.",
+            options=PullOptions,
+            module="publish",
+        ),
+        Command(
+            name="convert",
+            summary="Convert a checkpoint from or to GPT-2, or from a hand-written GPT.",
+            options=ConvertOptions,
+            module="convert",
+        ),
+    )
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line, by default that of the process; return the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("--help", "-h"):
+        sys.stdout.write(_overview())
+        return 0 if given else USAGE_ERROR
+    return run_command(lambda: _run(given[0], given[1:]))
+
+
+def _run(name: str, arguments: Sequence[str]) -> None:
+    if name not in COMMANDS:
+        raise UsageError(unknown_name("command", name, COMMANDS))
+    command = COMMANDS[name]
+    options: object = parse_options(command.options, arguments, prog=f"gpt-kit {name}", about=command.help())
+    check_named_files(options)
+    command.run(options)
+
+
+def _overview() -> str:
+    lines = [f"  {command.name:<10}{command.summary}" for command in COMMANDS.values()]
+    return "\n".join(
+        ["usage: gpt-kit COMMAND ...", "", ABOUT, "", *lines, "", "gpt-kit COMMAND --help lists its options.", ""]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""How a command ends: its exit code, one line for an error, and its output."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from gpt_kit_hf.errors import GPTKitError, StoppedError, UsageError, one_line
+from gpt_kit_hf.text import printable
+from gpt_kit_hf.training.runtime.signals import EXIT_STOPPED
+
+USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+
+
+def run_command(command: Callable[[], object]) -> int:
+    """Run a command and return its exit code; an expected error is one line on stderr, not a traceback."""
+    quiet_libraries()
+    try:
+        command()
+    except UsageError as error:
+        return _fail(error, USAGE_ERROR)
+    except StoppedError as error:
+        return _fail(error, EXIT_STOPPED)
+    except (GPTKitError, OSError) as error:
+        return _fail(error, FAILURE)
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+    return 0
+
+
+def _fail(error: object, code: int) -> int:
+    sys.stderr.write(f"error: {one_line(error)}\n")
+    return code
+
+
+def quiet_libraries() -> None:
+    """Turn off the progress bars of the libraries that are loaded: they would break the lines of a run."""
+    if (datasets := sys.modules.get("datasets")) is not None and not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    if (logging := sys.modules.get("transformers.utils.logging")) is not None:
+        logging.disable_progress_bar()
+
+
+def write(text: str) -> None:
+    """Write to the standard output, without control characters if it is a terminal."""
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """Write a line for a person to the standard error."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()

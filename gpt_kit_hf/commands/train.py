@@ -1,0 +1,40 @@
+"""`gpt-kit train`, `finetune` and `verify`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from gpt_kit_hf.commands.running import note, write
+from gpt_kit_hf.errors import CheckpointError
+from gpt_kit_hf.options.evaluation import VerifyOptions
+from gpt_kit_hf.options.run import FinetuneOptions, RunOptions
+from gpt_kit_hf.training import finetune as finetuning
+from gpt_kit_hf.training import pretrain
+from gpt_kit_hf.training.replay import replay_steps
+from gpt_kit_hf.training.verify import verify_run
+
+
+def train(options: RunOptions) -> None:
+    """Pretrain a GPT on text."""
+    pretrain.train(options, stream=sys.stdout)
+
+
+def finetune(options: FinetuneOptions) -> None:
+    """Finetune a model on instruction rows."""
+    finetuning.finetune(options, stream=sys.stdout)
+
+
+def verify(options: VerifyOptions) -> None:
+    """Check a run folder, and compute steps again if asked to. Raises CheckpointError if anything differs."""
+    folder = Path(options.run)
+    found = verify_run(folder)
+    for line in [*found.lines, *(f"FAULT  {problem}" for problem in found.problems)]:
+        write(f"{line}\n")
+    if found.problems:
+        raise CheckpointError(f"{options.run}: {len(found.problems)} faults, the first: {found.problems[0]}")
+    if options.steps is not None:
+        replayed = replay_steps(folder, *options.steps, log=note)
+        if replayed.difference:
+            raise CheckpointError(replayed.difference)
+        write(f"{replayed.text()}\n")

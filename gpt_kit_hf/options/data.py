@@ -1,0 +1,234 @@
+"""Options of the data: text, its encoding and windows, and instruction rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from gpt_kit_hf.errors import UsageError, unknown_name
+from gpt_kit_hf.options.declare import Options, option
+
+TRAINED_BPE = "bpe"
+KEEP = "keep"
+RowFormat: TypeAlias = Literal["auto", "alpaca", "chat", "prompt_completion"]
+TrainOn: TypeAlias = Literal["answers", "everything"]
+Truncation: TypeAlias = Literal["error", "drop", "truncate_prompt"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextOptions(Options):
+    """The text: where it comes from and which part of it is for evaluation."""
+
+    text_files: list[str] | None = option(
+        None,
+        "files or globs: plain UTF-8 text (one document per file), .jsonl or .parquet (one document per row), also "
+        "compressed as .gz or .zst; python-stdlib is the source code of the running Python's standard library",
+        unset="none",
+        excludes=("dataset_name", "mixture"),
+        card="path",
+        names="files",
+    )
+    dataset_name: str | None = option(
+        None,
+        "dataset on the Hub, or local folder that the datasets library can load",
+        unset="none",
+        excludes=("mixture",),
+        card="path_or_id",
+    )
+    dataset_config: str | None = option(None, "configuration (subset) of the dataset", unset="the dataset's default")
+    dataset_train_split: str = option("train", "split of the dataset to train on")
+    text_column: str = option("text", "column of the dataset, or key of the rows of files, that holds the text")
+    document_separator: str | None = option(
+        None,
+        "string that separates documents within a plain text file, such as '<|endoftext|>'",
+        unset="a file is one document",
+    )
+    mixture: list[str] | None = option(
+        None,
+        "weighted sources, as WEIGHT:FILES or WEIGHT:dataset:NAME, such as 0.7:web/*.jsonl 0.3:books/*.txt",
+        unset="none",
+        card="mixture",
+        names="weighted_files",
+    )
+    eval_files: list[str] | None = option(
+        None,
+        "files or globs to evaluate on",
+        unset="eval_fraction of the text",
+        excludes=("dataset_test_split",),
+        card="path",
+        names="files",
+    )
+    dataset_test_split: str | None = option(
+        None, "split of the dataset to evaluate on", unset="eval_fraction of the text"
+    )
+    eval_fraction: float = option(
+        0.1,
+        "fraction of the tokens to evaluate on instead of training: whole documents, and the end of one",
+        above=0,
+        below=1,
+    )
+    eval_max_tokens: int = option(
+        2_000_000,
+        "upper limit, in tokens, of the evaluation text that eval_fraction or a streamed dataset_test_split gives",
+        minimum=1,
+    )
+    streaming: bool = option(
+        False,
+        "tokenize during training and store nothing; needs max_steps, and eval_files or dataset_test_split",
+    )
+    shuffle_windows: int = option(
+        1024, "size of the shuffle buffer of a streamed text, in windows of max_length tokens", minimum=1
+    )
+    num_proc: int = option(1, "threads that tokenize", minimum=1, resume="free")
+
+    def __post_init__(self) -> None:
+        if sum(1 for name in ("text_files", "dataset_name", "mixture") if getattr(self, name)) != 1:
+            raise UsageError(
+                "give text: exactly one of text_files, dataset_name and mixture (try text_files python-stdlib)"
+            )
+        super().__post_init__()
+        if self.document_separator == "":
+            raise UsageError("document_separator must not be empty; leave it out if a file is one document")
+        if self.document_separator is not None and self.dataset_name:
+            raise UsageError("document_separator is for text_files: a row of dataset_name is one document")
+        if self.dataset_test_split is not None and not self.dataset_name:
+            raise UsageError("dataset_test_split is for dataset_name: name eval_files instead")
+        if self.dataset_config is not None and self.text_files:
+            raise UsageError(
+                f"dataset_config={self.dataset_config!r} is for dataset_name and mixture; files have none"
+            )
+        if self.dataset_test_split is not None and self.dataset_test_split == self.dataset_train_split:
+            raise UsageError(
+                f"dataset_test_split={self.dataset_test_split!r} is the split to train on: name another one"
+            )
+        if self.streaming and self.mixture:
+            raise UsageError("streaming and mixture: a mixture is read from stored tokens; give one of them")
+        if self.streaming and not (self.eval_files or self.dataset_test_split):
+            raise UsageError("streaming needs eval_files or dataset_test_split: a stream has no end to split off")
+        weighted_sources(self.mixture or [])
+
+
+def weighted_sources(mixture: list[str]) -> list[tuple[float, str, str]]:
+    """Return (weight, dataset or "", files or "") of each entry of `mixture`. Raises UsageError."""
+    found = []
+    for entry in mixture:
+        weight, _, place = entry.partition(":")
+        if not place or not _is_positive(weight):
+            raise UsageError(f"mixture {entry!r}: give WEIGHT:FILES, such as 0.3:books/*.txt, the weight above 0")
+        dataset = place.removeprefix("dataset:") if place.startswith("dataset:") else ""
+        found.append((float(weight), dataset, "" if dataset else place))
+    return found
+
+
+def _is_positive(weight: str) -> bool:
+    try:
+        return 0.0 < float(weight) < float("inf")
+    except ValueError:
+        return False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncodingOptions(Options):
+    """The tokenizer."""
+
+    encoding: str = option(
+        TRAINED_BPE,
+        "bpe (trained on the text), bytes, gpt2, or a folder with a tokenizer.json",
+        card="path",
+        metavar="NAME|FOLDER",
+    )
+    vocab_size: int = option(4096, "vocabulary size of a trained bpe: 256 bytes, the merges and the end of text")
+    vocab_text_mb: int = option(100, "megabytes of text, sampled from the whole corpus, to train a bpe on", minimum=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = [TRAINED_BPE, "bytes", "gpt2"]
+        if self.encoding not in known and not Path(self.encoding).is_dir():
+            raise UsageError(unknown_name("encoding", self.encoding, known))
+        if self.vocab_size < 258:
+            raise UsageError(
+                f"vocab_size must be at least 258 (256 bytes, a merge, end of text), got {self.vocab_size}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WindowOptions(Options):
+    """The windows of tokens that a model is trained on."""
+
+    max_length: int = option(256, "tokens per window", minimum=1)
+    stride: int | None = option(None, "tokens between the starts of two windows", unset="max_length")
+    packing: bool = option(
+        False, "mask attention between the documents of a window, and do not train on the token after a document"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_stride(self.step, self.max_length)
+
+    @property
+    def step(self) -> int:
+        """The stride, or max_length if none is given."""
+        return self.max_length if self.stride is None else self.stride
+
+
+def check_stride(stride: int, max_length: int) -> None:
+    """Raise UsageError for a stride that does not advance or leaves out tokens."""
+    if not 1 <= stride <= max_length:
+        raise UsageError(f"stride must lie between 1 and max_length={max_length}, got {stride}: it would skip tokens")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowOptions(Options):
+    """The instruction rows: where they come from, and what happens to an invalid one."""
+
+    rows: list[str] | None = option(
+        None,
+        "files or globs of rows: .json, .jsonl, .ndjson (also compressed as .gz or .zst) and .parquet",
+        unset="none",
+        excludes=("dataset_name",),
+        card="path",
+        names="files",
+        metavar="DATA",
+    )
+    dataset_name: str | None = option(
+        None,
+        "dataset on the Hub, or local folder that the datasets library can load",
+        unset="none",
+        card="path_or_id",
+    )
+    dataset_config: str | None = option(None, "configuration (subset) of dataset_name", unset="the dataset's default")
+    dataset_train_split: str | None = option(None, "split of dataset_name", unset="train")
+    on_bad_row: Literal["stop", "skip"] = option(
+        "stop", "what to do at an invalid row: stop with an error, or skip and count it"
+    )
+
+    def __post_init__(self) -> None:
+        if bool(self.rows) == bool(self.dataset_name):
+            raise UsageError("give rows: exactly one of rows (files) and dataset_name")
+        super().__post_init__()
+        if self.dataset_name is None and (self.dataset_config is not None or self.dataset_train_split is not None):
+            raise UsageError("dataset_config and dataset_train_split are for dataset_name; files have neither")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowReadingOptions(Options):
+    """How a row becomes tokens."""
+
+    format: RowFormat = option("auto", "format of the rows; auto decides by the keys of each row")
+    train_on: TrainOn = option(
+        "answers", "tokens that are trained: the answers and the end of text after each, or everything"
+    )
+    truncation: Truncation = option(
+        "error",
+        "what to do with a row longer than max_length: stop with an error, drop it, or cut off the start of its "
+        "prompt",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SupervisionOptions(RowReadingOptions):
+    """How a row becomes tokens, and which of them are trained."""
+
+    max_length: int = option(256, "tokens per row, and length of a packed sequence", minimum=1)
+    packing: bool = option(True, "pack several rows into one sequence, with attention masked between them")

@@ -1,0 +1,152 @@
+"""Options of evaluation: scores of text, rows and benchmark tasks, and checks of models and runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar, Literal, TypeAlias
+
+from gpt_kit_hf.errors import UsageError
+from gpt_kit_hf.options.data import RowOptions, RowReadingOptions, SupervisionOptions
+from gpt_kit_hf.options.declare import REQUIRED, Options, option
+from gpt_kit_hf.options.generation import LoadedModelOptions
+
+Kind: TypeAlias = Literal["auto", "text", "rows"]
+PaddingSide: TypeAlias = Literal["left", "right"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions(Options):
+    """The data to score, and how."""
+
+    data: list[str] = option(
+        [],
+        "files or globs to score: text (one document per file), .jsonl, .json or .parquet (one document or "
+        "instruction row per row), also compressed as .gz or .zst; or python-stdlib",
+        names="files",
+        metavar="DATA",
+    )
+    kind: Kind = option("auto", "what the data is; auto is rows if the rows have the keys of instructions")
+    text_column: str = option("text", "column or key that holds the text")
+    document_separator: str | None = option(
+        None, "string that separates documents within a plain text file", unset="a file is one document"
+    )
+    max_length: int | None = option(None, "tokens per window or row", minimum=1, unset="the model's context")
+    stride: int | None = option(
+        None,
+        "tokens between the starts of two windows; fewer give each token more context",
+        minimum=1,
+        unset="max_length",
+    )
+    batch_size: int = option(8, "windows per forward pass; does not change the result", minimum=1)
+    padding_side: PaddingSide = option("right", "side on which batches are padded; does not change the result")
+    max_tokens: int | None = option(
+        None, "score about this many tokens, sampled from the whole text", minimum=1, unset="all"
+    )
+    samples: int = option(0, "number of documents or rows whose beginning the model continues, to show", minimum=0)
+    device: str = option("cpu", "device to run on: cpu, cuda, cuda:1 and so on")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.data:
+            raise UsageError("data: name at least one file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(ScoreOptions):
+    """A model, and the data or benchmark tasks to score it on."""
+
+    positionals: ClassVar[tuple[str, ...]] = ("model_name_or_path", "data")
+
+    model_name_or_path: str = option(REQUIRED, "folder of a run or model, or Hub id", names="model", metavar="MODEL")
+    tasks: list[str] | None = option(
+        None,
+        "tasks of lm-evaluation-harness, instead of data (needs the extra eval)",
+        unset="none",
+        excludes=("data",),
+    )
+    include_path: str | None = option(
+        None, "folder with task files of your own", unset="none", names="folder", metavar="FOLDER"
+    )
+    limit: int | None = option(None, "examples per task", minimum=1, unset="all")
+    output_json: str | None = option(None, "also write the result to this file", unset="none", metavar="FILE")
+
+    def __post_init__(self) -> None:
+        if bool(self.data) == bool(self.tasks):
+            raise UsageError("give either DATA to score or --tasks" + (", not both" if self.data else ""))
+        if self.tasks:
+            Options.__post_init__(self)
+        else:
+            super().__post_init__()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions(LoadedModelOptions):
+    """A model, and the ways in which it is asked."""
+
+    positionals: ClassVar[tuple[str, ...]] = ("model_name_or_path",)
+
+    attention: list[str] | None = option(
+        None,
+        "attention implementations to check",
+        choices=("eager", "sdpa", "flex_attention"),
+        unset="all that run on this machine",
+    )
+    compile_flex: bool | None = option(None, "run flex_attention as a compiled kernel", unset="true, except on a CPU")
+    seed: int = option(0, "seed of the random prompts", minimum=0, below=2**63)
+    output_json: str | None = option(None, "also write the result to this file", unset="none", metavar="FILE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions(Options):
+    """A run, and the steps to compute again."""
+
+    positionals: ClassVar[tuple[str, ...]] = ("run",)
+
+    run: str = option(REQUIRED, "folder of a run", names="folder", metavar="RUN")
+    replay: str | None = option(
+        None, "compute these steps again and compare them with the run", unset="none", metavar="FROM:TO"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.steps
+
+    @property
+    def steps(self) -> tuple[int, int] | None:
+        """The first and the last step to replay."""
+        if self.replay is None:
+            return None
+        first, _, last = self.replay.partition(":")
+        if not (first.isdecimal() and last.isdecimal()):
+            raise UsageError(f"replay must be FROM:TO, two step numbers, got {self.replay!r}")
+        return int(first), int(last)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions(RowOptions, RowReadingOptions):
+    """The rows to inspect, and how they would be read."""
+
+    positionals: ClassVar[tuple[str, ...]] = ("rows",)
+
+    model_name_or_path: str | None = option(
+        None,
+        "folder of a run or model, or Hub id, whose tokenizer to use",
+        unset="a token per byte",
+        names="model",
+        metavar="MODEL",
+    )
+    max_length: int | None = option(
+        None, "tokens per row", minimum=1, unset="the model's context, 1024 without a model"
+    )
+    examples: int = option(3, "number of rows to show, with the trained tokens marked", minimum=0)
+
+    def supervision(self, max_length: int) -> SupervisionOptions:
+        """Return the options that finetuning would read the rows with."""
+        return SupervisionOptions(
+            format=self.format, train_on=self.train_on, truncation=self.truncation, max_length=max_length
+        )
+
+    def row_options(self) -> RowOptions:
+        """Return where the rows come from."""
+        return RowOptions(**{field.name: getattr(self, field.name) for field in dataclasses.fields(RowOptions)})

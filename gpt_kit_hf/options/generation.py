@@ -1,0 +1,85 @@
+"""Options of generation: sampling, the terminal chat and the server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, TypeAlias
+
+from gpt_kit_hf.options.declare import REQUIRED, Options, option
+
+DecodingDtype: TypeAlias = Literal["auto", "float16", "int8"]
+Overflow: TypeAlias = Literal["error", "slide"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions(Options):
+    """How the next token is chosen."""
+
+    temperature: float = option(0.8, "sampling temperature; 0 always takes the most likely token", minimum=0)
+    top_k: int | None = option(
+        50, "sample from the k most likely tokens; none samples from all", minimum=1, unset="all tokens"
+    )
+    dtype: DecodingDtype = option(
+        "auto",
+        "precision of the weight matrices while decoding; auto is the model's own, float16 and int8 are faster on a "
+        "CPU and less exact",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModelOptions(Options):
+    """The model, and where it runs."""
+
+    model_name_or_path: str = option(REQUIRED, "folder of a run or model, or Hub id", names="model", metavar="MODEL")
+    device: str = option("cpu", "device to run on: cpu, cuda, cuda:1 and so on")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(SamplingOptions, LoadedModelOptions):
+    """A prompt, and how a model continues it."""
+
+    positionals: ClassVar[tuple[str, ...]] = ("model_name_or_path",)
+
+    prompt: str = option("", "text to continue; without one, the model starts a new document")
+    max_new_tokens: int | None = option(
+        None, "most tokens to add", minimum=1, unset="200, or what is left of the model's context"
+    )
+    seed: int | None = option(
+        None, "seed that makes the sample repeatable", minimum=0, below=2**63, unset="a different sample each time"
+    )
+    overflow: Overflow = option(
+        "error",
+        "what to do beyond the model's context: stop with an error, or slide: predict from the last tokens only",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions(SamplingOptions):
+    """How an answer is generated."""
+
+    max_new_tokens: int = option(200, "most tokens per answer", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatCommandOptions(ChatOptions, LoadedModelOptions):
+    """A model to talk with."""
+
+    positionals: ClassVar[tuple[str, ...]] = ("model_name_or_path",)
+
+    seed: int | None = option(
+        None, "seed that makes the answers repeatable", minimum=0, below=2**63, unset="different answers each time"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(Options):
+    """A model to serve, and the address to serve it at."""
+
+    positionals: ClassVar[tuple[str, ...]] = ("model_name_or_path",)
+
+    model_name_or_path: str = option(REQUIRED, "folder of a run or model, or Hub id", names="model", metavar="MODEL")
+    host: str = option(
+        "127.0.0.1",
+        "address to listen on; there is no authentication, so anyone who can reach another address can use the server",
+    )
+    port: int = option(8000, "port to listen on; 0 takes a free one", minimum=0, maximum=65535)

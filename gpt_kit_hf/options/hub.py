@@ -1,0 +1,82 @@
+"""Options of publishing: push, pull and the model card."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal, TypeAlias
+
+from gpt_kit_hf.errors import UsageError
+from gpt_kit_hf.options.declare import REQUIRED, Options, option
+
+CardBase: TypeAlias = Literal["hub", "run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushOptions(Options):
+    """How a model is published."""
+
+    private: bool | None = option(
+        None, "make a new repository private, or public if false", unset="the account's default"
+    )
+    revision: str | None = option(
+        None, "branch to commit to; it is created if necessary", unset="main", excludes=("create_pr",)
+    )
+    create_pr: bool = option(False, "open a pull request instead of committing to a branch")
+    commit_message: str = option("Publish the model", "message of the commit")
+    keep_card: CardBase | None = option(
+        None,
+        "whose text to keep if the model card was edited both on the Hub and in the run",
+        unset="stop with an error",
+    )
+    dry_run: bool = option(False, "list the files that would be sent, and send nothing")
+
+    def __post_init__(self) -> None:
+        if self.revision is not None and self.create_pr:
+            raise UsageError("revision and create_pr: a pull request has a branch of its own; give one of them")
+        super().__post_init__()
+        if not self.commit_message.strip():
+            raise UsageError("commit_message must not be empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushCommandOptions(PushOptions):
+    """A model to publish, and where."""
+
+    positionals: ClassVar[tuple[str, ...]] = ("run", "repo")
+
+    run: str = option(REQUIRED, "folder of a run or model; left out with --verify_only", metavar="RUN")
+    repo: str | None = option(None, "repository on the Hub, OWNER/NAME", unset="none", metavar="REPO")
+    verify_only: bool = option(False, "only verify that REPO still holds what was published")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.verify_only:
+            return
+        if self.repo is None:
+            raise UsageError("give REPO, OWNER/NAME on the Hub")
+        if not Path(self.run).is_dir():
+            raise UsageError(f"run {self.run!r}: no such folder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PullOptions(Options):
+    """A repository to download, and where to."""
+
+    positionals: ClassVar[tuple[str, ...]] = ("repo", "folder")
+
+    repo: str = option(REQUIRED, "repository on the Hub, OWNER/NAME", metavar="REPO")
+    folder: str = option(REQUIRED, "folder to write; it must be empty or not exist yet", metavar="FOLDER")
+    revision: str | None = option(None, "branch, tag or commit", unset="main")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardOptions(Options):
+    """A run whose model card to write."""
+
+    positionals: ClassVar[tuple[str, ...]] = ("run",)
+
+    run: str = option(REQUIRED, "folder of a run or model", names="folder", metavar="RUN")
+    repo: str | None = option(
+        None, "repository on the Hub, used in the card's code examples", unset="the name of the run"
+    )

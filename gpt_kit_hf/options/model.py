@@ -1,0 +1,85 @@
+"""Options of a new model: a preset, and what to change of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal, TypeAlias
+
+from gpt_kit_hf.options.declare import Options, option
+
+Activation: TypeAlias = Literal["gelu", "gelu_new", "gelu_pytorch_tanh"]
+
+
+def _shape(n_layer: int, n_embd: int, n_head: int, context: int = 1024, vocab_size: int = 50257) -> dict[str, int]:
+    return {
+        "n_layer": n_layer,
+        "n_embd": n_embd,
+        "n_head": n_head,
+        "max_position_embeddings": context,
+        "vocab_size": vocab_size,
+    }
+
+
+# GPT-2: Radford et al. 2019, table 2. GPT-3: Brown et al. 2020, table 2.1; its dense sizes, where the printed heads
+# and widths do not divide (24 heads of 128 at width 2048; width 5140) the divisible neighbour is taken. GPT-1:
+# Radford et al. 2018, section 4.1; its size, in this pre-norm architecture.
+PRESETS: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {
+        "gpt2-small (124M)": _shape(12, 768, 12),
+        "gpt2-medium (355M)": _shape(24, 1024, 16),
+        "gpt2-large (774M)": _shape(36, 1280, 20),
+        "gpt2-xl (1558M)": _shape(48, 1600, 25),
+        "gpt3-small (125M)": _shape(12, 768, 12, 2048),
+        "gpt3-medium (350M)": _shape(24, 1024, 16, 2048),
+        "gpt3-large (760M)": _shape(24, 1536, 16, 2048),
+        "gpt3-xl (1.3B)": _shape(24, 2048, 16, 2048),
+        "gpt3-2.7b (2.7B)": _shape(32, 2560, 32, 2048),
+        "gpt3-6.7b (6.7B)": _shape(32, 4096, 32, 2048),
+        "gpt3-13b (13B)": _shape(40, 5120, 40, 2048),
+        "gpt1 (117M)": _shape(12, 768, 12, 512, 40478),
+        "nano-xs (4x128)": _shape(4, 128, 4, 256),
+        "nano-s (4x256)": _shape(4, 256, 4, 256),
+        "nano-m (6x384)": _shape(6, 384, 6, 512),
+        "nano-l (8x512)": _shape(8, 512, 8, 1024),
+    }
+)
+PRESET_KEYS = tuple(full.split(" ")[0] for full in PRESETS)
+
+
+def preset_key(name: str) -> str:
+    """Return the key of a preset ("gpt2-small") for its key or full name in any case; any other name unchanged."""
+    known = {**{key: key for key in PRESET_KEYS}, **{full.lower(): full.split(" ")[0] for full in PRESETS}}
+    return known.get(name.strip().lower(), name)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions(Options):
+    """The model: a preset and changes to it. The vocabulary size is that of the encoding."""
+
+    model: str = option(
+        "nano-s", "preset to start from", choices=PRESET_KEYS, normalize=preset_key, noun="model preset"
+    )
+    n_layer: int | None = option(None, "number of transformer blocks", unset="the preset's")
+    n_head: int | None = option(None, "attention heads per block", unset="the preset's")
+    n_embd: int | None = option(None, "model width; must be divisible by n_head", unset="the preset's")
+    n_inner: int | None = option(None, "width of the feed-forward layers", unset="4 * n_embd")
+    max_position_embeddings: int | None = option(
+        None, "size of the position table: the longest context in tokens", unset="the preset's"
+    )
+    dropout: float | None = option(
+        None, "dropout probability of embeddings, attention and residual connections", unset="0"
+    )
+    hidden_act: Activation | None = option(
+        None, "activation function: exact GELU or one of its tanh approximations", unset="gelu_pytorch_tanh"
+    )
+    position_embedding: Literal["learned", "sinusoidal"] | None = option(
+        None, "kind of position embedding", unset="learned"
+    )
+    use_bias: bool | None = option(None, "add bias terms to linear layers and norms", unset="true")
+    tie_word_embeddings: bool | None = option(
+        None, "share the token embedding with the output projection", unset="true"
+    )
+    layer_norm_epsilon: float | None = option(None, "epsilon of the layer norms", unset="1e-5")
+    initializer_range: float | None = option(None, "standard deviation of the initial weights", unset="0.02")

@@ -1,0 +1,187 @@
+"""The command-line parser of every command: options from a YAML file and the command line, which wins."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from gpt_kit_hf.errors import UsageError, one_line, unknown_name
+from gpt_kit_hf.options.declare import Option, Section, sections_of
+from gpt_kit_hf.options.pages import config_page, help_page, placeholder
+
+T = TypeVar("T")
+
+_HELP = Option(name="help", type=bool, default=False, help="show this help and exit")
+_CONFIG = Option(
+    name="config",
+    optional=True,
+    default=None,
+    help="YAML file of options; options on the command line take precedence",
+    unset="none",
+    metavar="FILE",
+)
+_PRINT_CONFIG = Option(
+    name="print_config", type=bool, default=False, help="print all options as a YAML file for --config, and exit"
+)
+
+
+def parse_options(kind: type[T], arguments: Sequence[str], *, prog: str, about: str = "") -> T:
+    """Return the options of a command that the arguments ask for.
+
+    `kind` is an option class, or a dataclass of them; its `positionals` are the names of the options that may be
+    given without a name, its `recipes` the values of --recipe. Prints and exits for --help and --print_config.
+
+    Raises UsageError for an unknown option, with the nearest known one, a wrong value, and an option that is missing.
+    """
+    sections = sections_of(kind)
+    known = {name: each for section in sections.values() for name, each in section.options.items()}
+    general = {each.name: each for each in (_HELP, _CONFIG, _PRINT_CONFIG, *_recipe(kind))}
+    positionals: tuple[str, ...] = getattr(kind, "positionals", ())
+    if "--help" in arguments or "-h" in arguments:
+        sys.stdout.write(help_page(prog, about, sections, general.values(), positionals))
+        raise SystemExit(0)
+    given = _from_command_line(arguments, {**known, **general}, positionals)
+    values = dict(given)
+    if "config" in given:
+        from_file = _from_file(given["config"], {**known, **{each.name: each for each in _recipe(kind)}})
+        values = {**{n: v for n, v in from_file.items() if n not in _replaced(known, given)}, **given}
+    if (recipe := values.get("recipe")) is not None:
+        general["recipe"].check(recipe)
+        values = {**_recipes(kind)[recipe], **values}
+    options = _build(kind, sections, values, positionals)
+    if values.get("print_config"):
+        sys.stdout.write(config_page(prog, sections, options))
+        raise SystemExit(0)
+    return options
+
+
+def _recipes(kind: type) -> Mapping[str, Mapping[str, Any]]:
+    recipes: Mapping[str, Mapping[str, Any]] = getattr(kind, "recipes", {})
+    return recipes
+
+
+def _recipe(kind: type) -> Iterable[Option]:
+    if recipes := tuple(_recipes(kind)):
+        help_text = "defaults for the optimizer's options; fast is Muon with a linear schedule"
+        yield Option(
+            name="recipe", optional=True, default=None, help=help_text, choices=recipes, unset="plain", metavar="NAME"
+        )
+
+
+def _from_command_line(
+    arguments: Sequence[str], known: Mapping[str, Option], positionals: Sequence[str]
+) -> dict[str, Any]:
+    """Return {option: value} of the arguments; of an option given twice the last value counts."""
+    given: dict[str, Any] = {}
+    without_name: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument == "--":
+            without_name += rest
+            break
+        if not argument.startswith("--"):
+            without_name.append(argument)
+            continue
+        written, _, inline = argument.removeprefix("--").partition("=")
+        name = written.replace("-", "_")
+        option, negated = known.get(name), known.get(name.removeprefix("no_"))
+        if option is None and negated is not None and negated.type is bool and "=" not in argument:
+            given[negated.name] = False
+            continue
+        if option is None:
+            raise UsageError(_unknown(name, known))
+        if "=" in argument:
+            values = [inline]
+        elif option.type is bool:
+            values = [rest.pop(0)] if rest and rest[0].lower() in ("true", "false") else ["true"]
+        else:
+            values = _values(rest, many=option.is_list)
+            if not values:
+                raise UsageError(f"{name} needs a value: --{name} {placeholder(option)}")
+        converted = [option.from_text(value) for value in values]
+        given[name] = converted if option.is_list else converted[0]
+    return {**given, **_named(without_name, known, positionals)}
+
+
+def _values(rest: list[str], *, many: bool) -> list[str]:
+    """Take the value of an option, or all of its values, from the front of the arguments."""
+    taken: list[str] = []
+    while rest and not rest[0].startswith("--") and (many or not taken):
+        taken.append(rest.pop(0))
+    return taken
+
+
+def _named(values: list[str], known: Mapping[str, Option], positionals: Sequence[str]) -> dict[str, Any]:
+    """Return the values that were given without a name, by name."""
+    found: dict[str, Any] = {}
+    rest = list(values)
+    for name in positionals:
+        if rest:
+            found[name] = rest if known[name].is_list else known[name].from_text(rest.pop(0))
+            rest = [] if known[name].is_list else rest
+    if rest:
+        raise UsageError(f"unexpected argument {rest[0]!r}: options are given as --name value")
+    return found
+
+
+def _unknown(name: str, known: Iterable[str]) -> str:
+    message = unknown_name("option", name, known)
+    return message if "did you mean" in message else f"unknown option {name!r}; --help lists the options"
+
+
+def _replaced(known: Mapping[str, Option], given: Mapping[str, Any]) -> set[str]:
+    """Return the options of which the command line gives an alternative, which then wins over the file."""
+    pairs = [(name, other) for name, each in known.items() for other in each.excludes]
+    return {b for one, two in pairs for a, b in ((one, two), (two, one)) if a in given and b not in given}
+
+
+def _from_file(file: str, known: Mapping[str, Option]) -> dict[str, Any]:
+    """Return {option: value} of a YAML file."""
+    import yaml
+
+    try:
+        with open(file, encoding="utf-8") as stream:  # noqa: PTH123 (as the user wrote it)
+            content = yaml.safe_load(stream)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"config {file!r} cannot be read: {one_line(error)}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"config {file!r} is not YAML: {one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"config {file!r} must hold 'name: value' lines")
+    values = {}
+    for written, value in content.items():
+        name = str(written).replace("-", "_")
+        if name not in known:
+            raise UsageError(f"config {file!r}: {_unknown(name, known)}")
+        if value is not None or known[name].optional:
+            values[name] = _from_yaml(known[name], value)
+    return values
+
+
+def _from_yaml(option: Option, value: Any) -> Any:
+    if value is None:
+        return None
+    if option.is_list:
+        return [_scalar(option, each) for each in (value if isinstance(value, list) else [value])]
+    return _scalar(option, value)
+
+
+def _scalar(option: Option, value: Any) -> Any:
+    # A number that YAML reads as text, 1e-4, and a text that it reads as a number or a date, 2020-01-01.
+    if isinstance(value, (bool, list, dict)) or (isinstance(value, (int, float)) and option.type in (int, float)):
+        return value
+    return option.from_text(str(value))
+
+
+def _build(kind: type[T], sections: Mapping[str, Section], values: Mapping[str, Any], positionals: Sequence[str]) -> T:
+    built = {}
+    for field, section in sections.items():
+        chosen = {name: values.get(name, each.default) for name, each in section.options.items()}
+        for name, each in section.options.items():
+            if each.required and name not in values:
+                how = each.metavar if name in positionals else f"--{name} {placeholder(each)}"
+                raise UsageError(f"{name} is missing: give {how}")
+        built[field] = section.kind(**chosen)
+    return built[""] if "" in built else kind(**built)  # type: ignore[return-value]

@@ -1,0 +1,121 @@
+"""All options of a training run, and the rules for resuming one with other options."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints
+
+from gpt_kit_hf.errors import CheckpointError, UsageError, unknown_name
+from gpt_kit_hf.options.data import EncodingOptions, RowOptions, SupervisionOptions, TextOptions, WindowOptions
+from gpt_kit_hf.options.declare import Option, flat_declarations
+from gpt_kit_hf.options.finetuning import AdapterOptions, BaseOptions
+from gpt_kit_hf.options.model import ModelOptions
+from gpt_kit_hf.options.parser import parse_options
+from gpt_kit_hf.options.training import RECIPES, OptimizerOptions, TrainingOptions, finetuning_optimizer
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """All options of a pretraining run, by section."""
+
+    recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = RECIPES
+
+    training: TrainingOptions
+    text: TextOptions
+    encoding: EncodingOptions = dataclasses.field(default_factory=EncodingOptions)
+    windows: WindowOptions = dataclasses.field(default_factory=WindowOptions)
+    model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    optimizer: OptimizerOptions = dataclasses.field(default_factory=OptimizerOptions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions:
+    """All options of an instruction-tuning run, by section."""
+
+    training: TrainingOptions
+    base: BaseOptions
+    rows: RowOptions
+    supervision: SupervisionOptions = dataclasses.field(default_factory=SupervisionOptions)
+    adapter: AdapterOptions = dataclasses.field(default_factory=AdapterOptions)
+    optimizer: OptimizerOptions = dataclasses.field(default_factory=finetuning_optimizer)
+
+
+class OptionsOfRun(Protocol):
+    """The sections that every kind of training run has."""
+
+    @property
+    def training(self) -> TrainingOptions:
+        """Length, batches, precision, evaluation, checkpoints and logging."""
+
+    @property
+    def optimizer(self) -> OptimizerOptions:
+        """The optimizer and its learning-rate schedule."""
+
+
+def flat_options(options: Any) -> dict[str, Any]:
+    """Return the options of a run as "section.name": value."""
+    sections = dataclasses.asdict(options)
+    return {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
+
+
+def stored_options(kind: type[T], stored: Mapping[str, Any]) -> T:
+    """Return the options that `flat_options` made flat; `kind` is their class.
+
+    Raises CheckpointError for options that this version does not know or allow.
+    """
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in stored.items():
+        section, _, each = name.partition(".")
+        sections.setdefault(section, {})[each] = value
+    hints = get_type_hints(kind)
+    try:
+        return kind(**{section: hints[section](**values) for section, values in sections.items()})
+    except (TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"these are not the options of a run of this version: {error}") from error
+
+
+def changed_options(stored: Mapping[str, Any], options: OptionsOfRun, run: Path) -> dict[str, list[Any]]:
+    """Return {option: [before, now]} of what differs from a run's own options, `stored` by `flat_options`.
+
+    Raises UsageError, with all that differs and what to do, unless every change is free or named in allow_changes.
+    """
+    declared = flat_declarations(type(options))
+    # An option that is newer than the run was at its default.
+    defaults = {name: each.default for name, each in declared.items() if not each.required}
+    before, given = {**defaults, **stored}, flat_options(options)
+    missing = object()
+    changed = {
+        name: [before.get(name), given.get(name)]
+        for name in sorted(before.keys() | given.keys())
+        if before.get(name, missing) != given.get(name, missing)
+    }
+    allowed = {name.partition(".")[2]: name for name, each in declared.items() if each.resume == "allowed"}
+    for name in options.training.allow_changes or ():
+        if name not in allowed:
+            raise UsageError(f"allow_changes: {unknown_name('changeable option', name, sorted(allowed))}")
+    named = {allowed[name] for name in options.training.allow_changes or ()}
+    fixed = sorted(name for name in changed.keys() - named if declared.get(name, Option()).resume != "free")
+    if fixed:
+        listed = "; ".join(f"{name} was {changed[name][0]!r}, is {changed[name][1]!r}" for name in fixed)
+        remedy = "name another output_dir"
+        if set(fixed) <= set(allowed.values()):
+            remedy = f"allow it by --allow_changes {' '.join(name.partition('.')[2] for name in fixed)}"
+        raise UsageError(
+            f"cannot resume {str(run)!r} with other options ({listed}): give them as they were, or {remedy}"
+        )
+    return changed
+
+
+def parse_run_options(arguments: Sequence[str], prog: str = "gpt-kit train") -> RunOptions:
+    """Return the options of a pretraining run that a command line asks for; see `parse_options`."""
+    return parse_options(RunOptions, arguments, prog=prog, about="Pretrain a GPT on text.")
+
+
+def parse_finetune_options(arguments: Sequence[str], prog: str = "gpt-kit finetune") -> FinetuneOptions:
+    """Return the options of an instruction-tuning run that a command line asks for; see `parse_options`."""
+    return parse_options(FinetuneOptions, arguments, prog=prog, about="Finetune a model on instruction rows.")

@@ -1,0 +1,213 @@
+"""Options of a training run: its length, batches, precision, checkpoints, and the optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal, TypeAlias
+
+from gpt_kit_hf.errors import UsageError, unknown_name
+from gpt_kit_hf.options.declare import REQUIRED, Options, option
+
+OptimizerName: TypeAlias = Literal["adamw", "muon"]
+Schedule: TypeAlias = Literal["cosine", "linear", "constant_with_warmup", "warmup_stable_decay"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingOptions(Options):
+    """The run: length, batches, precision, evaluation, checkpoints and logging."""
+
+    output_dir: str = option(REQUIRED, "folder of the run, such as runs/mine", resume="free", metavar="FOLDER")
+    resume: bool = option(False, "continue the run in output_dir, or start it if there is none", resume="free")
+    overwrite: bool = option(
+        False, "start over; a run that is already in output_dir is moved aside, not deleted", resume="free"
+    )
+    batch_size: int = option(
+        32, "global batch size: sequences per optimizer step, over all processes and micro-batches", minimum=1
+    )
+    per_device_train_batch_size: int | None = option(
+        None,
+        "sequences per process and forward pass; gradients are accumulated up to batch_size",
+        minimum=1,
+        unset="the whole share of the process",
+        resume="free",
+    )
+    max_steps: int | None = option(
+        None,
+        "number of optimizer steps",
+        minimum=1,
+        unset="set by num_train_epochs",
+        excludes=("num_train_epochs",),
+        resume="allowed",
+    )
+    num_train_epochs: float | None = option(
+        None, "passes over the training data", above=0, unset="1", resume="allowed"
+    )
+    mixed_precision: str = option(
+        "auto",
+        "precision of the forward pass; the weights stay in fp32. auto is bf16 if the device supports it, else fp32",
+        choices=("auto", "no", "fp32", "bf16", "fp16"),
+        resume="allowed",
+    )
+    torch_compile: bool | None = option(
+        None,
+        "compile the transformer blocks with torch.compile: a slow first step, then faster ones",
+        unset="true on a GPU, false on a CPU",
+        resume="allowed",
+    )
+    seed: int = option(
+        0, "seed of the initial weights, the data order, dropout and the evaluation split", minimum=0, below=2**63
+    )
+    use_cpu: bool = option(False, "train on the CPU even if there is a GPU", resume="allowed")
+    eval_steps: int = option(250, "optimizer steps between evaluations", minimum=1, resume="free")
+    max_eval_samples: int = option(
+        128,
+        "evaluation windows or rows scored per evaluation; the last evaluation scores all",
+        minimum=1,
+        resume="free",
+    )
+    save_steps: int = option(500, "optimizer steps between checkpoints", minimum=1, resume="free")
+    save_total_limit: int = option(2, "number of most recent checkpoints to keep", minimum=1, resume="free")
+    keep_best: int = option(
+        0,
+        "number of checkpoints to keep in addition, those with the lowest evaluation loss; above 0, every checkpoint "
+        "is evaluated",
+        minimum=0,
+        resume="free",
+    )
+    async_save: bool = option(
+        True, "write checkpoints in the background, if there is enough memory for a copy of the state", resume="free"
+    )
+    logging_steps: int = option(
+        50, "optimizer steps between progress lines and between tracker entries", minimum=1, resume="free"
+    )
+    sample_steps: int = option(500, "optimizer steps between text samples; 0 disables them", minimum=0, resume="free")
+    sample_prompt: str = option("", "prompt of the text samples", resume="free")
+    sample_max_new_tokens: int = option(80, "tokens per text sample", minimum=1, resume="free")
+    report_to: list[str] = option(
+        ["auto"],
+        "experiment trackers that Accelerate supports, such as tensorboard or wandb; auto is TensorBoard if it is "
+        "installed, none disables tracking",
+        resume="free",
+    )
+    dataloader_num_workers: int = option(
+        0, "worker processes that load batches; 0 loads them in the training process", minimum=0, resume="free"
+    )
+    max_skipped_updates: int = option(
+        20,
+        "consecutive updates that may be skipped, for non-finite or exploding gradients, before the run stops",
+        minimum=1,
+        resume="free",
+    )
+    spike_factor: float = option(
+        0.0,
+        "skip an update whose gradient norm exceeds this many times the median of the last 100; 0 disables this",
+        minimum=0,
+        resume="allowed",
+    )
+    out_of_memory: Literal["halve", "stop"] = option(
+        "halve",
+        "when a step runs out of memory: halve per_device_train_batch_size and repeat it (single process only), or "
+        "stop the run",
+        resume="free",
+    )
+    gradient_checkpointing: bool = option(
+        False,
+        "recompute activations in the backward pass: less memory, slower steps, the same updates",
+        resume="free",
+    )
+    allow_changes: list[str] | None = option(
+        None,
+        "options that may differ when the run is resumed, such as learning_rate or max_steps",
+        unset="none",
+        resume="free",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if 0.0 < self.spike_factor <= 1.0:
+            raise UsageError(f"spike_factor must be above 1, or 0 to disable it, got {self.spike_factor}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerOptions(Options):
+    """The optimizer and its learning-rate schedule."""
+
+    optimizer: OptimizerName = option(
+        "adamw", "adamw, or muon for the weight matrices of the blocks with adamw for all other parameters"
+    )
+    learning_rate: float = option(1e-3, "peak learning rate", above=0, resume="allowed")
+    lr_scheduler_type: Schedule = option(
+        "cosine",
+        "learning-rate schedule after the warmup; warmup_stable_decay decays linearly in the last decay_ratio of the "
+        "steps",
+        resume="allowed",
+    )
+    warmup_steps: int = option(
+        100, "optimizer steps over which the learning rate rises linearly", minimum=0, resume="allowed"
+    )
+    min_lr_ratio: float = option(
+        0.1, "learning rate of the last step, as a fraction of the peak", minimum=0, maximum=1, resume="allowed"
+    )
+    decay_ratio: float = option(
+        0.2, "fraction of the steps in which warmup_stable_decay decays", minimum=0, maximum=1, resume="allowed"
+    )
+    weight_decay: float = option(
+        0.1,
+        "decoupled weight decay of matrices and embeddings; biases and norms have none",
+        minimum=0,
+        resume="allowed",
+    )
+    adam_beta1: float = option(
+        0.9, "AdamW: decay rate of the mean of the gradients", minimum=0, below=1, resume="allowed"
+    )
+    adam_beta2: float = option(
+        0.99, "AdamW: decay rate of the mean of the squared gradients", minimum=0, below=1, resume="allowed"
+    )
+    adam_epsilon: float = option(
+        1e-8, "AdamW: constant in the denominator for numerical stability", above=0, resume="allowed"
+    )
+    max_grad_norm: float = option(
+        1.0, "gradients are clipped to this global norm; 0 disables clipping", minimum=0, resume="allowed"
+    )
+    muon_momentum: float = option(0.95, "Muon: momentum", minimum=0, below=1, resume="allowed")
+    muon_learning_rate: float | None = option(
+        None, "Muon: peak learning rate of the matrices", above=0, unset="learning_rate", resume="allowed"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("muon_momentum", "muon_learning_rate"):
+            if self.optimizer != "muon" and getattr(self, name) != getattr(type(self), name):
+                raise UsageError(f"{name}={getattr(self, name)} is for optimizer=muon, not {self.optimizer}")
+
+
+# Defaults of the optimizer's options by the name of a recipe.
+RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "plain": {},
+        # Found on tinyshakespeare, 4 layers of 256 (benchmarks/README.md): a stable phase gains nothing in so short a
+        # run.
+        "fast": {
+            "optimizer": "muon",
+            "muon_learning_rate": 8e-3,
+            "learning_rate": 4e-3,
+            "lr_scheduler_type": "linear",
+            "min_lr_ratio": 0.02,
+            "warmup_steps": 60,
+        },
+    }
+)
+
+
+def recipe_options(recipe: str) -> dict[str, Any]:
+    """Return the fields of `OptimizerOptions` that a recipe sets, "plain" (none) or "fast"."""
+    if recipe not in RECIPES:
+        raise UsageError(unknown_name("recipe", recipe, RECIPES))
+    return dict(RECIPES[recipe])
+
+
+def finetuning_optimizer() -> OptimizerOptions:
+    """Return the optimizer's defaults for finetuning: a lower learning rate and a shorter warmup."""
+    return OptimizerOptions(learning_rate=3e-4, warmup_steps=20)

@@ -1,0 +1,127 @@
+"""Help and refusals come before any large library is imported, and importing the package registers the model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpt_kit_hf.commands.main import COMMANDS
+from gpt_kit_hf.commands.options_page import options_page
+
+ROOT = Path(__file__).resolve().parents[2]
+# Run one after another in a process: a command line in each argument.
+_ANSWERS = """
+import contextlib, io, shlex, sys
+from gpt_kit_hf.commands.main import main
+for line in sys.argv[1:]:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(shlex.split(line))
+        except SystemExit as ended:
+            code = ended.code
+    print(line, code, err.getvalue(), sep="|", end="" if err.getvalue() else "\\n")
+    large = {"torch", "transformers", "datasets", "numpy", "huggingface_hub"} & sys.modules.keys()
+    assert not large, (line, large)
+"""
+REFUSED = {
+    "trian": "unknown command 'trian'; did you mean 'train'?",
+    "train --bath_size 3": "unknown option 'bath_size'; did you mean 'batch_size'",
+    "train --output_dir x --text_files nowhere.txt": "text_files 'nowhere.txt': no such file",
+    "train --output_dir x --text_files 'none/*.txt'": "text_files 'none/*.txt': no such file",
+    "train --output_dir x --mixture 1:nowhere.txt": "mixture 'nowhere.txt': no such file",
+    "train --output_dir x --text_files python-stdlib --eval_files nope": "eval_files 'nope': no such file",
+    "train --text_files python-stdlib": "output_dir is missing: give --output_dir FOLDER",
+    "train --config nowhere.yaml": "config 'nowhere.yaml' cannot be read",
+    "train --output_dir x --text_files python-stdlib --model nano-z": "unknown model preset 'nano-z'",
+    "finetune --output_dir x --model_name_or_path ./no --rows a": "'./no': no such folder",
+    "finetune --output_dir x --model_name_or_path a/b --rows no.json": "rows 'no.json': no such file",
+    "inspect no.json": "rows 'no.json': no such file",
+    "verify nowhere": "run 'nowhere': no such folder",
+    "verify . --replay 3": "replay must be FROM:TO, two step numbers, got '3'",
+    "generate": "model_name_or_path is missing: give MODEL",
+    "generate /no/model": "'/no/model': no such folder",
+    "generate m --temperature -1": "temperature must be at least 0 and finite, got -1.0",
+    "chat m --dtype int9": "unknown dtype 'int9'; did you mean 'int8'?",
+    "serve m --port 70000": "port must be at least 0 and at most 65535, got 70000",
+    "evaluate m": "give either DATA to score or --tasks",
+    "evaluate m a.txt --tasks t": "give either DATA to score or --tasks, not both",
+    "evaluate m no.txt": "data 'no.txt': no such file",
+    "check m --attention flash": "unknown attention 'flash'",
+    "card nowhere": "run 'nowhere': no such folder",
+    "push nowhere a/b": "run 'nowhere': no such folder",
+    "push .": "give REPO, OWNER/NAME on the Hub",
+    "push . a/b --revision x --create_pr": "revision and create_pr: a pull request has a branch of its own",
+    "pull a/b": "folder is missing: give FOLDER",
+    "convert a b": "layout is missing: give --layout",
+}
+
+
+def answers(*lines: str) -> dict[str, tuple[str, str]]:
+    """Return {command line: (exit code, message)}, each answered without a large library."""
+    done = subprocess.run([sys.executable, "-c", _ANSWERS, *lines], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said = [line.split("|") for line in done.stdout.splitlines()]
+    return {line: (code, message) for line, code, message in said}
+
+
+def test_help_needs_no_large_library() -> None:
+    lines = ["--help", *(f"{name} --help" for name in COMMANDS)]
+    assert answers(*lines) == dict.fromkeys(lines, ("0", ""))
+
+
+def test_a_refusal_is_one_line_and_needs_no_large_library() -> None:
+    found = answers(*REFUSED)
+    for line, message in REFUSED.items():
+        code, said = found[line]
+        assert (code, said[: len("error: ")]) == ("2", "error: "), line
+        assert message in said
+
+
+def test_the_overview_names_every_command() -> None:
+    command = [sys.executable, "-m", "gpt_kit_hf.commands.main"]
+    shown = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
+    assert all(f"  {each.name} " in shown and each.summary in shown for each in COMMANDS.values())
+    nothing = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (nothing.returncode, nothing.stdout) == (2, shown)
+
+
+def test_the_page_of_the_documentation_is_up_to_date() -> None:
+    assert (ROOT / "docs" / "options.md").read_text(encoding="utf-8") == options_page()
+
+
+_KNOWN = """
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModel
+config = AutoConfig.for_model("gpt_kit", n_layer=1, n_head=2, n_embd=8, vocab_size=9)
+assert type(config).__name__ == "GPTKitConfig"
+assert type(AutoModelForCausalLM.from_config(config)).__name__ == "GPTKitForCausalLM"
+assert type(AutoModel.from_config(config)).__name__ == "GPTKitModel"
+import sys
+assert not any("gpt_kit_hf" in type(finder).__module__ for finder in sys.meta_path)
+import gpt_kit_hf
+assert gpt_kit_hf.GPTModel is gpt_kit_hf.GPTKitForCausalLM
+"""
+ORDERS = {
+    "package first": "import gpt_kit_hf; assert 'transformers' not in sys.modules and 'torch' not in sys.modules",
+    "transformers first": "import transformers; import gpt_kit_hf; assert 'torch' not in sys.modules",
+    "configuration first": "from transformers import AutoConfig; import gpt_kit_hf",
+    "models first": "from transformers import AutoModelForCausalLM; import gpt_kit_hf",
+    "configuration after": "import gpt_kit_hf; from transformers import AutoConfig; AutoConfig.for_model('gpt_kit')",
+    "layers after": "import gpt_kit_hf; import transformers.modeling_layers",
+    "generation after": "import gpt_kit_hf; from transformers import GenerationMixin",
+    "pipelines after": "import gpt_kit_hf; from transformers import pipeline",
+    "our model after": "import gpt_kit_hf; gpt_kit_hf.GPTKitForCausalLM",
+    "a module of ours first": "import gpt_kit_hf.model.modeling_gpt_kit",
+    "our trainer first": "from gpt_kit_hf import train",
+    "public name of the configuration": "from gpt_kit_hf import GPTKitConfig; GPTKitConfig()",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_importing_registers_the_model_in_any_order(order: str) -> None:
+    code = f"import sys\n{ORDERS[order]}\n{_KNOWN}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,88 @@
+"""Which options may change when a run is resumed, as a table."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt_kit_hf.errors import CheckpointError, UsageError
+from gpt_kit_hf.options.declare import flat_declarations
+from gpt_kit_hf.options.run import (
+    FinetuneOptions,
+    RunOptions,
+    changed_options,
+    flat_options,
+    parse_finetune_options,
+    parse_run_options,
+    stored_options,
+)
+
+FREE = {
+    "training.output_dir", "training.resume", "training.overwrite", "training.per_device_train_batch_size",
+    "training.eval_steps", "training.max_eval_samples", "training.save_steps", "training.save_total_limit",
+    "training.keep_best", "training.async_save", "training.logging_steps", "training.sample_steps",
+    "training.sample_prompt", "training.sample_max_new_tokens", "training.report_to",
+    "training.dataloader_num_workers", "training.max_skipped_updates", "training.out_of_memory",
+    "training.gradient_checkpointing", "training.allow_changes", "text.num_proc",
+}  # fmt: skip
+ALLOWED = {
+    "training.max_steps", "training.num_train_epochs", "training.mixed_precision", "training.torch_compile",
+    "training.use_cpu", "training.spike_factor", "optimizer.learning_rate", "optimizer.lr_scheduler_type",
+    "optimizer.warmup_steps", "optimizer.min_lr_ratio", "optimizer.decay_ratio", "optimizer.weight_decay",
+    "optimizer.adam_beta1", "optimizer.adam_beta2", "optimizer.adam_epsilon", "optimizer.max_grad_norm",
+    "optimizer.muon_momentum", "optimizer.muon_learning_rate",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [RunOptions, FinetuneOptions])
+def test_the_rules_for_resuming_are_this_table(kind: type) -> None:
+    declared = flat_declarations(kind)
+    assert {name for name, each in declared.items() if each.resume == "free"} == FREE & declared.keys()
+    assert {name for name, each in declared.items() if each.resume == "allowed"} == ALLOWED & declared.keys()
+    assert {name for name, each in declared.items() if each.card == "hidden"} == FREE & declared.keys()
+
+
+def run(**changes: Any) -> RunOptions:
+    words = ["--output_dir=x", "--text_files=a", *(f"--{name}={value}" for name, value in changes.items())]
+    return parse_run_options(words)
+
+
+RUN = Path("runs/x")
+
+
+def test_a_change_is_free_or_allowed_or_refused() -> None:
+    stored = flat_options(run())
+    assert changed_options(stored, run(), RUN) == {}
+    assert changed_options(stored, run(eval_steps=7), RUN) == {"training.eval_steps": [250, 7]}
+    with pytest.raises(UsageError, match=r"_rate was 0\.001, is 0\.1.*allow it by --allow_changes learning_rate$"):
+        changed_options(stored, run(learning_rate=0.1), RUN)
+    named = run(learning_rate=0.1, allow_changes="learning_rate")
+    assert changed_options(stored, named, RUN)["optimizer.learning_rate"] == [1e-3, 0.1]
+    with pytest.raises(UsageError, match=r"training\.batch_size was 32, is 8.*or name another output_dir$"):
+        changed_options(stored, run(batch_size=8, learning_rate=0.1, allow_changes="learning_rate"), RUN)
+    with pytest.raises(UsageError, match="unknown changeable option 'batch_size'"):
+        changed_options(stored, run(allow_changes="batch_size"), RUN)
+
+
+def test_an_option_that_is_newer_than_the_run_was_at_its_default() -> None:
+    stored = flat_options(run())
+    for name in ("optimizer.adam_epsilon", "model.use_bias", "training.report_to", "text.streaming"):
+        del stored[name]
+    assert changed_options(stored, run(), RUN) == {}
+    words = ["--output_dir=x", "--model_name_or_path=m", "--rows=a"]
+    tuned = flat_options(parse_finetune_options(words))
+    del tuned["optimizer.learning_rate"]
+    assert changed_options(tuned, parse_finetune_options(words), RUN) == {}
+
+
+def test_stored_options_come_back_or_are_refused() -> None:
+    options = run(dropout=0.1, report_to="none")
+    stored = flat_options(options)
+    assert stored_options(RunOptions, stored) == options
+    for change in ({"training.unknown": 1}, {"unknown.x": 1}, {"training.batch_size": 0}, {"training.seed": "a"}):
+        with pytest.raises(CheckpointError, match="not the options of a run of this version"):
+            stored_options(RunOptions, {**stored, **change})
+    assert stored_options(RunOptions, flat_options(replace(options))) == options
