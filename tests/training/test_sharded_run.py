@@ -44,9 +44,9 @@ def losses(run: Path) -> list[Any]:
 
 def test_sharded_run_survives_a_failed_save_and_resumes(tmp_path: Path, text: Path) -> None:  # noqa: F811
     whole, run = tmp_path / "whole", tmp_path / "run"
-    ended = launch(2, whole, text, "--sample_every=4")
+    ended = launch(2, whole, text, "--sample_steps=4")
     assert ended.returncode == 0, ended.stderr
-    ended = launch(2, run, text, "--sample_every=4", script=__file__)
+    ended = launch(2, run, text, "--sample_steps=4", script=__file__)
     assert ended.returncode == 0, ended.stderr
     assert losses(run) == pytest.approx(losses(whole), abs=1e-4)
     for folder in (run, run / "checkpoints" / "step-00000008"):
