@@ -87,12 +87,13 @@ def test_finetune_of_chat_rows_needs_no_template_of_the_model(tmp_path: Path) ->
     file.write_text(CHAT_LINE * 8)
     write_tiny_model(tmp_path / "model")
     options = FinetuneOptions(
-        training=TrainingOptions(output_dir=str(tmp_path / "run"), max_steps=1, cpu=True, report_to=["none"]),
-        base=BaseOptions(model=str(tmp_path / "model"), chat_template="default"),
+        training=TrainingOptions(output_dir=str(tmp_path / "run"), max_steps=1, use_cpu=True, report_to=["none"]),
+        base=BaseOptions(model_name_or_path=str(tmp_path / "model"), chat_template="default"),
         rows=RowOptions(rows=[str(file)]),
         supervision=SupervisionOptions(format="chat", max_length=64),
     )
     finetune(options, stream=None)
+    assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
 def test_a_bad_first_row_is_named(bare: PreTrainedTokenizerBase) -> None:
