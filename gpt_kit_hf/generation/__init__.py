@@ -1,4 +1,6 @@
-"""Text generation: `generate` for Python, the fast decoder, the terminal chat and the HTTP server."""
+"""Text generation: `generate` for token ids and streamed text, `fast_decoder` with packed weights and a cache of fixed
+size, `chat` for conversations in a terminal, `server` for the OpenAI-compatible HTTP server.
+"""
 
 import lazy_loader
 

@@ -168,7 +168,7 @@ def _write_card(run: Path, stage: Path, repo: str, remote: str | None, options: 
     if both and options.keep_card is None:
         raise HubError(
             f"{repo} was not published: its card was edited on the Hub and in {run.name}/{CARD_FILE}: choose which "
-            "text to keep, --card hub or --card run"
+            "text to keep, --keep_card hub or --keep_card run"
         )
     base = own if remote is None or options.keep_card == "run" else remote
     (stage / CARD_FILE).write_bytes(render_card(card_facts(run), repo=repo, existing=base).encode())

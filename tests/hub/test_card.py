@@ -305,6 +305,7 @@ def test_names_of_the_hub_are_links_and_metadata(copied: Callable[..., Path]) ->
         "base.model_name_or_path": "owner/base",
         "rows.rows": None,
         "rows.dataset_name": "owner/rows",
+        "rows.dataset_config": "small",
         "rows.dataset_train_split": "a",
     }
     for record in ({"base_digest": commit}, {"base_commit": commit}):
@@ -315,6 +316,7 @@ def test_names_of_the_hub_are_links_and_metadata(copied: Callable[..., Path]) ->
         assert metadata["datasets"] == ["owner/rows"]
         assert metadata["model-index"][0]["results"][0]["dataset"]["type"] == "owner/rows"
         assert "[owner/base](https://huggingface.co/owner/base)" in card
+        assert table(card, "data")["trained on"] == "owner/rows, small, a"
         assert (f"commit `{commit}`" in card) == (commit in record.values())
     for changes in (
         {
