@@ -16,6 +16,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "push": ["PushResult", "pull_model", "push_to_hub"],
-        "verify": ["GateReport", "verify_publication"],
+        "verify": ["VerificationReport", "verify_publication"],
     },
 )
