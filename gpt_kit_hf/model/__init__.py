@@ -7,3 +7,25 @@ configurations by name, `registration` adds the model to the Auto classes of tra
 step losses. `conversion` converts GPT-2, nanoGPT and kit checkpoints: `layouts` maps the names of tensors and
 `weight_files` reads files of weights. `kit_names` holds the kit's names for parts of the model.
 """
+
+import lazy_loader
+
+# The public names, loaded when they are first used.
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "configuration_gpt_kit": ["GPTKitConfig"],
+        "conversion": ["convert_checkpoint", "load_gpt2_checkpoint", "save_as_gpt2"],
+        "kit_names": ["GELU", "GPTModel", "LayerNorm"],
+        "losses": ["Batch", "compute_batch_loss", "compute_loader_loss", "train_step_with_gradient_clipping"],
+        "modeling_gpt_kit": [
+            "FeedForward",
+            "GPTKitForCausalLM",
+            "GPTKitModel",
+            "GPTKitPreTrainedModel",
+            "MultiHeadAttention",
+            "TransformerBlock",
+        ],
+        "presets": ["create_model_config"],
+    },
+)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt_kit_hf.data.text.dataset_shards import DatasetShard, RowsShard, load_split, rows_shards
-from gpt_kit_hf.data.text.shards import SHARD_BYTES, FileShard, file_units
+from gpt_kit_hf.data.text.shards import SHARD_BYTES, FileShard, file_shards
 from gpt_kit_hf.errors import DataError
 from gpt_kit_hf.options.data import TextOptions, weighted_sources
 from gpt_kit_hf.options.files import find_files
@@ -80,7 +80,7 @@ class TextSource:
         rows = self._load(streaming=False)
         return rows_shards(rows, str(self.dataset), self.column)
 
-    def streamed_units(self, may_cut: bool) -> Sequence[FileShard | DatasetShard]:
+    def streamed_shards(self, may_cut: bool) -> Sequence[FileShard | DatasetShard]:
         """Return shards that are read without being stored: a dataset's own, and at least about 32 of files."""
         if self.files is not None:
             files = find_files(self.files, self.option)
@@ -94,7 +94,7 @@ class TextSource:
 
     def _file_shards(self, files: list[Path], may_cut: bool, shard_bytes: int) -> list[FileShard]:
         column, separator = self.column, self.separator
-        return file_units(files, column=column, separator=separator, may_cut=may_cut, shard_bytes=shard_bytes)
+        return file_shards(files, column=column, separator=separator, may_cut=may_cut, shard_bytes=shard_bytes)
 
     def _load(self, *, streaming: bool) -> Any:
         named = f"dataset_name {self.dataset!r}, split {self.split!r},"
