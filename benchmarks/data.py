@@ -39,7 +39,7 @@ from gpt_kit_hf import (
     prepare_corpus,
 )
 from gpt_kit_hf.data.order import BatchPlan, ShuffledOrder
-from gpt_kit_hf.data.text.shards import file_units
+from gpt_kit_hf.data.text.shards import file_shards
 from gpt_kit_hf.data.text.token_cache import store_tokens
 from gpt_kit_hf.data.text.windows import collate_windows
 from gpt_kit_hf.options.files import find_files
@@ -128,7 +128,7 @@ def tokenising(options: argparse.Namespace, corpus: Path, cache: Path) -> None:
 def ours(file: Path, encoding: Any, threads: int) -> tuple[int, float]:
     """Read, parse, encode and store; return the number of tokens and all the seconds."""
     began = time.perf_counter()
-    units = file_units([file], column="text", separator=None, may_cut=True)
+    units = file_shards([file], column="text", separator=None, may_cut=True)
     stored = store_tokens(units, encoding, threads)
     return sum(piece.size for piece in stored.chunks), time.perf_counter() - began
 
