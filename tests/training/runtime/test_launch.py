@@ -311,7 +311,7 @@ def test_fsdp2_is_configured_as_the_file_says(tmp_path: Path) -> None:
         "plugin = FullyShardedDataParallelPlugin()\n"  # from the variables that the launcher has set
         "print(json.dumps({'version': plugin.fsdp_version, 'wrap': plugin.auto_wrap_policy.__name__,\n"
         "    'names': plugin.transformer_cls_names_to_wrap, 'reshard': plugin.reshard_after_forward,\n"
-        "    'state': plugin.state_dict_type.name, 'recompute': plugin.gradient_checkpointing,\n"
+        "    'state': plugin.state_dict_type.name, 'recompute': plugin.activation_checkpointing,\n"
         "    'on one': plugin.cpu_ram_efficient_loading, 'offload': plugin.cpu_offload.__class__.__name__}))\n"
     )
     file = str(ROOT / "examples/accelerate/fsdp2.yaml")
