@@ -1,4 +1,4 @@
-"""The number of steps in which each recipe reaches an eval loss: tinyshakespeare by bytes, 4 layers of 256, context 128.
+"""Steps that each recipe needs to reach an eval loss: tinyshakespeare by bytes, 4 layers of 256, context 128.
 
 `python benchmarks/recipes.py TEXT` trains with `--recipe fast` and with AdamW and a cosine, tuned for itself, for each
 seed, and prints the first step with an eval loss below the target, and the final loss. The time is

@@ -87,7 +87,7 @@ def logged() -> Iterator[list[str]]:
     handler = Keep(level=logging.WARNING)
     logger = logging.getLogger("transformers")
     logger.addHandler(handler)
-    transformers.utils.logging.warning_once.cache_clear()  # otherwise a warning that an earlier test caused is not repeated
+    transformers.utils.logging.warning_once.cache_clear()  # so that a warning of an earlier test is repeated
     yield messages
     logger.removeHandler(handler)
     assert messages == []
