@@ -77,6 +77,14 @@ def test_commands_use_options_that_they_have(page: Path) -> None:
         assert unknown <= {"learning_rat"}, f"{command} has no {sorted(unknown)}: {line}"
 
 
+def test_the_workflow_uses_options_that_exist() -> None:
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = re.findall(r"bin/gpt-kit ([a-z]+) (.*)$", workflow, re.M)
+    assert {command for command, _ in lines} == {"train", "generate", "card"}
+    for command, rest in lines:
+        assert set(re.findall(r"--([a-z_]+)", rest)) <= options_of(command)
+
+
 # Options of other programs that the prose names: benchmarks, accelerate, torchrun, tests.
 OTHERS = {
     "device",
