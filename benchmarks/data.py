@@ -72,8 +72,8 @@ def benchmark(options: argparse.Namespace, folder: Path) -> None:
     large, small = folder / "large", folder / "small"
     for place, size, files in ((large, options.gigabytes * 1e9, options.slices), (small, SMALL_MB * 1e6, 1)):
         write_corpus(place, int(size), files)
-    said = {name: version(name) for name in ("torch", "tiktoken", "datasets", "pyarrow")}
-    print(f"{said}, {options.threads} threads, encoding {options.encoding}, {options.gigabytes} GB of text")
+    captured = {name: version(name) for name in ("torch", "tiktoken", "datasets", "pyarrow")}
+    print(f"{captured}, {options.threads} threads, encoding {options.encoding}, {options.gigabytes} GB of text")
     tokenising(options, large, folder / "cache")
     measured = []
     for place in (small, large):
@@ -163,7 +163,7 @@ def measure_steps(options: argparse.Namespace) -> dict[str, float]:
     context = RunContext(
         options=TrainingOptions(output_dir="unused"),
         accelerator=trainer.accelerator,
-        console=None,  # type: ignore[arg-type]  # nothing is said
+        console=None,  # type: ignore[arg-type]  # nothing is captured
         folder=Path(),
         checkpoint=None,
         stop=StopSignals(),

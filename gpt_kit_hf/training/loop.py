@@ -279,7 +279,7 @@ class _Loop:
             torch.no_grad(),
             torch.random.fork_rng(),
             self.steps.trainer.autocast(),
-            # A compiled model would be compiled anew for each length of the growing text.
+            # A compiled model would be recompiled for each length of the growing text.
             torch.compiler.set_stance("force_eager"),
         ):
             torch.manual_seed(self.chosen.seed)

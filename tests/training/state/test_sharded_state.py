@@ -191,7 +191,7 @@ def run_case(case: str, folder: Path, rank: int) -> dict[str, Any]:
 
 def run_failures(folder: Path, rank: int) -> dict[str, str]:
     """Make one process fail, or all; return the error messages of this one."""
-    said: dict[str, str] = {}
+    captured: dict[str, str] = {}
     model, optimizer = sharded_model("tied", 0, 0.01)
     train(model, optimizer, range(1), rank, RANKS)
     with pytest.MonkeyPatch.context() as patch:
@@ -201,16 +201,16 @@ def run_failures(folder: Path, rank: int) -> dict[str, str]:
                 raise OSError(28, "No space left on device")
 
             patch.setattr("safetensors.torch.save", full_disk)
-        said["full disk"] = refusal(write_sharded_state, folder / "full", model, optimizer)
-    said["a folder for each"] = refusal(write_sharded_state, folder / f"of process {rank}", model, optimizer)
+        captured["full disk"] = refusal(write_sharded_state, folder / "full", model, optimizer)
+    captured["a folder for each"] = refusal(write_sharded_state, folder / f"of process {rank}", model, optimizer)
     write_sharded_state(folder / "cut short", model, optimizer)
     if rank == 0:
         max((folder / "cut short").glob("shard-00002-*")).unlink()
     dist.barrier()
-    said["a shard is missing"] = refusal(restore_sharded_state, folder / "cut short", model, optimizer)
+    captured["a shard is missing"] = refusal(restore_sharded_state, folder / "cut short", model, optimizer)
     optimizer.state[next(iter(optimizer.state))]["rows"] = torch.zeros(3)
-    said["other sharding"] = refusal(write_sharded_state, folder / "odd", model, optimizer)
-    return said
+    captured["other sharding"] = refusal(write_sharded_state, folder / "odd", model, optimizer)
+    return captured
 
 
 def run_small(folder: Path) -> dict[str, Any]:
