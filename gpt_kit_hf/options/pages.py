@@ -95,17 +95,16 @@ def _width() -> int:
     return max(60, min(shutil.get_terminal_size().columns, 110))
 
 
-def config_page(prog: str, sections: Mapping[str, Section], options: object) -> str:
-    """Return all options with their values as a YAML file that `--config` reads."""
+def config_page(prog: str, sections: Mapping[str, Section], values: Mapping[str, Any]) -> str:
+    """Return all options as a YAML file that `--config` reads; those without a value or default are null."""
     import yaml
 
     lines = [f"# All options of {prog}. Use this file with --config FILE."]
-    for name, section in sections.items():
-        holder = getattr(options, name) if name else options
+    for section in sections.values():
         lines += ["", *_wrapped(f"=== {title(section)}.", 100, "# ")]
         for each in section.options.values():
             lines += ["", *_wrapped(explanation(each), 100, "# ")]
-            value = {each.name: getattr(holder, each.name)}
+            value = {each.name: values.get(each.name, None if each.required else each.default)}
             flow = None if isinstance(value[each.name], list) else False  # a list in one line
             lines.append(yaml.safe_dump(value, allow_unicode=True, default_flow_style=flow, width=2**31).rstrip("\n"))
     return "\n".join([*lines, ""])

@@ -49,9 +49,12 @@ def parse_options(kind: type[T], arguments: Sequence[str], *, prog: str, about: 
     if (recipe := values.get("recipe")) is not None:
         general["recipe"].check(recipe)
         values = {**_recipes(kind)[recipe], **values}
+    if values == {"print_config": True}:  # nothing else is asked for: the defaults, to fill in what is required
+        sys.stdout.write(config_page(prog, sections, {}))
+        raise SystemExit(0)
     options = _build(kind, sections, values, positionals)
     if values.get("print_config"):
-        sys.stdout.write(config_page(prog, sections, options))
+        sys.stdout.write(config_page(prog, sections, values))
         raise SystemExit(0)
     return options
 
@@ -99,10 +102,14 @@ def _from_command_line(
         else:
             values = _values(rest, many=option.is_list)
             if not values:
-                raise UsageError(f"{name} needs a value: --{name} {placeholder(option)}")
+                hint = f" (write --{name}={rest[0]} if {rest[0]} is the value)" if _is_no_option(rest, known) else ""
+                raise UsageError(f"{name} needs a value: --{name} {placeholder(option)}{hint}")
         converted = [option.from_text(value) for value in values]
         given[name] = converted if option.is_list else converted[0]
-    return {**given, **_named(without_name, known, positionals)}
+    named = _named(without_name, known, positionals)
+    for name in named.keys() & given.keys():
+        raise UsageError(f"{name} is given twice: as {named[name]!r} and by --{name}")
+    return {**given, **named}
 
 
 def _values(rest: list[str], *, many: bool) -> list[str]:
@@ -111,6 +118,11 @@ def _values(rest: list[str], *, many: bool) -> list[str]:
     while rest and not rest[0].startswith("--") and (many or not taken):
         taken.append(rest.pop(0))
     return taken
+
+
+def _is_no_option(rest: Sequence[str], known: Iterable[str]) -> bool:
+    written = rest[0].removeprefix("--").partition("=")[0].replace("-", "_") if rest else ""
+    return bool(written) and not {written, written.removeprefix("no_")} & set(known)
 
 
 def _named(values: list[str], known: Mapping[str, Option], positionals: Sequence[str]) -> dict[str, Any]:
@@ -143,11 +155,13 @@ def _from_file(file: str, known: Mapping[str, Option]) -> dict[str, Any]:
 
     try:
         with open(file, encoding="utf-8") as stream:  # noqa: PTH123 (as the user wrote it)
-            content = yaml.safe_load(stream)
+            content = yaml.load(stream, _loader())
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"config {file!r} cannot be read: {one_line(error)}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:  # the last three: !!int x, !!bool x
         raise UsageError(f"config {file!r} is not YAML: {one_line(error)}") from None
+    except RecursionError:
+        raise UsageError(f"config {file!r} is not YAML: it is nested too deeply") from None
     if not isinstance(content, dict):
         raise UsageError(f"config {file!r} must hold 'name: value' lines")
     values = {}
@@ -160,6 +174,22 @@ def _from_file(file: str, known: Mapping[str, Option]) -> dict[str, Any]:
     return values
 
 
+def _loader() -> Any:
+    """Return a safe loader that leaves all values but null as they are written; the option decides what they mean.
+
+    YAML 1.1 reads `mixed_precision: no` as false, `replay: 1:50` as 110, `prompt: 007` as 7 and 1e-4 as text.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers = {  # noqa: RUF012 (as in the base class)
+            first: [(tag, pattern) for tag, pattern in resolvers if tag == "tag:yaml.org,2002:null"]
+            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+    return Loader
+
+
 def _from_yaml(option: Option, value: Any) -> Any:
     if value is None:
         return None
@@ -169,10 +199,11 @@ def _from_yaml(option: Option, value: Any) -> Any:
 
 
 def _scalar(option: Option, value: Any) -> Any:
-    # A number that YAML reads as text, 1e-4, and a text that it reads as a number or a date, 2020-01-01.
-    if isinstance(value, (bool, list, dict)) or (isinstance(value, (int, float)) and option.type in (int, float)):
+    if not isinstance(value, str):
         return value
-    return option.from_text(str(value))
+    if option.type is bool:  # as YAML 1.1 has it
+        value = {"yes": "true", "on": "true", "no": "false", "off": "false"}.get(value.lower(), value)
+    return option.from_text(value)
 
 
 def _build(kind: type[T], sections: Mapping[str, Section], values: Mapping[str, Any], positionals: Sequence[str]) -> T:

@@ -79,6 +79,8 @@ def test_a_command_line_is_read(arguments: str, expected: dict[str, Any]) -> Non
         ("ann --stamp_color ble", "unknown stamp_color 'ble'; did you mean 'blue'?"),
         ("ann --text", "text needs a value: --text TEXT"),
         ("ann --text --express", "text needs a value: --text TEXT"),
+        ("ann --text --x", "text needs a value: --text TEXT (write --text=--x if --x is the value)"),
+        ("ann --to bob", "to is given twice: as 'ann' and by --to"),
         ("ann --stamps", "stamps needs a value: --stamps INTEGER ..."),
         ("--express", "to is missing: give NAME"),
     ],
@@ -106,10 +108,15 @@ def test_a_file_of_options_is_read_and_the_command_line_wins(tmp_path: Path) -> 
         ("pagse: 1", "unknown option 'pagse'; did you mean 'pages'?"),
         ("config: x", "unknown option 'config'"),
         ("pages: many", "pages must be an integer, got 'many'"),
-        ("pages: 1.5", "pages must be an integer, got 1.5"),
-        ("pages: [1]", "pages must be an integer, got [1]"),
-        ("pages: true", "pages must be an integer, got True"),
-        ("text: yes", "text must be text, got True"),
+        ("pages: 1.5", "pages must be an integer, got '1.5'"),
+        ("pages: [1]", "pages must be an integer, got ['1']"),
+        ("pages: true", "pages must be an integer, got 'true'"),
+        ("text: [yes]", "text must be text, got ['yes']"),
+        ("copies: [null]", "copies must be text, got None"),
+        ("pages: !!int x", "is not YAML"),
+        ("pages: !!timestamp x", "is not YAML"),
+        ("pages: !!bool x", "is not YAML"),
+        ("text: " + "[" * 3000, "is not YAML: it is nested too deeply"),
         ("express: 1", "express must be true or false, got '1'"),
         ("stamps: [a]", "stamps must be an integer, got 'a'"),
         ("- a", "must hold 'name: value' lines"),
@@ -125,6 +132,32 @@ def test_a_wrong_file_is_one_line(content: str, message: str, tmp_path: Path) ->
     for file in (tmp_path / "letter.yaml", tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UsageError, match="cannot be read"):
             parse("ann", f"--config={file}")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("text: no", {"text": "no"}),
+        ("text: 12:30", {"text": "12:30"}),
+        ("text: 007", {"text": "007"}),
+        ("text: 2020-13-45", {"text": "2020-13-45"}),
+        ("text: 'null'", {"text": "null"}),
+        ("express: yes\nsigned: off", {"express": True, "signed": False}),
+        ("express: 'true'", {"express": True}),
+        ("weight: 1e-3\npages: ~", {"weight": 1e-3, "pages": None}),
+    ],
+)
+def test_values_of_a_file_are_read_by_the_type_of_their_option(
+    content: str, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "letter.yaml").write_text(content)
+    assert parse("ann", f"--config={tmp_path / 'letter.yaml'}") == Letter(to="ann", **expected)
+
+
+def test_a_precision_of_no_is_not_false(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("mixed_precision: no\nreport_to: none\n")
+    options = parse_run_options(["--output_dir=x", "--text_files=a", f"--config={tmp_path / 'run.yaml'}"])
+    assert (options.training.mixed_precision, options.training.report_to) == ("no", ["none"])
 
 
 def test_an_option_replaces_its_alternative_in_the_file(tmp_path: Path) -> None:
@@ -189,6 +222,17 @@ def test_print_config_is_what_the_command_would_run_with(
     comments = " ".join(printed.replace("\n#", "").split())
     assert all(each.help.split()[0] in comments for each in declared)
     assert comments.count("default:") >= sum(not each.required for each in declared)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_print_config_alone_prints_the_defaults(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    kind = COMMANDS[command].options
+    with pytest.raises(SystemExit) as ended:
+        parse_options(kind, ["--print_config"], prog=command)
+    assert ended.value.code == 0
+    declared = {name: each for section in sections_of(kind).values() for name, each in section.options.items()}
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed == {name: None if each.required else each.default for name, each in declared.items()}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
