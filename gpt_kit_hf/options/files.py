@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import glob
+import os
 import sysconfig
 from pathlib import Path
 
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.options.declare import Option, sections_of
+from gpt_kit_hf.options.training import TrainingOptions
 
 PYTHON_STDLIB = "python-stdlib"
 # Tests repeat themselves and hold files that are not UTF-8 on purpose.
@@ -57,19 +59,35 @@ def _stdlib_files() -> list[Path]:
 
 
 def check_local_model(place: str) -> None:
-    """Raise UsageError for the path of a model folder that does not exist; a Hub id is not looked up."""
+    """Raise UsageError for a path that is no model folder or does not exist; a Hub id is not looked up."""
     # A Hub id has a name and at most an owner before it.
     if not Path(place).exists() and (place.count("/") > 1 or place.startswith((".", "/", "~"))):
         raise UsageError(f"{place!r}: no such folder")
+    if Path(place).exists() and not any((Path(place) / name).exists() for name in ("config.json", "checkpoints")):
+        raise UsageError(f"{place!r} holds no model: neither a config.json nor a checkpoint")
 
 
 def check_named_files(options: object) -> None:
-    """Raise UsageError for a file or folder that a command's options name and that does not exist."""
+    """Raise UsageError for a file or folder that a command's options name and that does not exist or is taken."""
+    if isinstance(training := getattr(options, "training", None), TrainingOptions):
+        _check_output_folder(training)
     for name, section in sections_of(type(options)).items():
         holder = getattr(options, name) if name else options
         for each in section.options.values():
             if each.names and getattr(holder, each.name) is not None:
                 _check(each, getattr(holder, each.name))
+
+
+def _check_output_folder(training: TrainingOptions) -> None:
+    """Refuse what `check_run_folder` of storage certainly refuses, too, but only once torch is imported."""
+    run = Path(training.output_dir)
+    if run.exists() and not run.is_dir():
+        raise UsageError(f"output_dir {training.output_dir!r} cannot be made: {run.absolute()} is a file")
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"  # another process of this run may have just made the folder
+    if alone and (run / "options.json").is_file() and not (training.resume or training.overwrite):
+        raise UsageError(
+            f"output_dir {training.output_dir!r} already holds a run: use resume, overwrite or another folder"
+        )
 
 
 def _check(option: Option, value: str | list[str]) -> None:

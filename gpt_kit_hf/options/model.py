@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal, TypeAlias
 
+from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.options.declare import Options, option
 
 Activation: TypeAlias = Literal["gelu", "gelu_new", "gelu_pytorch_tanh"]
@@ -61,12 +62,12 @@ class ModelOptions(Options):
     model: str = option(
         "nano-s", "preset to start from", choices=PRESET_KEYS, normalize=preset_key, noun="model preset"
     )
-    n_layer: int | None = option(None, "number of transformer blocks", unset="the preset's")
-    n_head: int | None = option(None, "attention heads per block", unset="the preset's")
-    n_embd: int | None = option(None, "model width; must be divisible by n_head", unset="the preset's")
-    n_inner: int | None = option(None, "width of the feed-forward layers", unset="4 * n_embd")
+    n_layer: int | None = option(None, "number of transformer blocks", minimum=1, unset="the preset's")
+    n_head: int | None = option(None, "attention heads per block", minimum=1, unset="the preset's")
+    n_embd: int | None = option(None, "model width; must be divisible by n_head", minimum=1, unset="the preset's")
+    n_inner: int | None = option(None, "width of the feed-forward layers", minimum=1, unset="4 * n_embd")
     max_position_embeddings: int | None = option(
-        None, "size of the position table: the longest context in tokens", unset="the preset's"
+        None, "size of the position table: the longest context in tokens", minimum=1, unset="the preset's"
     )
     dropout: float | None = option(
         None, "dropout probability of embeddings, attention and residual connections", unset="0"
@@ -83,3 +84,10 @@ class ModelOptions(Options):
     )
     layer_norm_epsilon: float | None = option(None, "epsilon of the layer norms", unset="1e-5")
     initializer_range: float | None = option(None, "standard deviation of the initial weights", unset="0.02")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        preset = next(shape for full, shape in PRESETS.items() if full.split(" ")[0] == preset_key(self.model))
+        n_embd, n_head = self.n_embd or preset["n_embd"], self.n_head or preset["n_head"]
+        if n_embd % n_head:
+            raise UsageError(f"n_embd must be divisible by n_head, got {n_embd} and {n_head}")

@@ -128,6 +128,8 @@ class TrainingOptions(Options):
         super().__post_init__()
         if 0.0 < self.spike_factor <= 1.0:
             raise UsageError(f"spike_factor must be above 1, or 0 to disable it, got {self.spike_factor}")
+        if len(self.report_to) > 1 and (alone := {"auto", "none"} & set(self.report_to)):
+            raise UsageError(f"report_to {min(alone)!r} cannot be combined with trackers, got {self.report_to}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

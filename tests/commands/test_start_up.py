@@ -43,6 +43,11 @@ REFUSED = {
     "verify nowhere": "run 'nowhere': no such folder",
     "verify . --replay 3": "replay must be FROM:TO, two step numbers, got '3'",
     "generate": "model_name_or_path is missing: give MODEL",
+    "train --output_dir pyproject.toml --text_files python-stdlib": "output_dir 'pyproject.toml' cannot be made",
+    "train --output_dir x --text_files python-stdlib --n_head 3": "n_embd must be divisible by n_head, got 256 and 3",
+    "train --output_dir x --text_files python-stdlib --n_layer 0": "n_layer must be at least 1, got 0",
+    "generate .": "'.' holds no model: neither a config.json nor a checkpoint",
+    "train --output_dir x --text_files python-stdlib --report_to none wandb": "report_to 'none' cannot be combined",
     "generate /no/model": "'/no/model': no such folder",
     "generate m --temperature -1": "temperature must be at least 0 and finite, got -1.0",
     "chat m --dtype int9": "unknown dtype 'int9'; did you mean 'int8'?",
@@ -79,6 +84,13 @@ def test_a_refusal_is_one_line_and_needs_no_large_library() -> None:
         code, said = found[line]
         assert (code, said[: len("error: ")]) == ("2", "error: "), line
         assert message in said
+
+
+def test_a_folder_that_holds_a_run_is_refused_without_a_large_library(tmp_path: Path) -> None:
+    (tmp_path / "options.json").write_text("{}")
+    line = f"train --output_dir {tmp_path} --text_files python-stdlib"
+    message = f"error: output_dir '{tmp_path}' already holds a run: use resume, overwrite or another folder"
+    assert answers(line) == {line: ("2", message)}
 
 
 def test_the_overview_names_every_command() -> None:
