@@ -117,7 +117,8 @@ class TextTask(Task):
         config = self.model.config
         return (
             f"model    {self.options.model.model}: {short(self.model.num_parameters())} parameters, "
-            f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide"
+            f"{config.n_layer} layer{'s' * (config.n_layer != 1)}, {config.n_head} "
+            f"head{'s' * (config.n_head != 1)}, {config.n_embd} wide"
         )
 
     def facts(self) -> dict[str, Any]:
@@ -198,8 +199,9 @@ class PretrainingTask(TextTask):
         """Return log lines that describe the text, the mixture and the model."""
         corpus, order = self.corpus, self.order
         lines = [
-            f"text     {corpus.documents:,} documents, {len(corpus.train):,} training tokens, "
-            f"{len(self.eval_text):,} eval tokens ({corpus.encoding.name}, vocabulary of {corpus.encoding.n_vocab:,})"
+            f"text     {corpus.documents:,} document{'s' * (corpus.documents != 1)}, "
+            f"{len(corpus.train):,} training tokens, {len(self.eval_text):,} eval tokens "
+            f"({corpus.encoding.name}, vocabulary of {corpus.encoding.n_vocab:,})"
         ]
         if isinstance(order, MixtureOrder):
             named = zip(self.options.text.mixture or [], order.quotas, corpus.sources, strict=True)

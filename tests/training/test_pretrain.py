@@ -114,7 +114,7 @@ def test_run_learns_and_logs(finished: tuple[Path, str]) -> None:
     losses = [record["loss"] for record in update_lines(folder)]
     assert [record["step"] for record in update_lines(folder)] == list(range(1, 13))
     assert losses[-1] < 0.9 * losses[0]
-    corpus_and_model = ["1 documents", "training tokens", "2 layers", "fp32 on the CPU, 1 process"]
+    corpus_and_model = ["1 document,", "training tokens", "2 layers", "fp32 on the CPU, 1 process"]
     progress = ["step 4/12", "eval loss", "bits per byte", "gzip -9", "unigram", "  | "]
     for part in [*corpus_and_model, *progress, "from_pretrained", "metrics.jsonl", "gpt-kit generate"]:
         assert part in output, part
