@@ -44,7 +44,8 @@ from gpt_kit_hf.data.text.token_cache import store_tokens
 from gpt_kit_hf.data.text.windows import collate_windows
 from gpt_kit_hf.options.files import find_files
 from gpt_kit_hf.options.training import TrainingOptions
-from gpt_kit_hf.training.task import RunSetting, map_batches
+from gpt_kit_hf.training.runtime.signals import StopSignals
+from gpt_kit_hf.training.task import RunContext, map_batches
 
 SMALL_MB = 20
 DOCUMENT_CHARACTERS = 6000
@@ -159,14 +160,15 @@ def measure_steps(options: argparse.Namespace) -> dict[str, float]:
     model = GPTModel(create_model_config("nano-s", vocab_size=corpus.encoding.n_vocab, max_position_embeddings=256))
     trainer = AMPTrainer(model, torch.optim.AdamW(model.parameters()), accelerator=Accelerator(cpu=True))
     plan = BatchPlan(order=ShuffledOrder(samples=len(windows), seed=0), batch_size=8, micro_batch_size=8)
-    setting = RunSetting(
+    context = RunContext(
         options=TrainingOptions(output_dir="unused"),
         accelerator=trainer.accelerator,
         console=None,  # type: ignore[arg-type]  # nothing is said
         folder=Path(),
         checkpoint=None,
+        stop=StopSignals(),
     )
-    batches = map_batches(windows, collate_windows, plan, (0, options.steps + 2), setting)
+    batches = map_batches(windows, collate_windows, plan, (0, options.steps + 2), context)
     waited = worked = resident = 0.0
     for step in range(options.steps + 2):
         began = time.perf_counter()

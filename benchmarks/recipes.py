@@ -116,7 +116,7 @@ def run_options(name: str, seed: int, options: argparse.Namespace, folder: Path)
 def evaluations(metrics: Path) -> Iterator[tuple[int, float]]:
     for line in metrics.read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
-        if entry["kind"] == "evaluation":
+        if entry["kind"] == "eval":
             yield entry["step"], entry["loss"]
 
 

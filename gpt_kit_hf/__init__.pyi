@@ -1,14 +1,15 @@
 # The public names. __init__.py loads them from here when they are used; type checkers see the real types.
 from .commands.running import run_command as run_command
+from .data.instructions.batches import PackedRows as PackedRows
+from .data.instructions.batches import PaddedRows as PaddedRows
 from .data.instructions.dataset import InstructionDataset as InstructionDataset
 from .data.instructions.dataset import create_instruction_collate_fn as create_instruction_collate_fn
-from .data.instructions.dataset import format_alpaca as format_alpaca
+from .data.instructions.formats import format_alpaca as format_alpaca
+from .data.instructions.inspect import inspect_rows as inspect_rows
 from .data.instructions.reader import read_rows as read_rows
 from .data.instructions.report import SupervisionReport as SupervisionReport
 from .data.instructions.report import inspect_batches as inspect_batches
 from .data.instructions.report import report_of as report_of
-from .data.instructions.tokenized import PackedRows as PackedRows
-from .data.instructions.tokenized import PaddedRows as PaddedRows
 from .data.instructions.tokenized import SupervisedRows as SupervisedRows
 from .data.instructions.tokenized import encode_rows as encode_rows
 from .data.text.corpus import Corpus as Corpus
@@ -85,7 +86,6 @@ from .tokenization.encodings import train_bpe as train_bpe
 from .tokenization.export import load_encoding as load_encoding
 from .tokenization.export import save_tokenizer as save_tokenizer
 from .training.finetune import finetune as finetune
-from .training.finetune import inspect_rows as inspect_rows
 from .training.optim.optimizer import create_optimizer as create_optimizer
 from .training.optim.optimizer import learning_rate_at as learning_rate_at
 from .training.pretrain import train as train

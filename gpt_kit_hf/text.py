@@ -1,4 +1,4 @@
-"""Text for people: printable characters, short numbers, durations."""
+"""Formats text, numbers and durations for people."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 
 def printable(text: str) -> str:
-    """Return text without control characters, which an untrained model may write and a terminal would obey."""
+    """Return text with control characters replaced: an untrained model may write them, and a terminal obeys them."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
@@ -19,7 +19,7 @@ def short(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time as a person says it: 40 s, 3 min 20 s, 2 h 5 min."""
+    """Return a duration in at most two units: 40 s, 3 min 20 s, 2 h 5 min."""
     if not math.isfinite(seconds):
         return "unknown time"
     whole = round(seconds)

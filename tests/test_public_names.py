@@ -57,7 +57,7 @@ def test_the_same_with_bytes() -> None:
     assert gpt_kit_hf.token_ids_to_text(ids, tokenizer).startswith("The future of AI is")
     rows = [{"instruction": "Translate", "input": "Hello", "output": "Bonjour"}] * 2
     rows += [{"instruction": "Translate", "input": "Good evening", "output": "Bonsoir"}]
-    end = encodings.end_of_text_id(tokenizer)
+    end = encodings.get_eos_token_id(tokenizer)
     dataset = gpt_kit_hf.InstructionDataset(rows, tokenizer, format_fn)
     collate = gpt_kit_hf.create_instruction_collate_fn(pad_token_id=end, mask_instruction=True)
     inputs, targets = next(iter(DataLoader(dataset, batch_size=4, collate_fn=collate)))

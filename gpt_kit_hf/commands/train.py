@@ -34,7 +34,7 @@ def verify(options: VerifyOptions) -> None:
     if found.problems:
         raise CheckpointError(f"{options.run}: {len(found.problems)} faults, the first: {found.problems[0]}")
     if options.steps is not None:
-        replayed = replay_steps(folder, *options.steps, say=note)
+        replayed = replay_steps(folder, *options.steps, log=note)
         if replayed.difference:
             raise CheckpointError(replayed.difference)
         write(f"{replayed.text()}\n")

@@ -168,9 +168,9 @@ class BatchPlan:
     process_index: int = 0
 
     def __post_init__(self) -> None:
-        for name, value in (("batch_size", self.batch_size), ("micro_batch_size", self.micro_batch_size)):
-            if value < 1:
-                raise UsageError(f"{name} must be at least 1, got {value}")
+        for name, size in (("batch_size", self.batch_size), ("micro_batch_size", self.micro_batch_size)):
+            if size < 1:
+                raise UsageError(f"{name} must be at least 1, got {size}")
         if self.batch_size % self.num_processes:
             raise UsageError(
                 f"batch_size={self.batch_size} must be divisible by the number of processes, {self.num_processes}"

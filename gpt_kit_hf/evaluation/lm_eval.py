@@ -1,4 +1,4 @@
-"""The bridge to lm-evaluation-harness: its tasks, on a model of this kit, without a network if they are local."""
+"""Tasks of lm-evaluation-harness on a model; local tasks need no network."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gpt_kit_hf.hub.model_folder import check_tokenizer, find_model_folder, load
 
 @dataclass(frozen=True, kw_only=True)
 class HarnessReport:
-    """What the harness found: its `results` by task and metric, as JSON, and its table."""
+    """The harness' `results` by task and metric, as JSON, and its table."""
 
     results: Mapping[str, Any]
     table: str
@@ -37,13 +37,13 @@ def run_harness(
     max_length: int | None = None,
     device: str = "cpu",
 ) -> HarnessReport:
-    """Run tasks of lm-evaluation-harness on a run's, a folder's or a Hub repository's model.
+    """Run tasks of lm-evaluation-harness on the model of a run, a folder or a Hub repository.
 
-    `include_path` is a folder with task files (YAML) of one's own; those that name local files need no network. A
-    text that a task scores by its rolling log-likelihood has the bits per byte that `gpt-kit evaluate` gives it:
-    both read it after an end of text, in the same windows.
+    `include_path` is a folder with your own task files (YAML); those that name local files need no network. A text
+    that a task scores by its rolling log-likelihood gets the bits per byte of `gpt-kit evaluate`: both read it after
+    an EOS token, in the same windows.
 
-    Raises UsageError if lm-eval is not installed, for a model that cannot be loaded and a task that is not known.
+    Raises UsageError if lm-eval is not installed, for a model that cannot be loaded, and for an unknown task.
     """
     try:
         from lm_eval.evaluator import simple_evaluate
@@ -51,19 +51,19 @@ def run_harness(
         from lm_eval.tasks import TaskManager
         from lm_eval.utils import make_table
     except ImportError as error:
-        raise UsageError(f"--task needs lm-eval ({error}): pip install 'gpt-kit-hf[eval]'") from None
+        raise UsageError(f"--tasks needs lm-eval ({error}): pip install 'gpt-kit-hf[eval]'") from None
     if include_path is not None and not Path(include_path).is_dir():
         raise UsageError(f"include_path {include_path!r}: no such folder")
     folder = find_model_folder(place)
     tokenizer = load_part(AutoTokenizer, folder, place)
     model = load_part(AutoModelForCausalLM, folder, place)
     check_tokenizer(folder, model.config)
-    if tokenizer.pad_token is None:  # for this occasion: the harness masks its padding
+    if tokenizer.pad_token is None:  # the harness masks its padding
         tokenizer.pad_token = tokenizer.eos_token
     manager = TaskManager(include_path=include_path)
     unknown = sorted(set(tasks) - set(manager.match_tasks(list(tasks))))
     if unknown:
-        raise UsageError(f"task {unknown[0]!r} is not known to lm-eval; name one of its own, or give include_path")
+        raise UsageError(f"unknown task {unknown[0]!r}: name a task of lm-eval, or give include_path")
     wrapped = HFLM(
         pretrained=model.to(device),
         tokenizer=tokenizer,

@@ -1,4 +1,4 @@
-"""How well a model predicts held-out text: loss, perplexity, bits per byte, and what is easily reached without one."""
+"""Metrics of evaluation text: loss, perplexity, bits per byte, and baselines that need no model."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import numpy.typing as npt
 import tiktoken
 import torch
 from accelerate import Accelerator
+from tokenizers.decoders import ByteLevel
 from torch import nn
 from torch.utils.data import DataLoader, Subset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gpt_kit_hf.data.text.windows import IGNORED, TokenStream
 from gpt_kit_hf.errors import StoppedError, UsageError
@@ -25,10 +26,12 @@ from gpt_kit_hf.model.losses import Batch, evaluation_mode, summed_batch_loss
 from gpt_kit_hf.options.evaluation import PaddingSide
 from gpt_kit_hf.tokenization.encodings import END_OF_TEXT
 
+_Ints = npt.NDArray[np.int64]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What a model scored: `loss` in nats a token over `tokens` targets, which spell `text_bytes` bytes of UTF-8."""
+    """A score: the mean `loss` in nats per token over `tokens` targets, which spell `text_bytes` bytes of UTF-8."""
 
     loss: float
     tokens: int
@@ -36,36 +39,34 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss): the number of equally likely tokens that would be as hard to guess."""
+        """exp(loss): the number of equally likely tokens that would be as hard to predict."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits that the model needs for a byte of the text: comparable between vocabularies."""
+        """Bits that the model needs per byte of the text, which can be compared between vocabularies."""
         return self.loss * self.tokens / math.log(2) / self.text_bytes
 
 
-def token_byte_lengths(encoding: tiktoken.Encoding) -> npt.NDArray[np.int64]:
-    """Return how many bytes of text each id spells, (n_vocab,); end of text spells none."""
+def token_byte_lengths(encoding: tiktoken.Encoding) -> _Ints:
+    """Return the number of text bytes that each id spells, (n_vocab,); EOS spells none."""
     lengths = np.zeros(encoding.n_vocab, dtype=np.int64)
-    end = encoding.encode_single_token(END_OF_TEXT)
     for token in range(encoding.n_vocab):
-        # Ids without a token are allowed in a vocabulary, and never occur.
-        with suppress(KeyError):
+        with suppress(KeyError):  # a vocabulary may have ids without a token, which never occur
             lengths[token] = len(encoding.decode_single_token_bytes(token))
-    lengths[end] = 0
+    lengths[encoding.encode_single_token(END_OF_TEXT)] = 0
     return lengths
 
 
-def tokenizer_byte_lengths(tokenizer: PreTrainedTokenizerBase, n_vocab: int) -> npt.NDArray[np.int64]:
-    """Return how many bytes of text each id of a tokenizer of transformers spells, (n_vocab,); special ones none."""
+def tokenizer_byte_lengths(tokenizer: PreTrainedTokenizerBase, n_vocab: int) -> _Ints:
+    """Return the number of text bytes that each id of a transformers tokenizer spells, (n_vocab,); special ones 0."""
     lengths = np.zeros(n_vocab, dtype=np.int64)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    by_bytes = backend is not None and "ByteLevel" in type(backend.decoder).__name__
+    fast = isinstance(tokenizer, PreTrainedTokenizerFast)
+    # In a byte-level vocabulary each character of a token stands for one byte.
+    by_bytes = fast and isinstance(tokenizer.backend_tokenizer.decoder, ByteLevel)
     special = set(tokenizer.all_special_ids)
     for token, index in tokenizer.get_vocab().items():
         if index < n_vocab and index not in special:
-            # A byte-level token has a character for each byte.
             lengths[index] = len(token) if by_bytes else len(tokenizer.decode([index]).encode())
     return lengths
 
@@ -73,7 +74,7 @@ def tokenizer_byte_lengths(tokenizer: PreTrainedTokenizerBase, n_vocab: int) -> 
 def evaluate_stream(
     model: nn.Module,
     stream: TokenStream,
-    byte_lengths: npt.NDArray[np.int64],
+    byte_lengths: _Ints,
     *,
     end_of_text: int,
     max_length: int,
@@ -85,14 +86,15 @@ def evaluate_stream(
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
-    """Score each token of a stream's documents once, by windows of `max_length` tokens that start `stride` apart.
+    """Score each token of a stream's documents once, in windows of `max_length` tokens that start `stride` apart.
 
-    A document is read alone, after an end of text; with a stride below max_length each token is seen with at least
-    max_length - stride tokens before it, where its document has them (`DocumentWindows`). The result does not depend
-    on `batch_size` or `padding_side`. With `max_tokens` only about so many tokens, from all over the text, are scored.
-    Processes share the windows and all get the result. The model keeps its mode and torch's random state does not
-    move. Raises DataError for a stream without text, StoppedError where `stop()`, asked before each batch, was true
-    in any of the processes.
+    A document is scored by itself, after an EOS token. With a stride below max_length, a token has at least
+    max_length - stride tokens of context, where its document has them (`DocumentWindows`). The result does not depend
+    on `batch_size` or `padding_side`. `max_tokens` limits the score to about that many tokens, from the whole text.
+    Processes share the windows, and all return the result. The model's mode and torch's random state do not change.
+
+    Raises DataError for a stream without text, and StoppedError where `stop()`, called before each batch, returned
+    true in any process.
     """
     windows = DocumentWindows(stream, end_of_text=end_of_text, max_length=max_length, stride=stride)
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
@@ -108,20 +110,23 @@ def evaluate_stream(
 def evaluate_batches(
     model: nn.Module,
     batches: Iterable[Batch],
-    byte_lengths: npt.NDArray[np.int64],
+    byte_lengths: _Ints,
     *,
     accelerator: Accelerator | None = None,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
-    """Score the trained tokens of batches, each process its own; all processes get the result.
+    """Score the trained tokens of batches; each process passes its own, and all return the result of all.
 
-    The model keeps its mode. Raises UsageError if the tokens spell no bytes, StoppedError as `evaluate_stream`.
+    The model's mode does not change. Raises UsageError if the tokens spell no bytes, StoppedError as
+    `evaluate_stream` does.
     """
-    world = accelerator.num_processes if accelerator else 1
     total, tokens, text_bytes, stopped = 0.0, 0, 0, False
+    shared = accelerator if accelerator is not None and accelerator.num_processes > 1 else None
+    if shared is not None and _is_sharded(model):
+        batches = _in_step(batches, shared, stop)
     with evaluation_mode(model), torch.no_grad():
-        for batch in _in_step(batches, accelerator, stop) if _is_sharded(model) else batches:
+        for batch in batches:
             if stopped := stop():
                 break
             with autocast():
@@ -130,56 +135,52 @@ def evaluate_batches(
             scored = batch.targets[batch.targets != IGNORED].numpy()
             tokens += scored.size
             text_bytes += int(byte_lengths[scored].sum())
-    if accelerator is not None and world > 1:
-        sums = torch.tensor([total, tokens, text_bytes, stopped], dtype=torch.float64, device=accelerator.device)
-        total, tokens, text_bytes, stopped = accelerator.reduce(sums, reduction="sum").tolist()
+    if shared is not None:
+        sums = torch.tensor([total, tokens, text_bytes, stopped], dtype=torch.float64, device=shared.device)
+        total, tokens, text_bytes, stopped = shared.reduce(sums, reduction="sum").tolist()
     if stopped:
         raise StoppedError("the evaluation was stopped")
     if text_bytes == 0:
-        raise UsageError("the held-out text spells no bytes: there is nothing to score")
+        raise UsageError("the evaluation text spells no bytes: there is nothing to score")
     return Evaluation(loss=total / tokens, tokens=int(tokens), text_bytes=int(text_bytes))
 
 
 def _is_sharded(model: nn.Module) -> bool:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return False
-    # Not at the top: the import takes long, and a single process does not need it.
-    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp import FSDPModule  # slow to import
 
     return isinstance(model, FSDPModule)
 
 
-def _in_step(batches: Iterable[Batch], accelerator: Accelerator | None, stop: Callable[[], bool]) -> Iterator[Batch]:
-    """Yield batches until all processes have had theirs, or one shall stop.
+def _in_step(batches: Iterable[Batch], accelerator: Accelerator, stop: Callable[[], bool]) -> Iterator[Batch]:
+    """Yield batches until every process has yielded all of its own.
 
-    In each pass through a model that is cut over processes each waits for the others: one that has no batch left takes
-    part with one that scores nothing.
+    In a forward pass of a sharded model the processes wait for each other: one without a batch left takes part with a
+    batch that scores nothing. Raises StoppedError in all of them when one is to stop.
     """
-    assert accelerator is not None
     own = iter(batches)
     idle = Batch(torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), IGNORED), None)
     while True:
         batch = next(own, None)
         state = torch.tensor([batch is not None, stop()], dtype=torch.long, device=accelerator.device)
         more, stopped = accelerator.reduce(state, reduction="sum").tolist()
-        if stopped or not more:
+        if stopped:
+            raise StoppedError("the evaluation was stopped")
+        if not more:
             return
         yield idle if batch is None else batch
 
 
-def unigram_bits_per_byte(
-    train: npt.NDArray[np.int64], held_out: npt.NDArray[np.int64], encoding: tiktoken.Encoding
-) -> float:
-    """Return the bits per byte of guessing each byte by its share in the training text, one added to each count.
+def unigram_bits_per_byte(train: _Ints, evaluated: _Ints, encoding: tiktoken.Encoding) -> float:
+    """Return the bits per byte of predicting each byte by its frequency in the training text, plus one.
 
-    `train` and `held_out` are counts of ids, (n_vocab,).
+    `train` and `evaluated` are counts of ids, (n_vocab,).
     """
     seen = byte_counts(train, encoding) + 1.0
-    wanted = byte_counts(held_out, encoding)
+    wanted = byte_counts(evaluated, encoding)
     return float(-(wanted * np.log2(seen / seen.sum())).sum() / wanted.sum())
 
 
-def byte_counts(counts: npt.NDArray[np.int64], encoding: tiktoken.Encoding) -> npt.NDArray[np.float64]:
+def byte_counts(counts: _Ints, encoding: tiktoken.Encoding) -> npt.NDArray[np.float64]:
     """Return how often each byte occurs, (256,), in text whose ids occur `counts` times, (n_vocab,)."""
     totals = np.zeros(256, dtype=np.float64)
     end = encoding.encode_single_token(END_OF_TEXT)
@@ -191,9 +192,9 @@ def byte_counts(counts: npt.NDArray[np.int64], encoding: tiktoken.Encoding) -> n
 
 
 def gzip_bits_per_byte(stream: TokenStream, encoding: tiktoken.Encoding) -> float:
-    """Return the bits per byte of the stream's text compressed by gzip at its strongest."""
+    """Return the bits per byte of the stream's text, compressed by gzip at level 9."""
     end = encoding.encode_single_token(END_OF_TEXT)
-    packer = zlib.compressobj(9, wbits=zlib.MAX_WBITS | 16)  # 16 asks for gzip's frame
+    packer = zlib.compressobj(9, wbits=zlib.MAX_WBITS | 16)  # 16 asks for the gzip format
     packed = text_bytes = 0
     for first in range(0, len(stream), 1 << 20):
         ids = stream.read(first, min(first + (1 << 20), len(stream)))

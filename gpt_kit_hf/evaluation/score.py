@@ -1,10 +1,11 @@
-"""`gpt-kit evaluate`: what a model scores on text or instruction rows that a user names."""
+"""Scores of text or instruction rows, as `gpt-kit evaluate` reports them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gpt_kit_hf.data.instructions.encoding import format_of
+from gpt_kit_hf.data.instructions.batches import PaddedRows
+from gpt_kit_hf.data.instructions.formats import format_of
 from gpt_kit_hf.data.instructions.reader import RowError, read_rows
 from gpt_kit_hf.data.instructions.templates import with_template
-from gpt_kit_hf.data.instructions.tokenized import PaddedRows, SupervisedRows, encode_rows
+from gpt_kit_hf.data.instructions.tokenized import SupervisedRows, encode_rows
 from gpt_kit_hf.data.text.corpus import prepare_text
 from gpt_kit_hf.data.text.shards import COMPRESSIONS
 from gpt_kit_hf.errors import DataError, UsageError
@@ -37,7 +39,7 @@ from gpt_kit_hf.text import printable
 from gpt_kit_hf.tokenization.encodings import END_OF_TEXT
 from gpt_kit_hf.tokenization.export import load_encoding
 
-_UNKNOWN_LENGTH = 1024  # where a model does not say what it reads
+_UNKNOWN_LENGTH = 1024  # for a model whose configuration states no context length
 _SAMPLE_PROMPT = 32  # tokens of a document that a sample continues
 _SAMPLE_TOKENS = 64
 _ROW_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
@@ -45,11 +47,14 @@ _ROW_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreReport:
-    """A score, what was scored, how, and continuations of (prompt, text) if they were asked for."""
+    """A score, its data and its settings; `units` is the number of documents or rows.
+
+    `samples` are pairs of a prompt and the model's continuation.
+    """
 
     name: str
     kind: str
-    units: int  # documents or rows
+    units: int
     evaluation: Evaluation
     max_length: int
     stride: int
@@ -59,34 +64,33 @@ class ScoreReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON, without the samples."""
         scored = self.evaluation
-        facts = {name: getattr(self, name) for name in ("name", "kind", "units")}
-        facts |= {"loss": scored.loss, "perplexity": scored.perplexity, "bits_per_byte": scored.bits_per_byte}
-        facts |= {"tokens": scored.tokens, "text_bytes": scored.text_bytes}
-        return facts | {name: getattr(self, name) for name in ("max_length", "stride", "data_fingerprint")}
+        score = asdict(scored) | {"perplexity": scored.perplexity, "bits_per_byte": scored.bits_per_byte}
+        settings = {"max_length": self.max_length, "stride": self.stride, "data_fingerprint": self.data_fingerprint}
+        return {"name": self.name, "kind": self.kind, "units": self.units} | score | settings
 
     def text(self) -> str:
-        """Return the report in lines."""
+        """Return the report as lines of text."""
         scored, is_text = self.evaluation, self.kind == "text"
         units = f"{self.units:,} {'document' if is_text else 'row'}{'' if self.units == 1 else 's'}"
         how = f"windows of {self.max_length} tokens, {self.stride} apart" if is_text else "answers only"
         lines = [
             f"data        {self.name}: {units}, {scored.text_bytes:,} bytes scored ({self.data_fingerprint})",
             f"scored      {scored.tokens:,} tokens, {how}",
-            f"loss        {scored.loss:.4f} nats a token",
+            f"loss        {scored.loss:.4f} nats per token",
             f"perplexity  {scored.perplexity:.3f}",
             f"bits/byte   {scored.bits_per_byte:.4f}",
         ]
         for prompt, answer in self.samples:
-            lines += ["", f"prompt      {printable(prompt)}", f"goes on     {printable(answer)}"]
+            lines += ["", f"prompt      {printable(prompt)}", f"continued   {printable(answer)}"]
         return "\n".join(lines)
 
 
 def score_model(place: str, options: ScoreOptions) -> ScoreReport:
-    """Score a run's, a folder's or a Hub repository's model on the data; a run keeps the score for its card.
+    """Score the model of a run, a folder or a Hub repository on the data; a run keeps the score for its card.
 
-    Text: each token of each document once, as `evaluate_stream` says. Rows: the answers and the end of text after
-    each, as the model's chat template asks for them. Raises UsageError for a model or a device that cannot be used,
-    DataError for data that cannot.
+    Of text, each token of each document is scored once, as `evaluate_stream` does. Of rows, the answers and the EOS
+    token after each are scored, in the model's chat template. Raises UsageError for an unusable model or device,
+    DataError for unusable data.
     """
     folder = find_model_folder(place)
     model = load_part(AutoModelForCausalLM, folder, place)
@@ -95,7 +99,7 @@ def score_model(place: str, options: ScoreOptions) -> ScoreReport:
     context = context_length(model)
     length = options.max_length or context or _UNKNOWN_LENGTH
     if context is not None and length > context:
-        raise UsageError(f"max_length={length} is above what the model reads, {context}: lower it")
+        raise UsageError(f"max_length={length} is above the model's context length, {context}: lower it")
     rows = options.kind == "rows" or (options.kind == "auto" and _holds_rows(options))
     report = (_score_rows if rows else _score_text)(model, folder, place, options, length)
     if Path(place).is_dir() and holds_run(Path(place)):
@@ -123,11 +127,10 @@ def _score_text(model: Any, folder: str, place: str, options: ScoreOptions, leng
         max_tokens=options.max_tokens,
     )
     samples = []
-    stops = [*stream.document_starts[1:].tolist(), len(stream)]
-    for start, stop in list(zip(stream.document_starts.tolist(), stops, strict=True))[: options.samples]:
+    bounds = [*stream.document_starts.tolist(), len(stream)]
+    for start, stop in list(pairwise(bounds))[: options.samples]:
         ids = [token for token in stream.read(start, min(stop, start + _SAMPLE_PROMPT)).tolist() if token != end]
-        answer = _continued(model, [end, *ids], end)
-        samples.append((encoding.decode(ids), encoding.decode(answer)))
+        samples.append((encoding.decode(ids), encoding.decode(_continued(model, [end, *ids], end))))
     return ScoreReport(
         name=_name(options.data),
         kind="text",
@@ -141,18 +144,17 @@ def _score_text(model: Any, folder: str, place: str, options: ScoreOptions, leng
 
 
 def _score_rows(model: Any, folder: str, place: str, options: ScoreOptions, length: int) -> ScoreReport:
-    for name in ("stride", "max_tokens"):
-        if getattr(options, name) is not None:
-            raise UsageError(f"{name}={getattr(options, name)} is for text: rows are scored whole, and all of them")
+    for name, value in (("stride", options.stride), ("max_tokens", options.max_tokens)):
+        if value is not None:
+            raise UsageError(f"{name}={value} is for text: rows are scored whole, and all of them")
     tokenizer = load_part(AutoTokenizer, folder, place)
     supervision = SupervisionOptions(max_length=length)
     rows = with_template(read_rows(RowOptions(rows=options.data)), tokenizer, KEEP, supervision.format)
     encoded = encode_rows(rows, tokenizer, supervision, vocab_size=model.config.vocab_size)
-    padded = PaddedRows(encoded)
     loader = DataLoader(
-        padded,
+        PaddedRows(encoded),
         batch_size=options.batch_size,
-        collate_fn=partial(pad_windows, filler=encoded.end_of_text_id, side=options.padding_side),
+        collate_fn=partial(pad_windows, filler=encoded.eos_token_id, side=options.padding_side),
         generator=torch.Generator(),
     )
     lengths = tokenizer_byte_lengths(tokenizer, model.config.vocab_size)
@@ -169,16 +171,16 @@ def _score_rows(model: Any, folder: str, place: str, options: ScoreOptions, leng
 
 
 def _answers(model: Any, tokenizer: Any, rows: SupervisedRows, wanted: int) -> Iterator[tuple[str, str]]:
-    """Yield prompts of rows and what the model answers."""
+    """Yield the prompts of rows and the model's answers."""
     for number in range(min(wanted, len(rows))):
         row = rows[number]
         prompt = row.input_ids[: int(row.trained.argmax())].tolist()
-        answer = _continued(model, prompt, rows.end_of_text_id)
+        answer = _continued(model, prompt, rows.eos_token_id)
         yield tokenizer.decode(prompt), tokenizer.decode(answer, skip_special_tokens=True)
 
 
 def _continued(model: Any, prompt: list[int], end: int) -> list[int]:
-    """Return the likeliest tokens after the prompt, up to an end of text."""
+    """Return the greedy continuation of the prompt, up to an EOS token."""
     context = context_length(model)
     room = _SAMPLE_TOKENS if context is None else min(_SAMPLE_TOKENS, context - len(prompt))
     if room < 1:
@@ -196,16 +198,16 @@ def _holds_rows(options: ScoreOptions) -> bool:
         row = next(iter(read_rows(RowOptions(rows=options.data[:1])))).row
         return options.text_column not in row and bool(format_of(row))
     except (RowError, StopIteration, DataError):
-        return False  # whoever reads it as text says what is wrong with it
+        return False  # reading it as text reports the error
 
 
 def _name(data: list[str]) -> str:
-    """Return the data's name for others: no folder of this machine."""
+    """Return the names of the data without folders, which are private to this machine."""
     return ", ".join(Path(pattern).name or pattern for pattern in data)
 
 
 def _record(run: Path, report: ScoreReport) -> None:
-    """Keep the score in the run's folder, instead of an older one of the same data, scored the same way."""
+    """Save the score in the run's folder; it replaces an earlier one with the same data and settings."""
     file = run / EVALUATIONS_FILE
     kept = load_json(file)["evaluations"] if file.is_file() else []
     new = report.to_dict()

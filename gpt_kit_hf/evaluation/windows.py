@@ -1,13 +1,15 @@
-"""Text to be scored: documents of a stream as windows that score each of their tokens once."""
+"""Windows for evaluation: the documents of a stream, each of their tokens scored once, padded to batches."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from gpt_kit_hf.data.text.windows import IGNORED, TokenStream
@@ -16,19 +18,19 @@ from gpt_kit_hf.model.losses import Batch
 from gpt_kit_hf.options.data import check_stride
 from gpt_kit_hf.options.evaluation import PaddingSide
 
-_CHUNK = 1 << 20  # ids read at a time
+_BLOCK = 1 << 20  # ids that are read at once
 
 
 class DocumentWindows(Dataset["tuple[Tensor, Tensor]"]):
     """Windows of a stream's documents: (input, target), both (T,) int64 with T at most max_length.
 
-    Each document stands alone, after one end of text, which predicts its first token, so that every token of text is
-    scored once; the end of text after it spells nothing and is not. The first window of a document scores all that
-    it reads. The others start `stride` apart and score what no earlier one did, the last ends with the document: a
-    token is seen with at least max_length - stride tokens before it, where there are so many. At stride = max_length
-    these are the windows of lm-evaluation-harness' rolling log-likelihood.
+    Each document stands alone, after one EOS token that predicts its first token, so that every token of text is
+    scored once; the EOS token after it spells nothing and is not scored. The first window of a document scores all
+    that it reads. The others start `stride` apart and score what no earlier one did; the last ends with the document.
+    So a token has at least max_length - stride tokens of context, where its document has them. At
+    stride = max_length these are the windows of lm-evaluation-harness' rolling log-likelihood.
 
-    Raises UsageError for a stride that skips tokens, DataError where there is no text.
+    Raises UsageError for a stride that skips tokens, DataError for a stream without text.
     """
 
     def __init__(self, stream: TokenStream, *, end_of_text: int, max_length: int, stride: int) -> None:
@@ -50,12 +52,12 @@ class DocumentWindows(Dataset["tuple[Tensor, Tensor]"]):
 
     @property
     def tokens(self) -> int:
-        """How many tokens all windows score together."""
+        """The number of tokens that all windows score together."""
         return int(self._tokens.sum())
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """(windows,) int64: what each window reads."""
+        """The length of each window, (windows,)."""
         lengths = np.full(len(self), self.max_length, np.int64)
         lengths[self._ends - self._counts] = np.minimum(self._tokens, self.max_length)
         return lengths
@@ -78,20 +80,20 @@ class DocumentWindows(Dataset["tuple[Tensor, Tensor]"]):
         return torch.from_numpy(ids[:-1]), target
 
     def spread(self, tokens: int | None) -> npt.NDArray[np.int64]:
-        """Return numbers of windows from all over the text that read about so many tokens, or all; longest first."""
+        """Return the indices of windows that score about `tokens` tokens, from the whole text; longest first."""
         chosen = np.arange(len(self))
         if tokens is not None and tokens < self.tokens:
             wanted = -(-tokens * len(self) // self.tokens)
             chosen = np.linspace(0, len(self) - 1, wanted).round().astype(np.int64)
-        # Windows of like length need little padding, and the largest batch comes first: if it fits, all do.
+        # Windows of similar length need little padding, and if the first batch fits in memory, all do.
         return chosen[np.argsort(-self.lengths[chosen], kind="stable")]
 
 
 def _holds(stream: TokenStream, positions: npt.NDArray[np.int64], token: int) -> npt.NDArray[np.bool_]:
-    """Return whether each of the positions, ascending, holds the token; the stream is read once, in order."""
+    """Return whether each of the positions, ascending, holds the token; reads the stream once, in order."""
     found = np.zeros(len(positions), np.bool_)
-    for first in range(0, len(stream), _CHUNK):
-        last = min(first + _CHUNK, len(stream))
+    for first in range(0, len(stream), _BLOCK):
+        last = min(first + _BLOCK, len(stream))
         inside = slice(*np.searchsorted(positions, (first, last)).tolist())
         if inside.start < inside.stop:
             found[inside] = stream.read(first, last)[positions[inside] - first] == token
@@ -99,19 +101,14 @@ def _holds(stream: TokenStream, positions: npt.NDArray[np.int64], token: int) ->
 
 
 def pad_windows(items: Sequence[tuple[Tensor, Tensor]], filler: int, side: PaddingSide = "right") -> Batch:
-    """Join (input, target) pairs of unequal length into a batch (B, longest).
+    """Pad (input, target) pairs of unequal length with the id `filler`, untrained, to a batch (B, longest).
 
-    The padding is the id `filler`, untrained. On the right no token sees it. On the left it is, by its positions, a
-    document of its own, which the others do not see.
+    Causal attention never sees padding on the right. Padding on the left is, by its positions, a document of its own.
     """
     if side not in ("right", "left"):
         raise UsageError(unknown_name("padding_side", side, ("right", "left")))
-    longest = max(len(ids) for ids, _ in items)
-    inputs = torch.full((len(items), longest), filler)
-    targets = torch.full((len(items), longest), IGNORED)
-    positions = torch.zeros(len(items), longest, dtype=torch.long)
-    for row, (ids, target) in enumerate(items):
-        place = slice(0, len(ids)) if side == "right" else slice(longest - len(ids), longest)
-        inputs[row, place], targets[row, place] = ids, target
-        positions[row, place] = torch.arange(len(ids))
-    return Batch(inputs, targets, positions if side == "left" else None)
+    pad = partial(pad_sequence, batch_first=True, padding_side=side)
+    inputs = pad([ids for ids, _ in items], padding_value=filler)
+    targets = pad([target for _, target in items], padding_value=IGNORED)
+    positions = pad([torch.arange(len(ids)) for ids, _ in items]) if side == "left" else None
+    return Batch(inputs, targets, positions)

@@ -159,15 +159,12 @@ def probe_model(model: Any) -> dict[str, Any]:
 
 
 def probe_base(model: Any) -> dict[str, Any]:
-    """Return the class of the model without its head, and the digest of its hidden states."""
+    """Return the class of the model without its head, after a forward pass."""
     import torch
 
-    model.eval()
-    text_config = model.config.get_text_config(decoder=True)
-    rows = probe_ids(text_config.vocab_size, getattr(text_config, "max_position_embeddings", None) or 64)
     with torch.no_grad():
-        states = model(torch.tensor([rows[-1]])).last_hidden_state.float()
-    return {"class": type(model).__name__, "states": digest(states.tolist())}
+        states = model.eval()(torch.tensor([[0]])).last_hidden_state
+    return {"class": type(model).__name__, "finite": bool(states.isfinite().all())}
 
 
 _PROBES: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {

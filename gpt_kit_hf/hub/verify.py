@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
-from transformers.dynamic_module_utils import get_relative_imports
 
 from gpt_kit_hf.errors import CheckpointError, GPTKitError, HubError
 from gpt_kit_hf.hub.client import check_blobs, hub_errors
@@ -29,7 +28,6 @@ from gpt_kit_hf.tokenization.encodings import check_fingerprint
 from gpt_kit_hf.tokenization.export import load_encoding
 
 _AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
-_CODE = ("configuration_gpt_kit.py", "modeling_gpt_kit.py")
 _TIMEOUT = 1800  # seconds
 # On another machine the same weights give logits that differ by rounding; on the same one they are equal to the bit.
 _LOSS_TOLERANCE = 1e-3
@@ -41,16 +39,8 @@ _CHECKS = (
     "configuration, generation defaults, tokenizer, chat template, tied weights, EOS and padding tokens",
     "logits, greedy tokens and losses",
 )
-# What the probe reports of a model, in a message's words.
-_MODEL_ANSWERS = {
-    "class": "the model's class",
-    "parameters": "the number of parameters",
-    "dtypes": "the weights' dtype",
-    "tied": "whether input and output embeddings are tied",
-    "eos": "the EOS token",
-    "generation_eos": "the EOS token in generation",
-    "written": "the greedy continuation",
-}
+# Answers that are not compared: where the code came from, and floats, which `answer_differences` compares with care.
+_NOT_COMPARED = {"module", "logits", "loss", "loss_by_hand", "padding_difference"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,12 +112,12 @@ def judge(
         expected.get("config", {}).get("values", {}).get("model_type"),
     )
     if is_ours:
-        differences += _repository_faults(folder, config)
+        differences += _config_faults(folder, config)
     for process, answers in (("with the package", with_package), ("without the package", without)):
-        differences += [f"{line} ({process})" for line in _probe_faults(answers, is_ours)]
+        found = [*_probe_faults(answers, is_ours)]
         if reference is not None:
-            found = answer_differences(expected, answers, exact=local is not None)
-            differences += [f"{line} ({process})" for line in found]
+            found += answer_differences(expected, answers, exact=local is not None)
+        differences += [f"{line} ({process})" for line in found]
         for name, reason in answers["failures"].items():
             differences.append(f"{name} cannot be used {process}: {hide_secrets(reason)}")
     if is_ours and "model" in without and not without["model"]["module"].startswith("transformers_modules."):
@@ -182,41 +172,24 @@ def run_probe(
 
 def answer_differences(expected: Mapping[str, Any], found: Mapping[str, Any], *, exact: bool) -> Iterator[str]:
     """Yield how a probe's answers differ from the expected ones; logits must be equal to the bit if `exact`."""
-    for name, label in (
-        ("config", "config."),
-        ("generation_config", "generation_config."),
-        ("tokenizer", "the tokenizer's "),
-        ("template", "the chat template's "),
-    ):
-        if name in found:
-            before, now = (answer.get("values", answer) for answer in (expected.get(name, {}), found[name]))
-            for key in sorted({*before, *now}):
-                if before.get(key) != now.get(key):
-                    yield f"{label}{key} is {_show(now.get(key))}, was {_show(before.get(key))}"
+    for name in (name for name in found if name not in ("transformers", "failures")):
+        before, now = (answer.get("values", answer) for answer in (expected.get(name, {}), found[name]))
+        for key in sorted({*before, *now} - _NOT_COMPARED):
+            if before.get(key) != now.get(key):
+                yield f"{name}.{key} is {_show(now.get(key))}, was {_show(before.get(key))}"
     if "model" in found and "model" in expected:
         before, now = expected["model"], found["model"]
-        for key, label in _MODEL_ANSWERS.items():
-            if now[key] != before[key]:
-                yield f"{label} is {_show(now[key])}, was {_show(before[key])}"
         close = not exact and math.isclose(now["loss"], before["loss"], rel_tol=_LOSS_TOLERANCE)
         if now["logits"] != before["logits"] and not close:
             yield f"the logits differ: a loss is {now['loss']:.5f}, was {before['loss']:.5f}"
-    if "base" in found and "base" in expected and found["base"]["class"] != expected["base"]["class"]:
-        yield f"AutoModel gives {found['base']['class']}, was {expected['base']['class']}"
 
 
-def _repository_faults(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what a repository of this package's model lacks, whatever was published."""
+def _config_faults(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield Auto classes without code in `auto_map`, and a tokenizer that is not the one of the training."""
     entries = config.get("auto_map")
     missing = sorted(set(_AUTO_CLASSES) - set(entries if isinstance(entries, dict) else ()))
     if missing:
         yield f"config.json has no auto_map entry for {', '.join(missing)}"
-    # The published code may be of another version, which imports other files.
-    present = [folder / name for name in _CODE if (folder / name).is_file()]
-    imported = {f"{name}.py" for file in present for name in get_relative_imports(file)}
-    for name in sorted({*_CODE, *imported}):
-        if not (folder / name).is_file():
-            yield f"{name} is missing on the Hub"
     expected = config.get("tokenizer_fingerprint")
     try:
         if expected is not None:

@@ -1,1 +1,6 @@
-"""Files that survive a kill: atomic writes, checkpoints, the lock and the layout of a run folder."""
+"""Files that survive a kill, and the layout of a run folder.
+
+`atomic_files` writes and reads JSON, JSONL and tensors; `checkpoints` saves, verifies and rotates checkpoint folders;
+`lock` admits one writer to a run folder; `run_folder` names its files and decides whether a run may use it; `digests`
+computes sizes and hashes of files.
+"""

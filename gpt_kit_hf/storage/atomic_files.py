@@ -1,4 +1,7 @@
-"""Single files that a kill or a full disk cannot leave half-written: JSON, JSONL, tensors; read without trust."""
+"""JSON, JSONL and tensor files that a kill or a full disk cannot leave half-written, and that are read strictly.
+
+A file that cannot be written or read, or is not valid, raises CheckpointError.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from gpt_kit_hf.errors import CheckpointError
 
-# Far above what the largest preset writes, far below what would make a reader wait.
+# Far more than the largest preset needs, and still quick to read.
 _MAX_JSON_BYTES = 64 << 20
 _MAX_HEADER_BYTES = 16 << 20
 
@@ -27,7 +30,7 @@ Report = Callable[[str], None]
 
 
 def sync_path(path: Path) -> None:
-    """Return once the file's bytes, or the folder's entries, are on the disk and not only in memory."""
+    """Flush a file's bytes, or a folder's entries, to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -36,10 +39,7 @@ def sync_path(path: Path) -> None:
 
 
 def replace_file(path: Path, data: bytes | str) -> None:
-    """Write a file so that a reader, or a kill, finds either the old content or the new, never a part.
-
-    Raises CheckpointError where the file system refuses; the old content then stays.
-    """
+    """Write a file atomically: it has its old content or the new, never a part of one. An error keeps the old."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         try:
@@ -53,35 +53,39 @@ def replace_file(path: Path, data: bytes | str) -> None:
 
 
 def save_json(path: Path, value: Mapping[str, object]) -> None:
-    """Write a JSON object that `load_json` returns equal: floats to the last bit, no NaN or infinity.
+    """Write a JSON object that `load_json` returns unchanged, floats included.
 
-    Raises CheckpointError for what JSON would change (a tuple, a key that is not text) or cannot hold, and for
-    more than `load_json` reads.
+    Raises CheckpointError for what JSON changes (a tuple, a key that is not a string) or cannot hold (NaN), and for
+    more than 64 MiB.
     """
     try:
         text = json.dumps(value, indent=1, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not representable as JSON: {error}") from error
     if parse_object(text.encode(), str(path)) != value:
-        raise CheckpointError(f"{path}: holds a tuple, or a key that is not text, which JSON would change")
+        raise CheckpointError(f"{path}: contains a tuple or a key that is not a string, which JSON would change")
     if len(text) >= _MAX_JSON_BYTES:
         raise CheckpointError(f"{path}: {len(text):,} bytes, more than the {_MAX_JSON_BYTES:,} allowed")
     replace_file(path, text + "\n")
 
 
 def load_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; no key twice, every number finite.
-
-    Raises CheckpointError for anything else, and for a file of more than 64 MiB before it is read.
-    """
-    return parse_object(_read_bounded(path, _MAX_JSON_BYTES), str(path))
+    """Return the JSON object in a file of at most 64 MiB; a repeated key or infinite number is an error."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if len(data) > _MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} is larger than the {_MAX_JSON_BYTES:,} bytes that such a file may have")
+    return parse_object(data, str(path))
 
 
 def append_jsonl(path: Path, record: Mapping[str, object]) -> None:
-    """Append one JSON object as one line, in one write; a write that fails midway is taken back.
+    """Append a JSON object as one line, in one write; a write that fails midway is undone.
 
-    The line is safe from a kill at once, from a power cut only after `sync_path`. A run that continues calls
-    `cut_jsonl` first, or a torn last line and the new one become one. Raises CheckpointError.
+    A kill after the call does not lose the line; a power cut may, until `sync_path`. A run that resumes must call
+    `cut_jsonl` first, as the new line would be appended to an incomplete one.
     """
     try:
         data = json.dumps(record, allow_nan=False).encode() + b"\n"
@@ -94,23 +98,23 @@ def append_jsonl(path: Path, record: Mapping[str, object]) -> None:
                 if written != len(data):
                     file.truncate(start)
         if written != len(data):
-            raise OSError("the disk took only a part of it")
+            raise OSError("it was written only in part")
     except (OSError, TypeError, ValueError) as error:
         raise CheckpointError(f"no line was added to {path}: {error}") from error
 
 
 def read_jsonl(path: Path, *, report: Report = _log.warning) -> list[dict[str, Any]]:
-    """Return the objects of a JSONL file in order; a torn last line, as a kill leaves it, is only reported.
+    """Return the objects of a JSONL file; an incomplete last line, as a kill leaves it, is dropped and reported.
 
-    Raises CheckpointError for a missing file and, with its number, for any other line that is no JSON object.
+    The error for any other invalid line has its number.
     """
     return [record for _, record in _jsonl_lines(path, report)]
 
 
 def cut_jsonl(path: Path, keep: Callable[[dict[str, Any]], bool], *, report: Report = _log.warning) -> int:
-    """Drop the lines for which `keep` is false, and a torn last one, by one atomic rewrite.
+    """Drop the lines for which `keep` is false, and an incomplete last one; return how many whole lines were dropped.
 
-    Kept lines stay byte for byte. Returns how many whole lines went. Raises CheckpointError as `read_jsonl`.
+    The file is rewritten atomically, the kept lines byte for byte.
     """
     lines = _jsonl_lines(path, report)
     kept = [line for line, record in lines if keep(record)]
@@ -119,9 +123,9 @@ def cut_jsonl(path: Path, keep: Callable[[dict[str, Any]], bool], *, report: Rep
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors as safetensors; on any device, strided in any way, sharing storage or not.
+    """Write tensors of any device and strides as safetensors, also tensors that share storage.
 
-    Raises CheckpointError for what the format cannot hold (sparse, meta, sharded) and where the disk refuses.
+    Raises CheckpointError for sparse, meta and sharded tensors.
     """
     ready: dict[str, torch.Tensor] = {}
     storages: set[int] = set()
@@ -130,7 +134,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         if not plain or tensor.is_meta:
             raise CheckpointError(f"{path}: {name} is not a plain dense tensor and cannot be stored")
         value = tensor.detach().to("cpu").contiguous()
-        # The format refuses two names for one storage; the second gets bytes of its own.
+        # The format refuses two tensors with one storage, so the second is copied.
         if value.untyped_storage().data_ptr() in storages:
             value = value.clone()
         storages.add(value.untyped_storage().data_ptr())
@@ -142,24 +146,21 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a safetensors file on the CPU, in memory of their own.
-
-    Raises CheckpointError for a file that is not whole, and for a header over 16 MiB before it is read.
-    """
+    """Return the tensors of a safetensors file on the CPU; a header over 16 MiB is refused before it is read."""
     try:
         with path.open("rb") as file:
             header = int.from_bytes(file.read(8), "little")
             size = os.fstat(file.fileno()).st_size
         if header > min(_MAX_HEADER_BYTES, size - 8):
             raise CheckpointError(f"{path}: its header claims {header:,} bytes, the file has {size:,}")
-        # Not memory-mapped: on NFS, tensors would die with the file, which rotation deletes some day.
+        # Not memory-mapped: on NFS the tensors would be lost when rotation deletes the file.
         return load_file(path, backend="pread")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    """Create a file whose bytes are on the disk on return; raise FileExistsError if there is one."""
+    """Create a file and flush it to the disk; raise FileExistsError if it exists."""
     with path.open("xb") as file:
         file.write(data)
         file.flush()
@@ -167,7 +168,7 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def parse_object(data: bytes, source: str) -> dict[str, Any]:
-    """Return the JSON object that `data` is, as `load_json` does; `source` names it in a CheckpointError."""
+    """Return the JSON object in `data`, as strictly as `load_json`; `source` names it in error messages."""
 
     def refuse(word: str) -> float:
         raise ValueError(f"{word} is not a JSON number")
@@ -191,20 +192,9 @@ def parse_object(data: bytes, source: str) -> dict[str, Any]:
 
 
 def free_name(path: Path) -> Path:
-    """Return the path, with the first of -1, -2, ... behind it under which nothing exists."""
+    """Return the first of path-1, path-2, ... that does not exist."""
     candidates = (path.with_name(f"{path.name}-{number}") for number in itertools.count(1))
     return next(candidate for candidate in candidates if not os.path.lexists(candidate))
-
-
-def _read_bounded(path: Path, limit: int) -> bytes:
-    try:
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if len(data) > limit:
-        raise CheckpointError(f"{path} is larger than the {limit:,} bytes that such a file may have")
-    return data
 
 
 def _jsonl_lines(path: Path, report: Report) -> list[tuple[bytes, dict[str, Any]]]:
@@ -217,12 +207,12 @@ def _jsonl_lines(path: Path, report: Report) -> list[tuple[bytes, dict[str, Any]
         try:
             lines.append((last, parse_object(last, f"{path}:{len(whole) + 1}")))
         except CheckpointError as error:
-            report(f"dropped a torn last line: {error}")
+            report(f"dropped an incomplete last line: {error}")
     return lines
 
 
 def feed_file(digest: Any, path: Path) -> None:
-    """Give a digest of any kind all bytes of a file, some at a time."""
+    """Update a hashlib digest with the bytes of a file."""
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)

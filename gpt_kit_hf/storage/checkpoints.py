@@ -1,18 +1,17 @@
-"""Checkpoints that a kill, a full disk or a flipped bit cannot spoil, and the run folder they live in.
+"""Checkpoints that survive a kill or a full disk, and in which a flipped bit is detected.
 
-    RUN/run.lock                        the one process that may write here
-    RUN/metrics.jsonl                   one JSON object a line
-    RUN/checkpoints/step-00000200/      a complete model folder, the training state, and manifest.json
-    RUN/checkpoints/.stage-*, .trash-*  half-written and half-deleted folders, never read
+    RUN/run.lock                        the process that may write here
+    RUN/metrics.jsonl                   one JSON object per line
+    RUN/checkpoints/step-00000200/      a complete model folder, the training state and manifest.json
+    RUN/checkpoints/.stage-*, .trash-*  incomplete folders, never read
 
-A folder gets its final name by one rename, after all of it has reached the disk; so whatever has that name
-was whole once, and the manifest's sizes and SHA-256 digests say whether it still is. All state is safetensors
-and JSON: reading a checkpoint runs no code. Written for POSIX file systems, NFS among them.
+A checkpoint is written to a stage folder, flushed to the disk and renamed, so a folder with its final name was
+complete once; the sizes and SHA-256 digests in its manifest show whether it still is. All state is safetensors and
+JSON: reading a checkpoint runs no code. For POSIX file systems, NFS included.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -21,12 +20,14 @@ import shutil
 import stat
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError
 
 from gpt_kit_hf.errors import CheckpointError, UsageError
-from gpt_kit_hf.storage.atomic_files import Report, feed_file, free_name, load_json, save_json, sync_path
+from gpt_kit_hf.storage.atomic_files import Report, free_name, load_json, save_json, sync_path
+from gpt_kit_hf.storage.digests import FileDigest, digest_of
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -45,15 +46,15 @@ def save_checkpoint(
     required_bytes: int = 0,
     report: Report = _log.warning,
 ) -> Path:
-    """Write the checkpoint of a step, whole or not at all, then delete old ones; return its folder.
+    """Write the checkpoint of a step atomically, delete old ones, and return its folder.
 
-    `write` fills the empty folder that it is given; it is not called if there is an intact checkpoint of the
-    step, which stays as it is. A damaged one is moved aside. Left in the end: the newest `keep_last` up to this
-    step, the steps in `keep`, and any newer ones. `barrier` is called exactly once, before the folder gets its
-    name, also when the write failed: the other processes wait in theirs after their part. If it raises, nothing
-    is renamed. One save at a time, under the run's lock.
-    Raises CheckpointError, with all older checkpoints in place, if less than `required_bytes` are free or the
-    file system refuses.
+    `write` fills the empty folder that it is given. It is not called if the step has an intact checkpoint; a damaged
+    one is moved aside. Kept are the newest `keep_last` checkpoints up to this step, those of the steps in `keep`, and
+    all newer ones. `barrier` is called exactly once, before the rename and also if the write failed, as the other
+    processes wait there; if it raises, nothing is renamed. Save one checkpoint at a time, and hold the run's lock.
+
+    Raises CheckpointError, and keeps all older checkpoints, if fewer than `required_bytes` are free or the folder
+    cannot be written.
     """
     if step < 0 or keep_last < 1:
         raise UsageError(f"step={step}, keep_last={keep_last}: must be at least 0 and 1")
@@ -63,13 +64,12 @@ def save_checkpoint(
         try:
             staged = _fill_stage(stage, final, write, required_bytes, report)
         finally:
-            # Also on failure: the others wait there.
             barrier()
         if staged:
             stage.rename(final)
             sync_path(final.parent)
     except Exception as error:
-        # The tokenizers library reports a full disk as a bare Exception.
+        # The tokenizers library raises a bare Exception when the disk is full.
         if not isinstance(error, (OSError, SafetensorError, CheckpointError)) and type(error) is not Exception:
             raise
         raise CheckpointError(f"the checkpoint of step {step} was not saved: {error}") from error
@@ -80,7 +80,7 @@ def save_checkpoint(
 
 
 def checkpoint_step(folder: Path) -> int:
-    """Return the step in a checkpoint folder's name; raise CheckpointError for a name of another form."""
+    """Return the step in the name of a checkpoint folder, as step-00000200; raise CheckpointError for another name."""
     match = re.fullmatch(r"step-(\d{8,})", folder.name)
     if match is None or folder.name != f"step-{int(match[1]):08d}":
         raise CheckpointError(f"{folder.name!r} is not the name of a checkpoint (step-00000200)")
@@ -88,7 +88,7 @@ def checkpoint_step(folder: Path) -> int:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Return the checkpoint folders of a run by rising step, unverified; none if there is no such run."""
+    """Return the checkpoint folders of a run in order of their steps, not verified; [] if there is no such run."""
     with suppress(FileNotFoundError, NotADirectoryError):
         found = [path for path in (run / "checkpoints").iterdir() if _is_checkpoint(path)]
         return sorted(found, key=checkpoint_step)
@@ -96,10 +96,10 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 
 def verify_checkpoint(folder: Path) -> list[str]:
-    """Return what is wrong with a checkpoint, one line each; if empty, every byte is as it was written.
+    """Return the problems of a checkpoint, one line each; [] if every byte is as it was written.
 
-    Reported: a manifest that is missing, malformed or of another step; files that are missing, changed or not
-    in the manifest; symbolic links; names that leave the folder. No file outside the folder is opened.
+    Problems are a manifest that is missing, malformed or of another step; files that are missing, changed or not in
+    the manifest; symbolic links; names that lead out of the folder. No file outside of the folder is opened.
     """
     try:
         found, problems = _scan(folder)
@@ -114,9 +114,9 @@ def verify_checkpoint(folder: Path) -> list[str]:
 
 
 def latest_checkpoint(run: Path, *, report: Report = _log.warning) -> Path | None:
-    """Return the newest intact checkpoint, or None if the run has none at all.
+    """Return the newest intact checkpoint, or None if the run has no checkpoint.
 
-    Each newer one that is damaged is reported in one line. Raises CheckpointError if all are damaged.
+    Reports each newer, damaged one in a line. Raises CheckpointError if all are damaged.
     """
     checkpoints = list_checkpoints(run)
     for folder in reversed(checkpoints):
@@ -138,19 +138,19 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _fill_stage(stage: Path, final: Path, write: Callable[[Path], None], required_bytes: int, report: Report) -> bool:
-    """Write, sync and describe the stage folder; return False where the final one is there and intact."""
+    """Fill the stage folder and write its manifest; return False if the final folder exists and is intact."""
     final.parent.mkdir(parents=True, exist_ok=True)
     sync_path(final.parent.parent)
-    # The run's lock admits one writer, so whatever a killed one left is garbage and only takes up space.
-    for left in [*final.parent.glob(".stage-*"), *final.parent.glob(".trash-*")]:
-        _discard(left, report)
+    # The run's lock admits one writer, so these are leftovers of a killed one.
+    for leftover in [*final.parent.glob(".stage-*"), *final.parent.glob(".trash-*")]:
+        _discard(leftover, report)
     if final.is_dir():
         problems = verify_checkpoint(final)
         if not problems:
             return False
         aside = free_name(final.with_name(f"damaged-{final.name}"))
         final.rename(aside)
-        report(f"{final.name} was damaged ({problems[0]}); moved to {aside.name} and written anew")
+        report(f"{final.name} was damaged ({problems[0]}); moved to {aside.name} and written again")
     free = shutil.disk_usage(final.parent).free
     if free < required_bytes:
         raise CheckpointError(f"it needs {required_bytes:,} bytes, {final.parent} has {free:,} free")
@@ -161,25 +161,26 @@ def _fill_stage(stage: Path, final: Path, write: Callable[[Path], None], require
 
 
 def _write_manifest(stage: Path, step: int) -> None:
+    """Give the staged files their ordinary mode, flush them to the disk and describe them in the manifest."""
     found, problems = _scan(stage)
     if problems or MANIFEST in found or not found:
-        raise CheckpointError(f"{problems[0] if problems else f'only {MANIFEST}, or no file, was written'}")
+        raise CheckpointError(problems[0] if problems else f"only {MANIFEST}, or no file, was written")
     mode = _ordinary_mode(stage)
     for path in found.values():
-        # safetensors makes its files 0600: colleagues could not read the model. No call where nothing changes,
-        # since mounts on which a file's mode is fixed refuse it.
+        # safetensors creates files with mode 0600, which others could not read. Mounts with a fixed mode refuse
+        # chmod, so it is called only for a change.
         if stat.S_IMODE(path.stat().st_mode) != mode:
             path.chmod(mode)
         sync_path(path)
     for folder in {parent for path in found.values() for parent in path.parents if stage in parent.parents}:
         sync_path(folder)
-    files = {name: {"size": path.stat().st_size, "sha256": _sha256(path)} for name, path in found.items()}
-    # Syncs the stage folder, too.
+    files = {name: asdict(digest_of(path)) for name, path in found.items()}
+    # This flushes the stage folder, too.
     save_json(stage / MANIFEST, {"format": _FORMAT, "step": step, "files": files})
 
 
 def _ordinary_mode(folder: Path) -> int:
-    """Return the mode of a new file in the folder. Python can read the umask only by changing it for all threads."""
+    """Return the mode of a new file in the folder: reading the umask would change it for all threads meanwhile."""
     probe = folder / f".{secrets.token_hex(8)}"
     probe.touch(exist_ok=False)
     try:
@@ -188,8 +189,8 @@ def _ordinary_mode(folder: Path) -> int:
         probe.unlink()
 
 
-def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
-    """Return {name: (bytes, SHA-256)} of a well-formed manifest that belongs to this folder."""
+def _read_manifest(folder: Path) -> dict[str, FileDigest]:
+    """Return {name: digest} of the files in a well-formed manifest that belongs to this folder."""
     manifest = load_json(folder / MANIFEST)
     files = manifest.get("files")
     step = manifest.get("step")
@@ -197,19 +198,19 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
         raise CheckpointError(f"{MANIFEST} is not of format {_FORMAT}")
     if _is_checkpoint(folder) and checkpoint_step(folder) != step:
         raise CheckpointError(f"{MANIFEST} is of step {step}")
-    expected: dict[str, tuple[int, str]] = {}
+    expected: dict[str, FileDigest] = {}
     for name, entry in files.items():
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\\" in name or str(path) != name:
-            raise CheckpointError(f"{MANIFEST} names {name!r}, which leaves the folder or is not in plain form")
+            raise CheckpointError(f"{MANIFEST} names {name!r}, which leaves the folder or is not in canonical form")
         if not isinstance(entry, dict) or type(entry.get("size")) is not int:
             raise CheckpointError(f"{MANIFEST} has no size for {name}")
-        expected[name] = (entry["size"], str(entry.get("sha256")))
+        expected[name] = FileDigest(size=entry["size"], sha256=str(entry.get("sha256")))
     return expected
 
 
 def _scan(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """Return the regular files below a folder by relative name, and a line for each entry of another kind."""
+    """Return {relative name: path} of the regular files below a folder, and a problem for each other entry."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -226,23 +227,17 @@ def _scan(folder: Path) -> tuple[dict[str, Path], list[str]]:
     return found, problems
 
 
-def _compare(name: str, path: Path | None, entry: tuple[int, str]) -> Iterator[str]:
+def _compare(name: str, path: Path | None, expected: FileDigest) -> Iterator[str]:
     if path is None:
         yield f"{name} is missing"
-    elif (size := path.stat().st_size) != entry[0]:
-        yield f"{name} has {size:,} bytes instead of {entry[0]:,}"
-    elif _sha256(path) != entry[1]:
+    elif (size := path.stat().st_size) != expected.size:
+        yield f"{name} has {size:,} bytes instead of {expected.size:,}"
+    elif digest_of(path) != expected:
         yield f"{name} has changed: its SHA-256 differs"
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    feed_file(digest, path)
-    return digest.hexdigest()
-
-
 def _rotate(run: Path, step: int, keep_last: int, keep: Collection[int], report: Report) -> None:
-    # Newer ones are damaged, or of a history that the user left. Counted, they would push out the good ones.
+    # Newer checkpoints are damaged or abandoned. If they were counted, good ones would be deleted instead.
     old = [path for path in list_checkpoints(run) if checkpoint_step(path) <= step]
     for folder in old[:-keep_last]:
         if checkpoint_step(folder) not in keep:
@@ -250,7 +245,7 @@ def _rotate(run: Path, step: int, keep_last: int, keep: Collection[int], report:
 
 
 def _discard(folder: Path, report: Report) -> None:
-    """Delete a folder under a name that no reader takes for a checkpoint; a failure is only reported."""
+    """Rename a folder so that it is not taken for a checkpoint, and delete it; report an error."""
     trash = folder
     try:
         if not folder.name.startswith("."):

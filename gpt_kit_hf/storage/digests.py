@@ -1,4 +1,4 @@
-"""The digests by which files are told apart, here and on the Hub."""
+"""Digests of files: SHA-256, and git's own, by which the Hub names small files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gpt_kit_hf.storage.atomic_files import feed_file
 
 @dataclass(frozen=True, kw_only=True)
 class FileDigest:
-    """Size and SHA-256 of a file."""
+    """Size in bytes and SHA-256 of a file."""
 
     size: int
     sha256: str
@@ -25,7 +25,7 @@ def digest_of(path: Path) -> FileDigest:
 
 
 def git_digest_of(path: Path) -> str:
-    """Return the digest by which git, and so the Hub, names a small file."""
+    """Return the SHA-1 of a file as a git blob."""
     digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
     feed_file(digest, path)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The layout of a run folder: the names of its files, and who may begin or continue a run in it."""
+"""The layout of a run folder: the names of its files, and whether a run may start or resume in it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ LOCK_FILE = "run.lock"
 
 
 def check_run_folder(run: Path, *, resume: bool, overwrite: bool) -> None:
-    """Raise UsageError, with nothing changed, if a run can neither begin nor continue in the folder."""
+    """Raise UsageError if a run can neither start nor resume in the folder; nothing is changed."""
     if resume and overwrite:
-        raise UsageError("resume and overwrite: give one of them; the first keeps the run, the second replaces it")
+        raise UsageError("resume and overwrite exclude each other: one continues the run, the other replaces it")
     try:
         existing = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
         holds = holds_run(run)
@@ -38,7 +38,7 @@ def check_run_folder(run: Path, *, resume: bool, overwrite: bool) -> None:
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(f"output_dir {str(run)!r} is not writable")
     if existing == run.absolute() and not holds:
-        # What a run killed in its first moment leaves is ours.
+        # Files that a run leaves if it is killed while it starts.
         ours = (LOCK_FILE, f".{LOCK_FILE}.", f".{OPTIONS_FILE}.")
         others = sorted(path.name for path in run.iterdir() if not path.name.startswith(ours))
         if others:
@@ -48,7 +48,7 @@ def check_run_folder(run: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def make_run_folder(run: Path, *, overwrite: bool) -> str | None:
-    """Make the folder of a new run; return where a run that was there lies now, if one had to be moved aside."""
+    """Create the folder of a new run; with overwrite, move an old run aside and return its new path."""
     moved = str(move_aside(run)) if overwrite and holds_run(run) else None
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -58,12 +58,12 @@ def make_run_folder(run: Path, *, overwrite: bool) -> str | None:
 
 
 def holds_run(run: Path) -> bool:
-    """Return whether a run was begun in the folder."""
+    """Return whether the folder contains a run."""
     return (run / OPTIONS_FILE).is_file() or bool(list_checkpoints(run))
 
 
 def publish_in_run(run: Path, source: Path) -> None:
-    """Copy a checkpoint's model files into the run's root, each whole or not at all, so that the run loads itself."""
+    """Copy a checkpoint's model files into the run folder, each atomically, so that `from_pretrained` loads it."""
     names = [path.name for path in source.iterdir() if path.suffix in (".json", ".py", ".safetensors", ".jinja")]
     internal = {"manifest.json", "training_state.json", "optimizer.safetensors"}
     for name in sorted(set(names) - internal, key=lambda name: (name == "config.json", name)):

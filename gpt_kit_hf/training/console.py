@@ -1,67 +1,63 @@
-"""What a person sees of a run: lines, a progress bar on a terminal, and the picture of the loss."""
+"""What a user sees of a run: log lines, a progress bar on a terminal, the introduction and the final score."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from tqdm import tqdm
 
 from gpt_kit_hf.errors import UsageError, unknown_name
+from gpt_kit_hf.evaluation.metrics import Evaluation
 from gpt_kit_hf.text import duration, short
 
 
 class Console:
-    """Writes a run's progress: lines, and on a terminal a bar below them. Without a stream it is silent."""
+    """Writes log lines, above a progress bar if the stream is a terminal. Without a stream it is silent."""
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
         self.interactive = stream is not None and stream.isatty()
-        self._bar: tqdm[Any] | None = None
+        self._bar: tqdm[Any] = tqdm(disable=True)
 
-    def say(self, line: str = "") -> None:
-        """Write a line, above the bar if there is one."""
-        if self._bar is not None:
-            self._bar.write(line, file=self._stream)
-        elif self._stream is not None:
-            coding = self._stream.encoding or "utf-8"
-            try:
-                self._stream.write(line.encode(coding, "replace").decode(coding) + "\n")
-                self._stream.flush()
-            except BrokenPipeError:
-                self._stream = None  # nobody reads any more: the run goes on
+    def log(self, line: str = "") -> None:
+        """Write a line."""
+        if self._stream is None:
+            return
+        encoding = self._stream.encoding or "utf-8"
+        try:
+            tqdm.write(line.encode(encoding, "replace").decode(encoding), file=self._stream)
+            self._stream.flush()
+        except BrokenPipeError:
+            self._stream = None  # the reader is gone: the run continues without it
 
     def start(self, done: int, total: int) -> None:
-        """Show the bar of a run that has `done` of `total` steps behind it."""
-        if self.interactive:
-            layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
-            self._bar = tqdm(
-                total=total, initial=done, file=self._stream, bar_format=layout, dynamic_ncols=True, leave=False
-            )
+        """Show the bar of a run that has done `done` of `total` steps."""
+        layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+        shown = {"total": total, "initial": done, "bar_format": layout, "dynamic_ncols": True, "leave": False}
+        self._bar = tqdm(**shown, file=self._stream, disable=not self.interactive)
 
     def step(self, done: int, total: int, loss: float, tokens_per_second: float, seconds_left: float) -> None:
-        """Show the state after a step: in the bar, or as a line where there is none."""
+        """Show loss and speed after a step: in the bar, or as a line if there is none."""
         speed = f"{short(tokens_per_second)} tokens/s"
-        if self._bar is not None:
+        if self.interactive:
             self._bar.set_postfix_str(f"loss {loss:.3f}, {speed}", refresh=False)
         else:
-            self.say(f"step {done}/{total}  loss {loss:.3f}  {speed}  {duration(seconds_left)} left")
+            self.log(f"step {done}/{total}  loss {loss:.3f}  {speed}  {duration(seconds_left)} left")
 
     def advance(self) -> None:
-        """Move the bar by a step."""
-        if self._bar is not None:
-            self._bar.update()
+        """Move the bar by one step."""
+        self._bar.update()
 
     def close(self) -> None:
-        """Take the bar away."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        """Remove the bar."""
+        self._bar.close()
 
 
 class Pace:
-    """Seconds a step takes; the first step, which compiles and allocates, counts only while it is alone."""
+    """Mean seconds per step; the first step, which compiles and allocates, counts only until there is a second."""
 
     def __init__(self) -> None:
         self._steps, self._seconds = 0, 0.0
@@ -80,7 +76,7 @@ class Pace:
 
 
 def trackers(names: list[str]) -> list[str]:
-    """Return the trackers that `report_to` names; UsageError for one that is unknown or not installed."""
+    """Return the trackers for a `report_to` option. Raises UsageError for one that is unknown or not installed."""
     if names == ["none"]:
         return []
     if names == ["auto"]:
@@ -92,3 +88,12 @@ def trackers(names: list[str]) -> list[str]:
         if name not in installed:
             raise UsageError(f"report_to {name!r} is not installed: pip install {name}, or use auto or none")
     return names
+
+
+def score_lines(name: str, score: Evaluation, baselines: Mapping[str, float]) -> list[str]:
+    """Return log lines with the score on all evaluation data, beside the bits per byte of the baselines."""
+    others = "".join(f"; {other} {value:.3f}" for other, value in baselines.items())
+    return [
+        f"\n{name} ({score.text_bytes:,} bytes): {score.bits_per_byte:.3f} bits per byte{others}",
+        f"loss {score.loss:.4f} nats per token, perplexity {score.perplexity:.1f}",
+    ]

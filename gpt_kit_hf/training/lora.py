@@ -1,4 +1,4 @@
-"""LoRA adapters by PEFT, which is an extra of this package."""
+"""LoRA adapters, by PEFT, which is an optional dependency."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from gpt_kit_hf.options.finetuning import AdapterOptions
 
 
 def add_adapter(model: Any, options: AdapterOptions) -> Any:
-    """Return the model with a new adapter, which alone is trained. Raises UsageError for targets it does not have."""
-    peft = _peft()
+    """Return the model with a new adapter, and only that trainable. Raises UsageError for unknown target modules."""
     targets = options.lora_target_modules
+    peft = _peft()
     config = peft.LoraConfig(
         r=options.lora_r,
         lora_alpha=2 * options.lora_r if options.lora_alpha is None else options.lora_alpha,
@@ -31,19 +31,14 @@ def add_adapter(model: Any, options: AdapterOptions) -> Any:
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
-    """Return the model with the adapter in a folder, to be trained on."""
+    """Return the model with the adapter in a folder, trainable."""
     with _without_peft_noise():
         return _peft().PeftModel.from_pretrained(model, str(folder), is_trainable=True)
 
 
-def merged(model: Any) -> Any:
-    """Return the model itself, its adapter added to its weights."""
-    return model.merge_and_unload()
-
-
 @contextmanager
 def _without_peft_noise() -> Iterator[None]:
-    """Keep from the user that PEFT reads an attribute of transformers by its former name."""
+    """Hide a warning that PEFT causes by reading an attribute of transformers under its old name."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield

@@ -1,11 +1,12 @@
-"""What a run writes down about itself: its options and facts, a line for each step, its results, and trackers."""
+"""What a run writes about itself: options.json, run.json, a line of metrics.jsonl for each step, and trackers."""
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from gpt_kit_hf.training.steps import StepReport
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What a run came to: its folder, the steps done, and the score on all of the held-out text."""
+    """The result of a run: its folder, the number of steps, and the score on all evaluation data."""
 
     folder: Path
     steps: int
@@ -39,14 +40,16 @@ class RunResult:
 
 
 class RunRecord:
-    """The written record of a run; only the main process writes, all call."""
+    """Writes the record of a run. Every process calls its methods, only the main one writes."""
 
-    def __init__(self, folder: Path, accelerator: Accelerator, report: Report) -> None:
-        self.folder, self._accelerator, self._report = folder, accelerator, report
+    def __init__(self, folder: Path, accelerator: Accelerator, log: Report) -> None:
+        self._accelerator, self._log = accelerator, log
+        self._name, self._curve = folder.resolve().name, folder / CURVE_FILE
+        self._options, self._record, self._metrics = folder / OPTIONS_FILE, folder / RECORD_FILE, folder / METRICS_FILE
         self._facts: dict[str, Any] = {}
         self._unwritten: list[dict[str, Any]] = []
         self._tracking = True
-        self.notes: list[str] = []  # why a run that continues will not give the same bits
+        self.notes: list[str] = []  # why a resumed run may round differently
 
     def start(
         self,
@@ -57,94 +60,77 @@ class RunRecord:
         done: int,
         total: int,
     ) -> None:
-        """Write what the run is; of the metrics keep what the first `done` of `total` steps wrote.
-
-        What each session ran with stays: a run that continues on other machines has several.
-        """
-        packages = ("gpt-kit-hf", "torch", "transformers", "accelerate", "datasets", "tiktoken")
-        versions = {name: version(name) for name in packages} | {"python": platform.python_version()}
+        """Write options and facts, keep the metrics of the first `done` of `total` steps, and start the trackers."""
         if self._accelerator.is_main_process:
-            before = (
-                load_json(self.folder / RECORD_FILE).get("sessions", [])
-                if (self.folder / RECORD_FILE).exists()
-                else []
-            )
-            session = {
-                "after_step": done,
-                "processes": self._accelerator.num_processes,
-                "device": str(self._accelerator.device),
-                "threads": torch.get_num_threads(),
-                "changed_options": dict(changes),
-                "versions": versions,
-            }
-            self.notes = _unlike(before[-1], session) if before else []
-            self._facts = {"options": dict(options), "steps": total, "versions": versions, **facts}
-            self._facts["sessions"] = [*before, session]
-            save_json(self.folder / OPTIONS_FILE, options)
-            save_json(self.folder / RECORD_FILE, self._facts)
-            if (self.folder / METRICS_FILE).exists():
-                # The last evaluation comes after the last checkpoint: it is about to be written again.
-                cut_jsonl(
-                    self.folder / METRICS_FILE,
-                    lambda line: (
-                        line["step"] < done
-                        or (line["step"] == done and not (done == total and line["kind"] == "evaluation"))
-                    ),
-                )
-        self._accelerator.init_trackers("tensorboard")
+            sessions = load_json(self._record).get("sessions", []) if self._record.exists() else []
+            session = self._session(done, changes)
+            self.notes = _rounding_notes(sessions[-1], session) if sessions else []
+            self._facts = {"options": dict(options), "steps": total, "versions": session["versions"], **facts}
+            self._facts["sessions"] = [*sessions, session]
+            save_json(self._options, options)
+            save_json(self._record, self._facts)
+            # The last evaluation follows the last checkpoint, and will be written again.
+            again = (done, "eval") if done == total else None
+            if self._metrics.exists():
+                cut_jsonl(self._metrics, lambda line: line["step"] <= done and (line["step"], line["kind"]) != again)
+        # Trackers take numbers, text and truth values.
+        plain = {k: v if isinstance(v, (bool, int, float, str)) else json.dumps(v) for k, v in options.items()}
+        self._accelerator.init_trackers(self._name, config=plain)
+
+    def _session(self, done: int, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what one invocation computes with; a run that is resumed has several."""
+        packages = ("gpt-kit-hf", "torch", "transformers", "accelerate", "datasets", "tiktoken")
+        return {
+            "after_step": done,
+            "processes": self._accelerator.num_processes,
+            "device": str(self._accelerator.device),
+            "threads": torch.get_num_threads(),
+            "changed_options": dict(changes),
+            "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
+        }
 
     def update(self, step: int, report: StepReport) -> None:
         """Write the line of a step."""
-        update = report.update
-        line = {"kind": "train", "step": step, "loss": update.loss, "grad_norm": update.grad_norm}
-        line |= {"learning_rate": report.learning_rate, "trained_tokens": update.trained_tokens}
-        line |= {"batch": report.batch, "chain": report.chain}
-        if update.loss_scale is not None:
-            line["loss_scale"] = update.loss_scale
-        if update.skipped is not None:
-            line["skipped"] = update.skipped
-        self._write(line)
+        update = {name: value for name, value in asdict(report.update).items() if value is not None}
+        line = {"kind": "train", "step": step, **update, "learning_rate": report.learning_rate}
+        self._write({**line, "batch": report.batch, "chain": report.chain})
 
-    def evaluation(self, step: int, scored: Evaluation) -> None:
-        """Write the line of an evaluation, and tell the trackers."""
-        values = {"loss": scored.loss, "bits_per_byte": scored.bits_per_byte}
-        self._write({"kind": "evaluation", "step": step, **values, "tokens": scored.tokens})
-        self.track("held_out", step, values)
+    def evaluation(self, step: int, score: Evaluation) -> None:
+        """Write the line of an evaluation, also to the trackers."""
+        values = {"loss": score.loss, "bits_per_byte": score.bits_per_byte}
+        self._write({"kind": "eval", "step": step, **values, "tokens": score.tokens})
+        self.track("eval", step, values)
 
     def track(self, group: str, step: int, values: Mapping[str, float]) -> None:
-        """Tell the trackers, until one fails: a run does not end because its curve cannot be drawn elsewhere."""
+        """Send values to the trackers, until one fails: that must not end the run."""
         if self._tracking:
             try:
                 self._accelerator.log({f"{group}/{name}": value for name, value in values.items()}, step=step)
             except OSError as error:
                 self._tracking = False
-                self._report(f"trackers are told no more: {error}")
+                self._log(f"trackers are no longer updated: {error}")
 
-    def finish(self, step: int, scored: Evaluation, beside: Mapping[str, float]) -> bool:
-        """Write the results and draw the curve; return whether it could be drawn."""
-        if not self._accelerator.is_main_process:
-            return False
-        results = {"loss": scored.loss, "bits_per_byte": scored.bits_per_byte, "tokens": scored.tokens}
-        results |= {"text_bytes": scored.text_bytes, "steps": step}
-        self._facts["results"] = {**results, "beside_bits_per_byte": dict(beside)}
-        save_json(self.folder / RECORD_FILE, self._facts)
-        lines = read_jsonl(self.folder / METRICS_FILE)
-        return draw_curve(lines, self.folder / CURVE_FILE, f"{self.folder.name}: loss")
+    def finish(self, step: int, score: Evaluation, baselines: Mapping[str, float]) -> bool:
+        """Write the results and draw the curve, on the main process; return whether it could be drawn."""
+        results = {"loss": score.loss, "bits_per_byte": score.bits_per_byte, "tokens": score.tokens}
+        results |= {"text_bytes": score.text_bytes, "steps": step}
+        self._facts["results"] = {**results, "beside_bits_per_byte": dict(baselines)}
+        save_json(self._record, self._facts)
+        return draw_curve(read_jsonl(self._metrics), self._curve, f"{self._name}: loss")
 
     def scores(self) -> dict[int, float]:
-        """Return the held-out loss of each evaluation so far, by step; on the main process."""
-        file = self.folder / METRICS_FILE
-        lines = read_jsonl(file) if file.exists() else []
-        return {line["step"]: line["loss"] for line in lines if line["kind"] == "evaluation"}
+        """Return the loss of each evaluation so far, by step; on the main process."""
+        lines = read_jsonl(self._metrics) if self._metrics.exists() else []
+        return {line["step"]: line["loss"] for line in lines if line["kind"] == "eval"}
 
     def flush(self) -> None:
-        """Return when all lines are on the disk; raise CheckpointError if it does not take them."""
+        """Write all lines to the disk; raise CheckpointError if that fails."""
         self._drain()
-        if (self.folder / METRICS_FILE).exists():
-            sync_path(self.folder / METRICS_FILE)
+        if self._metrics.exists():
+            sync_path(self._metrics)
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        """Add a line; while the disk takes none they wait in memory, so that none is lost."""
+        """Append a line; while the disk refuses, lines wait in memory."""
         if not self._accelerator.is_main_process:
             return
         # JSON has no NaN: a loss that is not finite is null.
@@ -154,30 +140,30 @@ class RunRecord:
             self._drain()
         except CheckpointError as error:
             if len(self._unwritten) == 1:
-                self._report(f"{error}; it is kept, and written when the disk takes it")
+                self._log(f"{error}; the line is kept in memory until it can be written")
 
     def _drain(self) -> None:
         while self._unwritten:
-            append_jsonl(self.folder / METRICS_FILE, self._unwritten[0])
+            append_jsonl(self._metrics, self._unwritten[0])
             del self._unwritten[0]
 
 
 def finished_before(folder: Path) -> RunResult | None:
-    """Return what a run came to that has ended already and whose model is in place, or None."""
+    """Return the result of a run that is complete and whose model is in its root folder, else None."""
     if not (folder / RECORD_FILE).is_file() or not (folder / "config.json").is_file():
         return None
     record = load_json(folder / RECORD_FILE)
     results = record.get("results")
     if results is None or results["steps"] != record["steps"]:
         return None
-    scored = Evaluation(loss=results["loss"], tokens=results["tokens"], text_bytes=results["text_bytes"])
-    return RunResult(folder=folder, steps=results["steps"], evaluation=scored)
+    score = Evaluation(loss=results["loss"], tokens=results["tokens"], text_bytes=results["text_bytes"])
+    return RunResult(folder=folder, steps=results["steps"], evaluation=score)
 
 
-def _unlike(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return what of a session computes otherwise than the one before it: the same batches, rounded otherwise."""
+def _rounding_notes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return how a session differs from the one before it in what changes rounding, but not the batches."""
     return [
-        f"{name} was {before[name]}, is {now[name]}: the same batches, and losses that differ by rounding"
+        f"{name} was {before[name]}, is {now[name]}: the same batches, but losses may differ by rounding"
         for name in ("processes", "device", "threads")
         if before.get(name, now[name]) != now[name]
     ]

@@ -1,8 +1,8 @@
-"""The checkpoints of a run: which it goes on from, when it writes another, and which it keeps."""
+"""The checkpoints of a run: which one it resumes from, when one is written, and which are kept."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,102 +19,81 @@ from gpt_kit_hf.training.state.checkpoint_writer import CheckpointWriter
 from gpt_kit_hf.training.state.sharded_state import full_state, write_sharded_state
 from gpt_kit_hf.training.state.training_state import SHARDS, training_state, write_position
 from gpt_kit_hf.training.steps import Steps
-from gpt_kit_hf.training.task import RunSetting, RunTask
+from gpt_kit_hf.training.task import RunContext, Task, decide_on_main
 
 
-def checkpoint_to_continue(run: Path, accelerator: Accelerator, report: Report) -> Path | None:
-    """Return the checkpoint to go on from, or None; one process looks, so that all go on from the same.
+def checkpoint_to_resume(run: Path, accelerator: Accelerator, log: Report) -> Path | None:
+    """Return the checkpoint to resume from, or None; the main process chooses it for all.
 
-    Raises CheckpointError if all are damaged, or the one could not be loaded safely.
+    Raises CheckpointError if all are damaged, or if the newest intact one could not be loaded safely.
     """
-    found: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            found = [latest_checkpoint(run, report=report), None]
-        except CheckpointError as error:
-            found = [None, error]
-    checkpoint, damaged = broadcast_object_list(found)
-    if damaged is not None:
-        raise damaged if accelerator.is_main_process else SystemExit(1)
-    if checkpoint is None:
-        return None
-    check_model_folder(Path(checkpoint))
-    return Path(checkpoint)
+    checkpoint = decide_on_main(accelerator, lambda: latest_checkpoint(run, report=log))
+    if checkpoint is not None:
+        check_model_folder(checkpoint)
+    return checkpoint
 
 
 class RunCheckpoints:
-    """Writes the checkpoints of a run, and knows those that are there.
+    """Writes the checkpoints of a run and decides which are kept.
 
-    `scores` are the held-out losses that they are kept by, {step: loss}, in the main process.
+    `scores` holds the eval losses that the best ones are chosen by, {step: loss}, on the main process.
     """
 
-    def __init__(self, setting: RunSetting, task: RunTask, steps: Steps, record: RunRecord) -> None:
-        self._folder, self._chosen, self._accelerator = setting.folder, setting.options, setting.accelerator
-        self._task, self._steps, self._record, self._report = task, steps, record, setting.console.say
-        self._writer = CheckpointWriter(
-            setting.folder, keep_last=setting.options.save_total_limit, report=self._report, last=setting.checkpoint
+    def __init__(self, context: RunContext, task: Task, steps: Steps, record: RunRecord) -> None:
+        self._folder, self._chosen, self._accelerator = context.folder, context.options, context.accelerator
+        self._task, self._steps, self._record, self._log = task, steps, record, context.console.log
+        self.writer = CheckpointWriter(
+            context.folder, keep_last=context.options.save_total_limit, report=self._log, last=context.checkpoint
         )
         self.scores: dict[int, float] = {}
 
-    @property
-    def last(self) -> Path | None:
-        """The newest one that is whole; waits for one that is being written."""
-        return self._writer.last
-
-    def say_last(self) -> str:
-        """Return which one is the newest, for the message of a run that ends early."""
-        last = self.last
+    def describe_last(self) -> str:
+        """Return which checkpoint is the newest, for the message of a run that fails."""
+        last = self.writer.last
         return f"the last good checkpoint is {last.name}" if last else "there is no checkpoint yet"
 
-    def wait(self) -> None:
-        """Return when none is being written."""
-        self._writer.wait()
-
     def save(self, *, must: bool) -> None:
-        """Write that of this step; every process calls, the main one writes.
+        """Write the checkpoint of this step; every process calls.
 
-        If it `must` be, it is there on return, or CheckpointError raised. Else it may still be written then, and a
-        failure is only said.
+        With `must` it is complete on return, or CheckpointError is raised. Without, it may be written in the
+        background, and a failure is only logged.
         """
         position = self._steps.position()
-        if self._accelerator.is_fsdp2:
-            self._save_shards(position, must=must)
-        elif self._accelerator.is_main_process:
-            try:
+        try:
+            if self._accelerator.is_fsdp2:
+                self._save_shards(position)
+            elif self._accelerator.is_main_process:
                 self._save_whole(position, in_background=self._chosen.async_save and not must)
-            except CheckpointError as error:
-                if must:
-                    raise
-                self._say_failure(error)
+        except CheckpointError as error:
+            if must and self._accelerator.is_main_process:
+                raise
+            if must:
+                raise SystemExit(1) from None  # the main process reports it
+            self._log(f"{error}; the run goes on, and keeps the checkpoints that it has")
 
     def best_steps(self) -> list[int]:
-        """Return the steps whose checkpoints are kept for their held-out loss, the best first."""
-        there = {checkpoint_step(folder) for folder in list_checkpoints(self._folder)} | {self._steps.step}
-        ranked = sorted((loss, step) for step, loss in self.scores.items() if step in there)
+        """Return the steps of the checkpoints that are kept for their eval loss, the best first."""
+        present = {checkpoint_step(folder) for folder in list_checkpoints(self._folder)} | {self._steps.step}
+        ranked = sorted((loss, step) for step, loss in self.scores.items() if step in present)
         return [step for _, step in ranked[: self._chosen.keep_best]]
 
     def _save_whole(self, position: Mapping[str, Any], *, in_background: bool) -> None:
-        self._writer.wait()  # or there would be two copies of everything
+        self.writer.wait()  # else there could be two copies of the state in memory
         state = training_state(self._task.model, self._steps.trainer, position, copied=in_background)
 
         def write(folder: Path) -> None:
             self._task.write_model(folder, state.weights)
             state.write(folder)
 
-        self._record.flush()
-        self._writer.save(
-            self._steps.step,
-            write,
-            required_bytes=state.required_bytes,
-            keep=self.best_steps(),
-            in_background=in_background and state.own,
-        )
+        self._write(write, required_bytes=state.required_bytes, in_background=in_background and state.own)
 
-    def _save_shards(self, position: dict[str, Any], *, must: bool) -> None:
-        """Save a model that is cut: the main process says to which folder, all write their shards."""
+    def _save_shards(self, position: Mapping[str, Any]) -> None:
+        """Save a sharded model: the main process announces the folder, and every process writes its shards there.
+
+        Raises CheckpointError in all processes if the main one fails.
+        """
         model, trainer = self._task.model, self._steps.trainer
         weights = full_state(model)
-        failure: CheckpointError | None = None
 
         def write(folder: Path) -> None:
             self._task.write_model(folder, weights)
@@ -122,26 +101,27 @@ class RunCheckpoints:
             broadcast_object_list([folder / SHARDS, None])
             write_sharded_state(folder / SHARDS, model, trainer.optimizer.optimizer)
 
-        if self._accelerator.is_main_process:
-            try:
-                self._record.flush()
-                self._writer.save(
-                    self._steps.step, write, required_bytes=0, keep=self.best_steps(), in_background=False
-                )
-            except CheckpointError as error:
-                failure = error
-            failed = broadcast_object_list([None, failure is not None])[1]
-        else:
+        if not self._accelerator.is_main_process:
             while True:
                 folder, failed = broadcast_object_list([None, None])
                 if folder is None:
                     break
-                with suppress(CheckpointError):  # the main process says it
+                with suppress(CheckpointError):  # the main process reports it
                     write_sharded_state(folder, model, trainer.optimizer.optimizer)
-        if failed and must:
-            raise failure or SystemExit(1)
+            if failed:
+                raise CheckpointError("the main process did not write the checkpoint")
+            return
+        failure = None
+        try:
+            self._write(write, required_bytes=0, in_background=False)
+        except CheckpointError as error:
+            failure = error
+        broadcast_object_list([None, failure is not None])
         if failure is not None:
-            self._say_failure(failure)
+            raise failure
 
-    def _say_failure(self, error: CheckpointError) -> None:
-        self._report(f"{error}; the run goes on, and keeps the checkpoints that it has")
+    def _write(self, write: Callable[[Path], None], *, required_bytes: int, in_background: bool) -> None:
+        self._record.flush()
+        self.writer.save(
+            self._steps.step, write, required_bytes=required_bytes, keep=self.best_steps(), in_background=in_background
+        )

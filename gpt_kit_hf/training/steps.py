@@ -1,9 +1,11 @@
-"""The steps of a run: the same batches, the same dropout and the same updates, wherever and whenever computed."""
+"""The steps of a run: the same batches, dropout and updates, however often the run is interrupted and resumed."""
 
 from __future__ import annotations
 
 import hashlib
 import math
+import multiprocessing
+import multiprocessing.connection
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -15,26 +17,26 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from gpt_kit_hf.data.order import BatchPlan
-from gpt_kit_hf.errors import RunError
+from gpt_kit_hf.errors import DataError, RunError
 from gpt_kit_hf.model.losses import Batch
 from gpt_kit_hf.options.run import OptionsOfRun
 from gpt_kit_hf.training.optim.optimizer import create_optimizer, learning_rate_at, set_learning_rate
 from gpt_kit_hf.training.state.batch_digests import batch_digest, chained, content_digest, halves, joined
 from gpt_kit_hf.training.state.training_state import restore_training_state
-from gpt_kit_hf.training.task import RunSetting, RunTask
+from gpt_kit_hf.training.task import RunContext, Task
 from gpt_kit_hf.training.trainer import AMPTrainer, UpdateReport
 
-# The spike guard compares with the median of so many norms, and is silent before it has seen a tenth of them.
+# The spike limit is a multiple of the median of the last so many gradient norms; a tenth of them must be known.
 _NORMS = 100
-# A step that takes longer is given up where the run is asked to stop: schedulers kill after a while.
+# A step that has taken longer is abandoned when the run is asked to stop: schedulers kill a job after a grace period.
 _SECONDS_TO_FINISH = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What a step did: the update, at which learning rate, on which batch, and whether the run shall stop now.
+    """What a step did, and whether a process was asked to stop meanwhile.
 
-    `batch` is the digest of the global batch, `chain` that of all batches so far (see `receipt`).
+    `batch` is the digest of the global batch, `chain` that of all batches up to it (`state.batch_digests`).
     """
 
     update: UpdateReport
@@ -44,30 +46,35 @@ class StepReport:
     stop: bool
 
 
-class _GivenUpError(Exception):
+class BatchError(DataError):
+    """A batch that the model cannot compute; the message says why."""
+
+
+class _AbandonedError(Exception):
     """The run is asked to stop, and the step would take long."""
 
 
 class Steps:
-    """Computes the steps of a run one by one, and knows where it is."""
+    """Computes the steps of a run one by one and holds its position: the number of steps done, `step`."""
 
-    def __init__(self, options: OptionsOfRun, setting: RunSetting, task: RunTask) -> None:
-        self.task, self._setting = task, setting
-        self._options, self._chosen, self._accelerator = options, options.training, setting.accelerator
-        share = -(-self._chosen.batch_size // self._accelerator.num_processes)
+    def __init__(self, options: OptionsOfRun, context: RunContext, task: Task) -> None:
+        self.task, self._context = task, context
+        self._options, self._chosen, self._accelerator = options, options.training, context.accelerator
+        self._alone = self._accelerator.num_processes == 1
+        batch_size, processes = self._chosen.batch_size, self._accelerator.num_processes
         self.plan = BatchPlan(
             order=task.order,
-            batch_size=self._chosen.batch_size,
-            micro_batch_size=self._chosen.per_device_train_batch_size or share,
-            num_processes=self._accelerator.num_processes,
+            batch_size=batch_size,
+            micro_batch_size=self._chosen.per_device_train_batch_size or -(-batch_size // processes),
+            num_processes=processes,
             process_index=self._accelerator.process_index,
         )
-        if self._chosen.gradient_checkpointing:
-            # Its name before transformers had the other.
-            named = "activation" if hasattr(task.model, "activation_checkpointing_enable") else "gradient"
-            getattr(task.model, f"{named}_checkpointing_enable")()
         epochs = self._chosen.num_train_epochs or 1.0
         self.total = self._chosen.max_steps or max(1, math.ceil(epochs * task.order.samples / self.plan.batch_size))
+        if self._chosen.gradient_checkpointing:
+            # Newer versions of transformers renamed the method, and warn under the old name.
+            renamed = hasattr(task.model, "activation_checkpointing_enable")
+            (task.model.activation_checkpointing_enable if renamed else task.model.gradient_checkpointing_enable)()
         self.trainer = AMPTrainer(
             task.model,
             create_optimizer(task.model, options.optimizer),
@@ -80,23 +87,24 @@ class Steps:
         self._chain = ""
         self._norms: list[float] = []
         self._data_position: Any = None
-        self._pieces = 1
+        self._splits = 1  # into which each micro-batch is cut, after running out of memory
         self._batches: Iterator[Batch] = iter(())
+        self._loaders: list[Any] = []  # the DataLoader's processes
 
     def restore(self, checkpoint: Path) -> None:
-        """Take up where a checkpoint ended; the weights are in the model already."""
+        """Restore optimizer and position from a checkpoint; the model has its weights already."""
         position = restore_training_state(checkpoint, self.task.model, self.trainer)
         self.step, self.skipped_in_a_row = position["step"], position["skipped_in_a_row"]
         self._chain, self._norms = position["chain"], list(position["recent_norms"])
         self._data_position = position["data_position"]
 
     def begin(self, last: int | None = None) -> None:
-        """Make ready for the steps up to `last`, or all."""
+        """Start reading the batches of the steps up to `last`, by default all."""
         self._batches = self.task.batches(self.plan, self.step, last or self.total, self._data_position)
 
     def position(self) -> dict[str, Any]:
-        """Return where the run is, for `restore`; every process calls, between two steps."""
-        if self._accelerator.num_processes > 1:
+        """Return the position for `restore`; every process calls, between two steps."""
+        if not self._alone:
             self._data_position = self.task.position()
         return {
             "step": self.step,
@@ -108,72 +116,88 @@ class Steps:
         }
 
     def take(self) -> StepReport | None:
-        """Compute the next step, or return None where the run shall stop instead.
+        """Compute the next step; return None if the run is asked to stop before the weights are updated.
 
-        Raises RunError if it needs more memory than there is, and what reading its batch raises.
+        Raises RunError if the step runs out of memory, BatchError for token ids outside the vocabulary, and what
+        reading the batch raises.
         """
         began = time.perf_counter()
-        if self._accelerator.num_processes == 1 and self._setting.stop.asked():
+        if self._alone and self._context.stop.asked():
             return None
+        if self._chosen.dataloader_num_workers:
+            self._loaders = multiprocessing.active_children()
         micro_batches = [next(self._batches) for _ in range(self.plan.micro_steps)]
+        self._check_ids(micro_batches)
         rate = learning_rate_at(self.step, self.total, self._options.optimizer)
         set_learning_rate(self.trainer.optimizer, rate)
         try:
             update = self._update(micro_batches, began)
-        except _GivenUpError:
+        except _AbandonedError:
             self.trainer.optimizer.zero_grad(set_to_none=True)
             return None
-        content, stop = self._agreed(content_digest(micro_batches))
+        content, stop = self._sum_over_processes(content_digest(micro_batches))
         batch = batch_digest(self.plan.sample_ids(self.step), content)
         self._chain = chained(self._chain, batch)
         self.step += 1
         self.skipped_in_a_row = 0 if update.skipped is None else self.skipped_in_a_row + 1
         if math.isfinite(update.grad_norm):
             self._norms = [*self._norms, update.grad_norm][-_NORMS:]
-        if self._accelerator.num_processes == 1:  # else it costs a word between the processes: when it is saved
+        if self._alone:  # several processes would have to communicate: they do so when the position is saved
             self._data_position = self.task.position()
         return StepReport(update=update, learning_rate=rate, batch=batch, chain=self._chain, stop=stop)
 
+    def loader_ended(self) -> bool:
+        """Return whether a DataLoader process has ended since the step began, or ends within a second."""
+        return bool(multiprocessing.connection.wait([loader.sentinel for loader in self._loaders], timeout=1.0))
+
     # --- the parts of a step
 
-    def _update(self, micro_batches: Sequence[Batch], began: float) -> UpdateReport:
-        """Update the weights; where memory runs out, once more in micro-batches half as large."""
-        while True:
-            parts = [part for batch in micro_batches for part in _cut(batch, self._pieces)]
+    def _check_ids(self, micro_batches: Sequence[Batch]) -> None:
+        """Raise BatchError for ids outside the vocabulary, which on a GPU end in a device-side assert."""
+        size = self.task.model.config.get_text_config().vocab_size
+        for batch in micro_batches:
+            outside = batch.input_ids[(batch.input_ids < 0) | (batch.input_ids >= size)]
+            if len(outside):
+                raise BatchError(f"input_ids must lie between 0 and {size - 1} (vocab_size={size}), got {outside[0]}")
 
-            def before(index: int, parts: Sequence[Batch] = parts) -> None:
-                self._before_part(index, len(parts), began)
+    def _update(self, micro_batches: Sequence[Batch], began: float) -> UpdateReport:
+        """Update the weights; after running out of memory again, with micro-batches half as large."""
+        while True:
+            chunks = [chunk for batch in micro_batches for chunk in _split(batch, self._splits)]
+
+            def before(index: int, count: int = len(chunks)) -> None:
+                self._before_micro_batch(index, count, began)
 
             try:
-                return self.trainer.update(parts, before_micro_batch=before, spike_limit=self._spike_limit())
+                return self.trainer.update(chunks, before_micro_batch=before, spike_limit=self._spike_limit())
             except (RuntimeError, MemoryError) as error:
-                if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
+                if not out_of_memory(error):
                     raise
-                self._refuse_halving(max(len(part.input_ids) for part in parts))
-            # Behind the handler: the error holds on to all that was computed.
+                self._refuse_halving(max(len(chunk.input_ids) for chunk in chunks))
+            # Outside of the handler, where the error no longer holds the tensors of the failed attempt.
             self.trainer.optimizer.zero_grad(set_to_none=True)
             clear_device_cache(garbage_collection=True)
-            self._pieces *= 2
-            self._setting.console.say(
-                f"step {self.step + 1} ran out of memory: from here in micro-batches 1/{self._pieces} as large"
+            self._splits *= 2
+            self._context.console.log(
+                f"step {self.step + 1} ran out of memory: continuing with micro-batches 1/{self._splits} as large"
             )
 
     def _refuse_halving(self, size: int) -> None:
-        """Raise RunError where micro-batches cannot or shall not be halved."""
+        """Raise RunError if micro-batches of this size cannot, or by the options must not, be halved."""
         what = f"step {self.step + 1} ran out of memory with micro-batches of {size}"
         if size == 1:
             raise RunError(f"{what}: lower max_length or the size of the model")
-        if self._chosen.out_of_memory == "stop" or self._accelerator.num_processes > 1:
-            # Processes wait for each other inside of a backward pass: one alone cannot do it again.
+        if self._chosen.out_of_memory == "stop" or not self._alone:
+            # Processes wait for each other in a backward pass: one alone cannot repeat it.
             raise RunError(f"{what}: continue with --resume --per_device_train_batch_size {max(1, size // 2)}")
 
-    def _before_part(self, index: int, parts: int, began: float) -> None:
-        """Make dropout a function of (seed, step, part of the batch): a resumed run needs no random state."""
-        alone, late = self._accelerator.num_processes == 1, time.perf_counter() - began > _SECONDS_TO_FINISH
-        if alone and late and self._setting.stop.asked():
-            raise _GivenUpError
-        part = self._accelerator.process_index * parts + index
-        digest = hashlib.sha256(f"{self._chosen.seed} {self.step} {part}".encode()).digest()
+    def _before_micro_batch(self, index: int, count: int, began: float) -> None:
+        """Seed dropout by (seed, step, micro-batch), so that a checkpoint needs no random state."""
+        late = time.perf_counter() - began > _SECONDS_TO_FINISH
+        if self._alone and late and self._context.stop.asked():
+            raise _AbandonedError
+        place = self._accelerator.process_index * count + index
+        digest = hashlib.sha256(f"{self._chosen.seed} {self.step} {place}".encode()).digest()
         seed = int.from_bytes(digest[:8], "little") >> 1
         if self._accelerator.device.type == "cpu":
             torch.default_generator.manual_seed(seed)  # torch.manual_seed walks the stack for each other device
@@ -185,18 +209,26 @@ class Steps:
             return math.inf
         return self._chosen.spike_factor * statistics.median(self._norms)
 
-    def _agreed(self, content: int) -> tuple[int, bool]:
-        """Return the sum of the processes' contents, and whether any of them was asked to stop."""
-        stop = self._setting.stop.asked()
-        if self._accelerator.num_processes == 1:
+    def _sum_over_processes(self, content: int) -> tuple[int, bool]:
+        """Return the content digest of the global batch, and whether any process was asked to stop."""
+        stop = self._context.stop.asked()
+        if self._alone:
             return content, stop
         own = torch.tensor([*halves(content), int(stop)], device=self._accelerator.device)
         low, high, stops = self._accelerator.reduce(own, reduction="sum").tolist()
         return joined(low, high), stops > 0
 
 
-def _cut(batch: Batch, pieces: int) -> list[Batch]:
-    """Return the batch in so many parts, or in single rows where it has fewer."""
-    count = min(pieces, len(batch.input_ids))
-    columns = [[None] * count if part is None else part.tensor_split(count) for part in batch]
-    return [Batch(*parts) for parts in zip(*columns, strict=True)]
+def out_of_memory(error: Exception) -> bool:
+    """Return whether an update failed for want of memory.
+
+    On a CPU torch raises a plain RuntimeError, which only its text tells from others: Accelerate knows the texts.
+    """
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)
+
+
+def _split(batch: Batch, count: int) -> list[Batch]:
+    """Return the batch in `count` chunks, or in single rows if it has fewer."""
+    count = min(count, len(batch.input_ids))
+    columns = [[None] * count if column is None else column.tensor_split(count) for column in batch]
+    return [Batch(*chunk) for chunk in zip(*columns, strict=True)]

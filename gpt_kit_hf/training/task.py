@@ -1,30 +1,39 @@
-"""What a run works on, as the loop sees it: a model, samples in an order, and how they are scored."""
+"""What the loop trains, behind one interface: the task with its model and data, and the context it is built in."""
 
 from __future__ import annotations
 
+import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
 from gpt_kit_hf.data.order import BatchPlan, Order, PlannedBatches
+from gpt_kit_hf.errors import GPTKitError
 from gpt_kit_hf.evaluation.metrics import Evaluation
+from gpt_kit_hf.generation.generate import context_length, generate_text_autoregressive
 from gpt_kit_hf.model.losses import Batch
 from gpt_kit_hf.options.training import TrainingOptions
+from gpt_kit_hf.storage.run_folder import publish_in_run
+from gpt_kit_hf.text import printable
 from gpt_kit_hf.training.console import Console
 from gpt_kit_hf.training.runtime.signals import StopSignals
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, kw_only=True)
-class RunSetting:
-    """What is there before the data is read: the processes, where the run lies, and the checkpoint it continues."""
+class RunContext:
+    """What is known before the data is read: options, processes, folder, and the checkpoint to resume from."""
 
     options: TrainingOptions
     accelerator: Accelerator
@@ -34,53 +43,83 @@ class RunSetting:
     stop: StopSignals
 
 
-class RunTask(Protocol):
-    """A model and what it is trained on and scored by."""
+def decide_on_main(accelerator: Accelerator, decide: Callable[[], T]) -> T:
+    """Return in every process what `decide()` returns on the main one; if it raises there, the others exit."""
+    answer: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = decide()
+        except GPTKitError as error:
+            answer[1] = error
+    value, failure = broadcast_object_list(answer)
+    if failure is not None:
+        raise failure if accelerator.is_main_process else SystemExit(1)  # one process reports it
+    return value  # type: ignore[no-any-return]
 
-    scored: str  # what the held-out samples are called
-    scored_first: bool  # whether the score before the first step tells something
+
+class Task(ABC):
+    """A model with the data that it is trained and evaluated on."""
+
+    eval_name: str  # of the evaluation data, in log lines
+    eval_before_training = False
+    context: RunContext
     model: PreTrainedModel
-    fingerprint: str
+    fingerprint: str  # of the data
     order: Order
     tokens_per_sample: float
+    dataset: Dataset[Any]  # read by sample id, unless the task overrides `batches`
+    collate: Callable[[Sequence[Any]], Batch]
 
     def batches(self, plan: BatchPlan, first_step: int, last_step: int, position: Any) -> Iterator[Batch]:
-        """Yield this process's micro-batches; `position` is the one stored by the step before `first_step`."""
+        """Yield this process's micro-batches of the steps first_step..last_step-1.
+
+        `position` is what `position()` returned after the step before `first_step`.
+        """
+        return map_batches(self.dataset, self.collate, plan, (first_step, last_step), self.context)
 
     def position(self) -> Any:
-        """Return what `batches` needs besides the step to go on from here, as JSON; every process calls."""
+        """Return what `batches` needs besides the step number to continue, as JSON; every process calls."""
+        return None
 
+    @abstractmethod
     def evaluate(
         self, max_samples: int | None, batch_size: int, autocast: Callable[[], AbstractContextManager[object]]
     ) -> Evaluation:
-        """Score held-out samples, all if there is no maximum; every process calls.
+        """Score evaluation samples, all of them for None; every process calls.
 
-        Raises StoppedError where any process was asked to stop meanwhile.
+        Raises StoppedError if any process is asked to stop meanwhile.
         """
 
+    @abstractmethod
     def sample(self) -> str:
-        """Return text that shows what the model does, in lines; the main process calls."""
+        """Return text that the model generates, for the log."""
 
+    @abstractmethod
     def describe(self) -> list[str]:
-        """Return lines that say what the model and the data are."""
+        """Return log lines that describe the model and the data."""
 
+    @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """Return what the run's record keeps of model and data, as JSON."""
+        """Return the entries of run.json about model and data, as JSON."""
 
     def baselines(self) -> Mapping[str, float]:
-        """Return what is easily reached on the held-out text, in bits per byte, by name."""
+        """Return the bits per byte of simple methods on the evaluation text, by name."""
+        return {}
 
+    @abstractmethod
     def write_model(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """Write what `from_pretrained` loads, with these weights, and what continues from there.
+        """Write a folder for `from_pretrained`, with these weights.
 
-        Called from another thread while the model trains: nothing that a step reads may change.
+        Called from another thread while the model trains: must not change anything that a step reads.
         """
 
     def publish(self, run: Path, checkpoint: Path) -> None:
-        """Put the finished model into the run's root."""
+        """Copy the finished model into the run's root folder."""
+        publish_in_run(run, checkpoint)
 
+    @abstractmethod
     def next_command(self, run: Path) -> list[str]:
-        """Return the command to try next."""
+        """Return the command to suggest after the run."""
 
 
 def map_batches(
@@ -88,17 +127,34 @@ def map_batches(
     collate: Callable[[Sequence[Any]], Batch],
     plan: BatchPlan,
     steps: tuple[int, int],
-    setting: RunSetting,
+    context: RunContext,
 ) -> Iterator[Batch]:
-    """Yield the planned micro-batches of the steps first..last-1 from a dataset that is read by number."""
+    """Yield the planned micro-batches of the steps first..last-1 from a dataset with random access."""
     return iter(
         DataLoader(
             dataset,
             batch_sampler=PlannedBatches(plan, *steps),
             collate_fn=collate,
-            num_workers=setting.options.dataloader_num_workers,
-            pin_memory=setting.accelerator.device.type == "cuda",
-            # Without its own generator a loader draws a seed from the global one.
-            generator=torch.Generator().manual_seed(setting.options.seed),
+            num_workers=context.options.dataloader_num_workers,
+            pin_memory=context.accelerator.device.type == "cuda",
+            # Without its own generator a loader draws a seed from torch's global one.
+            generator=torch.Generator().manual_seed(context.options.seed),
         )
     )
+
+
+def generate_sample(
+    model: PreTrainedModel, prompt: Tensor, max_new_tokens: int, decode: Callable[[list[int]], str], **sampling: Any
+) -> str:
+    """Return the prompt (1, T) with the model's continuation, or a note if its logits are not finite.
+
+    Returns "" for an empty prompt and for one that fills the context. `sampling` is passed to
+    `generate_text_autoregressive`.
+    """
+    left = (context_length(model) or sys.maxsize) - prompt.shape[1]
+    if prompt.shape[1] == 0 or left < 1:
+        return ""
+    if not model(prompt.to(model.device)).logits.isfinite().all():
+        return "(no sample: the model's logits are not finite)"
+    ids = generate_text_autoregressive(model, prompt, min(left, max_new_tokens), **sampling)
+    return printable(decode(ids[0].tolist()))

@@ -1,8 +1,9 @@
-"""The one trainer: an update of the weights in fp32, bf16 or fp16, on Accelerate."""
+"""AMPTrainer: one update of the weights in fp32, bf16 or fp16, on Accelerate."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import parse_choice_from_env
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -28,8 +28,8 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class UpdateReport:
     """What an update did.
 
-    `loss` is the mean over the trained tokens of the whole batch, in nats; `grad_norm` the gradients' norm before
-    clipping; `loss_scale` fp16's factor during the update. `skipped` is None, or why the weights did not move.
+    `loss` is the mean over the trained tokens of the global batch, in nats; `grad_norm` the norm of the gradients
+    before clipping; `loss_scale` the factor that fp16 used. `skipped` is None, or why the weights are unchanged.
     """
 
     loss: float
@@ -40,16 +40,16 @@ class UpdateReport:
 
 
 def resolve_precision(name: str, device: torch.device) -> Precision:
-    """Return the precision that `name` means on a device.
+    """Return the precision for an option's value on a device.
 
-    "auto" is what `accelerate launch --mixed_precision` said, else bf16 where the device computes in it, else fp32.
+    "auto" is the value of `accelerate launch --mixed_precision`, else bf16 if the device computes in it, else fp32.
     Raises UsageError for an unknown name and for a precision that the device lacks.
     """
     if name == "auto":
-        launched = parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
-        if launched == "no":
+        # How `accelerate launch` passes its option to the processes; transformers' TrainingArguments reads it, too.
+        name = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if name == "no":
             return "bf16" if _computes_in_bf16(device) else "fp32"
-        name = launched
     if name not in _PRECISIONS:
         raise UsageError(unknown_name("mixed_precision", name, ["auto", "fp32", "bf16", "fp16"]))
     precision = _PRECISIONS[name]
@@ -64,21 +64,21 @@ def _computes_in_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
-        # Without these instructions bf16 runs on a CPU too, but slower than fp32. Older versions of torch do not tell.
+        # Without these instructions bf16 is slower than fp32 on a CPU. Older versions of torch do not report them.
         abilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         return bool(abilities.get("amx_bf16") or abilities.get("avx512_bf16"))
     return False
 
 
 class AMPTrainer:
-    """Updates a model's weights in mixed precision, by one batch at a time, on any number of processes.
+    """Updates a model's weights in mixed precision, one batch at a time, on any number of processes.
 
     The weights stay in their own precision; the forward pass runs in `mixed_precision` ("auto", "fp32", "bf16",
-    "fp16"), fp16 with loss scaling (Micikevicius et al. 2018), on a CPU as well as on a GPU. An update whose loss or
-    gradient is not finite leaves weights and optimizer as they are and says so; fp16 then halves its scale.
+    "fp16"), fp16 with loss scaling (Micikevicius et al. 2018), on CPUs as well as on GPUs. An update whose loss or
+    gradient norm is not finite is skipped: weights and optimizer stay as they are, and fp16 halves its scale.
 
-    `accelerator` is made if not given; it places the model and joins the processes. `self.model` is the prepared
-    model, `accelerator.unwrap_model(trainer.model)` the one that was passed.
+    `accelerator` places the model and connects the processes; it must have been created with mixed_precision="no",
+    as the default one is. `self.model` is the prepared model, `accelerator.unwrap_model(trainer.model)` the original.
     """
 
     def __init__(
@@ -93,8 +93,8 @@ class AMPTrainer:
     ) -> None:
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise UsageError(f"max_grad_norm must be above 0, or None for no clipping, got {max_grad_norm}")
-        # Autocast and scaling are torch's own here: Accelerate has no fp16 on a CPU, and would copy all logits to
-        # fp32 after each forward pass.
+        # Precision is this class's, by torch.autocast and GradScaler, and not Accelerate's, which has no fp16 on a
+        # CPU, copies all logits to fp32 after each forward pass, and reduces FSDP2's gradients in bf16.
         self.accelerator = Accelerator(mixed_precision="no") if accelerator is None else accelerator
         device = self.accelerator.device
         self.precision = resolve_precision(mixed_precision, device)
@@ -104,13 +104,13 @@ class AMPTrainer:
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Return the context in which a forward pass runs in the trainer's precision."""
+        """Return a context manager that runs forward passes in the trainer's precision."""
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.accelerator.device.type, _DTYPES[self.precision])
 
     def train_step(self, input_batch: Tensor, target_batch: Tensor) -> UpdateReport:
-        """Update the weights by one batch: (B, T) token ids and their targets, shifted by one."""
+        """Update the weights with one batch: (B, T) token ids and targets, which are shifted by one already."""
         return self.update([Batch(input_batch, target_batch)])
 
     def update(
@@ -120,14 +120,14 @@ class AMPTrainer:
         before_micro_batch: Callable[[int], None] | None = None,
         spike_limit: float = math.inf,
     ) -> UpdateReport:
-        """Update the weights by a batch that comes in parts; each process passes its own parts, equally many.
+        """Update the weights with a batch given in micro-batches; every process passes as many, its own.
 
-        The loss is the sum over all parts and processes divided by the number of trained tokens in all of them, so
-        that the cut into parts changes nothing. `before_micro_batch(i)` is called before part i is computed. An
-        update whose gradient norm is above `spike_limit` is skipped.
+        The loss is the sum over all micro-batches and processes, divided by the number of trained tokens in all of
+        them: it does not depend on how the batch is split. `before_micro_batch(i)` is called before micro-batch i is
+        computed. An update whose gradient norm is above `spike_limit` is skipped.
         """
         self.model.train()
-        batches = [Batch(*parts) for parts in micro_batches]
+        batches = [Batch(*columns) for columns in micro_batches]
         tokens = self._trained_tokens(batches)
         total = torch.zeros((), device=self.accelerator.device)
         for index, batch in enumerate(batches):
@@ -144,7 +144,7 @@ class AMPTrainer:
                         self.ignore_index,
                         batch.position_ids,
                     ).loss_sum
-                # Processes average their gradients: times their number is the sum that the division wants.
+                # DDP and FSDP average gradients over processes; times their number that is the sum.
                 share = loss_sum * (self.accelerator.num_processes / max(tokens, 1))
                 self.scaler.scale(share).backward()
             total += loss_sum.detach()
@@ -157,13 +157,13 @@ class AMPTrainer:
         return int(self.accelerator.reduce(torch.tensor(own, device=self.accelerator.device), reduction="sum"))
 
     def _step(self, total: Tensor, tokens: int, spike_limit: float) -> UpdateReport:
-        """Clip and step, unless something is not finite or too large."""
+        """Clip the gradients and step, unless a value is not finite or a spike."""
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
         self.scaler.unscale_(self.optimizer)
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
         norm = norm.full_tensor() if is_dtensor(norm) else norm
-        # Read together: the one time in a step that a device is waited for.
+        # Read together, so that the device is waited for once a step.
         loss_sum, grad_norm = torch.stack((total, norm.to(total))).tolist()
         loss = loss_sum / max(tokens, 1)
         skipped = None
@@ -177,7 +177,7 @@ class AMPTrainer:
             skipped = f"gradient norm {grad_norm:.4g} is a spike: above {spike_limit:.4g}"
         if skipped is None:
             self.scaler.step(self.optimizer)
-        # The scaler has seen the gradients in unscale_: it halves the scale if one of them was not finite.
+        # unscale_ has looked at the gradients: the scaler halves its scale if one of them was not finite.
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return UpdateReport(loss=loss, grad_norm=grad_norm, trained_tokens=tokens, skipped=skipped, loss_scale=scale)

@@ -140,7 +140,7 @@ def test_a_held_out_text_too_short_for_a_window_says_which(
         "--eval_fraction=0.01",
     ]
     assert main(["train", *arguments]) == 2
-    assert "held-out" in capsys.readouterr().err
+    assert "evaluation text" in capsys.readouterr().err
 
 
 def test_a_folder_that_holds_a_run_or_cannot_be_written_is_refused(
@@ -240,7 +240,7 @@ def test_each_kind_of_error_has_its_exit_code(capsys: pytest.CaptureFixture[str]
 def test_the_example_trains_as_its_own_process(tmp_path: Path, text_file: str) -> None:
     command = [
         sys.executable,
-        "examples/train_gpt.py",
+        "examples/pretrain.py",
         f"--output_dir={tmp_path / 'run'}",
         f"--text_files={text_file}",
     ]

@@ -73,7 +73,7 @@ BLOCK = 4096
 
 
 def by_source(order: MixtureOrder, ids: np.ndarray) -> list[np.ndarray]:
-    """Each source's samples in the order met, numbered from 0."""
+    """Each source's samples in the order of use, numbered from 0."""
     bounds = np.cumsum([0, *order.sizes])
     return [ids[(a <= ids) & (ids < b)] - a for a, b in pairwise(bounds.tolist())]
 
@@ -103,7 +103,7 @@ def test_a_mixture_keeps_its_proportions_in_every_block(
         met += np.bincount(ids, minlength=met.size)
         first = 0
         for size, quota in zip(sizes, order.quotas, strict=True):
-            # After whole blocks every sample of a source was met equally often, but for the epoch that is going on.
+            # After whole blocks every sample of a source was used equally often, except in the current epoch.
             times, over = divmod(quota * (block + 1), size)
             counts = np.bincount(met[first : first + size] - times, minlength=2)
             assert counts.tolist() == [size - over, over]
@@ -111,7 +111,7 @@ def test_a_mixture_keeps_its_proportions_in_every_block(
 
 
 @pytest.mark.parametrize(("sizes", "weights"), [((5000, 40), (1.0, 1.0)), ((300, 900, 77), (0.7, 0.2, 0.1))])
-def test_a_source_begins_anew_when_all_its_samples_were_met(
+def test_a_source_starts_over_when_all_its_samples_were_used(
     sizes: tuple[int, ...], weights: tuple[float, ...]
 ) -> None:
     order = MixtureOrder(sizes=sizes, weights=weights, seed=3)
@@ -123,7 +123,7 @@ def test_a_source_begins_anew_when_all_its_samples_were_met(
         assert not any(np.array_equal(a, b) for a, b in pairwise(epochs))
 
 
-def test_a_mixture_is_known_at_any_place() -> None:
+def test_a_mixture_can_be_computed_at_any_position() -> None:
     order = MixtureOrder(sizes=(300, 9000, 77), weights=(0.7, 0.2, 0.1), seed=3)
     whole = order.ids(np.arange(3 * BLOCK))
     rng = np.random.default_rng(0)
@@ -135,14 +135,14 @@ def test_a_mixture_is_known_at_any_place() -> None:
     )
 
 
-def test_sources_of_a_mixture_are_met_among_each_other() -> None:
+def test_sources_of_a_mixture_are_interleaved() -> None:
     order = MixtureOrder(sizes=(3000, 3000), weights=(1.0, 1.0), seed=0)
     second = order.ids(np.arange(BLOCK)) >= 3000
     assert abs(second.reshape(8, -1).sum(axis=1) - 256).max() < 60
     assert np.flatnonzero(np.diff(second.astype(int))).size > 1800
 
 
-def test_a_weight_too_small_to_be_met_is_refused() -> None:
+def test_a_weight_too_small_to_be_drawn_is_refused() -> None:
     MixtureOrder(sizes=(5, 5), weights=(1.0, 1 / 4095), seed=0)
     with pytest.raises(UsageError, match=r"mixture weights 1, 0.0001: the smallest is below 1/4096 of their sum"):
         MixtureOrder(sizes=(5, 5), weights=(1.0, 0.0001), seed=0)

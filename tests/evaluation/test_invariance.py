@@ -54,7 +54,7 @@ def by_caches(*layouts: str) -> set[str]:
 
 
 @pytest.mark.parametrize("position_embedding", ["learned", "sinusoidal"])
-def test_our_model_gives_the_same_by_every_road(position_embedding: str) -> None:
+def test_our_model_holds_in_every_cell(position_embedding: str) -> None:
     report = check_invariance(ours(position_embedding=position_embedding), attention=PLAIN)
     assert report.holds, report.table()
     assert len({cell.name for cell in report.cells}) == len(report.cells) == 2 * 2 * len(LAYOUTS) * len(CACHES)
@@ -64,7 +64,7 @@ def test_our_model_gives_the_same_by_every_road(position_embedding: str) -> None
             assert cell.compared_tokens == sum(report.row_lengths) == 39
         else:
             assert cell.compared_tokens > 10
-    # The yardstick asked for a second time is the yardstick; another attention is not, or nothing was compared.
+    # The reference compared with itself gives 0; another attention does not, or nothing was compared.
     differences = {cell.name: cell.difference for cell in report.cells}
     assert differences["alone/none/eager/fp32"] == differences["alone/none/eager/bf16"] == 0.0
     assert differences["packed/none/sdpa/fp32"] != 0.0
@@ -72,7 +72,7 @@ def test_our_model_gives_the_same_by_every_road(position_embedding: str) -> None
 
 
 @FLEX
-def test_our_model_gives_the_same_in_flex_attention() -> None:
+def test_our_model_holds_in_flex_attention() -> None:
     report = fp32(ours(), "flex_attention")
     assert report.holds, report.table()
     assert "ran uncompiled" in report.remarks[0]
@@ -80,7 +80,7 @@ def test_our_model_gives_the_same_in_flex_attention() -> None:
 
 @FLEX
 @pytest.mark.slow
-def test_our_model_gives_the_same_in_every_attention_and_precision() -> None:
+def test_our_model_holds_in_every_attention_and_precision() -> None:
     report = check_invariance(ours())
     assert report.holds, report.table()
     assert len(report.cells) == 72
@@ -93,14 +93,14 @@ def test_a_short_position_table_is_enough(table: int) -> None:
     assert max(report.row_lengths) == table
 
 
-def test_the_seed_makes_the_rows() -> None:
+def test_the_rows_follow_from_the_seed() -> None:
     model = ours()
     first = fp32(model, "sdpa")
     assert fp32(model, "sdpa") == first
     assert check_invariance(model, attention=["sdpa"], precisions=["fp32"], seed=1).cells != first.cells
 
 
-def test_the_model_is_left_as_it_is() -> None:
+def test_the_model_is_not_changed() -> None:
     model = ours(use_cache=False).to(torch.bfloat16).train()
     model.set_attn_implementation("sdpa")
     before = {name: tensor.clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
@@ -243,7 +243,7 @@ def test_greedy_tokens_count_in_fp32_and_ties_do_not_in_bf16() -> None:
 # --- mistakes
 
 
-def test_what_cannot_be_asked_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_arguments_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = ours()
     with pytest.raises(UsageError, match="unknown attention 'flex_atention'; did you mean 'flex_attention'"):
         check_invariance(model, attention=["flex_atention"])

@@ -20,8 +20,16 @@ from gpt_kit_hf import (
     get_encoding,
     train_bpe,
 )
-from gpt_kit_hf.evaluation.metrics import byte_counts, gzip_bits_per_byte, token_byte_lengths, unigram_bits_per_byte
+from gpt_kit_hf.errors import StoppedError
+from gpt_kit_hf.evaluation.metrics import (
+    _in_step,
+    byte_counts,
+    gzip_bits_per_byte,
+    token_byte_lengths,
+    unigram_bits_per_byte,
+)
 from gpt_kit_hf.evaluation.windows import DocumentWindows
+from gpt_kit_hf.model.losses import Batch
 
 ENCODING = get_encoding("bytes")
 END = 256
@@ -35,7 +43,7 @@ def tiny_model() -> GPTModel:
 
 
 def random_documents(seed: int) -> tuple[TokenStream, list[np.ndarray]]:
-    """Documents of 0 to 70 tokens, all but some with an end of text, in pieces that do not follow the documents."""
+    """Documents of 0 to 70 tokens, most with EOS, in chunks that do not follow the documents."""
     rng = np.random.default_rng(seed)
     texts = [rng.integers(0, 256, int(rng.integers(0, 70))) for _ in range(9)]
     texts[int(rng.integers(9))] = rng.integers(0, 256, 45)
@@ -76,20 +84,20 @@ def test_each_token_is_scored_once_with_the_context_that_the_stride_allows(
     scored = score(model, stream, stride=stride, batch_size=batch_size, padding_side=padding_side)
     assert model.training
     total, tokens = by_hand(model.eval(), texts, 20, stride)
-    assert scored.tokens == scored.text_bytes == tokens  # a byte a token; end of text is neither
+    assert scored.tokens == scored.text_bytes == tokens  # one byte per token; EOS is not scored
     assert scored.loss == pytest.approx(total / tokens, abs=1e-5)
     assert scored.bits_per_byte == pytest.approx(total / math.log(2) / tokens, abs=1e-5)
     assert scored.perplexity == pytest.approx(math.exp(total / tokens), rel=1e-4)
 
 
-def test_a_longer_context_tells_the_model_more() -> None:
-    """The oracle above can tell strides apart: with this model they do not score alike."""
+def test_the_stride_changes_the_score_of_this_model() -> None:
+    """The reference above can tell strides apart: with this model they give different scores."""
     model = tiny_model().eval()
     stream, _ = random_documents(0)
     assert abs(score(model, stream, stride=20).loss - score(model, stream, stride=1).loss) > 1e-3
 
 
-def test_a_limit_takes_windows_from_all_over_the_text() -> None:
+def test_a_limit_takes_windows_from_the_whole_text() -> None:
     ids = np.array([*ENCODING.encode_ordinary("a" * 400 + "b" * 400), END])
     stream = TokenStream([ids], np.zeros(1, np.int64))
     windows = DocumentWindows(stream, end_of_text=END, max_length=20, stride=20)
@@ -100,7 +108,7 @@ def test_a_limit_takes_windows_from_all_over_the_text() -> None:
     assert score(tiny_model(), stream, max_tokens=9999).tokens == 800
 
 
-def test_text_that_is_not_there_cannot_be_scored() -> None:
+def test_empty_text_and_invalid_arguments_are_refused() -> None:
     ends_only = TokenStream([np.array([END, END])], np.array([0, 1]))
     with pytest.raises(DataError, match="no text to score"):
         score(tiny_model(), ends_only)
@@ -115,6 +123,26 @@ def test_evaluation_leaves_the_random_state() -> None:
     before = torch.random.get_rng_state()
     score(model, random_documents(0)[0])
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+class OneProcess:
+    """The parts of an Accelerator that a single process uses."""
+
+    device = torch.device("cpu")
+
+    def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
+        return tensor
+
+
+def test_an_evaluation_of_a_sharded_model_that_is_stopped_returns_no_score() -> None:
+    """Returning from the loop instead would pass a part of the text for the whole."""
+    batch = Batch(torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 3, dtype=torch.long))
+    answers = iter([False, False, True])
+    batches = _in_step([batch] * 9, OneProcess(), lambda: next(answers))
+    assert [next(batches), next(batches)] == [batch, batch]
+    with pytest.raises(StoppedError, match="the evaluation was stopped"):
+        next(batches)
+    assert list(_in_step([batch] * 3, OneProcess(), lambda: False)) == [batch] * 3
 
 
 def test_the_baselines_equal_their_formulas() -> None:

@@ -217,7 +217,7 @@ def test_the_score_is_kept_for_the_card_once(trained: RunResult, held_out: str) 
         ({"data": []}, UsageError, "data: name at least one file"),
         ({"kind": "txt"}, UsageError, "unknown kind 'txt'; did you mean 'text'"),
         ({"stride": 49}, UsageError, "stride must lie between 1 and max_length=48, got 49"),
-        ({"max_length": 49}, UsageError, "max_length=49 is above what the model reads, 48: lower it"),
+        ({"max_length": 49}, UsageError, "max_length=49 is above the model's context length, 48: lower it"),
         ({"batch_size": 0}, UsageError, "batch_size must be at least 1, got 0"),
         ({"samples": -1}, UsageError, "samples must be at least 0, got -1"),
         ({"data": ["absent.txt"]}, DataError, "'absent.txt': no such file"),

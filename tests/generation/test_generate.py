@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.generation.generate import generate_text_autoregressive, stream_text
-from gpt_kit_hf.tokenization.encodings import end_of_text_id, get_encoding, save_tokenizer, text_to_token_ids
+from gpt_kit_hf.tokenization.encodings import get_encoding, get_eos_token_id, save_tokenizer, text_to_token_ids
 
 VOCAB = 257
 CONTEXT = 12
@@ -308,7 +308,7 @@ TEXTS = [
 @pytest.mark.parametrize("kind", ["bytes", "twin"])
 def test_pieces_join_to_the_text_and_never_cut_a_character(text: str, kind: str, tmp_path: Any) -> None:
     encoding = get_encoding("bytes")
-    eos = end_of_text_id(encoding)
+    eos = get_eos_token_id(encoding)
     assert eos is not None
     tokenizer: Any = encoding
     if kind == "twin":

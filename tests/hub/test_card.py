@@ -1,4 +1,4 @@
-"""Model cards: what they say is what the run recorded, and nothing else; what a person writes into one stays."""
+"""Model cards: they show what the run recorded and nothing else, and keep hand-written text."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from transformers import AutoModelForCausalLM
 
 from gpt_kit_hf import check_invariance, finetune, parse_finetune_options, parse_run_options, train
 from gpt_kit_hf.errors import CheckpointError, UsageError
-from gpt_kit_hf.hub.card.card import CARD_FILE, card_facts, edited_parts, render_card, without_generated, write_card
+from gpt_kit_hf.hub.card.card import CARD_FILE, card_facts, edited_blocks, render_card, without_generated, write_card
+from gpt_kit_hf.hub.card.markdown import command_lines
 from gpt_kit_hf.hub.card.options import as_id, shareable
-from gpt_kit_hf.hub.card.sections import command_lines
 from gpt_kit_hf.options.declare import flat_declarations
 from gpt_kit_hf.options.run import FinetuneOptions, RunOptions, flat_options
 
@@ -115,7 +115,7 @@ def tables(markdown: str) -> list[list[list[str]]]:
 
 
 def table(card: str, name: str) -> dict[str, str]:
-    """Return the table of a part with two columns, without its header."""
+    """Return the two-column table of a block without its header."""
     (rows,) = tables(part(card, name))
     return {row[0]: row[1] for row in rows[1:]}
 
@@ -166,16 +166,16 @@ def check_hub_metadata(metadata: dict[str, Any]) -> None:
 # --- what a card says
 
 
-def test_the_tables_say_what_the_run_recorded(runs: Path) -> None:
+def test_the_tables_show_what_the_run_recorded(runs: Path) -> None:
     card = render_card(card_facts(runs / "first"))
     record = json.loads((runs / "first" / "run.json").read_text())
     config = json.loads((runs / "first" / "config.json").read_text())
     shape = {name: as_number(cell) for name, cell in table(card, "architecture").items()}
     assert shape["parameters"] == record["parameters"]
-    assert shape["output projection shares the embedding"] is config["tie_word_embeddings"]
+    assert shape["output projection tied to the embedding"] is config["tie_word_embeddings"]
     names = {"layers": "n_layer", "attention heads": "n_head", "width": "n_embd", "vocabulary": "vocab_size",
              "context (tokens)": "max_position_embeddings", "epsilon of the norms": "layer_norm_epsilon",
-             "activation": "hidden_act", "weights stored in": "dtype", "class": "class"}  # fmt: skip
+             "activation": "hidden_act", "dtype of the weights": "dtype", "class": "class"}  # fmt: skip
     assert {name: shape[name] for name in names} == {
         name: (config | {"class": config["architectures"][0]})[field] for name, field in names.items()
     }
@@ -197,7 +197,7 @@ def test_the_tables_say_what_the_run_recorded(runs: Path) -> None:
     assert "no padding token" in card
 
 
-def test_the_scores_stand_in_table_and_metadata(runs: Path, copied: Callable[..., Path]) -> None:
+def test_scores_are_in_the_table_and_in_the_metadata(runs: Path, copied: Callable[..., Path]) -> None:
     run = copied("first")
     more = {"name": "web/other.txt", "kind": "text", "loss": 2.0, "bits_per_byte": 2.5, "tokens": 1000,
             "text_bytes": 1200, "max_length": 32, "stride": 16, "data_fingerprint": "ab" * 8}  # fmt: skip
@@ -221,9 +221,7 @@ def test_the_scores_stand_in_table_and_metadata(runs: Path, copied: Callable[...
         assert values["other-txt", "loss"] == 2.0
 
 
-def test_invariance_supervision_and_the_curve_stand_where_they_were_recorded(
-    runs: Path, copied: Callable[..., Path]
-) -> None:
+def test_invariance_supervision_and_curve_are_shown_where_recorded(runs: Path, copied: Callable[..., Path]) -> None:
     file = copied("first") / "invariance.json"
     matrix = json.loads(file.read_text())
     matrix["cells"][3] |= {"holds": False, "difference": 0.5}
@@ -241,7 +239,7 @@ def test_invariance_supervision_and_the_curve_stand_where_they_were_recorded(
     counted = {name: as_number(cell) for name, cell in table(tuned, "supervision").items()}
     assert counted["rows used"] == report["rows_used"]
     assert counted["tokens trained"] == report["tokens_trained"]
-    assert counted["rows whose end is not trained"] == report["rows_end_untrained"] == 0
+    assert counted["rows whose EOS is not trained"] == report["rows_end_untrained"] == 0
     assert "Is 1 even" not in tuned  # the report's examples are somebody's data
     assert part(first, "supervision").strip() == part(tuned, "invariance").strip() == ""
     assert "![Training and held-out loss by step](loss.png)" in first
@@ -249,7 +247,7 @@ def test_invariance_supervision_and_the_curve_stand_where_they_were_recorded(
     assert "tuned on the instruction rows of `rows.json`" in tuned
 
 
-def test_a_card_says_less_where_less_is_known(runs: Path, copied: Callable[..., Path], tmp_path: Path) -> None:
+def test_sections_without_facts_are_left_out(runs: Path, copied: Callable[..., Path], tmp_path: Path) -> None:
     run = copied("first")
     (run / "loss.png").unlink()
     record = json.loads((run / "run.json").read_text())
@@ -276,7 +274,7 @@ def test_a_card_says_less_where_less_is_known(runs: Path, copied: Callable[..., 
 
 
 @pytest.mark.parametrize("name", ["first", "tuned"])
-def test_metadata_are_what_the_hub_takes(runs: Path, name: str, tmp_path: Path) -> None:
+def test_metadata_are_valid_on_the_hub(runs: Path, name: str, tmp_path: Path) -> None:
     card = render_card(card_facts(runs / name), repo="somebody/small")
     (tmp_path / CARD_FILE).write_text(card)
     metadata = metadata_load(tmp_path / CARD_FILE)
@@ -331,7 +329,7 @@ def test_names_of_the_hub_are_links_and_metadata(copied: Callable[..., Path]) ->
         assert "huggingface.co" not in card
 
 
-def test_the_lines_that_load_it_load_it(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shown_code_loads_the_model(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(runs)
     for name in ("first", "tuned"):
         blocks = re.findall(r"```python\n(.*?)```", render_card(card_facts(runs / name)), re.DOTALL)
@@ -435,7 +433,7 @@ def test_no_path_of_this_machine_is_in_facts_or_card(runs: Path) -> None:
     assert as_id("/absolute") is as_id("a/b/c") is as_id("../x") is as_id("") is None
 
 
-def test_text_of_a_person_is_shown_and_does_nothing(copied: Callable[..., Path]) -> None:
+def test_hostile_text_is_shown_and_not_interpreted(copied: Callable[..., Path]) -> None:
     names = [found for found, _, _ in MARKS.findall(render_card(card_facts(copied("first"))))]
     for name in HOSTILE:
         text = ["x" + name, "plain.txt"]
@@ -444,7 +442,7 @@ def test_text_of_a_person_is_shown_and_does_nothing(copied: Callable[..., Path])
         facts = card_facts(run) | {"name": shareable(name)}
         card = render_card(facts)
         assert render_card(facts, existing=card) == card
-        assert edited_parts(card) == []
+        assert edited_blocks(card) == []
         check_hub_metadata(ModelCard(card).data.to_dict())
         assert all(content.startswith("<!--") for content in html_in(body_of(card))), name
         assert [found for found, _, _ in MARKS.findall(card)] == names
@@ -462,7 +460,7 @@ def test_text_of_a_person_is_shown_and_does_nothing(copied: Callable[..., Path])
         assert ["".join(child.content for child in title.children or []) for title in titles] == [shareable(name)]
 
 
-def test_words_of_a_command_are_what_they_were_to_a_shell() -> None:
+def test_a_shell_reads_the_command_as_the_same_arguments() -> None:
     words = [
         *HOSTILE[:-3],
         "",
@@ -494,7 +492,7 @@ def insert_places(card: str) -> list[int]:
 
 
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
-def test_what_is_written_outside_the_marks_survives(runs: Path, line_end: str) -> None:
+def test_text_outside_the_marks_survives(runs: Path, line_end: str) -> None:
     chance = random.Random(7)
     facts, other = card_facts(runs / "first"), card_facts(runs / "tuned")
     written = [
@@ -514,7 +512,7 @@ def test_what_is_written_outside_the_marks_survives(runs: Path, line_end: str) -
             place = chance.choice(insert_places(card))
             card = card[:place] + chance.choice(written) + card[place:]
         card = card.replace("\n", line_end)
-        assert edited_parts(card) == []
+        assert edited_blocks(card) == []
         renewed = render_card(other, existing=card, repo="some/one")
         assert MARKS.sub(r"(\1)", renewed.split(f"{line_end}---{line_end}", 1)[1]) == MARKS.sub(
             r"(\1)", card.split(f"{line_end}---{line_end}", 1)[1]
@@ -526,7 +524,7 @@ def test_what_is_written_outside_the_marks_survives(runs: Path, line_end: str) -
     assert render_card(other, existing=renewed, repo="some/one") == renewed
 
 
-def test_parts_that_were_moved_or_taken_out_stay_so(runs: Path) -> None:
+def test_blocks_that_were_moved_or_deleted_stay_so(runs: Path) -> None:
     facts, other = card_facts(runs / "first"), card_facts(runs / "tuned")
     card = render_card(facts)
     data, load = (next(match[0] for match in MARKS.finditer(card) if match[1] == name) for name in ("data", "load"))
@@ -550,13 +548,13 @@ def test_parts_that_were_moved_or_taken_out_stay_so(runs: Path) -> None:
     check_hub_metadata(ModelCard(render_card(facts, existing="\ufeffWords.").removeprefix("\ufeff")).data.to_dict())
 
 
-def test_a_mark_without_the_other_is_said(runs: Path) -> None:
+def test_a_mark_without_its_pair_is_an_error(runs: Path) -> None:
     card = render_card(card_facts(runs / "first"))
     for broken in (card.replace("<!-- /gpt-kit: data -->", ""), re.sub(r"<!-- gpt-kit: data .*? -->", "", card)):
         with pytest.raises(UsageError, match="gpt-kit: data"):
             render_card(card_facts(runs / "first"), existing=broken)
         with pytest.raises(UsageError, match="gpt-kit: data"):
-            edited_parts(broken)
+            edited_blocks(broken)
     theirs = card + "<!-- gpt-kit: future 000000000000 -->\nx\n"  # of a version to come: theirs
     assert render_card(card_facts(runs / "first"), existing=theirs) == theirs
 
@@ -571,14 +569,14 @@ def test_edits_inside_the_marks_are_found_and_kept(copied: Callable[..., Path]) 
     assert path.stat().st_mtime_ns == stamp
     for found, _, text in MARKS.findall(card):
         place = card.index(text, card.index(f"<!-- gpt-kit: {found} ")) + len(text) // 2
-        assert edited_parts(card[:place] + "!" + card[place:]) == [found]
+        assert edited_blocks(card[:place] + "!" + card[place:]) == [found]
     harmless = card.replace(" |\n", " |  \n").replace("\n", "\r\n")
     assert harmless != card
-    assert edited_parts(harmless) == []
-    assert edited_parts(card.replace("pipeline_tag: text-generation", "pipeline_tag: other")) == ["metadata"]
-    assert edited_parts(card.replace("library_name: transformers\n", "")) == ["metadata"]
-    assert edited_parts(re.sub(r"value: [\d.]+", "value: 0.1", card)) == ["metadata"]
-    assert edited_parts(card.replace("tags:\n", "license: mit\ntags:\n- mine\n")) == []
+    assert edited_blocks(harmless) == []
+    assert edited_blocks(card.replace("pipeline_tag: text-generation", "pipeline_tag: other")) == ["metadata"]
+    assert edited_blocks(card.replace("library_name: transformers\n", "")) == ["metadata"]
+    assert edited_blocks(re.sub(r"value: [\d.]+", "value: 0.1", card)) == ["metadata"]
+    assert edited_blocks(card.replace("tags:\n", "license: mit\ntags:\n- mine\n")) == []
     for number in (1, 2):
         edited = card.replace("## Data", f"## Data, {number}")
         path.write_text(edited)
@@ -592,7 +590,7 @@ def test_edits_inside_the_marks_are_found_and_kept(copied: Callable[..., Path]) 
         write_card(run)
 
 
-def test_metadata_of_a_person_survive(runs: Path) -> None:
+def test_hand_written_metadata_survive(runs: Path) -> None:
     facts, other = card_facts(runs / "first"), card_facts(runs / "tuned")
     card = render_card(facts)
     result = {"task": {"type": "text-generation"}, "dataset": {"type": "x", "name": "Theirs"},
@@ -605,7 +603,7 @@ def test_metadata_of_a_person_survive(runs: Path) -> None:
     added = "# why this license\nlicense: mit  # chosen\nlanguage:\n  - en\nwhen: 2026-01-02\nempty:\n"
     block = added + yaml.safe_dump({**metadata, "tags": ["mine", *metadata["tags"]]}, sort_keys=False) + "# the end"
     edited = card.replace(card.split("---\n")[1], block + "\n")
-    assert edited_parts(edited) == ["metadata"]  # a metric in a result of ours
+    assert edited_blocks(edited) == ["metadata"]  # a metric in a result of ours
     renewed = render_card(other, existing=edited)
     assert renewed.startswith("---\n" + added)
     assert "\n# the end\n---\n" in renewed
@@ -621,7 +619,7 @@ def test_metadata_of_a_person_survive(runs: Path) -> None:
     assert old["results"][1] == result
     assert another == {"name": "another", "results": [result]}
     assert render_card(other, existing=renewed) == renewed
-    assert edited_parts(renewed) == []
+    assert edited_blocks(renewed) == []
     # Back again: the tags of the tuned model go, those of the person do not.
     again = yaml.safe_load(render_card(facts, existing=renewed).split("---\n")[1])
     assert again["tags"] == ["mine", "gpt-kit-hf"]
@@ -633,7 +631,7 @@ def test_metadata_of_a_person_survive(runs: Path) -> None:
     "block",
     ["{license: mit, tags: [a]}", "tags: &t [a]\nothers: *t", "? tags\n: - a\n", "tags: a", "license: mit\n\n\n", ""],
 )
-def test_metadata_in_any_yaml_are_renewed(runs: Path, block: str) -> None:
+def test_metadata_in_any_yaml_style_are_renewed(runs: Path, block: str) -> None:
     facts = card_facts(runs / "tuned")
     renewed = render_card(facts, existing=f"---\n{block}\n---\nText.\n")
     found, before = yaml.safe_load(renewed.split("---\n")[1]), yaml.safe_load(block) or {}
@@ -644,12 +642,12 @@ def test_metadata_in_any_yaml_are_renewed(runs: Path, block: str) -> None:
 
 
 @pytest.mark.parametrize("block", ["a: [", "- a", "model-index: x", "model-index:\n- name: a\n  results: 3"])
-def test_metadata_that_cannot_be_read_are_said(runs: Path, block: str) -> None:
+def test_metadata_that_cannot_be_read_are_an_error(runs: Path, block: str) -> None:
     with pytest.raises(UsageError, match="the card's m"):
         render_card(card_facts(runs / "first"), existing=f"---\n{block}\n---\nText.\n")
 
 
-def test_what_is_a_persons_is_told_from_what_is_generated(runs: Path) -> None:
+def test_hand_written_text_is_told_from_generated_text(runs: Path) -> None:
     first, tuned = (
         render_card(card_facts(runs / "first") | {"name": "one"} | more) for more in ({}, {"parameters": 3})
     )
@@ -688,7 +686,7 @@ def test_cards_are_rendered_from_a_run(
 
 
 @pytest.mark.parametrize("folder", CARDS, ids=lambda folder: folder.name)
-def test_the_cards_here_are_what_their_facts_give(folder: Path) -> None:
+def test_model_cards_are_rendered_from_their_facts(folder: Path) -> None:
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     card = (folder / CARD_FILE).read_bytes().decode()
     assert render_card(facts) == card, "the template or the facts have changed: python model_cards/render.py"

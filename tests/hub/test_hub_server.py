@@ -1,4 +1,4 @@
-"""The loopback Hub against the real client, and against what git and HTTP say."""
+"""The loopback Hub, tested with the real client and against the rules of git and HTTP."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def asked(hub: HubServer) -> list[str]:
 def send(
     hub: HubServer, method: str, path: str, body: bytes = b"", *, token: str | None = None, timeout: float = 10
 ) -> tuple[int, bytes]:
-    """One request on a connection of its own, that nothing tries again."""
+    """Send one request on a new connection, without retries."""
     connection = http.client.HTTPConnection(hub.url.removeprefix("http://"), timeout=timeout)
     try:
         connection.request(method, path, body, {"Authorization": f"Bearer {token}"} if token else {})
@@ -152,7 +152,7 @@ def test_names_of_blobs_are_those_of_git(hub: HubServer, tmp_path: Path) -> None
         list(client(hub).list_repo_tree(REPO, "none"))
 
 
-def test_files_that_are_there_are_not_sent_again(hub: HubServer) -> None:
+def test_unchanged_files_are_not_uploaded_again(hub: HubServer) -> None:
     files = {"README.md": CARD, "model.safetensors": some_bytes(5000)}
     hub.create(REPO)
     first = client(hub).create_commit(REPO, added(files), commit_message="first")
@@ -163,7 +163,7 @@ def test_files_that_are_there_are_not_sent_again(hub: HubServer) -> None:
     assert client(hub).model_info(REPO).card_data == ModelCardData(license="mit")
 
 
-def test_large_files_are_taken_by_their_size(hub: HubServer) -> None:
+def test_large_files_are_stored_in_lfs_by_size(hub: HubServer) -> None:
     hub.create(REPO)
     hub.plant(REPO, {"tokens.txt": b"\0" * (10 * 2**20 + 1), "small.txt": b"\0" * (10 * 2**20)})
     large, small = client(hub).get_paths_info(REPO, ["tokens.txt", "small.txt"])
@@ -184,7 +184,7 @@ def test_a_commit_on_another_parent_is_refused(hub: HubServer) -> None:
     assert hub.commits(REPO) == [done.oid, head, parent]
 
 
-def test_of_commits_on_one_parent_at_once_one_is_taken(hub: HubServer) -> None:
+def test_one_of_concurrent_commits_on_one_parent_is_accepted(hub: HubServer) -> None:
     parent = hub.create(REPO)
 
     def commit(number: int) -> int:
@@ -200,7 +200,7 @@ def test_of_commits_on_one_parent_at_once_one_is_taken(hub: HubServer) -> None:
     assert len(hub.commits(REPO)) == 2
 
 
-def test_commits_at_once_without_a_parent_are_all_taken(hub: HubServer) -> None:
+def test_concurrent_commits_without_a_parent_are_all_accepted(hub: HubServer) -> None:
     hub.create(REPO)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)  # or the threads would take turns
@@ -227,7 +227,7 @@ def test_files_and_folders_are_deleted(hub: HubServer) -> None:
     assert hub.head(REPO) == head
 
 
-def test_a_branch_moves_alone(hub: HubServer, tmp_path: Path) -> None:
+def test_a_commit_moves_one_branch_only(hub: HubServer, tmp_path: Path) -> None:
     api = client(hub)
     first = hub.create(REPO)
     second = hub.plant(REPO, {"a.txt": b"main"})
@@ -272,7 +272,7 @@ def test_a_pull_request_is_a_reference_of_its_own(hub: HubServer, tmp_path: Path
     }
 
 
-def test_what_is_private_looks_as_what_is_missing(hub: HubServer, tmp_path: Path) -> None:
+def test_a_private_repository_looks_like_a_missing_one(hub: HubServer, tmp_path: Path) -> None:
     api = client(hub)
     api.create_repo(REPO, private=True)
     hub.plant(REPO, {"a.txt": b"a"})
@@ -292,7 +292,7 @@ def test_what_is_private_looks_as_what_is_missing(hub: HubServer, tmp_path: Path
     assert HfApi(endpoint=hub.url, token=False).repo_exists(REPO)
 
 
-def test_a_gated_repository_says_so(hub: HubServer, tmp_path: Path) -> None:
+def test_a_gated_repository_has_its_own_error(hub: HubServer, tmp_path: Path) -> None:
     hub.create(REPO)
     hub.plant(REPO, {"a.txt": b"a"})
     client(hub).update_repo_settings(REPO, gated="auto")
@@ -356,7 +356,7 @@ def test_long_listings_come_in_pages() -> None:
         ]
 
 
-def test_cards_are_looked_at_before_anything_is_uploaded(hub: HubServer) -> None:
+def test_cards_are_validated_before_anything_is_uploaded(hub: HubServer) -> None:
     head = hub.create(REPO)
     bad = {
         "---\n- a list\n---\n": "mapping",
@@ -380,7 +380,7 @@ def test_cards_are_looked_at_before_anything_is_uploaded(hub: HubServer) -> None
     assert client(hub).model_info(REPO).card_data == right.data
 
 
-def test_a_cut_download_goes_on_where_it_was_cut(hub: HubServer, tmp_path: Path) -> None:
+def test_a_cut_download_is_resumed(hub: HubServer, tmp_path: Path) -> None:
     hub.create(REPO)
     hub.plant(REPO, {"w.safetensors": some_bytes(21 * 2**20)})  # the client keeps whole pieces of 10 MiB
     cut = hub.fail(Fault("GET", r"resolve/.*\.safetensors", "truncate"))
@@ -389,8 +389,8 @@ def test_a_cut_download_goes_on_where_it_was_cut(hub: HubServer, tmp_path: Path)
     assert [r.status for r in hub.requests if r.method == "GET" and "safetensors" in r.path] == [200, 206]
 
 
-def test_the_client_does_not_notice_a_wrong_bit(hub: HubServer, tmp_path: Path) -> None:
-    """Why what was downloaded is checked by its SHA-256."""
+def test_the_client_does_not_detect_a_flipped_bit(hub: HubServer, tmp_path: Path) -> None:
+    """The reason why downloads are checked by SHA-256."""
     weights = some_bytes(1000)
     hub.create(REPO)
     hub.plant(REPO, {"w.safetensors": weights})
@@ -411,7 +411,7 @@ def test_a_commit_that_fails_before_it_is_done_leaves_the_head(hub: HubServer, k
     assert set(hub.files(REPO)) == {ATTRIBUTES, "a.txt"}
 
 
-def test_a_commit_whose_answer_is_lost_is_there(hub: HubServer) -> None:
+def test_a_commit_whose_response_is_lost_exists(hub: HubServer) -> None:
     head = hub.create(REPO)
     fault = hub.fail(Fault("POST", "/commit/main", "lose_answer"))
     with pytest.raises(Exception, match="disconnected"):
@@ -421,7 +421,7 @@ def test_a_commit_whose_answer_is_lost_is_there(hub: HubServer) -> None:
 
 
 @pytest.mark.parametrize("kind", ["status", "cut_upload", "lose_answer"])
-def test_an_upload_that_fails_is_tried_again(hub: HubServer, kind: hub_server.Kind) -> None:
+def test_a_failed_upload_is_retried(hub: HubServer, kind: hub_server.Kind) -> None:
     hub.create(REPO)
     fault = hub.fail(Fault("PUT", "/lfs-store/", kind))
     files = {"w.safetensors": some_bytes(2**20)}
@@ -433,7 +433,7 @@ def test_an_upload_that_fails_is_tried_again(hub: HubServer, kind: hub_server.Ki
     ]
 
 
-def test_a_store_that_would_see_the_token_refuses(hub: HubServer) -> None:
+def test_the_blob_store_refuses_a_request_with_a_token(hub: HubServer) -> None:
     hub.create(REPO)
     content = some_bytes(10)
     address = f"/lfs-store/{REPO}/{hashlib.sha256(content).hexdigest()}"
@@ -458,7 +458,7 @@ FLIPPED = b"the\x20vord"
         ("delay", TimeoutError),
     ],
 )
-def test_a_fault_fires_as_often_as_it_says(hub: HubServer, kind: hub_server.Kind, outcome: object) -> None:
+def test_a_fault_fires_the_given_number_of_times(hub: HubServer, kind: hub_server.Kind, outcome: object) -> None:
     hub.create(REPO)
     hub.plant(REPO, {"word.txt": WORD, "other.txt": WORD})
     seconds = 60.0 if kind == "delay" else 0.0
@@ -476,7 +476,7 @@ def test_a_fault_fires_as_often_as_it_says(hub: HubServer, kind: hub_server.Kind
 
 
 @pytest.mark.parametrize("kind", ["status", "drop", "cut_upload", "lose_answer"])
-def test_only_a_lost_answer_has_done_something(hub: HubServer, kind: hub_server.Kind) -> None:
+def test_only_a_request_with_a_lost_response_has_an_effect(hub: HubServer, kind: hub_server.Kind) -> None:
     hub.create(REPO)
     fault = hub.fail(Fault("POST", "/branch/", kind, times=3))
     path = f"/api/models/{REPO}/branch/new"
@@ -514,7 +514,7 @@ def test_a_fault_that_could_never_fire_is_refused(wrong: dict[str, object]) -> N
         Fault(**{**right, **wrong})  # type: ignore[arg-type]
 
 
-def test_a_hub_that_is_down_is_no_empty_hub(tmp_path: Path) -> None:
+def test_a_hub_that_is_down_is_not_an_empty_hub(tmp_path: Path) -> None:
     before = set(threading.enumerate())
     with HubServer() as server:
         server.create(REPO)
@@ -528,7 +528,7 @@ def test_a_hub_that_is_down_is_no_empty_hub(tmp_path: Path) -> None:
         snapshot_download(REPO, endpoint=url, token=False, cache_dir=tmp_path)
 
 
-def test_a_defect_of_the_hub_itself_is_said() -> None:
+def test_an_error_of_the_test_server_itself_is_raised() -> None:
     with pytest.raises(RuntimeError, match="JSONDecodeError"), HubServer() as server:
         assert send(server, "POST", "/api/repos/create", b"no JSON", token=server.token)[0] == 500
 
@@ -546,7 +546,7 @@ print(repo, commit.oid, snapshot_download(repo, revision=commit.oid))
 """
 
 
-def test_the_environment_is_all_that_a_child_needs(hub: HubServer, tmp_path: Path) -> None:
+def test_a_child_process_needs_only_the_environment(hub: HubServer, tmp_path: Path) -> None:
     folder = tmp_path / "files"
     folder.mkdir()
     files = {"model.safetensors": some_bytes(3000), "vocab.bin": some_bytes(10, seed=1), "config.json": b"{}"}

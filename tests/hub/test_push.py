@@ -241,7 +241,7 @@ def test_branch_pull_request_and_dry_run(run: Path, hub: HubServer, api: HfApi) 
 
 
 @pytest.mark.usefixtures("quick")
-def test_what_a_person_writes_on_the_hub_survives(run: Path, hub: HubServer, api: HfApi, tmp_path: Path) -> None:
+def test_edits_of_the_card_on_the_hub_survive(run: Path, hub: HubServer, api: HfApi, tmp_path: Path) -> None:
     push_to_hub(run, REPO, api=api)
     card = hub.files(REPO, "main")["README.md"].decode()
     hub.plant(REPO, {"README.md": (card + "\n## Thanks\n\nTo my cat.\n").encode()})
@@ -258,7 +258,7 @@ def test_what_a_person_writes_on_the_hub_survives(run: Path, hub: HubServer, api
 
 
 @pytest.mark.usefixtures("quick")
-def test_pull_gives_the_same_files_and_runs_none(run: Path, hub: HubServer, api: HfApi, tmp_path: Path) -> None:
+def test_pull_gives_the_same_files_and_runs_no_code(run: Path, hub: HubServer, api: HfApi, tmp_path: Path) -> None:
     push_to_hub(run, REPO, api=api)
     hub.plant(REPO, {"modeling_gpt_kit.py": b"raise SystemExit('ran')\n", "evil.pkl": b"\x80\x04."})
     folder = pull_model(REPO, tmp_path / "pulled", api=api)
@@ -351,7 +351,7 @@ def test_a_flipped_or_cut_download_is_refused_and_not_kept(
 
 
 @pytest.mark.usefixtures("quick")
-def test_what_to_do_is_said_in_one_sentence(run: Path, hub: HubServer, api: HfApi, tmp_path: Path) -> None:
+def test_errors_name_the_next_step(run: Path, hub: HubServer, api: HfApi, tmp_path: Path) -> None:
     stranger = HfApi(endpoint=hub.url, token=False)
     nobody = HfApi(endpoint=hub.url, token="hf_wrongwrongwrongwrong")
     with pytest.raises(HubError, match="name it OWNER/NAME"):
@@ -392,7 +392,7 @@ def swapped_tokens(content: bytes) -> bytes:
 
 
 def without_ends(code: bytes) -> bytes:
-    """Code that leaves out the end of text where it counts the loss, as who masks padding by its id does."""
+    """Code whose loss ignores EOS, as code does that masks padding by its id."""
     text = code.decode()
     marks = "        if labels is not None:\n            labels = labels.masked_fill(labels == 256, -100)\n"
     head = text.index("class GPTKitForCausalLM")
@@ -421,7 +421,7 @@ def planted(files: dict[str, bytes], place: Path) -> dict[str, tuple[dict[str, b
                 "config.json": changed_json(config, tie_word_embeddings=False),
                 "model.safetensors": changed_weights(weights, place, lambda w: w | head),
             },
-            "whether input and output embeddings are tied is false, was true",
+            r"model\.tied is false, was true",
         ),
         "padding is the end": (
             {"tokenizer_config.json": changed_json(files["tokenizer_config.json"], pad_token="<|endoftext|>")},
@@ -447,14 +447,14 @@ def planted(files: dict[str, bytes], place: Path) -> dict[str, tuple[dict[str, b
                     weights, place, lambda w: {k: v.bfloat16() for k, v in w.items()}
                 ),
             },
-            "the weights' dtype is",
+            r"model\.dtypes is",
         ),
         "stale code": (
             {"configuration_gpt_kit.py": files["configuration_gpt_kit.py"] + b"# older\n"},
             r"configuration_gpt_kit\.py is not the file that was published",
         ),
         "broken template": ({"chat_template.jinja": b"{% for m in messages %}"}, "template cannot be used"),
-        "other template": ({"chat_template.jinja": b"{{ messages[0].content }}"}, "the chat template's written is"),
+        "other template": ({"chat_template.jinja": b"{{ messages[0].content }}"}, r"template\.written is"),
         "pickle beside": ({"pytorch_model.bin": b"\x80\x04."}, r"pytorch_model\.bin"),
         "changed configuration": (
             {"config.json": changed_json(config, layer_norm_epsilon=0.5)},
@@ -500,7 +500,7 @@ def test_verification_names_each_fault_planted_in_a_commit(
 
 
 @pytest.mark.usefixtures("quick")
-def test_verify_only_says_what_changed_since(run: Path, hub: HubServer, api: HfApi) -> None:
+def test_verification_alone_names_later_changes(run: Path, hub: HubServer, api: HfApi) -> None:
     push_to_hub(run, REPO, api=api)
     verify_publication(REPO, api=api).require()
     hub.plant(REPO, {"config.json": changed_json(hub.files(REPO, "main")["config.json"], hidden_act="gelu_new")})

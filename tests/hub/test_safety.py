@@ -1,4 +1,4 @@
-"""Model folders of strangers: each malicious form is refused in one line from headers alone, good folders pass."""
+"""Untrusted model folders: each malicious one is refused in one line from headers alone, good ones pass."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def model(tiny: Path, tmp_path: Path) -> Path:
-    """A copy of it to spoil."""
+    """A copy of it to change."""
     return Path(shutil.copytree(tiny, tmp_path / "model"))
 
 
@@ -82,7 +82,7 @@ def tiny_adapter(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def adapter(tiny_adapter: Path, tmp_path: Path) -> Path:
-    """An adapter to spoil."""
+    """An adapter to change."""
     return Path(shutil.copytree(tiny_adapter, tmp_path / "adapter"))
 
 
@@ -135,7 +135,7 @@ def watched() -> Iterator[dict[str, int]]:
 
 
 def refusal(folder: Path) -> str:
-    """The line with which a folder is refused; no model takes memory, no pickle is read, nothing blocks."""
+    """Return the message that refuses a folder; no model takes memory, no pickle is read, nothing blocks."""
     with watched(), pytest.raises(CheckpointError) as caught:
         check_model_folder(folder)
     line = str(caught.value)
@@ -163,7 +163,7 @@ def put(name: str, data: bytes | str) -> Change:
 
 
 def write_header(path: Path, header: Mapping[str, Any] | bytes, data: int = 0) -> None:
-    """Write a safetensors file with so many bytes of data, which take no room on the disk."""
+    """Write a safetensors file with a hole of so many bytes as its data."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text)
     os.truncate(path, 8 + len(text) + data)
@@ -192,7 +192,7 @@ def sharded(folder: Path) -> None:
 
 
 def shards(value: Any) -> Change:
-    """Cut the weights, then have the index send one tensor elsewhere."""
+    """Shard the weights, then let the index point to another file for one tensor."""
 
     def change(folder: Path) -> None:
         sharded(folder)
@@ -229,7 +229,7 @@ def shard_copied(folder: Path) -> None:
 
 
 def instead(kind: Callable[[Path], Any], *names: str) -> Change:
-    """Put something that is no plain file in the place of files."""
+    """Replace files by something that is no regular file."""
 
     def change(folder: Path) -> None:
         for name in names:
@@ -246,7 +246,7 @@ def link_out(path: Path) -> None:
 
 
 def with_manifest(folder: Path, step: int = 3) -> Path:
-    """Write the manifest that fits what the folder holds now."""
+    """Write the manifest of the folder's present files."""
     (folder / "manifest.json").unlink(missing_ok=True)
     files = {
         path.relative_to(folder).as_posix(): {
@@ -434,7 +434,7 @@ def test_a_malicious_state_is_refused(change: Change, line: str, checkpoint: Pat
     assert re.search(line, refusal(with_manifest(checkpoint)))
 
 
-def test_a_manifest_of_another_kind_is_refused(checkpoint: Path) -> None:
+def test_a_manifest_that_is_no_object_is_refused(checkpoint: Path) -> None:
     (checkpoint / "manifest.json").write_text("[]")
     assert "manifest.json: it must be a JSON object" in refusal(checkpoint)
 
@@ -475,7 +475,7 @@ def test_a_malicious_adapter_is_refused(change: Change, line: str, alone: bool, 
     assert re.search(line, refusal(adapter))
 
 
-def test_an_adapter_brings_a_base_that_is_checked(adapter: Path, model: Path, tmp_path: Path) -> None:
+def test_the_base_of_an_adapter_is_checked_too(adapter: Path, model: Path, tmp_path: Path) -> None:
     edit("adapter_config.json", base_model_name_or_path=str(model))(adapter)
     check_model_folder(adapter)
     edit("config.json", n_layer=900)(model)
@@ -487,7 +487,7 @@ def test_an_adapter_brings_a_base_that_is_checked(adapter: Path, model: Path, tm
         check_model_folder(adapter)
 
 
-def test_a_checkpoint_holds_plain_files_only(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_holds_regular_files_only(checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint / "state").mkdir()
     moments, outside = checkpoint / "state" / "moments.safetensors", tmp_path / "outside.safetensors"
     os.mkfifo(moments)
@@ -498,7 +498,9 @@ def test_a_checkpoint_holds_plain_files_only(checkpoint: Path, tmp_path: Path) -
     assert "moments.safetensors: it is a link out of its folder" in refusal(checkpoint)
 
 
-def test_numbers_have_bounds(model: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_of_files_and_tensors_are_bounded(
+    model: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(safety, "_MAX_FILES", 3)
         assert re.search(r"it holds \d model files; 3 are allowed", refusal(model))
@@ -545,7 +547,7 @@ def test_sizes_of_other_models_and_layouts_are_refused(
     assert re.search(line, refusal(tmp_path))
 
 
-def test_a_tensor_of_no_elements_bears_nothing_out(tmp_path: Path) -> None:
+def test_an_empty_tensor_does_not_justify_a_size(tmp_path: Path) -> None:
     gpt2(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     save_file({**weights, "vast": torch.empty(0, 1 << 40)}, tmp_path / "model.safetensors")
@@ -563,7 +565,7 @@ def test_weights_that_are_a_pickle_are_refused(name: str, model: Path) -> None:
     )
 
 
-def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     assert "cannot be read" in refusal(tmp_path / "missing")
     (tmp_path / "file").write_text("x")
     assert "cannot be read" in refusal(tmp_path / "file")
@@ -674,7 +676,7 @@ def test_the_shapes_are_those_of_the_model(seed: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_snapshot_of_the_hub_passes_but_leads_nowhere_else(shared: bool, tiny: Path, tmp_path: Path) -> None:
+def test_a_cache_snapshot_passes_and_may_not_link_elsewhere(shared: bool, tiny: Path, tmp_path: Path) -> None:
     repository = tmp_path / "hub" / "models--someone--model"
     snapshot, blobs = repository / "snapshots" / "0123abc", repository / "blobs"
     snapshot.mkdir(parents=True)
@@ -702,7 +704,7 @@ def test_a_snapshot_of_the_hub_passes_but_leads_nowhere_else(shared: bool, tiny:
 
 
 class Canary:
-    """Leaves a file behind where it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -713,7 +715,7 @@ class Canary:
 
 @pytest.fixture
 def mark(tmp_path: Path) -> Path:
-    """The file that none of the code in a folder may have made."""
+    """The file that no code in a folder may create."""
     mark = tmp_path / "it-ran"
     pickle.loads(pickle.dumps(Canary(mark)))
     mark.unlink()
@@ -721,7 +723,7 @@ def mark(tmp_path: Path) -> Path:
 
 
 def plant(folder: Path, mark: Path) -> None:
-    """Put into a folder what would leave the mark if anything ran it."""
+    """Add files to a folder that create the mark if anything runs them."""
     for name in PICKLES:
         with (folder / name).open("wb") as file:
             torch.save({"w": Canary(mark)}, file)
@@ -731,7 +733,7 @@ def plant(folder: Path, mark: Path) -> None:
     (folder / "custom_generate" / "generate.py").write_text(f"open({str(mark)!r}, 'w')")
 
 
-def test_no_road_runs_what_lies_in_a_good_folder(
+def test_no_loader_runs_files_of_a_good_folder(
     model: Path, adapter: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked"))
@@ -747,7 +749,7 @@ def test_no_road_runs_what_lies_in_a_good_folder(
     assert not mark.exists()
 
 
-def test_a_run_that_continues_runs_nothing_of_its_folder(tmp_path: Path, mark: Path) -> None:
+def test_a_resumed_run_runs_no_code_of_its_folder(tmp_path: Path, mark: Path) -> None:
     text = tmp_path / "lines.txt"
     text.write_text("".join(f"The king sees {number} ships.\n" for number in range(80)))
     short: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "sample_steps": 0, "report_to": ["none"]}

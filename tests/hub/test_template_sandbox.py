@@ -1,4 +1,4 @@
-"""Templates that ask for too much are refused; others, ours among them, are not."""
+"""Chat templates that need too much time, memory or text are refused; others pass."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% if a < 0 %}x
         ("{# " + "x" * (1 << 20) + " #}", "has 1,048,582 characters; 1,048,576 are allowed"),
     ],
 )
-def test_a_template_that_asks_for_too_much_is_refused(template: str, message: str, tmp_path: Path) -> None:
+def test_an_excessive_template_is_refused(template: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text(template)
     with pytest.raises(CheckpointError, match=rf"chat_template\.jinja: the chat template is not used: it {message}"):
         check_templates(tmp_path)
 
 
-def test_ours_and_plain_ones_are_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_and_plain_templates_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_templates(tmp_path)  # none at all
     plain = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": plain}))
@@ -41,7 +41,7 @@ def test_ours_and_plain_ones_are_not_refused(tmp_path: Path, monkeypatch: pytest
     check_templates(tmp_path)
 
 
-def test_templates_by_name_are_looked_at_too(tmp_path: Path) -> None:
+def test_named_templates_are_checked_too(tmp_path: Path) -> None:
     named = [{"name": "default", "template": "x"}, {"name": "tool_use", "template": "{{ 'a' * 2000000 }}"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: the chat template is not used"):

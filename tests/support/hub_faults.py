@@ -1,4 +1,4 @@
-"""A connection to the loopback Hub, and how it fails when a test says so."""
+"""Connections to the loopback Hub, and the faults that a test can inject into them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE")
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong with the requests of a method whose address, as sent, has path (a regular expression) in it.
+    """A fault of the requests of a method whose target matches `path`, a regular expression.
 
     The first `skip` of them are answered well, the next `times` fail, and the rest are answered well.
 
@@ -58,7 +58,7 @@ class Fault:
 
 @dataclass
 class Armed:
-    """A fault in place: how many requests it met, and how often it fired."""
+    """An injected fault with the numbers of matching requests and of failures."""
 
     fault: Fault
     seen: int = 0
@@ -66,7 +66,7 @@ class Armed:
 
 
 class Faults:
-    """The faults in place; a request suffers the first that is due."""
+    """The injected faults; the first one due is applied to a request."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -125,7 +125,7 @@ def answer_json(value: object, status: HTTPStatus = HTTPStatus.OK, headers: Mapp
 
 @dataclass(frozen=True)
 class Logged:
-    """One request; status 0 is one that nothing answered."""
+    """One logged request; status 0 means that it was not answered."""
 
     method: str
     path: str  # as sent: quoted, with its query
@@ -134,7 +134,7 @@ class Logged:
 
 
 class Connection(BaseHTTPRequestHandler):
-    """Reads requests, has them answered, and fails where a fault is due."""
+    """Reads requests, answers them, and applies the fault that is due."""
 
     server: Listener
     protocol_version = "HTTP/1.1"  # the client keeps connections, and a cut one must look like what it is
@@ -209,7 +209,7 @@ class Connection(BaseHTTPRequestHandler):
 
 
 class Listener(HTTPServer):
-    """Serves on a free port of this machine, each connection in a thread; all have ended when stop() returns."""
+    """Serves on a free local port, one thread a connection; all threads have ended when stop() returns."""
 
     def __init__(self, respond: Callable[[Request], Answer]) -> None:
         super().__init__(("127.0.0.1", 0), Connection)

@@ -40,7 +40,7 @@ def _refused(error: HubError) -> Answer:
 
 @dataclass(frozen=True)
 class Call:
-    """A request with what its address names, and who sends it: None is nobody."""
+    """A request, the objects that its address names, and its user (None is anonymous)."""
 
     request: Request
     names: Mapping[str, str]
@@ -51,7 +51,7 @@ class Call:
 
 
 class Endpoints:
-    """What each address of the Hub answers."""
+    """The endpoints of the Hub's API."""
 
     def __init__(self, tokens: Mapping[str, str], page_size: int) -> None:
         self.url = ""

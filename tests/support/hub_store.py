@@ -1,4 +1,4 @@
-"""What the loopback Hub keeps: repositories of immutable commits, and large files beside them."""
+"""The storage of the loopback Hub: repositories of immutable commits, and large files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _METADATA = re.compile(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTAL
 
 
 class HubError(Exception):
-    """A request that the Hub does not grant: the status, a sentence, and the code that the client makes a class of."""
+    """A refused request: the status, a message, and the error code that the client maps to an exception class."""
 
     def __init__(
         self, status: HTTPStatus, message: str, code: str | None = None, headers: Mapping[str, str] | None = None
@@ -118,7 +118,7 @@ class Commit:
 
 @dataclass(frozen=True)
 class Change:
-    """A file's new content, or that it goes (blob None), or that all below a folder goes."""
+    """A change of one path: a file's new content, its deletion (blob None), or the deletion of a folder."""
 
     path: str
     blob: Blob | None
@@ -127,7 +127,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Proposal:
-    """What a commit asks for; parent is the commit that it expects to find."""
+    """A requested commit; `parent` is the head that it expects."""
 
     changes: Sequence[Change]
     title: str
@@ -141,12 +141,12 @@ def _digest(value: object) -> str:
 
 
 def is_large(path: str, size: int) -> bool:
-    """Whether the Hub wants a file in LFS: by its ending, or for its size."""
+    """Return whether the Hub stores a file in LFS, by its suffix or its size."""
     return size > _LARGE or path.endswith(_LARGE_ENDINGS)
 
 
 def card_metadata(content: str) -> tuple[dict[str, Any], list[str], list[str]]:
-    """A card's metadata, what is wrong with it, and what could be better."""
+    """Return a card's metadata, their errors and their warnings."""
     found = _METADATA.match(content)
     if found is None:
         return {}, [], ["empty or missing yaml metadata in repo card"]
@@ -193,7 +193,7 @@ def _apply(tree: Mapping[str, Blob], changes: Sequence[Change]) -> dict[str, Blo
 
 
 class Repository:
-    """Branches and pull requests over commits that never change; every write is whole or not there."""
+    """Branches and pull requests over immutable commits; every write is atomic."""
 
     def __init__(self, name: str, owner: str, *, private: bool) -> None:
         self.name = name

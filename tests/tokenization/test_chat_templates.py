@@ -10,7 +10,7 @@ import tiktoken
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from gpt_kit_hf.data.instructions.dataset import format_alpaca
+from gpt_kit_hf.data.instructions.formats import format_alpaca
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.tokenization.chat_templates import (
     CHAT_TEMPLATES,
@@ -37,7 +37,7 @@ TEXTS = [
 ]
 
 
-def twin(encoding: tiktoken.Encoding, folder: Path, template: str | None) -> PreTrainedTokenizerBase:
+def exported(encoding: tiktoken.Encoding, folder: Path, template: str | None) -> PreTrainedTokenizerBase:
     save_tokenizer(encoding, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = template
@@ -74,7 +74,7 @@ def conversations() -> list[list[dict[str, str]]]:
 def test_the_prompt_is_a_prefix_of_the_conversation_at_every_answer(
     name: str, encoding: tiktoken.Encoding, tmp_path: Path
 ) -> None:
-    tokenizer = twin(encoding, tmp_path, get_chat_template(name))
+    tokenizer = exported(encoding, tmp_path, get_chat_template(name))
     check_chat_template(tokenizer)
     for messages in conversations():
         ids, trained = render_chat(tokenizer, messages)
@@ -94,7 +94,7 @@ def test_the_prompt_is_a_prefix_of_the_conversation_at_every_answer(
 
 
 def test_the_alpaca_template_asks_as_the_alpaca_format_does(tmp_path: Path) -> None:
-    tokenizer = twin(get_encoding("bytes"), tmp_path, get_chat_template("alpaca"))
+    tokenizer = exported(get_encoding("bytes"), tmp_path, get_chat_template("alpaca"))
     for text in TEXTS:
         said = [{"role": "user", "content": text}]
         asked = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
@@ -105,7 +105,7 @@ def test_the_alpaca_template_asks_as_the_alpaca_format_does(tmp_path: Path) -> N
 
 
 def test_the_default_template_writes_headers(tmp_path: Path) -> None:
-    tokenizer = twin(get_encoding("bytes"), tmp_path, get_chat_template("default"))
+    tokenizer = exported(get_encoding("bytes"), tmp_path, get_chat_template("default"))
     messages = [{"role": role, "content": role[0]} for role in ("system", "user", "assistant", "user")]
     assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == (
         "### System:\ns\n\n### User:\nu\n\n### Assistant:\na<|endoftext|>### User:\nu\n\n### Assistant:\n"
@@ -113,7 +113,7 @@ def test_the_default_template_writes_headers(tmp_path: Path) -> None:
 
 
 def test_a_saved_template_is_loaded_with_its_tokenizer(tmp_path: Path) -> None:
-    tokenizer = twin(get_encoding("bytes"), tmp_path / "one", get_chat_template("default"))
+    tokenizer = exported(get_encoding("bytes"), tmp_path / "one", get_chat_template("default"))
     tokenizer.save_pretrained(tmp_path / "two")
     loaded = AutoTokenizer.from_pretrained(tmp_path / "two")
     assert loaded.chat_template == get_chat_template("default")
@@ -136,7 +136,7 @@ def test_a_saved_template_is_loaded_with_its_tokenizer(tmp_path: Path) -> None:
 def test_messages_that_make_no_conversation_are_refused(
     name: str, messages: list[dict[str, Any]], reason: str, tmp_path: Path
 ) -> None:
-    tokenizer = twin(get_encoding("bytes"), tmp_path, get_chat_template(name))
+    tokenizer = exported(get_encoding("bytes"), tmp_path, get_chat_template(name))
     with pytest.raises(TemplateError, match=reason):
         render_chat(tokenizer, messages)
 
@@ -154,12 +154,12 @@ def looped(user: str, assistant: str) -> str:
     [
         (None, "has no chat template"),
         (looped("{{ m['content'] }}", "{{ m['content'] + eos_token }}"), "has no generation marks"),
-        (looped("{{ m['content'] }}", "{% generation %}{{ m['content'] }}{% endgeneration %}"), "trains no end"),
+        (looped("{{ m['content'] }}", "{% generation %}{{ m['content'] }}{% endgeneration %}"), "trains no EOS"),
         (
             looped("{{ m['content'] }}", "{% generation %}{{ m['content'] }}{% endgeneration %}{{ eos_token }}"),
-            "trains no end of text",
+            "trains no EOS",
         ),
-        (looped("{% generation %}{{ m['content'] }}{% endgeneration %}", "{{ eos_token }}"), "trains no end"),
+        (looped("{% generation %}{{ m['content'] }}{% endgeneration %}", "{{ eos_token }}"), "trains no EOS"),
         (looped(ASSISTANT, "{{ m['content'] }}"), "marks 'question' of the answer"),
         (looped(ASSISTANT, ASSISTANT), "as trained"),
         (looped("x", "{% generation %}{{ m['content'] + '!' + eos_token }}{% endgeneration %}"), "marks 'answer!'"),
@@ -170,7 +170,7 @@ def looped(user: str, assistant: str) -> str:
 def test_a_template_that_does_not_tell_what_is_trained_is_refused(
     template: str | None, reason: str, tmp_path: Path
 ) -> None:
-    tokenizer = twin(get_encoding("bytes"), tmp_path, template)
+    tokenizer = exported(get_encoding("bytes"), tmp_path, template)
     with pytest.raises(UsageError, match=reason) as refused:
         check_chat_template(tokenizer)
     assert "\n" not in str(refused.value)

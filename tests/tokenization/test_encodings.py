@@ -1,4 +1,4 @@
-"""Encodings, their twins on disk, training one's own, and the kit's text/ids functions."""
+"""Encodings, their export as `tokenizer.json`, training, and the kit's functions between text and ids."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from gpt_kit_hf.tokenization.encodings import (
     check_fingerprint,
     encode_documents,
     encode_ordinary_batch,
-    end_of_text_id,
     fingerprint,
     get_encoding,
+    get_eos_token_id,
     id_dtype,
     load_encoding,
     may_cut,
@@ -37,7 +37,7 @@ from gpt_kit_hf.tokenization.encodings import (
     token_ids_to_text,
     train_bpe,
 )
-from gpt_kit_hf.tokenization.export import GPT2_PATTERN, build_twin
+from gpt_kit_hf.tokenization.export import GPT2_PATTERN, build_tokenizer
 
 KINDS = ("bytes", "trained", "gpt2")
 SURROGATES = range(0xD800, 0xE000)
@@ -64,14 +64,14 @@ def encoding(kind: str, request: pytest.FixtureRequest) -> tiktoken.Encoding:
 
 
 @pytest.fixture(scope="module")
-def load_twin(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tiktoken.Encoding], Any]:
-    """The twin as a user loads it, from a folder whose model transformers does not know; once an encoding."""
+def load_exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tiktoken.Encoding], Any]:
+    """The export as a user loads it, from a folder whose model transformers does not know; once an encoding."""
     loaded: dict[str, Any] = {}
 
     def load(encoding: tiktoken.Encoding) -> Any:
         key = fingerprint(encoding)
         if key not in loaded:
-            folder = tmp_path_factory.mktemp("twin")
+            folder = tmp_path_factory.mktemp("exported")
             save_tokenizer(encoding, folder)
             (folder / "config.json").write_text('{"model_type": "nobody_knows_this", "architectures": ["X"]}')
             loaded[key] = AutoTokenizer.from_pretrained(folder)
@@ -101,17 +101,17 @@ def fuzzed_strings(count: int, seed: int) -> list[str]:
     return ["".join(rng.choice(sources)() for _ in range(rng.randint(0, 10))) for _ in range(count)]
 
 
-# The twin
+# The export
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_twin_gives_the_same_ids_for_every_code_point(
-    encoding: tiktoken.Encoding, load_twin: Callable[[tiktoken.Encoding], Any]
+def test_export_gives_the_same_ids_for_every_code_point(
+    encoding: tiktoken.Encoding, load_exported: Callable[[tiktoken.Encoding], Any]
 ) -> None:
     characters = [chr(code) for code in range(0x110000) if code not in SURROGATES]
     assert len(characters) == 1_112_064
     chunks = ["".join(characters[at : at + 4096]) for at in range(0, len(characters), 4096)]
-    backend = load_twin(encoding).backend_tokenizer
+    backend = load_exported(encoding).backend_tokenizer
     ids = [encoded.ids for encoded in backend.encode_batch_fast(chunks)]
     assert ids == [encoding.encode(chunk) for chunk in chunks]
     assert [encoding.decode(row) for row in ids] == chunks
@@ -122,7 +122,7 @@ def test_twin_gives_the_same_ids_for_every_code_point(
     [(GPT2_PATTERN, 0x110000), (encodings._TRAINED_PATTERN, 0x10000)],
     ids=["gpt2", "trained"],
 )
-def test_twin_cuts_every_assigned_plane_alike(pattern: str, limit: int) -> None:
+def test_export_cuts_every_assigned_plane_alike(pattern: str, limit: int) -> None:
     # With a token for "a", "1" or "!" followed by any byte, the ids show whether a character was cut off from
     # a letter, a digit or a sign before it: the class that each library gives it.
     ranks = {bytes([byte]): byte for byte in range(256)}
@@ -135,53 +135,53 @@ def test_twin_cuts_every_assigned_plane_alike(pattern: str, limit: int) -> None:
     characters = [chr(code) for code in planes if code < limit and code not in SURROGATES]
     placed = [f"a{c}1{c}!{c}" for c in characters]
     texts = ["".join(placed[at : at + 512]) for at in range(0, len(placed), 512)]
-    ids = [encoded.ids for encoded in build_twin(probe).encode_batch_fast(texts)]
+    ids = [encoded.ids for encoded in build_tokenizer(probe).encode_batch_fast(texts)]
     assert ids == [probe.encode_ordinary(text) for text in texts]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_twin_gives_the_same_ids_for_fuzzed_strings(
-    encoding: tiktoken.Encoding, load_twin: Callable[[tiktoken.Encoding], Any]
+def test_export_gives_the_same_ids_for_fuzzed_strings(
+    encoding: tiktoken.Encoding, load_exported: Callable[[tiktoken.Encoding], Any]
 ) -> None:
     texts = fuzzed_strings(4000, seed=1)
     assert sum(END_OF_TEXT in text for text in texts) > 500
-    twin = load_twin(encoding)
+    exported = load_exported(encoding)
     expected = [encoding.encode(text, allowed_special="all") for text in texts]
-    assert twin(texts)["input_ids"] == expected
+    assert exported(texts)["input_ids"] == expected
     assert [encoding.decode(ids) for ids in expected] == texts
-    assert [twin.decode(ids) for ids in expected[:500]] == texts[:500]
+    assert [exported.decode(ids) for ids in expected[:500]] == texts[:500]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_twin_reads_the_literal_as_text_when_told_to(
-    encoding: tiktoken.Encoding, load_twin: Callable[[tiktoken.Encoding], Any]
+def test_export_reads_the_literal_as_text_when_told_to(
+    encoding: tiktoken.Encoding, load_exported: Callable[[tiktoken.Encoding], Any]
 ) -> None:
     text = f"one{END_OF_TEXT} two"
-    assert load_twin(encoding)(text, split_special_tokens=True)["input_ids"] == encoding.encode_ordinary(text)
+    assert load_exported(encoding)(text, split_special_tokens=True)["input_ids"] == encoding.encode_ordinary(text)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_twin_decodes_any_ids_alike(
-    encoding: tiktoken.Encoding, load_twin: Callable[[tiktoken.Encoding], Any]
+def test_export_decodes_any_ids_alike(
+    encoding: tiktoken.Encoding, load_exported: Callable[[tiktoken.Encoding], Any]
 ) -> None:
     rng = np.random.default_rng(2)
-    twin = load_twin(encoding)
+    exported = load_exported(encoding)
     rows = [rng.integers(0, encoding.n_vocab, size=20).tolist() for _ in range(500)]
     decoded = [encoding.decode(row) for row in rows]
     assert any("\ufffd" in text for text in decoded)
-    assert [twin.decode(row) for row in rows] == decoded
+    assert [exported.decode(row) for row in rows] == decoded
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_twin_of_any_trained_encoding(seed: int) -> None:
+def test_export_of_any_trained_encoding(seed: int) -> None:
     # Few letters and long pieces give merges that overlap, repeat and compete.
     rng = random.Random(seed)
     alphabet = ("ab", "a", "abc", "aab ", "=-a", "01 a", " \n\ta", "é中a")[seed]
     texts = ["".join(rng.choices(alphabet, k=rng.randint(1, 400))) for _ in range(30)]
     encoding = train_bpe(texts[:15], 600)
-    twin = build_twin(encoding)
+    exported = build_tokenizer(encoding)
     assert encoding.n_vocab > 259
-    assert [e.ids for e in twin.encode_batch(texts)] == [encoding.encode_ordinary(text) for text in texts]
+    assert [e.ids for e in exported.encode_batch(texts)] == [encoding.encode_ordinary(text) for text in texts]
 
 
 # Saved and loaded
@@ -249,13 +249,13 @@ def test_auto_tokenizer_needs_no_custom_code(
     save_tokenizer(trained_encoding, tmp_path)
     if model_type:
         (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "architectures": ["X"]}))
-    twin = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
+    exported = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
     text = f" The cat's 12345 {END_OF_TEXT}  mat\n"
-    assert twin(text)["input_ids"] == trained_encoding.encode(text, allowed_special="all")
-    assert set(twin(text)) == {"input_ids", "attention_mask"}
-    assert twin.vocab_size == len(twin) == trained_encoding.n_vocab
-    assert twin.bos_token_id == twin.eos_token_id == trained_encoding.eot_token
-    assert twin.pad_token is None
+    assert exported(text)["input_ids"] == trained_encoding.encode(text, allowed_special="all")
+    assert set(exported(text)) == {"input_ids", "attention_mask"}
+    assert exported.vocab_size == len(exported) == trained_encoding.n_vocab
+    assert exported.bos_token_id == exported.eos_token_id == trained_encoding.eot_token
+    assert exported.pad_token is None
 
 
 def edit_tokenizer(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
@@ -345,7 +345,7 @@ def test_load_encoding_of_no_tokenizer(tmp_path: Path) -> None:
         load_encoding(tmp_path)
 
 
-def test_save_tokenizer_refuses_what_has_no_twin(tmp_path: Path) -> None:
+def test_save_tokenizer_refuses_what_cannot_be_exported(tmp_path: Path) -> None:
     every_byte = {bytes([byte]): byte for byte in range(256)}
     end = {END_OF_TEXT: 999}
 
@@ -566,9 +566,9 @@ def test_encode_ordinary_batch_names_the_text_it_cannot_encode(trained_encoding:
 def tokenizer(
     request: pytest.FixtureRequest,
     trained_encoding: tiktoken.Encoding,
-    load_twin: Callable[[tiktoken.Encoding], Any],
+    load_exported: Callable[[tiktoken.Encoding], Any],
 ) -> tiktoken.Encoding | PreTrainedTokenizerBase:
-    return trained_encoding if request.param == "tiktoken" else load_twin(trained_encoding)
+    return trained_encoding if request.param == "tiktoken" else load_exported(trained_encoding)
 
 
 def test_text_to_ids_and_back(tokenizer: Any, trained_encoding: tiktoken.Encoding) -> None:
@@ -580,7 +580,7 @@ def test_text_to_ids_and_back(tokenizer: Any, trained_encoding: tiktoken.Encodin
     assert trained_encoding.eot_token in ids
     for same in (ids, ids[0], ids[0].tolist(), ids.to(torch.int32), ids[0].numpy().astype(np.uint16)):
         assert token_ids_to_text(same, tokenizer) == text
-    assert end_of_text_id(tokenizer) == trained_encoding.eot_token
+    assert get_eos_token_id(tokenizer) == trained_encoding.eot_token
 
 
 def test_no_text_is_no_ids(tokenizer: Any) -> None:
@@ -620,7 +620,7 @@ def test_what_is_no_tokenizer() -> None:
     calls: list[Callable[[Any], object]] = [
         lambda tokenizer: text_to_token_ids("a", tokenizer),
         lambda tokenizer: token_ids_to_text([1], tokenizer),
-        end_of_text_id,
+        get_eos_token_id,
     ]
     for call in calls:
         with pytest.raises(UsageError, match=r"tokenizer is str; it must be a tiktoken\.Encoding"):
@@ -630,7 +630,7 @@ def test_what_is_no_tokenizer() -> None:
 def test_an_encoding_without_end_of_text() -> None:
     ranks = {bytes([byte]): byte for byte in range(256)}
     bare = tiktoken.Encoding("bare", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={})
-    assert end_of_text_id(bare) is None
+    assert get_eos_token_id(bare) is None
     assert text_to_token_ids(END_OF_TEXT, bare)[0].tolist() == list(END_OF_TEXT.encode())
 
 

@@ -21,7 +21,7 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize(
     ("number", "text"), [(0, "0"), (950, "950"), (12_345, "12.3k"), (124_439_808, "124M"), (1.5576e9, "1.56B")]
 )
-def test_counts_are_short(number: float, text: str) -> None:
+def test_short_counts(number: float, text: str) -> None:
     assert short(number) == text
 
 
@@ -29,11 +29,11 @@ def test_counts_are_short(number: float, text: str) -> None:
     ("seconds", "text"),
     [(0.4, "0 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (7500, "2 h 5 min"), (float("inf"), "unknown time")],
 )
-def test_times_read_as_spoken(seconds: float, text: str) -> None:
+def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_the_first_step_is_not_the_pace() -> None:
+def test_pace_leaves_out_the_first_step() -> None:
     pace = Pace()
     pace.add(60.0)
     assert pace.seconds_per_step == 60.0
@@ -42,54 +42,54 @@ def test_the_first_step_is_not_the_pace() -> None:
     assert pace.seconds_per_step == 3.0
 
 
-def test_control_characters_are_not_shown() -> None:
+def test_printable_replaces_control_characters() -> None:
     assert printable("a\tb\nc\x1b[2Jd\x07\u00e9") == "a\tb\nc\ufffd[2Jd\ufffd\u00e9"
 
 
-def test_piped_output_is_plain_lines() -> None:
+def test_console_writes_lines_to_a_pipe() -> None:
     stream = io.StringIO()
     console = Console(stream)
     console.start(0, 10)
     console.advance()
     console.step(1, 10, loss=2.5, tokens_per_second=1234, seconds_left=90)
-    console.say("done")
+    console.log("done")
     console.close()
     assert stream.getvalue() == "step 1/10  loss 2.500  1.23k tokens/s  1 min 30 s left\ndone\n"
 
 
-def test_a_terminal_gets_a_bar_and_lines_above_it() -> None:
+def test_console_writes_lines_above_a_bar_on_a_terminal() -> None:
     stream = Terminal()
     console = Console(stream)
     console.start(2, 10)
     console.step(3, 10, loss=2.5, tokens_per_second=1234, seconds_left=90)
     console.advance()
-    console.say("a line")
+    console.log("a line")
     console.close()
-    console.say("after")
+    console.log("after")
     shown = stream.getvalue()
     assert "a line\n" in shown
     assert "2/10" in shown
     assert shown.endswith("after\n")
 
 
-def test_without_a_stream_nothing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_console_without_a_stream_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(None)
     console.start(0, 1)
     console.step(1, 1, 1.0, 1.0, 1.0)
-    console.say("nothing")
+    console.log("nothing")
     console.close()
     assert capsys.readouterr() == ("", "")
 
 
-def test_the_curve_is_a_picture(tmp_path: Path) -> None:
+def test_draw_curve_writes_a_png(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     records = [{"kind": "train", "step": i, "loss": 5.0 / i} for i in range(1, 40)]
-    records += [{"kind": "train", "step": 40, "loss": None}, {"kind": "evaluation", "step": 20, "loss": 0.4}]
+    records += [{"kind": "train", "step": 40, "loss": None}, {"kind": "eval", "step": 20, "loss": 0.4}]
     assert draw_curve(records, tmp_path / "loss.png", "a title")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_trackers_are_those_that_accelerate_knows() -> None:
+def test_trackers_refuse_unknown_and_missing_ones() -> None:
     assert trackers(["none"]) == []
     assert trackers(["auto"]) in ([], ["tensorboard"])
     with pytest.raises(UsageError, match="unknown report_to 'tensorbord'; did you mean 'tensorboard'"):

@@ -28,7 +28,7 @@ def launch(processes: int, folder: Path, text: Path, *arguments: str) -> subproc
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     command += [
         f"--nproc-per-node={processes}",
-        "examples/train_gpt.py",
+        "examples/pretrain.py",
         f"--output_dir={folder}",
         f"--text_files={text}",
     ]
@@ -54,12 +54,12 @@ def text(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_two_processes_compute_the_batches_of_one(streaming: bool, tmp_path: Path, text: Path) -> None:
+def test_two_processes_train_on_the_same_batches_as_one(streaming: bool, tmp_path: Path, text: Path) -> None:
     source = []
     if streaming:
         held_out = tmp_path / "held-out.txt"
         held_out.write_text(text.read_text())
-        text.write_text(text.read_text() * 100)  # long enough for two units, a lane each
+        text.write_text(text.read_text() * 100)  # long enough for two shards, a stream shard each
         source = ["--streaming=true", f"--eval_files={held_out}", "--shuffle_windows=16"]
     for processes in (1, 2):
         ended = launch(processes, tmp_path / f"by-{processes}", text, *source)
@@ -74,14 +74,14 @@ def test_two_processes_compute_the_batches_of_one(streaming: bool, tmp_path: Pat
             assert other[key] == (pytest.approx(value, abs=1e-4) if isinstance(value, float) else value), key
 
 
-def test_a_batch_that_two_processes_cannot_share_is_refused(tmp_path: Path, text: Path) -> None:
+def test_batch_size_must_be_divisible_by_the_processes(tmp_path: Path, text: Path) -> None:
     ended = launch(2, tmp_path / "run", text, "--batch_size=9")
     assert ended.returncode != 0
     assert "error: batch_size=9 must be divisible by the number of processes, 2" in ended.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_one_then_two_then_one_process_meet_the_same_batches(tmp_path: Path, text: Path) -> None:
+def test_resume_on_another_number_of_processes_keeps_the_batches(tmp_path: Path, text: Path) -> None:
     """In the middle of an epoch: none lost, none repeated."""
     course = ["--lr_scheduler_type=constant_with_warmup", "--resume"]
     ended = launch(1, tmp_path / "whole", text, *course)

@@ -66,8 +66,8 @@ def write_rows(file: Path, n: int = 24) -> Path:
 def options(folder: Path, base: Path, rows: Path, **changes: Any) -> FinetuneOptions:
     training = {
         "batch_size": 4, "per_device_train_batch_size": 3, "max_steps": 8, "eval_steps": 4, "save_steps": 4,
-        "save_total_limit": 9, "logging_steps": 4, "sample_steps": 0, "sample_max_new_tokens": 8, "use_cpu": True,
-        "mixed_precision": "fp32", "report_to": ["none"],
+        "save_total_limit": 9, "logging_steps": 4, "sample_steps": 0, "sample_max_new_tokens": 8,
+        "use_cpu": True, "mixed_precision": "fp32", "report_to": ["none"],
     }  # fmt: skip
     rooms: dict[str, Any] = {"supervision": SupervisionOptions(max_length=CONTEXT), "adapter": AdapterOptions()}
     rooms |= {name: changes.pop(name) for name in list(changes) if name in rooms}
@@ -81,14 +81,14 @@ def options(folder: Path, base: Path, rows: Path, **changes: Any) -> FinetuneOpt
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_a_tuned_model_answers_and_loads_like_any_model(rank: int, base: Path, tmp_path: Path) -> None:
-    rows, said = write_rows(tmp_path / "rows.json"), io.StringIO()
+def test_finetuned_model_loads_and_answers(rank: int, base: Path, tmp_path: Path) -> None:
+    rows, output = write_rows(tmp_path / "rows.json"), io.StringIO()
     asked = options(tmp_path / "run", base, rows, max_steps=60, save_steps=60, adapter=AdapterOptions(lora_r=rank))
-    result = finetune(asked, stream=said)
-    scores = [line["loss"] for line in read_jsonl(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "evaluation"]
+    result = finetune(asked, stream=output)
+    scores = [line["loss"] for line in read_jsonl(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "eval"]
     assert result.evaluation.loss < 0.6 * scores[0]  # the score before the first step is there to compare
-    for part in ("18 used", "held out  6 rows", "trained (", "⟦", "<|endoftext|>⟧", "held-out answers"):
-        assert part in said.getvalue(), part
+    for part in ("18 used", "eval      6 rows", "trained (", "⟦", "<|endoftext|>⟧", "eval answers"):
+        assert part in output.getvalue(), part
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run").eval()
     assert type(model).__name__ == "GPTKitForCausalLM"
@@ -118,7 +118,7 @@ def trained_rows(file: Path, tokenizer: Any) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize("packing", [True, False])
-def test_a_run_continues_to_the_bit(packing: bool, rank: int, base: Path, tmp_path: Path) -> None:
+def test_run_resumes_to_the_bit(packing: bool, rank: int, base: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.json")
     rooms = {
         "supervision": SupervisionOptions(max_length=CONTEXT, packing=packing),
@@ -134,7 +134,7 @@ def test_a_run_continues_to_the_bit(packing: bool, rank: int, base: Path, tmp_pa
     assert len(list_checkpoints(killed)) == len(list_checkpoints(tmp_path / "whole"))
 
 
-def test_an_adapter_leaves_the_base_as_it_was(base: Path, tmp_path: Path) -> None:
+def test_adapter_changes_only_its_target_modules(base: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.json")
     finetune(options(tmp_path / "run", base, rows, adapter=AdapterOptions(lora_r=2)), stream=None)
     before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "run" / "model.safetensors")
@@ -143,7 +143,7 @@ def test_an_adapter_leaves_the_base_as_it_was(base: Path, tmp_path: Path) -> Non
     assert all("_proj.weight" in name for name in moved)
 
 
-def test_held_out_answers_are_scored_whatever_is_trained(base: Path, tmp_path: Path) -> None:
+def test_evaluation_scores_answers_only_for_every_train_on(base: Path, tmp_path: Path) -> None:
     """At learning rate 0, so that both runs score the same weights."""
     rows = write_rows(tmp_path / "rows.json")
     losses = []
@@ -155,12 +155,12 @@ def test_held_out_answers_are_scored_whatever_is_trained(base: Path, tmp_path: P
             supervision=SupervisionOptions(max_length=CONTEXT, train_on=train_on),  # type: ignore[arg-type]
         )
         finetune(replace(asked, optimizer=OptimizerOptions(learning_rate=1e-12, warmup_steps=1)), stream=None)
-        first = next(r for r in read_jsonl(tmp_path / train_on / "metrics.jsonl") if r["kind"] == "evaluation")
+        first = next(r for r in read_jsonl(tmp_path / train_on / "metrics.jsonl") if r["kind"] == "eval")
         losses.append((first["loss"], first["tokens"]))
     assert losses[0] == losses[1]
 
 
-def test_dropout_of_the_run_is_the_models(base: Path, tmp_path: Path) -> None:
+def test_dropout_option_changes_the_model(base: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.json")
     asked = options(tmp_path / "run", base, rows)
     finetune(replace(asked, base=replace(asked.base, dropout=0.25)), stream=None)
@@ -168,7 +168,7 @@ def test_dropout_of_the_run_is_the_models(base: Path, tmp_path: Path) -> None:
     assert (config["embd_pdrop"], config["attn_pdrop"], config["resid_pdrop"]) == (0.25, 0.25, 0.25)
 
 
-def test_byte_lengths_of_a_tokenizer_are_those_of_its_bytes(base: Path) -> None:
+def test_byte_lengths_of_a_tokenizer(base: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     lengths = tokenizer_byte_lengths(tokenizer, 257)
     assert lengths[tokenizer.eos_token_id] == 0
@@ -176,13 +176,13 @@ def test_byte_lengths_of_a_tokenizer_are_those_of_its_bytes(base: Path) -> None:
     assert lengths[tokenizer.encode(text)].sum() == len(text.encode())
 
 
-def test_rows_that_train_nothing_or_cannot_be_read_stop_before_anything_is_written(base: Path, tmp_path: Path) -> None:
+def test_unusable_rows_are_refused_before_anything_is_written(base: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.json")
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"instruction": "a", "input": "", "output": "b"}\n{"instruction": "a", "input": ""}\n')
     with pytest.raises(DataError, match=r"broken\.jsonl:2"):
         finetune(options(tmp_path / "run", base, broken), stream=None)
-    with pytest.raises(UsageError, match="max_length=512 is above what the model reads, max_position_embeddings=256"):
+    with pytest.raises(UsageError, match="max_length=512 is above the model's context, max_position_embeddings=256"):
         finetune(options(tmp_path / "run", base, rows, supervision=SupervisionOptions(max_length=512)), stream=None)
     with pytest.raises(UsageError, match=r"cannot be loaded|no such folder"):
         finetune(options(tmp_path / "run", tmp_path / "missing", rows), stream=None)
@@ -206,12 +206,12 @@ def test_rows_that_train_nothing_or_cannot_be_read_stop_before_anything_is_writt
         (lambda: AdapterOptions(lora_target_modules=[]), "lora_target_modules is empty"),
     ],
 )
-def test_options_out_of_range_are_named(make: Any, message: str) -> None:
+def test_options_out_of_range_are_refused(make: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         make()
 
 
-def test_the_command_tunes_and_refuses_in_one_line(
+def test_finetune_command_runs_and_refuses_in_one_line(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = write_rows(tmp_path / "rows.json")
@@ -223,7 +223,7 @@ def test_the_command_tunes_and_refuses_in_one_line(
         "--use_cpu",
     ]
     assert main(["finetune", *arguments, "--report_to=none", "--sample_steps=0"]) == 0
-    assert "held-out answers" in capsys.readouterr().out
+    assert "eval answers" in capsys.readouterr().out
     for bad, message in (
         (["--ros=x"], "unknown option 'ros'; did you mean 'rows'"),
         (["--truncation=cut"], "truncation"),
@@ -235,7 +235,9 @@ def test_the_command_tunes_and_refuses_in_one_line(
         assert error[-1].startswith("error: ")
 
 
-def test_inspect_shows_what_would_be_trained(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_command_shows_the_trained_tokens(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def inspect(file: Path, *changes: str) -> int:
         return main(["inspect", str(file), "--examples=2", *changes])
 
@@ -254,7 +256,7 @@ def test_inspect_shows_what_would_be_trained(base: Path, tmp_path: Path, capsys:
     assert "1 skipped" in capsys.readouterr().out
 
 
-def test_the_chat_example_answers_each_question(base: Path) -> None:
+def test_chat_example_answers_each_question(base: Path) -> None:
     command = [sys.executable, "examples/chat.py", str(base), "What?", "And then?", "--max_new_tokens=4"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
@@ -272,7 +274,7 @@ def test_the_chat_example_answers_each_question(base: Path) -> None:
     assert "Traceback" not in refused.stderr
 
 
-def test_prompts_are_written_as_the_saved_template_asks(base: Path, tmp_path: Path) -> None:
+def test_training_prompts_equal_those_of_the_saved_template(base: Path, tmp_path: Path) -> None:
     """Whatever the rows look like: what chat sends is, id by id, the prompt that was trained."""
     forms: dict[str, list[dict[str, Any]]] = {
         "alpaca": [{"instruction": "Say so", "input": "so", "output": "so"}],
@@ -304,14 +306,14 @@ def test_prompts_are_written_as_the_saved_template_asks(base: Path, tmp_path: Pa
             assert trained == tokenizer.encode(text), (form, choice)
 
 
-def test_a_format_that_the_saved_template_does_not_write_is_refused(base: Path, tmp_path: Path) -> None:
+def test_format_other_than_the_saved_template_is_refused(base: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     row = PlacedRow("row 0", {"instruction": "a", "input": "", "output": "b"})
     with pytest.raises(UsageError, match="format='alpaca' writes other prompts than the chat template"):
         list(with_template(iter([row]), tokenizer, "default", "alpaca"))
 
 
-def test_an_adapter_goes_on_with_its_own_base_only(base: Path, tmp_path: Path) -> None:
+def test_adapter_resumes_on_its_own_base_only(base: Path, tmp_path: Path) -> None:
     rows, mine = write_rows(tmp_path / "rows.json"), tmp_path / "mine"
     shutil.copytree(base, mine)
     adapter = AdapterOptions(lora_r=2)
@@ -327,14 +329,14 @@ def test_an_adapter_goes_on_with_its_own_base_only(base: Path, tmp_path: Path) -
         finetune(options(tmp_path / "no", unfinished, rows, adapter=adapter), stream=None)
 
 
-def test_rows_that_are_trained_are_not_held_out(base: Path, tmp_path: Path) -> None:
+def test_training_rows_are_refused_as_evaluation_rows(base: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.json")
     asked = options(tmp_path / "run", base, rows)
     with pytest.raises(UsageError, match=r"eval_rows: .*rows\.json is trained on as well"):
         finetune(replace(asked, base=replace(asked.base, eval_rows=[str(rows)])), stream=None)
 
 
-def test_a_model_that_is_cut_short_is_one_line(base: Path, tmp_path: Path) -> None:
+def test_truncated_base_model_is_refused(base: Path, tmp_path: Path) -> None:
     shutil.copytree(base, tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])

@@ -150,7 +150,7 @@ def test_lora_starts_as_the_identity_and_trains_alone(base: Path, use_dora: bool
         assert torch.equal(parameter, weights[name])
 
 
-def test_a_saved_adapter_gives_equal_logits_on_every_road(base: Path, tmp_path: Path) -> None:
+def test_a_saved_adapter_gives_equal_logits_on_every_path(base: Path, tmp_path: Path) -> None:
     adapted = adapt(load(base), lora())
     train(adapted)
     adapted.save_pretrained(tmp_path / "adapter")

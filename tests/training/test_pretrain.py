@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing import event_accumulator
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from gpt_kit_hf import (
@@ -100,25 +102,25 @@ def killed_copy(run: Path, folder: Path, *lost: str) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, text_file: str) -> tuple[Path, str]:
-    """A run that was not interrupted, and what it said."""
-    folder, said = tmp_path_factory.mktemp("runs") / "whole", io.StringIO()
-    result = train(options(folder, text_file), stream=said)
+    """A run that was not interrupted, and what it output."""
+    folder, output = tmp_path_factory.mktemp("runs") / "whole", io.StringIO()
+    result = train(options(folder, text_file), stream=output)
     assert result.steps == 12
-    return folder, said.getvalue()
+    return folder, output.getvalue()
 
 
-def test_a_run_learns_and_says_what_it_does(finished: tuple[Path, str]) -> None:
-    folder, said = finished
+def test_run_learns_and_logs(finished: tuple[Path, str]) -> None:
+    folder, output = finished
     losses = [record["loss"] for record in update_lines(folder)]
     assert [record["step"] for record in update_lines(folder)] == list(range(1, 13))
     assert losses[-1] < 0.9 * losses[0]
-    corpus_and_model = ["1 documents", "tokens to train on", "2 layers", "fp32 on the CPU, 1 process"]
-    progress = ["step 4/12", "held-out", "bits per byte", "gzip -9", "unigram", "  | "]
+    corpus_and_model = ["1 documents", "training tokens", "2 layers", "fp32 on the CPU, 1 process"]
+    progress = ["step 4/12", "eval loss", "bits per byte", "gzip -9", "unigram", "  | "]
     for part in [*corpus_and_model, *progress, "from_pretrained", "metrics.jsonl", "gpt-kit generate"]:
-        assert part in said, part
+        assert part in output, part
 
 
-def test_a_run_folder_loads_like_any_model(finished: tuple[Path, str]) -> None:
+def test_run_folder_loads_by_auto_classes_and_pipeline(finished: tuple[Path, str]) -> None:
     folder, _ = finished
     assert AutoConfig.from_pretrained(folder).model_type == "gpt_kit"
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -132,7 +134,7 @@ def test_a_run_folder_loads_like_any_model(finished: tuple[Path, str]) -> None:
     assert text.startswith("The old")
 
 
-def test_a_run_folder_holds_what_a_person_needs_and_no_pickle(finished: tuple[Path, str]) -> None:
+def test_run_folder_holds_record_curve_checkpoints_and_no_pickle(finished: tuple[Path, str]) -> None:
     folder, _ = finished
     record = json.loads((folder / "run.json").read_text())
     assert record["results"]["steps"] == 12
@@ -146,56 +148,69 @@ def test_a_run_folder_holds_what_a_person_needs_and_no_pickle(finished: tuple[Pa
     assert not any(verify_checkpoint(checkpoint) for checkpoint in list_checkpoints(folder))
 
 
+def test_trackers_get_run_name_options_and_losses(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    [events] = (folder / "tensorboard" / folder.name).glob("events.*")
+    read = event_accumulator.EventAccumulator(str(events)).Reload()
+    assert {"train/loss", "train/learning_rate", "eval/loss", "eval/bits_per_byte"} <= set(read.Tags()["scalars"])
+    scored = {r["step"]: r["loss"] for r in read_jsonl(folder / "metrics.jsonl") if r["kind"] == "eval"}
+    assert {event.step: event.value for event in read.Scalars("eval/loss")} == pytest.approx(scored)
+    [config] = (folder / "tensorboard" / folder.name).glob("*/hparams.yml")
+    stored = yaml.safe_load(config.read_text())
+    assert stored.keys() == json.loads((folder / "options.json").read_text()).keys()
+    assert (stored["training.batch_size"], stored["windows.packing"], stored["text.text_files"][:2]) == (
+        6,
+        False,
+        '["',
+    )
+
+
 @pytest.mark.parametrize("lost", [["step-00000012"], ["step-00000012", "step-00000008"]])
-def test_a_run_continues_to_the_bit(
-    finished: tuple[Path, str], tmp_path: Path, text_file: str, lost: list[str]
-) -> None:
+def test_run_resumes_to_the_bit(finished: tuple[Path, str], tmp_path: Path, text_file: str, lost: list[str]) -> None:
     """As if killed after a checkpoint, later metrics lines already written."""
     folder = killed_copy(finished[0], tmp_path / "run", *lost)
-    said = io.StringIO()
-    train(options(folder, text_file, resume=True), stream=said)
-    assert "resumed  after step" in said.getvalue()
+    output = io.StringIO()
+    train(options(folder, text_file, resume=True), stream=output)
+    assert "resumed  after step" in output.getvalue()
     assert_same_run(finished[0], folder)
 
 
-def test_another_cut_of_the_batch_and_workers_continue_the_same_batches(
-    finished: tuple[Path, str], tmp_path: Path, text_file: str
-) -> None:
+def test_resume_with_workers_keeps_the_batches(finished: tuple[Path, str], tmp_path: Path, text_file: str) -> None:
     folder = killed_copy(finished[0], tmp_path / "run", "step-00000012")
     train(options(folder, text_file, resume=True, dataloader_num_workers=2), stream=None)
     assert_same_run(finished[0], folder)
 
 
-def test_resume_begins_continues_and_ends_a_run(finished: tuple[Path, str], tmp_path: Path, text_file: str) -> None:
+def test_resume_begins_continues_and_finishes_a_run(
+    finished: tuple[Path, str], tmp_path: Path, text_file: str
+) -> None:
     folder = tmp_path / "run"
     train(options(folder, text_file, resume=True), stream=None)
     assert_same_run(finished[0], folder)
-    said = io.StringIO()
-    complete = train(options(folder, text_file, resume=True), stream=said)
-    assert said.getvalue().startswith(f"{folder} is complete: 12 steps")
+    output = io.StringIO()
+    complete = train(options(folder, text_file, resume=True), stream=output)
+    assert output.getvalue().startswith(f"{folder} is complete: 12 steps")
     # Killed between the last checkpoint and the end: only the end is done again.
     folder = killed_copy(finished[0], tmp_path / "killed")
     assert train(options(folder, text_file, resume=True), stream=None).evaluation == complete.evaluation
     assert_same_run(finished[0], folder)
     assert (folder / "model.safetensors").read_bytes() == (finished[0] / "model.safetensors").read_bytes()
-    assert [r["step"] for r in read_jsonl(folder / "metrics.jsonl") if r["kind"] == "evaluation"] == [5, 10, 12]
+    assert [r["step"] for r in read_jsonl(folder / "metrics.jsonl") if r["kind"] == "eval"] == [5, 10, 12]
 
 
-def test_a_torn_checkpoint_is_reported_and_the_one_before_is_used(
-    finished: tuple[Path, str], tmp_path: Path, text_file: str
-) -> None:
+def test_resume_skips_a_damaged_checkpoint(finished: tuple[Path, str], tmp_path: Path, text_file: str) -> None:
     folder = killed_copy(finished[0], tmp_path / "run")
     weights = folder / "checkpoints" / "step-00000012" / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-7] ^= 1
     weights.write_bytes(data)
-    said = io.StringIO()
-    train(options(folder, text_file, resume=True), stream=said)
-    assert "step-00000012 is damaged and not used" in said.getvalue()
+    output = io.StringIO()
+    train(options(folder, text_file, resume=True), stream=output)
+    assert "step-00000012 is damaged and not used" in output.getvalue()
     assert_same_run(finished[0], folder)
 
 
-def test_a_run_is_never_overwritten(finished: tuple[Path, str], tmp_path: Path, text_file: str) -> None:
+def test_existing_run_is_never_overwritten(finished: tuple[Path, str], tmp_path: Path, text_file: str) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished[0], folder)
     before = sorted((f, f.stat().st_mtime_ns) for f in folder.rglob("*"))
@@ -209,26 +224,26 @@ def test_a_run_is_never_overwritten(finished: tuple[Path, str], tmp_path: Path, 
     with pytest.raises(UsageError, match="max_length=64 is above the position table"):
         train(bad, stream=None)
     assert sorted((f, f.stat().st_mtime_ns) for f in folder.rglob("*")) == before
-    said = io.StringIO()
-    train(options(folder, text_file, overwrite=True, max_steps=2), stream=said)
-    assert "lies now in" in said.getvalue()
+    output = io.StringIO()
+    train(options(folder, text_file, overwrite=True, max_steps=2), stream=output)
+    assert "moved the previous run from" in output.getvalue()
     assert (tmp_path / "run.replaced-1" / "model.safetensors").is_file()
     assert len(update_lines(folder)) == 2
 
 
-def test_a_changed_text_is_refused_on_resume(finished: tuple[Path, str], tmp_path: Path, text_file: str) -> None:
+def test_resume_refuses_a_changed_text(finished: tuple[Path, str], tmp_path: Path, text_file: str) -> None:
     folder, file = tmp_path / "run", tmp_path / "lines.txt"
     file.write_text(Path(text_file).read_text())
     train(options(tmp_path / "whole", str(file), max_steps=4, save_steps=2), stream=None)
     killed_copy(tmp_path / "whole", folder, "step-00000004")
     file.write_text(Path(text_file).read_text() + "One more line.\n")
     with pytest.raises(
-        UsageError, match=r"other data \(train_tokens was 3371, is \d+; held_out_tokens .* its fingerprint was"
+        UsageError, match=r"other data \(train_tokens was 3371, is \d+; eval_tokens .* its fingerprint was"
     ):
         train(options(folder, str(file), max_steps=4, save_steps=2, resume=True), stream=None)
 
 
-def test_a_folder_with_other_files_is_left_alone(tmp_path: Path, text_file: str) -> None:
+def test_folder_with_other_files_is_refused(tmp_path: Path, text_file: str) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(UsageError, match=r"holds other files \(thesis.tex\): name a new or empty folder"):
         train(options(tmp_path, text_file), stream=None)
@@ -238,7 +253,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path, text_file: str)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_too_many_skipped_updates_stop_the_run_before_the_weights_are_hurt(
+def test_too_many_skipped_updates_stop_the_run(
     tmp_path: Path, text_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -251,14 +266,14 @@ def test_too_many_skipped_updates_stop_the_run_before_the_weights_are_hurt(
     assert all(line["skipped"] == "loss is nan" for line in lines)
 
 
-def test_a_run_that_has_not_ended_is_read_at_its_newest_checkpoint(
+def test_unfinished_run_loads_from_its_newest_checkpoint(
     finished: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(finished[0] / "checkpoints", tmp_path / "run" / "checkpoints")
     assert find_model_folder(str(tmp_path / "run")).endswith("step-00000012")
     assert find_model_folder(str(finished[0])) == str(finished[0])
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(HubError, match="'someone/model' is no folder here, and someone/model was not"):
+    with pytest.raises(HubError, match="'someone/model' is no local folder, and someone/model was not"):
         find_model_folder("someone/model")
     with pytest.raises(UsageError, match="holds no model"):
         find_model_folder(str(tmp_path))

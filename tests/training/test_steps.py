@@ -15,16 +15,24 @@ from test_pretrain import assert_same_run, options, text_file, update_lines  # n
 from gpt_kit_hf import AMPTrainer, NonFiniteError, train
 from gpt_kit_hf.errors import RunError
 from gpt_kit_hf.storage.checkpoints import list_checkpoints
+from gpt_kit_hf.training.loop import lost_process
 
 
-@pytest.fixture
-def small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(
+    params=[
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"),
+        MemoryError(),
+    ],
+    ids=["GPU", "CPU", "Python"],
+)
+def small_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that holds no more than two rows at once."""
     whole = AMPTrainer.update
 
     def update(self: AMPTrainer, parts: Any, **more: Any) -> Any:
         if max(len(part[0]) for part in parts) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            raise request.param
         return whole(self, parts, **more)
 
     monkeypatch.setattr(AMPTrainer, "update", update)
@@ -34,15 +42,15 @@ def no_dropout(run: Any) -> Any:
     return replace(run, model=replace(run.model, dropout=0.0))
 
 
-def test_memory_that_runs_out_halves_the_micro_batch_and_keeps_the_batch(
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(
     text_file: str,  # noqa: F811
     tmp_path: Path,
     small_memory: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    said = io.StringIO()
-    train(no_dropout(options(tmp_path / "short", text_file, per_device_train_batch_size=6)), stream=said)
-    assert said.getvalue().count("ran out of memory") == 2  # 6 rows, 3, then 2 and 1
+    output = io.StringIO()
+    train(no_dropout(options(tmp_path / "short", text_file, per_device_train_batch_size=6)), stream=output)
+    assert output.getvalue().count("ran out of memory") == 2  # 6 rows, 3, then 2 and 1
     monkeypatch.undo()
     train(no_dropout(options(tmp_path / "whole", text_file, per_device_train_batch_size=6)), stream=None)
     for one, other in zip(update_lines(tmp_path / "short"), update_lines(tmp_path / "whole"), strict=True):
@@ -50,7 +58,7 @@ def test_memory_that_runs_out_halves_the_micro_batch_and_keeps_the_batch(
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
 
 
-def test_memory_that_runs_out_stops_the_run_where_that_is_asked_for(
+def test_out_of_memory_stops_the_run_if_asked_to(
     text_file: str,  # noqa: F811
     tmp_path: Path,
     small_memory: None,
@@ -61,7 +69,7 @@ def test_memory_that_runs_out_stops_the_run_where_that_is_asked_for(
         train(options(tmp_path / "run", text_file, out_of_memory="stop"), stream=None)
 
 
-def test_a_spike_is_skipped_and_said(text_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_spike_is_skipped_and_logged(text_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     whole = AMPTrainer.update
     calls = []
 
@@ -70,15 +78,15 @@ def test_a_spike_is_skipped_and_said(text_file: str, tmp_path: Path, monkeypatch
         return whole(self, parts, **{**more, "spike_limit": 0.0 if len(calls) == 11 else more["spike_limit"]})
 
     monkeypatch.setattr(AMPTrainer, "update", update)
-    said = io.StringIO()
-    train(options(tmp_path / "run", text_file, spike_factor=10.0), stream=said)
+    output = io.StringIO()
+    train(options(tmp_path / "run", text_file, spike_factor=10.0), stream=output)
     assert calls[:10] == [float("inf")] * 10
     norms = [line["grad_norm"] for line in update_lines(tmp_path / "run")]
     assert calls[10] == pytest.approx(10 * torch.tensor(norms[:10], dtype=torch.float64).quantile(0.5).item())
-    assert "step 11 left the weights as they were: gradient norm" in said.getvalue()
+    assert "step 11 skipped, weights unchanged: gradient norm" in output.getvalue()
 
 
-def test_a_run_of_losses_that_are_no_numbers_names_its_batch(
+def test_non_finite_losses_stop_the_run_and_name_the_batch(
     text_file: str,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -97,7 +105,7 @@ def test_a_run_of_losses_that_are_no_numbers_names_its_batch(
         train(options(tmp_path / "run", text_file, max_skipped_updates=3), stream=None)
 
 
-def test_a_save_that_fails_keeps_the_run_and_the_old_checkpoint(
+def test_failed_save_keeps_the_run_and_the_old_checkpoint(
     text_file: str,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -114,19 +122,44 @@ def test_a_save_that_fails_keeps_the_run_and_the_old_checkpoint(
         whole(stage, step)
 
     monkeypatch.setattr(checkpoints, "_write_manifest", once_full)
-    said = io.StringIO()
-    train(options(tmp_path / "run", text_file), stream=said)
-    assert "the checkpoint of step 8 was not saved" in said.getvalue()
-    assert "the run goes on" in said.getvalue()
+    output = io.StringIO()
+    train(options(tmp_path / "run", text_file), stream=output)
+    assert "the checkpoint of step 8 was not saved" in output.getvalue()
+    assert "the run goes on" in output.getvalue()
     assert calls == [[], ["step-00000004"], ["step-00000004"]]
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 @pytest.mark.parametrize("background", [True, False])
-def test_where_a_checkpoint_is_written_changes_nothing(background: bool, text_file: str, tmp_path: Path) -> None:  # noqa: F811
+def test_background_saves_and_recomputation_change_no_bit(
+    background: bool,
+    text_file: str,  # noqa: F811
+    tmp_path: Path,
+) -> None:
     train(options(tmp_path / "one", text_file, async_save=background, save_steps=1, keep_best=2), stream=None)
     train(options(tmp_path / "other", text_file, gradient_checkpointing=True), stream=None)
     assert_same_run(tmp_path / "one", tmp_path / "other")
     # Its tensors alone, twice: tied weights are written once.
     a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "other"))
     assert a == b
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.distributed.DistNetworkError("The server socket has failed"), "another process of the run"),
+        (
+            RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer"),
+            "another process",
+        ),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            "a process that loads batches ended",
+        ),
+        (RuntimeError("Caught RuntimeError in DataLoader worker process 0."), None),
+        (RuntimeError("shape mismatch"), None),
+    ],
+)
+def test_lost_process_is_told_from_other_errors(error: RuntimeError, reason: str | None) -> None:
+    found = lost_process(error)
+    assert found is None if reason is None else (found is not None and found.startswith(reason))

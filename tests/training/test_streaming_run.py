@@ -34,16 +34,16 @@ def streamed(folder: Path, texts: Path, **changes: Any) -> RunOptions:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_streaming_run_continues_to_the_bit(workers: int, texts: Path, tmp_path: Path) -> None:
-    said = io.StringIO()
-    train(streamed(tmp_path / "whole", texts), stream=said)
-    assert "a stream of" in said.getvalue()
+def test_streaming_run_resumes_to_the_bit(workers: int, texts: Path, tmp_path: Path) -> None:
+    output = io.StringIO()
+    train(streamed(tmp_path / "whole", texts), stream=output)
+    assert "a stream of" in output.getvalue()
     killed = killed_copy(tmp_path / "whole", tmp_path / "again", "step-00000008", "step-00000012")
     train(streamed(killed, texts, resume=True, dataloader_num_workers=workers), stream=None)
     assert_same_run(tmp_path / "whole", killed)
 
 
-def test_a_stream_needs_a_number_of_steps(texts: Path, tmp_path: Path) -> None:
+def test_streaming_needs_max_steps(texts: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="streaming needs max_steps"):
         train(streamed(tmp_path / "run", texts, max_steps=None), stream=None)
     assert not (tmp_path / "run").exists()

@@ -61,7 +61,7 @@ def test_fp32_updates_equal_a_hand_written_loop() -> None:
 
 
 @pytest.mark.parametrize("cuts", [[1, 2, 3], [2, 2, 2], [5, 1]])
-def test_micro_batches_change_nothing(cuts: list[int]) -> None:
+def test_split_into_micro_batches_changes_nothing(cuts: list[int]) -> None:
     """Whatever the cut, each trained token weighs the same: a mean of means would not."""
     inputs, targets = pairs()
     targets[0, 3:] = -100
@@ -88,7 +88,7 @@ def test_every_precision_learns_on_the_cpu(precision: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_the_forward_pass_runs_in_the_precision(precision: str) -> None:
+def test_forward_pass_runs_in_the_precision(precision: str) -> None:
     seen = []
     model = tiny_model()
     model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *args: seen.append(args[2].dtype))
@@ -113,7 +113,7 @@ def test_fp16_scales_the_loss_and_halves_the_scale_when_a_gradient_overflows() -
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_loss_that_is_not_finite_reaches_neither_weights_nor_optimizer(precision: str) -> None:
+def test_non_finite_loss_changes_neither_weights_nor_optimizer(precision: str) -> None:
     model = tiny_model()
     trainer = trainer_of(model, precision)
     trainer.train_step(*pairs())
@@ -129,7 +129,7 @@ def test_a_loss_that_is_not_finite_reaches_neither_weights_nor_optimizer(precisi
     assert trainer.train_step(*pairs()).skipped is None
 
 
-def test_a_batch_without_a_trained_token_changes_nothing() -> None:
+def test_batch_without_trained_tokens_changes_nothing() -> None:
     model = tiny_model()
     before = copy.deepcopy(model)
     inputs, targets = pairs()
@@ -138,7 +138,7 @@ def test_a_batch_without_a_trained_token_changes_nothing() -> None:
     assert_same_weights(model, before)
 
 
-def test_the_caller_may_seed_each_part() -> None:
+def test_caller_may_seed_each_micro_batch() -> None:
     inputs, targets = pairs()
     model = tiny_model(dropout=0.3)
     seen: list[int] = []
@@ -157,7 +157,7 @@ def test_the_caller_may_seed_each_part() -> None:
     assert_same_weights(model, other)
 
 
-def test_auto_follows_the_launcher_then_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_precision_follows_the_launcher_then_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, "amx_bf16": False})
     assert resolve_precision("auto", cpu) == "fp32"
@@ -168,7 +168,7 @@ def test_auto_follows_the_launcher_then_the_device(monkeypatch: pytest.MonkeyPat
     assert resolve_precision("no", cpu) == "fp32"
 
 
-def test_a_precision_that_is_unknown_or_lacking_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_or_unavailable_precision_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="unknown mixed_precision 'fp61'; did you mean 'fp16'"):
         resolve_precision("fp61", torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)

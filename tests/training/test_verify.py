@@ -21,7 +21,7 @@ from gpt_kit_hf.training.state.batch_digests import batch_digest, chained, conte
 from gpt_kit_hf.training.verify import verify_run
 
 
-def test_a_whole_run_has_no_fault(finished: tuple[Path, str]) -> None:  # noqa: F811
+def test_intact_run_has_no_problems(finished: tuple[Path, str]) -> None:  # noqa: F811
     found = verify_run(finished[0])
     assert found.problems == []
     assert "metrics.jsonl  12 steps, each once" in found.lines[0]
@@ -61,29 +61,29 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_was_changed_is_named(fault: str, finished: tuple[Path, str], tmp_path: Path) -> None:  # noqa: F811
-    change, said = FAULTS[fault]
+def test_changed_file_is_named(fault: str, finished: tuple[Path, str], tmp_path: Path) -> None:  # noqa: F811
+    change, output = FAULTS[fault]
     run = Path(shutil.copytree(finished[0], tmp_path / "run"))
     change(run)
     problems = verify_run(run).problems
-    assert any(said in problem for problem in problems), problems
+    assert any(output in problem for problem in problems), problems
 
 
-def test_steps_are_computed_again_to_the_bit(finished: tuple[Path, str], tmp_path: Path) -> None:  # noqa: F811
-    said: list[str] = []
+def test_replay_computes_steps_to_the_bit(finished: tuple[Path, str], tmp_path: Path) -> None:  # noqa: F811
+    output: list[str] = []
     for first, last in ((9, 12), (6, 7), (1, 3)):
-        replayed = replay_steps(finished[0], first, last, say=said.append)
+        replayed = replay_steps(finished[0], first, last, log=output.append)
         assert replayed.text() == f"steps {first} to {last}: identical"
-    assert said[:2] == ["from step-00000008", "from step-00000004"]
-    assert said[2:] == ["from the beginning: there is no checkpoint before step 1"]
+    assert output[:2] == ["from step-00000008", "from step-00000004"]
+    assert output[2:] == ["from the beginning: there is no checkpoint before step 1"]
     run = Path(shutil.copytree(finished[0], tmp_path / "run"))
     edit_lines(lambda lines: [line.update(loss=line["loss"] + 1e-7) for line in lines if line["step"] == 11])(run)
-    assert replay_steps(run, 9, 12, say=said.append).difference.startswith("step 11 differs: loss is")
+    assert replay_steps(run, 9, 12, log=output.append).difference.startswith("step 11 differs: loss is")
     with pytest.raises(UsageError, match="the run has the steps 1 to 12"):
-        replay_steps(run, 9, 13, say=said.append)
+        replay_steps(run, 9, 13, log=output.append)
 
 
-def test_a_digest_does_not_depend_on_the_cut_or_the_padding() -> None:
+def test_content_digest_ignores_micro_batches_and_padding() -> None:
     ids = torch.randint(0, 50, (6, 9))
     targets = torch.randint(0, 50, (6, 9))
     targets[:, 7:] = -100
@@ -99,12 +99,12 @@ def test_a_digest_does_not_depend_on_the_cut_or_the_padding() -> None:
     assert chained(chained("", "a"), "b") != chained(chained("", "b"), "a")
 
 
-def test_options_come_back_as_they_were(finished: tuple[Path, str], text_file: str, tmp_path: Path) -> None:  # noqa: F811
+def test_stored_options_equal_the_original(finished: tuple[Path, str], text_file: str, tmp_path: Path) -> None:  # noqa: F811
     asked = options(tmp_path / "run", text_file)
     assert stored_options(RunOptions, json.loads(json.dumps(flat_options(asked)))) == asked
 
 
-def test_a_change_that_is_named_is_allowed_and_written_down(
+def test_allowed_change_of_options_is_recorded(
     finished: tuple[Path, str],  # noqa: F811
     text_file: str,  # noqa: F811
     tmp_path: Path,

@@ -1,4 +1,4 @@
-"""Instruction rows from JSON, JSON Lines, Parquet and datasets: each with its place, none changed in silence."""
+"""Reads instruction rows from JSON, JSON Lines, Parquet and datasets; each row comes with its place in the source."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import io
 import json
 import math
 import re
+from array import array
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,25 +24,21 @@ from gpt_kit_hf.options.data import RowOptions
 from gpt_kit_hf.options.files import find_files
 
 _JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
-# Python's own bound for the conversion of an integer; more is no number of a row.
-_MOST_DIGITS = 4300
-_WHITE_SPACE = " \t\n\r"
-# Where a file is decoded with "surrogateescape", these stand for bytes that are not UTF-8, and for nothing else.
+_MAX_DIGITS = 4300  # Python's own limit for converting an integer
+_SPACE = re.compile(r"[ \t\n\r]*")
+# Files are decoded with "surrogateescape": these characters stand for bytes that are not UTF-8, and for nothing else.
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 
 
 class PlacedRow(NamedTuple):
-    """A row and where it stands.
-
-    The place is file:line for JSON, where the row begins, and "name row 5", counted from 0, for Parquet and datasets.
-    """
+    """A row and its place: file:line where it begins for JSON, "name row 5", counted from 0, for tables."""
 
     place: str
     row: dict[str, Any]
 
 
 class BadRow(NamedTuple):
-    """A row that was left out: where it stands, the kind of fault, by which rows are counted, and what it is."""
+    """A row that is left out: its place, the kind of fault, by which rows are counted, and the reason."""
 
     place: str
     kind: str
@@ -48,7 +46,7 @@ class BadRow(NamedTuple):
 
 
 class RowError(DataError):
-    """A fault of one row, of a kind by which skipped rows are counted; the message has no place yet."""
+    """A fault of one row, with its kind; the message names no place, the caller adds it."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
@@ -56,7 +54,7 @@ class RowError(DataError):
 
 
 class SkippedRows:
-    """Rows that were left out: how many of each kind, and the first ones of each."""
+    """Rows that were left out: `counts` by kind of fault, and the first `keep` rows of each kind."""
 
     def __init__(self, keep: int = 5) -> None:
         self.counts: Counter[str] = Counter()
@@ -67,65 +65,66 @@ class SkippedRows:
         return self.counts.total()
 
     def add(self, row: BadRow) -> None:
-        """Count a row; it is kept as an example where it is among the first of its kind."""
+        """Count a row."""
         self.counts[row.kind] += 1
-        first = self._first.setdefault(row.kind, [])
-        if len(first) < self._keep:
-            first.append(row)
+        if self.counts[row.kind] <= self._keep:
+            self._first.setdefault(row.kind, []).append(row)
 
     def first(self, kind: str) -> list[BadRow]:
         """Return the first rows of a kind."""
         return list(self._first.get(kind, ()))
 
 
-OnFault = Callable[[BadRow], None]
-
-
-def stop_or_skip(on_bad_row: str, skipped: SkippedRows) -> OnFault:
-    """Return what is to be done with a bad row: add it to `skipped`, or raise DataError with its place."""
-    if on_bad_row == "skip":
-        return skipped.add
-
-    def stop(row: BadRow) -> None:
+def skip_or_raise(row: BadRow, on_bad_row: str, skipped: SkippedRows) -> None:
+    """Add a bad row to `skipped` if `on_bad_row` is "skip"; raise DataError with its place otherwise."""
+    if on_bad_row != "skip":
         raise DataError(f"{row.place}: {row.reason}")
-
-    return stop
+    skipped.add(row)
 
 
 def read_rows(options: RowOptions, skipped: SkippedRows | None = None) -> Iterator[PlacedRow]:
-    """Yield the rows of all files, in their order, or of the dataset.
+    """Yield the rows of all files in order, or of the dataset.
 
-    JSON is read as RFC 8259 has it: a key that occurs twice, NaN, Infinity and a number too large are faults of their
-    row. With on_bad_row="skip" such a row is added to `skipped`. Raises DataError, with file:line or file:line:column,
-    at the first fault otherwise; and always for what cannot be left out: a file that is empty, cannot be read or
-    unpacked, and an array in which a fault of the syntax hides where the next row begins.
+    JSON is read strictly by RFC 8259: a key that occurs twice, NaN, Infinity and a number out of range are faults of
+    their row. With on_bad_row="skip" such a row is added to `skipped`; otherwise DataError names file:line or
+    file:line:column. DataError is also raised for what cannot be skipped: a file that is empty, cannot be read or
+    decompressed, and an array with a syntax error that hides where the next row begins.
     """
-    on_fault = stop_or_skip(options.on_bad_row, SkippedRows() if skipped is None else skipped)
+    skipped = SkippedRows() if skipped is None else skipped
+    for source, items in _sources(options):
+        empty = True
+        for item in items:
+            empty = False
+            if isinstance(item, PlacedRow):
+                yield item
+            else:
+                skip_or_raise(item, options.on_bad_row, skipped)
+        if empty:
+            raise DataError(f"{source}: holds no row")
+
+
+Found: TypeAlias = Iterator["PlacedRow | BadRow"]
+
+
+def _sources(options: RowOptions) -> Iterator[tuple[str, Found]]:
     if options.rows is None:
-        yield from _read_dataset(options, on_fault)
+        name = str(options.dataset_name)
+        yield (
+            f"dataset_name {name!r}",
+            _dataset_rows(name, options.dataset_config, options.dataset_train_split or "train"),
+        )
         return
     files = find_files(options.rows, "rows")
-    readers = [_reader(file) for file in files]  # all names are looked at before the first file is read
-    for file, read in zip(files, readers, strict=True):
-        found = 0
-        for item in read(file):
-            found += 1
-            if isinstance(item, BadRow):
-                on_fault(item)
-            else:
-                yield item
-        if not found:
-            raise DataError(f"{file}: holds no row")
-
-
-Found = Iterator["PlacedRow | BadRow"]
+    readers = [_reader(file) for file in files]  # a wrong name is an error before the first file is read
+    for file, reader in zip(files, readers, strict=True):
+        yield str(file), reader(file)
 
 
 def _reader(file: Path) -> Callable[[Path], Found]:
     if _format_suffix(file) in _JSON_SUFFIXES:
-        return _read_json_file
+        return _json_rows
     if file.suffix == ".parquet":
-        return _read_parquet
+        return _parquet_rows
     known = ", ".join((*_JSON_SUFFIXES, ".parquet"))
     raise UsageError(f"rows {str(file)!r}: the name must end in one of {known}; the JSON ones may end in .gz or .zst")
 
@@ -134,142 +133,117 @@ def _format_suffix(file: Path) -> str:
     return Path(file.stem).suffix if file.suffix in COMPRESSIONS else file.suffix
 
 
-def _read_json_file(file: Path) -> Found:
-    """Yield the rows of an array, or of one object a line; which of the two a .json holds its first character says."""
+# --- JSON
+
+
+def _json_rows(file: Path) -> Found:
+    """Yield the rows of an array if a .json begins with "[", otherwise of one object a line."""
     try:
-        with pa.input_stream(str(file), compression=COMPRESSIONS.get(file.suffix)) as unpacked:
-            stream = io.BufferedReader(unpacked, 1 << 20)
-            lines = _numbered_lines(stream)
-            first = next(lines, None)
-            if first is None:
+        with pa.input_stream(str(file), compression=COMPRESSIONS.get(file.suffix)) as stream:
+            buffered = io.BufferedReader(stream, 1 << 20)
+            # newline="\n": lines end there only, and a carriage return stays.
+            text = io.TextIOWrapper(buffered, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
+            empty = True
+            for number, line in enumerate(text, start=1):
+                if not line.strip(" \t\n\r\v\f"):
+                    continue
+                if empty and _format_suffix(file) == ".json" and line.lstrip(" \t\n\r").startswith("["):
+                    yield from _array_rows(file, number, line + text.read())
+                    return
+                empty = False
+                yield _line_row(file, number, line.rstrip("\r\n"))
+            if empty:
                 raise DataError(f"{file}: empty or only white space, there is no row")
-            is_array = _format_suffix(file) == ".json" and first[1].lstrip().startswith(b"[")
-            if is_array:
-                yield from _array_rows(file, first[0], first[1] + stream.read())
-                return
-            yield from (_line_row(file, number, line) for number, line in _chain(first, lines))
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{file}: cannot be read: {_first_line(error)}") from None
 
 
-def _chain(first: tuple[int, bytes], lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
-    yield first
-    yield from lines
-
-
-def _numbered_lines(stream: io.BufferedReader) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines that are not blank with their number, the first without a byte order mark."""
-    for number, line in enumerate(stream, start=1):
-        content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-        if content.strip():
-            yield number, content
-
-
-def _line_row(file: Path, number: int, line: bytes) -> PlacedRow | BadRow:
+def _line_row(file: Path, number: int, line: str) -> PlacedRow | BadRow:
     place = f"{file}:{number}"
-    try:
-        text = line.decode().rstrip("\r\n")  # the column of a row that ends too early is on its own line
-    except UnicodeDecodeError as error:
-        return _not_utf8(place, line[error.start])
+    if not_utf8 := _NOT_UTF8.search(line):
+        return _not_utf8_row(place, not_utf8)
     decoder = _StrictDecoder()
     try:
-        value, end = decoder.decode(text, _skip_space(text, 0))
-    except _SyntaxFault as fault:
-        reason = f"broken JSON: {fault.reason}"
-        if number == 1 and text.strip() == "{":
+        value, end = decoder.raw_decode(line, _skip_space(line, 0))
+    except json.JSONDecodeError as error:
+        reason = f"broken JSON: {error.msg}"
+        if number == 1 and line.strip() == "{":
             reason += "; one row is one line here, or the file is an array of rows"
-        return BadRow(f"{place}:{fault.position + 1}", "broken JSON", reason)
-    rest = _skip_space(text, end)
-    if rest < len(text):
+        return BadRow(f"{place}:{error.pos + 1}", "broken JSON", reason)
+    rest = _skip_space(line, end)
+    if rest < len(line):
         return BadRow(f"{place}:{rest + 1}", "broken JSON", "broken JSON: more text after the row")
-    return _checked_row(place, value, decoder.faults)
+    return _checked_row(place, value, decoder)
 
 
-def _array_rows(file: Path, first_line: int, content: bytes) -> Found:
-    """Yield an array's elements; raise DataError where the syntax does not tell where the next one begins."""
-    text = content.decode(errors="surrogateescape")
-    line, line_start = first_line, 0  # of `position`, kept up step by step: counting anew would be quadratic
-    counted = 0
+def _array_rows(file: Path, first_line: int, text: str) -> Found:
+    """Yield an array's elements; raise DataError if a syntax error hides where the next one begins."""
+    line_starts = array("q", (match.end() for match in re.finditer("\n", text)))  # without the first line's
 
     def place(position: int) -> str:
-        nonlocal line, line_start, counted
-        line += text.count("\n", counted, position)
-        line_start = max(line_start, text.rfind("\n", counted, position) + 1)
-        counted = position
-        return f"{file}:{line}"
+        return f"{file}:{first_line + bisect_right(line_starts, position)}"
 
     def unreadable(position: int, reason: str) -> DataError:
-        where = place(position)
-        escaped = _NOT_UTF8.match(text, position)
-        reason = f"not UTF-8 text (byte 0x{ord(escaped[0]) - 0xDC00:02x})" if escaped else f"broken JSON: {reason}"
-        hint = "; the rest of the array cannot be read, so no row of it can be skipped"
-        return DataError(f"{where}:{position - line_start + 1}: {reason}{hint}")
+        not_utf8 = _NOT_UTF8.match(text, position)
+        reason = _not_utf8_row("", not_utf8).reason if not_utf8 else f"broken JSON: {reason}"
+        column = position - text.rfind("\n", 0, position)
+        hint = "the rest of the array cannot be read, so no row of it can be skipped"
+        return DataError(f"{place(position)}:{column}: {reason}; {hint}")
 
-    position = _skip_space(text, _skip_space(text, 0) + 1)
-    is_empty = text.startswith("]", position)
-    while not is_empty:
+    position = _skip_space(text, text.index("[") + 1)
+    more = not text.startswith("]", position)
+    while more:
         decoder = _StrictDecoder()
         try:
-            value, end = decoder.decode(text, position)
-        except _SyntaxFault as fault:
-            raise unreadable(fault.position, fault.reason) from None
-        where = place(position)
-        escaped = _NOT_UTF8.search(text, position, end)
-        yield _not_utf8(where, ord(escaped[0]) - 0xDC00) if escaped else _checked_row(where, value, decoder.faults)
+            value, end = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise unreadable(error.pos, error.msg) from None
+        where, not_utf8 = place(position), _NOT_UTF8.search(text, position, end)
+        yield _not_utf8_row(where, not_utf8) if not_utf8 else _checked_row(where, value, decoder)
         position = _skip_space(text, end)
-        if text.startswith("]", position):
-            break
-        if not text.startswith(",", position):
+        more = text.startswith(",", position)
+        if more:
+            position = _skip_space(text, position + 1)
+        elif not text.startswith("]", position):
             raise unreadable(position, "a ',' or the array's ']' must follow a row")
-        position = _skip_space(text, position + 1)
     rest = _skip_space(text, position + 1)
     if rest < len(text):
         raise DataError(f"{place(rest)}: broken JSON: more text after the array's end")
 
 
-class _SyntaxFault(Exception):  # noqa: N818 (no error to the user: it becomes a BadRow or a DataError)
-    """JSON that cannot be read on, and the position of it in the text."""
+class _StrictDecoder(json.JSONDecoder):
+    """The standard decoder, which also notes what Python accepts and RFC 8259 does not.
 
-    def __init__(self, position: int, reason: str) -> None:
-        super().__init__(reason)
-        self.position = position
-        self.reason = reason
-
-
-class _StrictDecoder:
-    """The standard library's decoder, which notes what RFC 8259 does not allow and Python does.
-
-    Faults are noted, not raised, so that the decoder comes to the row's end, and the next row can be read.
+    Faults are noted, not raised, so that decoding reaches the end of the row and the next row can be read.
     """
 
     def __init__(self) -> None:
-        self.faults: list[tuple[str, str]] = []
-        self._decoder = json.JSONDecoder(
-            object_pairs_hook=self._object, parse_constant=self._constant, parse_int=self._int, parse_float=self._float
+        super().__init__(
+            object_pairs_hook=self._object,
+            parse_constant=self._constant,
+            parse_int=self._integer,
+            parse_float=self._float,
         )
+        self.faults: list[tuple[str, str]] = []
 
-    def decode(self, text: str, position: int) -> tuple[Any, int]:
-        """Return the value at `position` and where it ends."""
+    def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:
+        """Return the value at `idx` and its end; raises JSONDecodeError."""
         try:
-            return self._decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise _SyntaxFault(error.pos, error.msg) from None
+            return super().raw_decode(s, idx)
         except RecursionError:
-            raise _SyntaxFault(position, "nested too deep") from None
+            raise json.JSONDecodeError("nested too deep", s, idx) from None
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-            self.faults.append(("duplicate key", f"the key {shown(twice)} occurs more than once in one object"))
-        return found
+        if twice := _repeated(key for key, _ in pairs):
+            self.faults.append(("duplicate key", f"the key {shown(twice[0])} occurs more than once in one object"))
+        return dict(pairs)
 
     def _constant(self, name: str) -> float:
         self.faults.append(("NaN or infinity", f"{name} is no JSON value"))
         return math.nan
 
-    def _int(self, digits: str) -> int:
-        if len(digits) <= _MOST_DIGITS:
+    def _integer(self, digits: str) -> int:
+        if len(digits) <= _MAX_DIGITS:
             return int(digits)
         self.faults.append(("number out of range", f"an integer of {len(digits)} digits"))
         return 0
@@ -282,32 +256,35 @@ class _StrictDecoder:
 
 
 def _skip_space(text: str, position: int) -> int:
-    while position < len(text) and text[position] in _WHITE_SPACE:
-        position += 1
-    return position
+    match = _SPACE.match(text, position)
+    assert match is not None  # the pattern also matches nothing
+    return match.end()
 
 
-def _checked_row(place: str, value: Any, faults: list[tuple[str, str]]) -> PlacedRow | BadRow:
-    if faults:
-        return BadRow(place, *faults[0])
+def _checked_row(place: str, value: Any, decoder: _StrictDecoder) -> PlacedRow | BadRow:
+    if decoder.faults:
+        return BadRow(place, *decoder.faults[0])
     if not isinstance(value, dict):
         return BadRow(place, "not an object", f"a row is a JSON object, got {shown(value)}")
     return PlacedRow(place, value)
 
 
-def _not_utf8(place: str, byte: int) -> BadRow:
-    return BadRow(place, "not UTF-8", f"not UTF-8 text (byte 0x{byte:02x})")
+def _not_utf8_row(place: str, escaped: re.Match[str]) -> BadRow:
+    return BadRow(place, "not UTF-8", f"not UTF-8 text (byte 0x{ord(escaped[0]) - 0xDC00:02x})")
 
 
-def _read_parquet(file: Path) -> Found:
+# --- Tables
+
+
+def _parquet_rows(file: Path) -> Found:
     try:
         with pq.ParquetFile(file) as parquet:
-            _check_columns(file, parquet.schema_arrow.names)
-            number = 0
+            if twice := _repeated(parquet.schema_arrow.names):
+                raise DataError(f"{file}: the column {shown(twice[0])} occurs more than once")
+            first = 0
             for batch in parquet.iter_batches(batch_size=64):
-                for index in range(batch.num_rows):
-                    yield _table_row(f"{file} row {number}", partial(_batch_row, batch, index))
-                    number += 1
+                yield from _table_rows(str(file), first, batch.num_rows, partial(_batch_row, batch))
+                first += batch.num_rows
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{file}: cannot be read as Parquet: {_first_line(error)}") from None
 
@@ -317,35 +294,27 @@ def _batch_row(batch: pa.RecordBatch, index: int) -> dict[str, Any]:
     return row
 
 
-def _check_columns(file: Path, names: list[str]) -> None:
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise DataError(f"{file}: the column {shown(twice[0])} occurs more than once")
+def _dataset_rows(name: str, config: str | None, split: str) -> Found:
+    rows = load_split(f"dataset_name {name!r}", name, config, split)
+    yield from _table_rows(name, 0, len(rows), rows.__getitem__)
 
 
-def _read_dataset(options: RowOptions, on_fault: OnFault) -> Iterator[PlacedRow]:
-    name = options.dataset_name
-    rows = load_split(
-        f"dataset_name {name!r}", str(name), options.dataset_config, options.dataset_train_split or "train"
-    )
-    if not len(rows):
-        raise DataError(f"dataset_name {name!r}: holds no row")
-    for number in range(len(rows)):
-        item = _table_row(f"{name} row {number}", partial(rows.__getitem__, number))
-        if isinstance(item, BadRow):
-            on_fault(item)
+def _table_rows(name: str, first: int, n_rows: int, row_at: Callable[[int], dict[str, Any]]) -> Found:
+    """Yield the rows of a table; each is converted alone, so that an error has a place."""
+    for index in range(n_rows):
+        place = f"{name} row {first + index}"
+        try:
+            row = row_at(index)
+        except UnicodeDecodeError as error:
+            yield BadRow(place, "not UTF-8", f"not UTF-8 text (byte 0x{error.object[error.start]:02x})")
+        except (ValueError, OverflowError, pa.ArrowException) as error:
+            yield BadRow(place, "unreadable value", f"a value cannot be read: {_first_line(error)}")
         else:
-            yield item
+            yield PlacedRow(place, row)
 
 
-def _table_row(place: str, fetch: Callable[[], dict[str, Any]]) -> PlacedRow | BadRow:
-    """Return a row of a table; its values become Python objects one row at a time, so that a fault has a place."""
-    try:
-        return PlacedRow(place, fetch())
-    except UnicodeDecodeError as error:
-        return _not_utf8(place, error.object[error.start])
-    except (ValueError, OverflowError, pa.ArrowException) as error:
-        return BadRow(place, "unreadable value", f"a value cannot be read: {_first_line(error)}")
+def _repeated(names: Iterable[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def _first_line(error: BaseException) -> str:
@@ -355,6 +324,6 @@ def _first_line(error: BaseException) -> str:
 def shown(value: Any, width: int = 60) -> str:
     """Return a value on one line of at most `width` characters, for a message."""
     if isinstance(value, str):
-        value = value[: width + 1]  # or a value of 10 MB is written out to be cut
+        value = value[: width + 1]  # before repr, which is slow for 10 MB
     written = repr(value) if not isinstance(value, list | dict) else f"a {type(value).__name__} of {len(value)}"
     return written if len(written) <= width else written[: width - 3] + "..."

@@ -1,4 +1,4 @@
-"""What training would see of instruction rows, counted from the labels themselves, and shown before it starts."""
+"""Supervision report: what training would see of instruction rows, counted from the labels themselves."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from gpt_kit_hf.data.instructions.reader import SkippedRows
 from gpt_kit_hf.data.instructions.tokenized import SupervisedRows, best_fit_decreasing
-from gpt_kit_hf.data.text.windows import IGNORED
 from gpt_kit_hf.errors import DataError
-from gpt_kit_hf.model.losses import Batch
 from gpt_kit_hf.tokenization.encodings import token_ids_to_text
 
 if TYPE_CHECKING:
@@ -27,19 +25,21 @@ Ids = npt.NDArray[np.int64]
 Example = tuple["Ids | Sequence[int]", "npt.NDArray[np.bool_] | Sequence[bool]"]
 
 _GREEN, _DIM, _PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
-_BAR = 40
-_SHOWN_CHARACTERS = 700
+_BAR_WIDTH = 40
+_SHOWN_CHARACTERS = 700  # of a segment of an example
 
 
-class LeftOut(NamedTuple):
+@dataclass(frozen=True)
+class LeftOut:
     """Rows that were left out for one kind of fault: how many, and the first of them, each "place: reason"."""
 
     rows: int
     first: tuple[str, ...]
 
 
-class Segment(NamedTuple):
-    """A run of a shown row: its text, and whether it is trained."""
+@dataclass(frozen=True)
+class Segment:
+    """A run of tokens of an example: its text, and whether it is trained."""
 
     text: str
     trained: bool
@@ -47,39 +47,38 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisionReport:
-    """Counts of rows and tokens.
-
-    An answer is a run of trained tokens. It has its end where its last token is the end of text.
+    """Counts of rows and tokens. An answer is a run of trained tokens; it is complete if its last token is EOS.
 
     Attributes:
-        rows_read: rows met; `rows_used` of them make the data, the others are in `skipped` and `dropped`.
-        skipped: rows that could not be used, and `dropped`: rows that were too long, by the kind of fault.
+        rows_read: rows that were read: `rows_used` of them, and those in `skipped` and `dropped`.
+        skipped: rows that could not be used, by kind of fault; `dropped`: rows that were too long.
         rows_truncated: rows whose prompt lost its beginning.
-        tokens: ids of the rows used; `tokens_trained` of them are targets, `ends_trained` of these ends of text.
+        tokens: ids of the rows used; `tokens_trained` of them are targets, `ends_trained` of these are EOS.
         rows_without_label: rows in which nothing is trained.
-        rows_end_untrained: rows with an answer that has no end; of these, `rows_end_masked` have the end of text
-            right after the answer, untrained, and `rows_cut_off` stop with the answer.
-        rows_prompt_trained: rows trained from their first token on, so that no prompt is left out.
-        padding: tokens of padding where each row is filled up to the longest of its batch of `batch_size` rows, in the
-            rows' order; `padding_packed`: where rows are packed to `max_length`. None if the lengths are not known.
+        rows_end_untrained: rows with an incomplete answer; in `rows_end_masked` of them an untrained EOS follows the
+            answer, and `rows_cut_off` of them stop with the answer.
+        rows_prompt_trained: rows trained from their first token on, so that no prompt is masked.
+        padding: padding tokens if each row is padded to the longest of its batch of `batch_size` rows, in order;
+            `padding_packed`: if rows are packed to `max_length`, None if that is not known.
         length_histogram: (most tokens, rows) for each power of two, ascending.
         examples: some rows, as runs of trained and other text.
+        trains_everything: whether prompts are meant to be trained.
 
     """
 
     rows_read: int
     rows_used: int
-    skipped: Mapping[str, LeftOut]
-    dropped: Mapping[str, LeftOut]
-    rows_truncated: int
-    tokens: int
-    tokens_trained: int
-    ends_trained: int
-    rows_without_label: int
-    rows_end_untrained: int
-    rows_end_masked: int
-    rows_cut_off: int
-    rows_prompt_trained: int
+    skipped: Mapping[str, LeftOut] = dataclasses.field(default_factory=dict)
+    dropped: Mapping[str, LeftOut] = dataclasses.field(default_factory=dict)
+    rows_truncated: int = 0
+    tokens: int = 0
+    tokens_trained: int = 0
+    ends_trained: int = 0
+    rows_without_label: int = 0
+    rows_end_untrained: int = 0
+    rows_end_masked: int = 0
+    rows_cut_off: int = 0
+    rows_prompt_trained: int = 0
     batch_size: int
     padding: int
     padding_packed: int | None
@@ -90,40 +89,35 @@ class SupervisionReport:
 
     @property
     def share_trained(self) -> float:
-        """Trained tokens among all."""
+        """Trained tokens divided by all tokens."""
         return self.tokens_trained / self.tokens if self.tokens else 0.0
 
     @property
     def padding_saved(self) -> int | None:
-        """Tokens of padding that packing saves."""
+        """Padding tokens that packing saves."""
         return None if self.padding_packed is None else self.padding - self.padding_packed
 
     def to_dict(self) -> dict[str, Any]:
         """Return all counts as JSON values."""
-        values = dataclasses.asdict(self)
-        for name in ("skipped", "dropped"):
-            values[name] = {kind: rows._asdict() for kind, rows in getattr(self, name).items()}
-        values["examples"] = [[segment._asdict() for segment in example] for example in self.examples]
-        values |= {"share_trained": self.share_trained, "padding_saved": self.padding_saved}
+        values = dataclasses.asdict(self) | {"share_trained": self.share_trained, "padding_saved": self.padding_saved}
         as_json: dict[str, Any] = json.loads(json.dumps(values))  # tuples become lists
         return as_json
 
     def findings(self) -> list[str]:
-        """Return a sentence for each thing that is likely not meant; empty where all is well."""
-        rows = self.rows_used
+        """Return a message for each count that is probably a mistake in the data."""
         other = self.rows_end_untrained - self.rows_end_masked - self.rows_cut_off
         prompts = 0 if self.trains_everything else self.rows_prompt_trained
-        sentences = (
+        messages = (
             (self.rows_without_label, "train nothing: all their labels are masked"),
-            (self.rows_end_masked, "mask the end of text after an answer, as where padding is the end of text"),
-            (self.rows_cut_off, "stop inside an answer, without an end of text: cut off"),
-            (other, "have an answer that goes on, untrained, without an end of text"),
+            (self.rows_end_masked, "mask the EOS after an answer, as happens if padding is EOS"),
+            (self.rows_cut_off, "stop inside an answer, without EOS: cut off"),
+            (other, "have an answer that goes on, untrained, without EOS"),
             (prompts, "train from their first token on: the prompt is trained, too"),
         )
-        return [f"{count:,} of {rows:,} rows {sentence}" for count, sentence in sentences if count]
+        return [f"{count:,} of {self.rows_used:,} rows {message}" for count, message in messages if count]
 
     def check(self) -> None:
-        """Raise DataError if no row is left, nothing would be trained, or no end of text would be."""
+        """Raise DataError if no row is left, nothing would be trained, or no EOS would be."""
         if not self.rows_used:
             left_out = sum(kind.rows for kind in (*self.skipped.values(), *self.dropped.values()))
             raise DataError(f"no row to train on: {self.rows_read} read, {left_out} of them left out")
@@ -134,76 +128,75 @@ class SupervisionReport:
             )
         if not self.ends_trained:
             raise DataError(
-                f"no end of text would be trained in {self.rows_used} rows, so the model would not learn to stop; "
-                "mask labels by position, not by the padding's id, and end each answer with the end of text"
+                f"no EOS would be trained in {self.rows_used} rows, so the model would not learn to stop; mask labels "
+                "by position, not by the padding's id, and end each answer with EOS"
             )
 
     def text(self, color: bool = False) -> str:
         """Return the report for a terminal; trained text of the examples is green, or between ⟦ and ⟧."""
-        lines = [f"rows      {self.rows_read:,} read, {self.rows_used:,} used{self._left_out_in_short()}"]
-        lines += [*_left_out_lines("skipped", self.skipped), *_left_out_lines("dropped", self.dropped)]
+        first_line, lines = f"rows      {self.rows_read:,} read, {self.rows_used:,} used", []
+        for name, kinds in (("skipped", self.skipped), ("dropped", self.dropped)):
+            if kinds:
+                first_line += f", {sum(left_out.rows for left_out in kinds.values()):,} {name}"
+            for kind, left_out in kinds.items():
+                lines.append(f"  {left_out.rows:,} {name}: {kind}")
+                lines += [f"    {_printable(row)}" for row in left_out.first]
         if self.rows_truncated:
             lines.append(f"  {self.rows_truncated:,} rows lost the beginning of their prompt")
         lines.append(
             f"tokens    {self.tokens:,}, {self.tokens_trained:,} trained ({self.share_trained:.1%}), "
-            f"{self.ends_trained:,} of them ends of text"
+            f"{self.ends_trained:,} of them EOS"
         )
-        lines.append(self._padding_line())
+        packed = "" if self.padding_packed is None else f"; packed to {self.max_length}: {self.padding_packed:,}"
+        lines.append(f"padding   {self.padding:,} tokens in batches of {self.batch_size}{packed}")
         lines += [f"warning   {finding}" for finding in self.findings()]
-        lines += ["length    rows", *_histogram_lines(self.length_histogram)]
+        lines.append("length    rows")
+        most = max((rows for _, rows in self.length_histogram), default=1)
+        for bound, rows in self.length_histogram:
+            lines.append(f"  <= {bound:>7,} {rows:>9,}  {'#' * -(-rows * _BAR_WIDTH // most)}")
+        legend = f"{_GREEN}trained{_PLAIN} and {_DIM}not{_PLAIN}:" if color else "⟦trained⟧ and not:"
         for number, example in enumerate(self.examples, start=1):
-            lines += [f"example {number}, {_legend(color)}", _highlighted(example, color)]
-        return "\n".join(lines)
-
-    def _left_out_in_short(self) -> str:
-        counts = {"skipped": self.skipped, "dropped": self.dropped}
-        sums = {name: sum(kind.rows for kind in kinds.values()) for name, kinds in counts.items()}
-        return "".join(f", {count:,} {name}" for name, count in sums.items() if count)
-
-    def _padding_line(self) -> str:
-        line = f"padding   {self.padding:,} tokens in batches of {self.batch_size}"
-        if self.padding_packed is None:
-            return line
-        return f"{line}; packed to {self.max_length}: {self.padding_packed:,}"
+            lines += [f"example {number}, {legend}", _highlighted(example, color)]
+        return "\n".join([first_line, *lines])
 
 
 def report_of(
     rows: SupervisedRows, tokenizer: AnyTokenizer, *, n_examples: int = 3, batch_size: int = 8
 ) -> SupervisionReport:
-    """Return the report of encoded rows; their ids and trained marks are counted anew, position by position."""
+    """Return the report of encoded rows; their ids and trained marks are counted again, position by position."""
     report = report_of_examples(
         ((row.input_ids, row.trained) for row in (rows[index] for index in range(len(rows)))),
         tokenizer,
-        rows.end_of_text_id,
+        rows.eos_token_id,
         n_examples=n_examples,
         batch_size=batch_size,
         max_length=rows.options.max_length,
     )
+    everything = rows.options.train_on == "everything"
     return dataclasses.replace(
         report,
-        # Here it is known what a prompt is: a row that is trained from its second token on has one of one token.
-        rows_prompt_trained=report.rows_prompt_trained if rows.options.train_on == "everything" else 0,
+        # Prompts are known here: a row that is trained from its second token on has a prompt of one token.
+        rows_prompt_trained=report.rows_prompt_trained if everything else 0,
         rows_read=rows.n_read,
         skipped=_left_out(rows.skipped),
         dropped=_left_out(rows.dropped),
         rows_truncated=int(rows.truncated.sum()),
-        trains_everything=rows.options.train_on == "everything",
+        trains_everything=everything,
     )
 
 
 def report_of_examples(
     examples: Iterable[Example],
     tokenizer: AnyTokenizer,
-    end_of_text_id: int,
+    eos_token_id: int,
     *,
     n_examples: int = 3,
     batch_size: int = 8,
     max_length: int | None = None,
 ) -> SupervisionReport:
-    """Return the report of rows from anywhere: (ids, trained) pairs, both (n,), where trained[i] says if id i is.
+    """Return the report of rows from any source: (ids, trained) pairs, both (n,); trained[i] says if id i is a target.
 
-    `max_length` tells how packing would do; a row that does not fit it leaves that unknown. Raises DataError for a
-    pair of unequal lengths.
+    `max_length` is that of packed sequences. Raises DataError for a pair of unequal lengths.
     """
     counts: Counter[str] = Counter()
     lengths: list[int] = []
@@ -212,45 +205,41 @@ def report_of_examples(
         ids, trained = np.asarray(row_ids, np.int64), np.asarray(row_trained, np.bool_)
         if ids.ndim != 1 or ids.shape != trained.shape:
             raise DataError(f"row {number}: ids {ids.shape} and trained {trained.shape} must both be (n,)")
-        counts.update(_row_counts(ids, trained, end_of_text_id))
+        counts.update(_row_counts(ids, trained, eos_token_id))
         lengths.append(len(ids))
         if len(shown) < n_examples:
             shown.append(tuple(_segments(ids, trained, tokenizer)))
     read = np.maximum(np.array(lengths, np.int64) - 1, 0)  # the last id of a row is a target only
+    batches = [read[first : first + batch_size] for first in range(0, len(read), batch_size)]
+    packed = None
+    if max_length is not None and len(read) and read.max() <= max_length:
+        packed = len(best_fit_decreasing(read, max_length)) * max_length - int(read.sum())
+    bits = Counter(max(length - 1, 0).bit_length() for length in lengths)
+    by_name: dict[str, Any] = dict(counts)
     return SupervisionReport(
         rows_read=len(lengths),
         rows_used=len(lengths),
-        skipped={},
-        dropped={},
-        rows_truncated=0,
-        tokens=sum(lengths),
-        tokens_trained=counts["trained"],
-        ends_trained=counts["ends"],
-        rows_without_label=counts["without_label"],
-        rows_end_untrained=counts["end_untrained"],
-        rows_end_masked=counts["end_masked"],
-        rows_cut_off=counts["cut_off"],
-        rows_prompt_trained=counts["prompt_trained"],
         batch_size=batch_size,
-        padding=_padding(read, batch_size),
-        padding_packed=_padding_packed(read, max_length),
+        padding=sum(int(batch.max() * len(batch) - batch.sum()) for batch in batches),
+        padding_packed=packed,
         max_length=max_length,
-        length_histogram=_histogram(lengths),
+        length_histogram=tuple((1 << n, bits[n]) for n in range(min(bits), max(bits) + 1)) if bits else (),
         examples=tuple(shown),
+        **by_name,
     )
 
 
 def inspect_batches(
     batches: Iterable[tuple[Any, Any]],
     tokenizer: AnyTokenizer,
-    end_of_text_id: int,
+    eos_token_id: int,
     *,
-    ignore_index: int = IGNORED,
+    ignore_index: int = -100,
 ) -> SupervisionReport:
     """Return the report of a collator's batches (input_ids, labels), both (B, T) and not shifted, as in transformers.
 
-    Padding cannot be told from text here, and counts as tokens. Raises DataError where a label is another id than
-    that of its position, as where labels are shifted already.
+    Padding counts as tokens, as it cannot be told from text. Raises DataError if a label differs from the id at its
+    position, as it does if labels are already shifted.
     """
 
     def rows() -> Iterator[Example]:
@@ -263,43 +252,27 @@ def inspect_batches(
                     )
                 yield ids, trained
 
-    return report_of_examples(rows(), tokenizer, end_of_text_id)
+    return report_of_examples(rows(), tokenizer, eos_token_id)
 
 
-def examples_in(batch: Batch) -> Iterator[Example]:
-    """Yield the documents of a batch with shifted targets, as (ids, trained) pairs, padding with them.
-
-    A document ends where its positions restart, or with its row. Its last target, where it is trained, is its last id.
-    """
-    for index in range(len(batch.input_ids)):
-        ids, targets = batch.input_ids[index].numpy(), batch.targets[index].numpy()
-        positions = np.arange(len(ids)) if batch.position_ids is None else batch.position_ids[index].numpy()
-        restarts = np.flatnonzero(positions[1:] == 0) + 1
-        for piece_ids, piece_targets in zip(np.split(ids, restarts), np.split(targets, restarts), strict=True):
-            trained = np.concatenate(([False], piece_targets != IGNORED))
-            if trained[-1]:
-                yield np.append(piece_ids, piece_targets[-1]), trained
-            else:
-                yield piece_ids, trained[:-1]
-
-
-def _row_counts(ids: Ids, trained: npt.NDArray[np.bool_], end: int) -> Counter[str]:
-    """Return what a row adds to the counts: of tokens, and of rows with each fault at most 1."""
-    # Each run of trained tokens begins where the mark turns on and stops where it turns off.
+def _row_counts(ids: Ids, trained: npt.NDArray[np.bool_], eos: int) -> dict[str, int]:
+    """Return what a row adds to the counts of a report, by their names."""
+    # Each run of trained tokens starts where the mark turns on and stops where it turns off.
     turns = np.flatnonzero(np.diff(np.concatenate(([0], trained.astype(np.int8), [0]))))
     starts, stops = turns[::2], turns[1::2]
-    open_stops = stops[ids[stops - 1] != end]
-    inside = open_stops[open_stops < len(ids)]
-    return Counter(
-        trained=int(trained.sum()),
-        ends=int((ids[trained] == end).sum()),
-        without_label=int(not len(starts)),
-        end_untrained=int(len(open_stops) > 0),
-        end_masked=int((ids[inside] == end).any()),
-        cut_off=int(len(open_stops) > 0 and not (ids[inside] == end).any() and open_stops[-1] == len(ids)),
-        # The first id of a row has nothing before it, and is no target whether it is marked or not.
-        prompt_trained=int(len(starts) > 0 and starts[0] <= 1),
-    )
+    incomplete = stops[ids[stops - 1] != eos]
+    masked = bool((ids[incomplete[incomplete < len(ids)]] == eos).any())
+    return {
+        "tokens": len(ids),
+        "tokens_trained": int(trained.sum()),
+        "ends_trained": int((ids[trained] == eos).sum()),
+        "rows_without_label": int(not len(starts)),
+        "rows_end_untrained": int(len(incomplete) > 0),
+        "rows_end_masked": int(masked),
+        "rows_cut_off": int(len(incomplete) > 0 and not masked and incomplete[-1] == len(ids)),
+        # The first id of a row follows nothing, and is no target whether it is marked or not.
+        "rows_prompt_trained": int(len(starts) > 0 and starts[0] <= 1),
+    }
 
 
 def _left_out(rows: SkippedRows) -> dict[str, LeftOut]:
@@ -309,63 +282,26 @@ def _left_out(rows: SkippedRows) -> dict[str, LeftOut]:
     }
 
 
-def _padding(lengths: Ids, batch_size: int) -> int:
-    batches = (lengths[first : first + batch_size] for first in range(0, len(lengths), batch_size))
-    return sum(int(batch.max() * len(batch) - batch.sum()) for batch in batches)
-
-
-def _padding_packed(lengths: Ids, max_length: int | None) -> int | None:
-    if max_length is None or not len(lengths) or lengths.max() > max_length:
-        return None
-    return len(best_fit_decreasing(lengths, max_length)) * max_length - int(lengths.sum())
-
-
-def _histogram(lengths: list[int]) -> tuple[tuple[int, int], ...]:
-    """Return (bound, rows) for lengths above half the bound and up to it, from the first bound in use to the last."""
-    bits = Counter(max(length - 1, 0).bit_length() for length in lengths)
-    return tuple((1 << n, bits[n]) for n in range(min(bits), max(bits) + 1)) if bits else ()
-
-
-def _histogram_lines(histogram: tuple[tuple[int, int], ...]) -> list[str]:
-    most = max((rows for _, rows in histogram), default=1)
-    return [f"  <= {bound:>7,} {rows:>9,}  {'#' * -(-rows * _BAR // most)}" for bound, rows in histogram]
-
-
-def _left_out_lines(name: str, kinds: Mapping[str, LeftOut]) -> list[str]:
-    lines = []
-    for kind, left_out in kinds.items():
-        lines.append(f"  {left_out.rows:,} {name}: {kind}")
-        lines += [f"    {_printable(row)}" for row in left_out.first]
-    return lines
-
-
 def _segments(ids: Ids, trained: npt.NDArray[np.bool_], tokenizer: AnyTokenizer) -> Iterator[Segment]:
     turns = np.flatnonzero(trained[1:] != trained[:-1]) + 1
-    for piece_ids, piece_trained in zip(np.split(ids, turns), np.split(trained, turns), strict=True):
-        if len(piece_ids):
-            yield Segment(token_ids_to_text(piece_ids, tokenizer), bool(piece_trained[0]))
-
-
-def _legend(color: bool) -> str:
-    return f"{_GREEN}trained{_PLAIN} and {_DIM}not{_PLAIN}:" if color else "⟦trained⟧ and not:"
+    for run_ids, run_trained in zip(np.split(ids, turns), np.split(trained, turns), strict=True):
+        if len(run_ids):
+            yield Segment(token_ids_to_text(run_ids, tokenizer), bool(run_trained[0]))
 
 
 def _highlighted(example: tuple[Segment, ...], color: bool) -> str:
     marks = {True: (_GREEN, _PLAIN), False: (_DIM, _PLAIN)} if color else {True: ("⟦", "⟧"), False: ("", "")}
-    pieces = []
-    for text, trained in example:
-        before, after = marks[trained]
-        pieces.append(f"{before}{_printable(_shortened(text))}{after}")
-    return "".join(pieces)
-
-
-def _shortened(text: str) -> str:
-    half = _SHOWN_CHARACTERS // 2
-    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:half]} … {text[-half:]}"
+    written, half = "", _SHOWN_CHARACTERS // 2
+    for segment in example:
+        before, after = marks[segment.trained]
+        is_long = len(segment.text) > _SHOWN_CHARACTERS
+        text = f"{segment.text[:half]} … {segment.text[-half:]}" if is_long else segment.text
+        written += f"{before}{_printable(text)}{after}"
+    return written
 
 
 def _printable(text: str) -> str:
-    """Return text that cannot steer a terminal: control and format characters but the line end are written out."""
+    """Return text that cannot control a terminal: control and format characters, except line ends, are escaped."""
     return "".join(
         character
         if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf")

@@ -103,10 +103,9 @@ class FileShard:
         digest = xxhash.xxh3_128(repr((self.column, self.separator, self.may_cut)).encode())
         for span in self.spans:
             whole, length = not span.is_of_bytes, span.file.stat().st_size
-            # The start of a file, its end and a border between spans change what the same bytes mean.
-            place = (
-                (span.start, span.stop) if whole else (span.stop - span.start, span.start == 0, span.stop == length)
-            )
+            # The same bytes are other text at the start or the end of a file.
+            part = (span.stop - span.start, span.start == 0, span.stop == length)
+            place = (span.start, span.stop) if whole else part
             digest.update(repr((span.form, span.compression, length if whole else 0, place)).encode())
             first, last = _row_group_bytes(span) if span.form == "parquet" else (span.start, span.stop)
             for block in _raw_blocks(span.file, first, last):
@@ -363,11 +362,8 @@ def _parquet(file: Path, column: str) -> Any:
 def _row_group_bytes(span: FileSpan) -> tuple[int, int]:
     """Return the first byte of a span's row groups in a Parquet file, and the byte after the last."""
     groups = pq.ParquetFile(span.file).metadata
-    columns = [
-        groups.row_group(group).column(column)
-        for group in range(span.start, span.stop)
-        for column in range(groups.num_columns)
-    ]
+    rows = [groups.row_group(number) for number in range(span.start, span.stop)]
+    columns = [row_group.column(number) for row_group in rows for number in range(groups.num_columns)]
     firsts = [min(filter(None, (c.dictionary_page_offset, c.data_page_offset))) for c in columns]
     ends = [first + column.total_compressed_size for first, column in zip(firsts, columns, strict=True)]
     return min(firsts, default=0), max(ends, default=0)

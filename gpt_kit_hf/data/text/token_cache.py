@@ -6,6 +6,7 @@ import functools
 import hashlib
 import os
 import time
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
@@ -35,10 +36,7 @@ class _OpenFile:
 
     def __init__(self, name: str) -> None:
         self.descriptor = os.open(name, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        with suppress(AttributeError):  # the file could not be opened
-            os.close(self.descriptor)
+        weakref.finalize(self, os.close, self.descriptor)
 
 
 # Opening a file for each window is slow where the cache lies on a network file system.

@@ -180,14 +180,10 @@ def window_item(ids: npt.NDArray[np.int64], starts: npt.NDArray[np.int64] | None
     if starts is None:
         return tokens[:-1], target
     target[starts - 1] = IGNORED
-    return tokens[:-1], target, torch.from_numpy(restarting_positions(starts, len(target)))
-
-
-def restarting_positions(starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
-    """Return positions (length,) that count from 0 and restart at each of `starts`, ascending."""
-    begins = np.zeros(length, np.int64)
-    begins[starts[starts < length]] = starts[starts < length]
-    return np.arange(length) - np.maximum.accumulate(begins)
+    begins, inside = np.zeros(len(target), np.int64), starts[starts < len(target)]
+    begins[inside] = inside
+    positions = np.arange(len(target)) - np.maximum.accumulate(begins)
+    return tokens[:-1], target, torch.from_numpy(positions)
 
 
 def collate_windows(items: Sequence[tuple[Tensor, ...]]) -> Batch:

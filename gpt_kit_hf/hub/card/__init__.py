@@ -1,1 +1,6 @@
-"""The model card: the facts of a run that it may show, and its Markdown."""
+"""The model card, the README.md of a model repository.
+
+`card` renders a card and keeps what a person wrote in it; `template.md` is its text; `markdown` shows values safely in
+it; `facts` reads what a card may show of a run; `options` selects the options that it may show; `metadata` is the YAML
+front matter.
+"""

@@ -1,24 +1,25 @@
-"""What a run or a model folder recorded of itself that a card may show, and nothing else of it.
+"""The facts of a card: what a run or a model folder recorded that a card may show, and nothing else.
 
-Only fields known here are read, and each only as the kind of value that it must be. Of a path the last name is kept;
-what has the form of an access token or a password is left out.
+Only known fields are read, and each value must be of its field's kind. Of a path only the last name is kept; values
+that look like an access token or a password are left out.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
+from functools import partial
+from math import exp
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from gpt_kit_hf.errors import CheckpointError, UsageError
-from gpt_kit_hf.evaluation.invariance import ATTENTIONS, PRECISIONS
 from gpt_kit_hf.hub.card.options import as_id, command_of, shareable, shared_options
+from gpt_kit_hf.hub.secret_scan import hide_secrets
+from gpt_kit_hf.hub.untrusted_files import count_elements, read_header
 from gpt_kit_hf.model.configuration_gpt_kit import GPTKitConfig
 from gpt_kit_hf.storage.atomic_files import load_json, parse_object, read_jsonl
 from gpt_kit_hf.storage.checkpoints import list_checkpoints
@@ -34,6 +35,7 @@ from gpt_kit_hf.storage.run_folder import (
 
 _PACKAGES = ("gpt-kit-hf", "torch", "transformers", "accelerate", "datasets", "tiktoken", "python")
 _BASELINES = ("gzip -9", "byte unigram")
+_PRECISIONS = ("fp32", "bf16", "fp16")
 _ARCHITECTURE = (
     *("n_layer", "n_head", "n_embd", "n_inner", "max_position_embeddings", "vocab_size", "hidden_act"),
     *("position_embedding", "use_bias", "tie_word_embeddings", "embd_pdrop", "attn_pdrop", "resid_pdrop"),
@@ -43,25 +45,24 @@ _COUNTS = (
     *("rows_read", "rows_used", "rows_truncated", "tokens", "tokens_trained", "ends_trained", "rows_without_label"),
     *("rows_end_untrained", "rows_prompt_trained", "batch_size", "padding", "padding_packed", "max_length"),
 )
-_WORDS: dict[str, Container[object]] = {
+# The texts that a field of a configuration may have; its other values are numbers and truth values.
+_TEXTS: dict[str, Container[object]] = {
     "hidden_act": ACT2FN,
     "position_embedding": ("learned", "sinusoidal"),
     "dtype": ("float32", "bfloat16", "float16"),
-    # Views: our own class is added when the package has been imported.
+    # Views: this package's class is added to the mapping when it is registered.
     "model_type": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys(),
     "class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
 }
-_DIGEST = re.compile(r"[0-9a-f]{8,64}(?:-[0-9a-f]{8,64})*")
-_VERSION = re.compile(r"[0-9][0-9a-z.+-]{0,40}")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+Check = Callable[[object], Any]
 
 
 def card_facts(run: Path) -> dict[str, Any]:
-    """Return what a card says of a run, ended or not, or of a model folder that no run record lies in; as JSON.
+    """Return as JSON what a card shows of a run, finished or not, or of a model folder without a run's record.
 
-    The same folder gives the same facts anywhere: no times, no absolute paths. Whether a base model or a dataset is on
-    the Hub is what its run recorded, or that its name has that form and no such folder is there. Raises UsageError
-    for a folder with neither a run nor a model, CheckpointError for files in it that cannot be read.
+    The same folder gives the same facts anywhere: no times, no absolute paths. A base model or dataset counts as one
+    of the Hub if the run recorded that, or if its name has the form of an id and no such folder exists. Raises
+    UsageError for a folder with neither a run nor a model, CheckpointError for files that cannot be read.
     """
     record = _read_object(run / RECORD_FILE)
     options = record.get("options")
@@ -71,24 +72,27 @@ def card_facts(run: Path) -> dict[str, Any]:
     config = _read_object(folder / "config.json")
     if not options and not config:
         raise UsageError(f"{str(run)!r} holds neither a run nor a model: no {OPTIONS_FILE} and no config.json")
-    tuned = "base.model_name_or_path" in options
-    chosen = shared_options(options, run)
+    tuned, name = "base.model_name_or_path" in options, shareable(run.resolve().name)
+    shared = shared_options(options, run)
     facts = {
-        "name": shareable(run.resolve().name),
+        "name": name,
         "kind": "tuned" if tuned else "pretrained" if options else "model",
         "parameters": _parameters(folder) or _count(record.get("parameters")),
         "architecture": _architecture(config),
         "tokenizer": _tokenizer(folder, config, record),
-        "options": chosen,
-        "command": command_of(chosen, shareable(run.resolve().name), tuned=tuned),
-        "base": _base(record, options, chosen) if tuned else None,
-        "data": _data(record),
+        "options": shared,
+        "command": command_of(shared, name, tuned=tuned),
+        "base": _base(record, options, shared) if tuned else None,
+        "data": _pick(record, ("documents", "train_tokens", "eval_tokens", "held_out_rows"), _count)
+        | _not_none({"fingerprint": _digest(record.get("data_fingerprint"))}),
         "supervision": _supervision(run, record) if tuned else None,
-        "progress": _progress(run, record),
+        "progress": _progress(run, record) if record else None,
         "curve": (run / CURVE_FILE).is_file(),
-        "evaluations": [*_own_evaluation(record, chosen, tuned), *_more_evaluations(run)],
+        "evaluations": [*_own_evaluation(record, shared, tuned), *_added_evaluations(run)],
         "invariance": _invariance(_read_object(run / INVARIANCE_FILE)),
-        "versions": _versions(record, config),
+        "versions": _pick(
+            record.get("versions", {"transformers": config.get("transformers_version")}), _PACKAGES, _version
+        ),
     }
     return {name: value for name, value in facts.items() if value not in (None, {}, [])}
 
@@ -97,50 +101,40 @@ def card_facts(run: Path) -> dict[str, Any]:
 
 
 def _model_folder(run: Path) -> Path:
-    """Return the folder of the model: the run's own, or of a run under way its newest checkpoint."""
-    if (run / "config.json").is_file():
-        return run
-    return next((folder for folder in reversed(list_checkpoints(run)) if (folder / "config.json").is_file()), run)
+    """Return the run's folder if it holds a model, otherwise its newest checkpoint that does."""
+    candidates = [run, *reversed(list_checkpoints(run))]
+    return next((folder for folder in candidates if (folder / "config.json").is_file()), run)
 
 
 def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a configuration, by this package's names, whatever the model calls them."""
-    names: dict[str, list[str]] = {name: [name] for name in _ARCHITECTURE}
+    """Return the fields of a configuration by this package's names; another model may have them under aliases."""
+    aliases = {name: [name] for name in _ARCHITECTURE}
     for alias, name in GPTKitConfig.attribute_map.items():
-        names.get(name, []).append(alias)
+        aliases.get(name, []).append(alias)
     found = {
-        name: next((config[key] for key in keys if config.get(key) is not None), None) for name, keys in names.items()
+        name: next((config[key] for key in keys if config.get(key) is not None), None)
+        for name, keys in aliases.items()
     }
     classes = config.get("architectures")
     found["class"] = classes[0] if isinstance(classes, list) and classes else None
     found["model_type"] = config.get("model_type")
-    return {name: value for name, value in found.items() if _is_known(name, value)}
-
-
-def _is_known(name: str, value: object) -> bool:
-    """Return whether the value of a field is a number, a truth value, or a word that means something there."""
-    if isinstance(value, str):
-        return value in _WORDS.get(name, ())
-    return isinstance(value, (bool, int, float))
+    return {
+        name: value
+        for name, value in found.items()
+        if (value in _TEXTS.get(name, ()) if isinstance(value, str) else isinstance(value, (bool, int, float)))
+    }
 
 
 def _parameters(folder: Path) -> int | None:
-    """Return how many numbers the weights are, by the headers of their files; shared ones are stored once."""
-    total = 0
-    for file in sorted(folder.glob("model*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as weights:
-                total += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{file} is not a readable safetensors file: {error}") from error
-    return total or None
+    """Return the number of weights by the headers of their files, in which shared ones are stored once."""
+    return sum(count_elements(read_header(file)) for file in sorted(folder.glob("model*.safetensors"))) or None
 
 
 def _tokenizer(folder: Path, config: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
     stored = _read_object(folder / "tokenizer_config.json")
-    fingerprint = _matching(_DIGEST, config.get("tokenizer_fingerprint") or record.get("tokenizer_fingerprint"))
+    fingerprint = _digest(config.get("tokenizer_fingerprint") or record.get("tokenizer_fingerprint"))
     if not stored:
-        return {} if fingerprint is None else {"fingerprint": fingerprint}
+        return _not_none({"fingerprint": fingerprint})
     name = stored.get("encoding_name")
     return {
         "name": shareable(name) if isinstance(name, str) else None,
@@ -150,117 +144,82 @@ def _tokenizer(folder: Path, config: Mapping[str, Any], record: Mapping[str, Any
     }
 
 
-# --- the data
-
-
-def _base(record: Mapping[str, Any], options: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the model that was tuned: its name, whether that is one of the Hub, and its commit there."""
-    recorded = "base_commit" in record or record.get("base_digest") is not None
-    commit = _matching(_COMMIT, record.get("base_commit") or record.get("base_digest"))
-    name = as_id(options["base.model_name_or_path"]) if commit else chosen.get("base.model_name_or_path", {})
-    if isinstance(name, dict):
-        return {"name": name.get("hub") or name.get("name"), "hub": "hub" in name and not recorded, "commit": commit}
-    return {"name": name, "hub": True, "commit": commit}
-
-
-def _data(record: Mapping[str, Any]) -> dict[str, Any]:
-    counts = {
-        name: _count(record.get(name)) for name in ("documents", "train_tokens", "held_out_tokens", "held_out_rows")
-    }
-    found = {**counts, "fingerprint": _matching(_DIGEST, record.get("data_fingerprint"))}
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def _supervision(run: Path, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the counts of the supervision report; the rows that it shows stay where they are."""
-    report = record.get("supervision")
-    if not isinstance(report, dict):
-        report = _read_object(run / REPORT_FILE)
-    found: dict[str, Any] = {name: _count(report.get(name)) for name in _COUNTS}
-    for name in ("skipped", "dropped"):
-        found[name] = _rows_by_kind(report.get(name)) or None
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def _rows_by_kind(kinds: object) -> dict[str, int]:
-    """Return how many rows were left out for each kind of fault, without what was said of the first of them."""
-    if not isinstance(kinds, dict):
-        return {}
-    counts = {kind: _count(left.get("rows")) for kind, left in kinds.items() if isinstance(left, dict)}
-    return {shareable(kind): count for kind, count in counts.items() if count is not None}
+def _base(record: Mapping[str, Any], options: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the model that was tuned: its name, whether it is on the Hub, and its commit there."""
+    commit = _commit(record.get("base_commit") or record.get("base_digest"))
+    if commit:
+        return {"name": as_id(options["base.model_name_or_path"]), "hub": True, "commit": commit}
+    place = shared.get("base.model_name_or_path", {})
+    is_folder = "base_commit" in record or record.get("base_digest") is not None
+    return {"name": place.get("hub") or place.get("name"), "hub": "hub" in place and not is_folder, "commit": None}
 
 
 # --- the run
 
 
-def _progress(run: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return how far the run came, what it was computed on, and the held-out score that it began with."""
-    if not record:
-        return None
+def _supervision(run: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the counts of the supervision report, without the rows that it quotes."""
+    report = record.get("supervision")
+    if not isinstance(report, dict):
+        report = _read_object(run / REPORT_FILE)
+    found = _pick(report, _COUNTS, _count)
+    for group in ("skipped", "dropped"):
+        reasons = report.get(group)
+        rows = {reason: left.get("rows") for reason, left in _object(reasons).items() if isinstance(left, dict)}
+        if counts := _pick(rows, rows, _count):
+            found[group] = {shareable(reason): count for reason, count in counts.items()}
+    return found
+
+
+def _progress(run: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how far the run came, its precision and hardware, and its score before the first step, if it took one."""
     file = run / METRICS_FILE
     lines = read_jsonl(file, report=lambda line: None) if file.is_file() else []
     steps = [line for line in lines if line.get("kind") == "train"]
-    results, sessions = record.get("results"), record.get("sessions")
-    done, total = max((_count(line.get("step")) or 0 for line in steps), default=0), _count(record.get("steps"))
-    found = {
-        "steps": total,
-        "done": done,
-        "finished": isinstance(results, dict) and results.get("steps") == total,
-        "trained_tokens": sum(_count(line.get("trained_tokens")) or 0 for line in steps if "skipped" not in line),
-        "skipped": sum("skipped" in line for line in steps),
-        "sessions": len(sessions) if isinstance(sessions, list) else None,
-        "precision": _one_of(("fp32", "bf16", "fp16"), record.get("precision")),
-        "device": _one_of(("cpu", "cuda", "mps", "xpu"), str(record.get("device")).split(":")[0]),
-        "processes": _count(record.get("processes")),
-        "before": _score_before(lines),
-    }
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def _score_before(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the held-out score before the first step, where the run took one, on all that was held out."""
-    line = next((line for line in lines if line.get("kind") == "evaluation" and line.get("step") == 0), {})
-    score = {name: _number(line.get(name)) for name in ("loss", "bits_per_byte")}
-    return None if None in score.values() else score
-
-
-def _versions(record: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
-    recorded = record.get("versions")
-    if not isinstance(recorded, dict):
-        recorded = {"transformers": config.get("transformers_version")}
-    found = {name: _matching(_VERSION, recorded.get(name)) for name in _PACKAGES}
-    return {name: version for name, version in found.items() if version is not None}
+    results, sessions, total = record.get("results"), record.get("sessions"), _count(record.get("steps"))
+    first = next((line for line in lines if line.get("kind") == "eval" and line.get("step") == 0), {})
+    before = _pick(first, ("loss", "bits_per_byte"), _number)
+    return _not_none(
+        {
+            "steps": total,
+            "done": max((_count(line.get("step")) or 0 for line in steps), default=0),
+            "finished": isinstance(results, dict) and results.get("steps") == total,
+            "trained_tokens": sum(_count(line.get("trained_tokens")) or 0 for line in steps if "skipped" not in line),
+            "skipped": sum("skipped" in line for line in steps),
+            "sessions": len(sessions) if isinstance(sessions, list) else None,
+            "precision": _one_of(_PRECISIONS, record.get("precision")),
+            "device": _device(record.get("device")),
+            "processes": _count(record.get("processes")),
+            "before": before if len(before) == 2 else None,
+        }
+    )
 
 
 # --- the scores
 
 
-def _own_evaluation(record: Mapping[str, Any], chosen: Mapping[str, Any], tuned: bool) -> list[dict[str, Any]]:
-    """Return the score on all that the run held out, with what is easily reached; none before the run has ended."""
+def _own_evaluation(record: Mapping[str, Any], shared: Mapping[str, Any], tuned: bool) -> list[dict[str, Any]]:
+    """Return the run's final score as a list of one, with the baselines; an empty list for an unfinished run."""
     results = record.get("results")
     if not isinstance(results, dict):
         return []
-    room = "supervision" if tuned else "windows"
     named = {
         "name": "held-out answers" if tuned else "held-out text",
         "kind": "rows" if tuned else "text",
-        "max_length": chosen.get(f"{room}.max_length"),
+        "max_length": shared.get("supervision.max_length" if tuned else "windows.max_length"),
         "data_fingerprint": record.get("data_fingerprint"),
     }
-    scored = _evaluation({**results, **named})
-    beside = results.get("beside_bits_per_byte")
-    known = {name: _number(beside.get(name)) for name in _BASELINES} if isinstance(beside, dict) else {}
-    easily = {name: value for name, value in known.items() if value is not None}
-    return [{**each, "own": True, "beside": easily} for each in scored]
+    baselines = _pick(results.get("beside_bits_per_byte"), _BASELINES, _number)
+    return [{**each, "own": True, "beside": baselines} for each in _evaluation({**results, **named})]
 
 
-def _more_evaluations(run: Path) -> list[dict[str, Any]]:
-    """Return the scores that were added to the run's folder: a list, or {"evaluations": a list}."""
+def _added_evaluations(run: Path) -> list[dict[str, Any]]:
+    """Return the scores that were added to the run's folder: a JSON list, or {"evaluations": a list}."""
     file = run / EVALUATIONS_FILE
     if not file.is_file():
         return []
     try:
-        # The reader of objects is the strict one; this makes a list one.
+        # `parse_object` is the strict reader of JSON, but of objects only.
         found = parse_object(b'{"evaluations": ' + file.read_bytes() + b"}", str(file))["evaluations"]
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
@@ -272,7 +231,7 @@ def _more_evaluations(run: Path) -> list[dict[str, Any]]:
 
 
 def _evaluation(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return what is known of a score as a list of one, or none where it has no loss."""
+    """Return the known values of a score as a list of one; an empty list if it has no loss."""
     loss, name = _number(found.get("loss")), found.get("name")
     if loss is None:
         return []
@@ -280,40 +239,50 @@ def _evaluation(found: Mapping[str, Any]) -> list[dict[str, Any]]:
         "name": shareable(name) if isinstance(name, str) and name else "evaluation",
         "kind": _one_of(("text", "rows"), found.get("kind")),
         "loss": loss,
-        "perplexity": math.exp(loss) if loss < 700 else None,
+        "perplexity": exp(loss) if loss < 700 else None,
         "bits_per_byte": _number(found.get("bits_per_byte")),
-        "data_fingerprint": _matching(_DIGEST, found.get("data_fingerprint")),
+        "data_fingerprint": _digest(found.get("data_fingerprint")),
     }
-    scored |= {key: _count(found.get(key)) for key in ("tokens", "text_bytes", "max_length", "stride")}
-    return [{key: value for key, value in scored.items() if value is not None}]
+    return [_not_none(scored) | _pick(found, ("tokens", "text_bytes", "max_length", "stride"), _count)]
 
 
 def _invariance(report: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return of each precision and attention how many cells there are and hold, and the largest difference."""
+    """Return for each precision and attention how many cells there are and hold, and the largest difference."""
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     cells = report.get("cells")
-    if not isinstance(cells, list):
-        return None
+    for cell in cells if isinstance(cells, list) else []:
+        precision = _one_of(_PRECISIONS, _object(cell).get("precision"))
+        attention = _attention(_object(cell).get("attention"))
+        if precision and attention:
+            groups.setdefault((precision, attention), []).append(cell)
     rows = []
-    for precision in PRECISIONS:
-        for attention in ATTENTIONS:
-            own = [
-                cell
-                for cell in cells
-                if isinstance(cell, dict) and (cell.get("precision"), cell.get("attention")) == (precision, attention)
-            ]
-            differences = [value for value in (_number(cell.get("difference")) for cell in own) if value is not None]
-            if own:
-                row = {"precision": precision, "attention": attention, "cells": len(own)}
-                row |= {"holds": sum(cell.get("holds") is True for cell in own)}
-                rows.append({**row, "difference": max(differences, default=None)})
-    allowed = report.get("tolerances")
-    tolerances = {name: _number(allowed.get(name)) for name in PRECISIONS} if isinstance(allowed, dict) else {}
-    versions = {name: _matching(_VERSION, report.get(name)) for name in ("torch", "transformers")}
-    device = _one_of(("cpu", "cuda", "mps", "xpu"), str(report.get("device")).split(":")[0])
-    return {"rows": rows, "tolerances": tolerances, "device": device, **versions} if rows else None
+    for (precision, attention), own in groups.items():
+        differences = [value for value in (_number(cell.get("difference")) for cell in own) if value is not None]
+        row = {"precision": precision, "attention": attention, "cells": len(own)}
+        row |= {"holds": sum(cell.get("holds") is True for cell in own)}
+        rows.append({**row, "difference": max(differences, default=None)})
+    measured = {
+        "tolerances": _pick(report.get("tolerances"), _PRECISIONS, _number),
+        "device": _device(report.get("device")),
+    }
+    return {"rows": rows, **measured, **_pick(report, ("torch", "transformers"), _version)} if rows else None
 
 
-# --- values
+# --- values: each check returns the value if it may be shown, None otherwise
+
+
+def _pick(source: object, names: Iterable[str], check: Check) -> dict[str, Any]:
+    """Return the named values of an object that pass a check."""
+    found = _object(source)
+    return _not_none({name: check(found.get(name)) for name in names})
+
+
+def _not_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _object(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -328,9 +297,19 @@ def _count(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
-def _matching(pattern: re.Pattern[str], value: object) -> str | None:
-    return value if isinstance(value, str) and pattern.fullmatch(value) else None
-
-
 def _one_of(known: tuple[str, ...], value: object) -> str | None:
     return value if isinstance(value, str) and value in known else None
+
+
+def _device(value: object) -> str | None:
+    return _one_of(("cpu", "cuda", "mps", "xpu"), str(value).split(":")[0])
+
+
+def _matching(pattern: str, value: object) -> str | None:
+    return value if isinstance(value, str) and re.fullmatch(pattern, value) and hide_secrets(value) == value else None
+
+
+_attention = partial(_matching, r"[a-z][a-z0-9_]{0,23}")
+_digest = partial(_matching, r"[0-9a-f]{8,64}(?:-[0-9a-f]{8,64})*")
+_version = partial(_matching, r"[0-9][0-9a-z.+-]{0,40}")
+_commit = partial(_matching, r"[0-9a-f]{40}")

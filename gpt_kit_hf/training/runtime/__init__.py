@@ -1,1 +1,5 @@
-"""The process that a run lives in: launch checks, signals, torch.compile, memory."""
+"""The processes of a run and the machine that they run on.
+
+`launch` checks that a launcher started all processes, and ends them; `signals` turns SIGTERM, SIGINT and SIGHUP into a
+stop between two steps; `compilation` compiles the model's blocks; `memory` tunes the C library's allocator.
+"""

@@ -1,4 +1,4 @@
-"""Compiled blocks: steps that are faster after a slow first one, or a word about why not."""
+"""torch.compile of a model's blocks, where the machine can compile."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from gpt_kit_hf.errors import UsageError
 
 
 def compile_blocks(
-    model: PreTrainedModel, wanted: bool | None, device: torch.device, say: Callable[[str], None]
+    model: PreTrainedModel, wanted: bool | None, device: torch.device, log: Callable[[str], None]
 ) -> bool:
-    """Have torch compile each block of a model in place, and return whether it will.
+    """Compile each block of a model in place with torch.compile; return whether that was done.
 
-    `wanted=None` leaves the choice here: on a GPU, where the blocks' small operations cost more than their products.
-    On a CPU a step takes as long either way (benchmarks/README.md), and the first one 15 seconds more. The blocks are
-    alike: one is compiled for all, and torch keeps it for the next run. Where torch cannot compile, for want of a C++
-    compiler or Triton, `say` is told and the model is left as it is. Raises UsageError, if it is asked for, where the
-    model does not tell what its blocks are.
+    `wanted=None` compiles on a GPU, where launching the small operations of a block takes longer than its matrix
+    products. On a CPU steps take as long either way (benchmarks/README.md), and the first one 15 s longer. The blocks
+    have the same code, so torch compiles it once, and caches it for the next run. Without a C++ compiler or Triton the
+    model is left as it is, and `log` gets the reason. Raises UsageError for wanted=True if the model does not declare
+    its blocks.
     """
     if not (device.type == "cuda" if wanted is None else wanted):
         return False
@@ -30,7 +30,7 @@ def compile_blocks(
             raise UsageError(f"torch_compile=true: {type(model).__name__} does not tell what its blocks are")
         return False
     if (reason := _why_not(device)) is not None:
-        say(f"note     not compiled: {reason}")
+        log(f"note     not compiled: {reason}")
         return False
     for block in blocks:
         block.compile()
@@ -38,10 +38,10 @@ def compile_blocks(
 
 
 def _why_not(device: torch.device) -> str | None:
-    """Return why torch cannot compile for a device, found by trying, or None if it can."""
+    """Compile a small function for a device; return the error in a line, or None if it works."""
     try:
         torch.compile(lambda x: x * 2.0 + 1.0)(torch.ones(8, device=device))
-    except Exception as error:  # the compiler has no error class of its own for a machine that cannot compile
+    except Exception as error:  # torch has no exception class for a machine that cannot compile
         lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
         return (lines or [type(error).__name__])[0][:200]
     return None

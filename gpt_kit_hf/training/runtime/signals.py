@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGHUP as a wish to stop, which a run grants between two steps."""
+"""SIGTERM, SIGINT and SIGHUP as requests to stop, which a run follows between two steps."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-# What a process ends with that was asked to stop, and saved: sysexits.h has it for "try again later".
+# Exit status of a run that saved and stopped on request: EX_TEMPFAIL of sysexits.h, "try again later".
 EXIT_STOPPED = 75
 
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 
 
 class StopSignals:
-    """Takes the signals that end a process, as a context manager; what handled them before does so again after it.
+    """Context manager that handles the signals that end a process, and restores the handlers of before.
 
-    Inside `granted_between_steps` a signal is only noted, to be asked for; a second SIGINT raises KeyboardInterrupt
-    there, as every signal does outside. With `launcher`, the process that started this one, its end counts as a signal
-    too: a launcher that is killed takes nobody with it. In a thread other than the main one, where Python has no
-    signals, only the launcher is watched. A signal that was ignored, as SIGHUP under nohup, stays ignored.
+    Inside `granted_between_steps` a signal is only recorded, for `asked`; a second SIGINT raises KeyboardInterrupt
+    there, as every signal does outside. With `launcher`, the pid of the parent, the end of that process counts as a
+    request, too, as a launcher that is killed does not end its children. Outside of the main thread, where Python
+    handles no signals, only the launcher is watched. A signal that was ignored, as SIGHUP under nohup, stays ignored.
     """
 
     def __init__(self, launcher: int | None = None) -> None:
@@ -41,12 +41,12 @@ class StopSignals:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            # None: it was set by other means than Python's, and cannot be named here.
+            # None: the handler was not set from Python and cannot be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     @contextmanager
     def granted_between_steps(self) -> Iterator[None]:
-        """Note signals instead of ending what is under way."""
+        """Record signals instead of raising KeyboardInterrupt."""
         self._noted_only = True
         try:
             yield
@@ -54,19 +54,19 @@ class StopSignals:
             self._noted_only = False
 
     def asked(self) -> bool:
-        """Return whether somebody asked this process to stop."""
+        """Return whether this process was requested to stop."""
         if not self._reason and self._launcher is not None and os.getppid() != self._launcher:
             self._reason = "the end of its launcher"
         return bool(self._reason)
 
     @property
     def reason(self) -> str:
-        """What asked: "SIGTERM", for example; empty where only another process of the run was asked."""
+        """The origin of the request, as "SIGTERM"; empty if only another process of the run received one."""
         return self._reason
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
-            return  # a forked loader of batches: a terminal tells all, and the run ends its loaders itself
+            return  # a forked DataLoader worker: a terminal signals all processes, and the run ends its workers itself
         again = bool(self._reason)
         self._reason = signal.Signals(number).name
         if not self._noted_only or (again and number == signal.SIGINT):

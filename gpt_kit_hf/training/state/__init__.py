@@ -1,1 +1,6 @@
-"""The contents of a training checkpoint: weights, optimizer state, data position, digests of batches."""
+"""The contents of a training checkpoint, and when they are written.
+
+`training_state` collects and restores weights, optimizer state, loss scale and data position; `optimizer_state`
+converts an optimizer's state to named tensors and JSON; `sharded_state` does both for a model sharded by FSDP2;
+`checkpoint_writer` saves in a background thread; `batch_digests` hashes the samples of each batch.
+"""

@@ -1,4 +1,4 @@
-"""What a run was trained on, as digests that do not depend on how it was computed."""
+"""Digests of the training batches, which do not depend on processes, micro-batches or padding."""
 
 from __future__ import annotations
 
@@ -11,43 +11,43 @@ import numpy.typing as npt
 from gpt_kit_hf.data.text.windows import IGNORED
 from gpt_kit_hf.model.losses import Batch
 
-_WORD = 1 << 64
+_MODULUS = 1 << 64
 
 
 def content_digest(batches: Sequence[Batch]) -> int:
-    """Return a 64-bit number for the samples in the batches: the sum of one number for each, modulo 2**64.
+    """Return the sum, modulo 2**64, of a 64-bit digest of each sample in the batches.
 
-    Sums of several processes may be added. A sample counts up to its last trained token, since nothing behind it
-    reaches the loss: padding, and with it the cut into micro-batches, changes nothing.
+    The sums of several processes can be added. The digest of a sample ends at its last trained token, as later tokens
+    do not affect the loss; so it does not depend on padding, nor on the division into micro-batches.
     """
     total = 0
     for batch in batches:
-        parts = [part.cpu().numpy() for part in batch if part is not None]
+        fields = [field.cpu().numpy() for field in batch if field is not None]
         trained = batch.targets.cpu().numpy() != IGNORED
         for row in range(trained.shape[0]):
             ends = np.flatnonzero(trained[row])
             length = int(ends[-1]) + 1 if ends.size else 0
-            digest = hashlib.sha256(b"".join(part[row, :length].tobytes() for part in parts))
+            digest = hashlib.sha256(b"".join(field[row, :length].tobytes() for field in fields))
             total += int.from_bytes(digest.digest()[:8], "little")
-    return total % _WORD
+    return total % _MODULUS
 
 
 def halves(content: int) -> tuple[int, int]:
-    """Return the number as two whose sums over processes do not overflow."""
+    """Split a content digest into two numbers whose sums over processes do not overflow an int64."""
     return content & 0xFFFFFFFF, content >> 32
 
 
 def joined(low: int, high: int) -> int:
-    """Return what `halves`, or their sums over processes, stand for."""
-    return (low + (high << 32)) % _WORD
+    """Return the content digest of two `halves`, or of their sums over processes."""
+    return (low + (high << 32)) % _MODULUS
 
 
 def batch_digest(sample_ids: npt.NDArray[np.int64], content: int) -> str:
-    """Return the digest of a global batch, 16 hexadecimal digits: the ids of its samples and what is in them."""
+    """Return the digest of a global batch's sample ids and `content_digest`, as 16 hexadecimal digits."""
     data = sample_ids.astype("<i8").tobytes() + content.to_bytes(8, "little")
     return hashlib.sha256(data).hexdigest()[:16]
 
 
 def chained(chain: str, batch: str) -> str:
-    """Return the digest of all batches up to this one, from the one before it; "" before the first."""
+    """Return the digest of all batches up to `batch`; `chain` is that of the batches before it, "" for none."""
     return hashlib.sha256(f"{chain} {batch}".encode()).hexdigest()[:16]

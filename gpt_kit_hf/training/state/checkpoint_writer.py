@@ -1,4 +1,4 @@
-"""Checkpoints written while the run goes on, one at a time."""
+"""Saves checkpoints in a background thread, one at a time."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from gpt_kit_hf.storage.checkpoints import save_checkpoint
 
 
 class CheckpointWriter:
-    """Saves the checkpoints of a run in a thread of its own, or at once where that is asked for.
+    """Saves the checkpoints of a run, in a background thread or in the calling one.
 
-    What is written must not change meanwhile. A save that fails is reported and leaves the older checkpoints and the
-    run as they are; the run then tries again at its next save.
+    The state must not change while it is written. A failed save is reported; the older checkpoints stay, and the run
+    continues and saves again at its next save.
     """
 
     def __init__(self, run: Path, *, keep_last: int, report: Report, last: Path | None) -> None:
@@ -26,7 +26,7 @@ class CheckpointWriter:
 
     @property
     def last(self) -> Path | None:
-        """The newest checkpoint that is whole on the disk; waits for one that is being written."""
+        """The newest complete checkpoint; waits for one that is being written."""
         self.wait()
         return self._last
 
@@ -39,9 +39,9 @@ class CheckpointWriter:
         keep: Collection[int],
         in_background: bool,
     ) -> None:
-        """Begin to write the checkpoint of a step, after the one before it; see `save_checkpoint`.
+        """Start to write the checkpoint of a step, after the previous one; see `save_checkpoint`.
 
-        Not in the background, it is written on return, or CheckpointError raised.
+        If not `in_background`, the checkpoint is complete on return, or CheckpointError is raised.
         """
         self.wait()
 
@@ -64,12 +64,12 @@ class CheckpointWriter:
             self._thread.start()
             return
         run()
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
+        failure, self._failure = self._failure, None
+        if failure is not None:
             raise failure
 
     def wait(self) -> None:
-        """Return when nothing is being written; report a save that failed, raise what is no failure of the disk."""
+        """Wait for the background thread; report a CheckpointError of it, raise any other exception."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

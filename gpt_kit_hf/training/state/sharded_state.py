@@ -60,7 +60,7 @@ def write_sharded_state(folder: Path, model: nn.Module, optimizer: Optimizer) ->
     writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files, save_distributed=True)
     with _failing_together(f"{folder} was not written"):
         _check_sharding(weights, moments)
-    with _failing_together(f"{folder} was not written"), _no_warning_without_group():
+    with _failing_together(f"{folder} was not written"):
         save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
     with _failing_together(f"{folder} was not written"):
         if _rank() == 0:
@@ -90,7 +90,7 @@ def restore_sharded_state(folder: Path, model: nn.Module, optimizer: Optimizer) 
         moments = _empty_moments(shards, weights)
         tensors = _labelled(weights, moments)
         _check_shards(shards, tensors)
-    with _failing_together(f"{folder} was not read"), _no_warning_without_group():
+    with _failing_together(f"{folder} was not read"):
         load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not dist.is_initialized())
     restore_optimizer_state(optimizer, moments, groups, names)
 
@@ -210,7 +210,10 @@ def _failing_together(what: str) -> Iterator[None]:
 
     failure, cause = None, None
     try:
-        yield
+        with warnings.catch_warnings():
+            # torch warns about a process without a process group even with no_dist=True.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            yield
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
         failure = f"process {rank}: {type(cause).__name__}: {cause}"
@@ -227,11 +230,3 @@ def _failing_together(what: str) -> Iterator[None]:
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-@contextmanager
-def _no_warning_without_group() -> Iterator[None]:
-    """Suppress torch's warning about a process without a process group, which is issued even with no_dist=True."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        yield

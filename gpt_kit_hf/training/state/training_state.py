@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,8 @@ def training_state(
     if own:
         # Frozen parameters, as those of an adapter's base model, do not change.
         frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        weights = _copies(weights, frozen)
+        # One deepcopy for all, so that tied weights stay tied: safetensors checks for that.
+        weights |= copy.deepcopy({name: tensor for name, tensor in weights.items() if name not in frozen})
         optimizer = {name: tensor.clone() for name, tensor in optimizer.items()}
     return TrainingState(weights=weights, optimizer=optimizer, values=values, own=own)
 
@@ -134,15 +136,3 @@ def _names(model: nn.Module) -> dict[nn.Parameter, str]:
 def _fits(weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> bool:
     wanted = sum(tensor.nbytes for tensor in (*weights.values(), *optimizer.values()))
     return bool(psutil.virtual_memory().available > _FREE_MEMORY_FACTOR * wanted)
-
-
-def _copies(tensors: Mapping[str, Tensor], frozen: set[str]) -> dict[str, Tensor]:
-    """Return copies of all but the frozen tensors; tied ones stay tied, as safetensors checks for that."""
-    made: dict[tuple[int, tuple[int, ...]], Tensor] = {}
-    copies: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        place = (tensor.data_ptr(), tuple(tensor.shape))
-        if name not in frozen and place not in made:
-            made[place] = tensor.detach().clone()
-        copies[name] = tensor if name in frozen else made[place]
-    return copies

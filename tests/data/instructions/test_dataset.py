@@ -15,13 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from transformers import PreTrainedTokenizerFast
 
-from gpt_kit_hf.data.instructions.dataset import (
-    InstructionDataset,
-    InstructionItem,
-    create_instruction_collate_fn,
-    format_alpaca,
-    prompt_and_answer,
-)
+from gpt_kit_hf.data.instructions.dataset import InstructionDataset, InstructionItem, create_instruction_collate_fn
+from gpt_kit_hf.data.instructions.formats import format_alpaca, prompt_and_answer
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.tokenization.encodings import get_encoding, save_tokenizer
 
@@ -128,7 +123,7 @@ def one_of_two_templates() -> Callable[[Entry], str]:
         (one_of_two_templates(), "more than the answer"),
         (lambda e: f"{len(e['output'])}: {e['output']}", "more than the answer"),
         (lambda e: f"Length: {len(e['output'])}", "writes the output 0 times"),
-        (lambda e: {"Bonjour": "Say Bonjour"}[e["output"]], "fails where only the output is another"),
+        (lambda e: {"Bonjour": "Say Bonjour"}[e["output"]], "fails if only the output changes"),
         (lambda e: f"{e['question']}", "asks for 'question'"),
         (lambda e: None, "returned None"),
         (lambda e: ("prompt",), "returned"),
@@ -151,9 +146,9 @@ def test_format_functions_that_hide_the_answer_are_named(
         ({"instruction": "Translate", "input": "Hello"}, "'output' is missing"),
         ({"instruction": "Translate", "output": "x"}, r"'input' is missing \(\"\" for"),
         ({"input": "", "output": "x"}, "'instruction' is missing"),
-        (ROW | {"output": None}, "'output' is None"),
-        (ROW | {"input": None}, "'input' is None"),
-        (ROW | {"input": math.nan}, r"'input' is nan \(float\)"),
+        (ROW | {"output": None}, "'output' is null"),
+        (ROW | {"input": None}, "'input' is null"),
+        (ROW | {"input": math.nan}, "'input' is NaN"),
         (ROW | {"output": 3}, r"'output' is 3 \(int\)"),
         (ROW | {"output": ""}, "'output' is blank"),
         (ROW | {"output": " \n"}, "'output' is blank"),
@@ -169,7 +164,7 @@ def test_unusable_rows_are_named_with_their_number(row: Any, message: str, encod
 
 
 def test_a_null_never_becomes_the_text_none(encoding: tiktoken.Encoding) -> None:
-    with pytest.raises(DataError, match=r"data\[1\]: 'input' is None"):
+    with pytest.raises(DataError, match=r"data\[1\]: 'input' is null"):
         InstructionDataset([ROW, ROW | {"input": None}], encoding, whole_text)
 
 
@@ -206,8 +201,8 @@ def test_a_transformers_tokenizer_and_an_arrow_dataset_give_the_same_items(
     rows = [ROW, {"instruction": "Sing", "input": "", "output": "là"}]
     expected = list(InstructionDataset(rows, encoding))
     save_tokenizer(encoding, tmp_path)
-    twin = PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    assert list(InstructionDataset(rows, twin)) == expected
+    exported = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert list(InstructionDataset(rows, exported)) == expected
     assert list(InstructionDataset(ArrowDataset.from_list(rows), encoding)) == expected
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import torch
 from tiny_model import byte_tokenizer
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
-from gpt_kit_hf.data.instructions.dataset import format_alpaca
+from gpt_kit_hf.data.instructions.batches import PackedRows, PaddedRows
+from gpt_kit_hf.data.instructions.formats import format_alpaca
 from gpt_kit_hf.data.instructions.reader import SkippedRows, read_rows
-from gpt_kit_hf.data.instructions.report import examples_in, inspect_batches, report_of, report_of_examples
-from gpt_kit_hf.data.instructions.tokenized import PackedRows, PaddedRows, SupervisedRows, encode_rows
+from gpt_kit_hf.data.instructions.report import inspect_batches, report_of, report_of_examples
+from gpt_kit_hf.data.instructions.tokenized import SupervisedRows, encode_rows
 from gpt_kit_hf.errors import DataError
+from gpt_kit_hf.model.losses import Batch
 from gpt_kit_hf.options.data import RowOptions, SupervisionOptions
 from gpt_kit_hf.tokenization.encodings import get_encoding, save_tokenizer
 
@@ -40,12 +43,12 @@ def test_counts_equal_independent_ones_on_real_rows(
 ) -> None:
     encoding = BYTES if name == "bytes" else request.getfixturevalue("gpt2_encoding")
     save_tokenizer(encoding, tmp_path)
-    twin = AutoTokenizer.from_pretrained(tmp_path)
+    exported = AutoTokenizer.from_pretrained(tmp_path)
     file = shared_data / "instruction-data.json"
     max_length = {"bytes": 420, "gpt2": 90}[name]
     options = SupervisionOptions(max_length=max_length, truncation="drop")
-    rows = encode_rows(read_rows(RowOptions(rows=[str(file)])), twin, options)
-    report = report_of(rows, twin, batch_size=16)
+    rows = encode_rows(read_rows(RowOptions(rows=[str(file)])), exported, options)
+    report = report_of(rows, exported, batch_size=16)
 
     # The same, from the file and tiktoken alone.
     data = json.loads(file.read_text(encoding="utf-8"))
@@ -93,9 +96,26 @@ def test_an_end_of_text_masked_as_padding_is_caught(tokenizer: PreTrainedTokeniz
     report = inspect_batches([(batch["input_ids"], batch["labels"])], BYTES, END)
     assert (report.rows_end_untrained, report.rows_end_masked, report.ends_trained) == (2, 2, 0)
     assert report.tokens_trained == 4 + 6 - 2 + 2
-    assert "2 of 2 rows mask the end of text after an answer, as where padding is the end of text" in report.findings()
-    with pytest.raises(DataError, match="no end of text would be trained in 2 rows"):
+    assert "2 of 2 rows mask the EOS after an answer, as happens if padding is EOS" in report.findings()
+    with pytest.raises(DataError, match="no EOS would be trained in 2 rows"):
         report.check()
+
+
+def examples_in(batch: Batch) -> Iterator[tuple[Any, Any]]:
+    """The documents of a batch with shifted targets, as (ids, trained) pairs, padding with them.
+
+    A document ends where its positions restart, or with its row. Its last target, if trained, is its last id.
+    """
+    for index in range(len(batch.input_ids)):
+        ids, targets = batch.input_ids[index].numpy(), batch.targets[index].numpy()
+        positions = np.arange(len(ids)) if batch.position_ids is None else batch.position_ids[index].numpy()
+        restarts = np.flatnonzero(positions[1:] == 0) + 1
+        for piece_ids, piece_targets in zip(np.split(ids, restarts), np.split(targets, restarts), strict=True):
+            trained = np.concatenate(([False], piece_targets != -100))
+            if trained[-1]:
+                yield np.append(piece_ids, piece_targets[-1]), trained
+            else:
+                yield piece_ids, trained[:-1]
 
 
 def test_our_own_batches_train_the_end_though_it_is_the_padding() -> None:
@@ -116,9 +136,9 @@ def test_answers_cut_off_are_caught() -> None:
     cut = ([*b"Q: A"], [False] * 2 + [True] * 2)
     report = report_of_examples([whole, cut, cut], BYTES, END)
     assert (report.rows_end_untrained, report.rows_cut_off, report.rows_end_masked) == (2, 2, 0)
-    assert report.findings() == ["2 of 3 rows stop inside an answer, without an end of text: cut off"]
+    assert report.findings() == ["2 of 3 rows stop inside an answer, without EOS: cut off"]
     report.check()  # some end of text is trained
-    with pytest.raises(DataError, match="no end of text"):
+    with pytest.raises(DataError, match="no EOS"):
         report_of_examples([cut], BYTES, END).check()
 
 
@@ -126,7 +146,7 @@ def test_an_answer_that_stops_being_trained_is_caught() -> None:
     half = ([*b"Q: ABC", END], [False, False, True, True, False, False, False])
     report = report_of_examples([half], BYTES, END)
     assert (report.rows_end_untrained, report.rows_cut_off, report.rows_end_masked) == (1, 0, 0)
-    assert report.findings() == ["1 of 1 rows have an answer that goes on, untrained, without an end of text"]
+    assert report.findings() == ["1 of 1 rows have an answer that goes on, untrained, without EOS"]
 
 
 def test_each_turn_of_a_row_needs_its_end() -> None:
@@ -237,7 +257,7 @@ def test_the_text_highlights_what_is_trained() -> None:
     assert "Q:⟦ A<|endoftext|>⟧" in report.text()
     assert "\x1b" not in report.text()
     assert "\x1b[2mQ:\x1b[0m\x1b[32m A<|endoftext|>\x1b[0m" in report.text(color=True)
-    assert "tokens    5, 3 trained (60.0%), 1 of them ends of text" in report.text()
+    assert "tokens    5, 3 trained (60.0%), 1 of them EOS" in report.text()
     assert "<=       8         1  ####" in report.text()
 
 

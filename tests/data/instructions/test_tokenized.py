@@ -17,15 +17,11 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from gpt_kit_hf import GPTModel, create_model_config
-from gpt_kit_hf.data.instructions.dataset import InstructionDataset, format_alpaca
+from gpt_kit_hf.data.instructions.batches import PackedRows, PaddedRows
+from gpt_kit_hf.data.instructions.dataset import InstructionDataset
+from gpt_kit_hf.data.instructions.formats import format_alpaca
 from gpt_kit_hf.data.instructions.reader import PlacedRow, SkippedRows, read_rows
-from gpt_kit_hf.data.instructions.tokenized import (
-    PackedRows,
-    PaddedRows,
-    SupervisedRows,
-    best_fit_decreasing,
-    encode_rows,
-)
+from gpt_kit_hf.data.instructions.tokenized import SupervisedRows, best_fit_decreasing, encode_rows
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.model.losses import Batch, summed_batch_loss
 from gpt_kit_hf.options.data import RowOptions, SupervisionOptions
@@ -154,7 +150,7 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
     "parts for content": ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "'content' is a list"),
     "unknown role": (
         {"messages": [{"role": "bot", "content": "x"}, *CHAT["messages"]]},
-        "refuses the messages: unknown role bot",
+        "rejects the messages: unknown role bot",
     ),
     "late system": ({"messages": [*CHAT["messages"], {"role": "system", "content": "x"}]}, "must be the first"),
     "no answer": ({"messages": CHAT["messages"][:1]}, "no message of the assistant"),
@@ -250,7 +246,7 @@ def test_ids_outside_the_models_vocabulary_are_refused() -> None:
     skipped = SkippedRows()
     encode_rows(rows, encoding, SupervisionOptions(), vocab_size=196, on_bad_row="skip", skipped=skipped)
     assert skipped.counts == {"id outside the vocabulary": 1}
-    with pytest.raises(UsageError, match="end of text has id 256, but the model's vocab_size is 256"):
+    with pytest.raises(UsageError, match="EOS has id 256, but the model's vocab_size is 256"):
         encode_rows(rows, BYTES, SupervisionOptions(), vocab_size=256)
 
 
@@ -351,7 +347,7 @@ def test_tokenizers_that_cannot_serve_are_refused(tokenizer: PreTrainedTokenizer
     with pytest.raises(UsageError, match="no generation marks"):  # before a row is read
         encode_rows([], bare, SupervisionOptions(format="chat"))
     bare.eos_token = None
-    with pytest.raises(UsageError, match="no end of text"):
+    with pytest.raises(UsageError, match="no EOS"):
         encode([PAIR], bare)
 
 

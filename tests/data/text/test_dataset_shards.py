@@ -1,4 +1,4 @@
-"""Units of datasets against their rows."""
+"""Shards of datasets against their rows."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_rows_are_documents_in_shards_that_cover_them(tmp_path: Path) -> None:
     assert not {shard.content_key() for shard in other} & {shard.content_key() for shard in shards}
 
 
-def test_reading_rows_goes_on_after_any_of_them() -> None:
+def test_reading_rows_resumes_after_any_of_them() -> None:
     for shard in rows_shards(datasets.Dataset.from_dict({"text": TEXTS}), "the set", "text"):
         chunks = list(shard.chunks())
         for number, chunk in enumerate(chunks, start=1):
@@ -78,7 +78,7 @@ def test_rows_are_stored_as_their_texts_encoded_one_by_one() -> None:
 
 
 @pytest.mark.parametrize("value", [None, 7])
-def test_a_row_that_is_no_text_is_named(value: Any) -> None:
+def test_a_row_that_is_not_text_is_named(value: Any) -> None:
     rows = datasets.Dataset.from_list([{"text": 5 if value else "fine"}] * 30 + [{"text": value}])
     row = 0 if value else 30
     with pytest.raises(DataError, match=rf"^the set row {row} must hold text, got {5 if value else None}$"):
@@ -86,7 +86,7 @@ def test_a_row_that_is_no_text_is_named(value: Any) -> None:
 
 
 @pytest.mark.parametrize("form", ["parquet", "jsonl"])
-def test_shards_of_a_stream_hold_its_rows_and_go_on_after_any(tmp_path: Path, form: str) -> None:
+def test_shards_of_a_stream_hold_its_rows_and_resume_after_any(tmp_path: Path, form: str) -> None:
     kind = "parquet" if form == "parquet" else "json"
     stream = datasets.load_dataset(kind, data_files=write_shards(tmp_path, form), split="train", streaming=True)
     shards = stream_shards(stream, "text")
@@ -103,7 +103,7 @@ def test_shards_of_a_stream_hold_its_rows_and_go_on_after_any(tmp_path: Path, fo
                 assert [p.text for p in shard.chunks(rest[middle].next)] == [p.text for p in rest[middle + 1 :]]
 
 
-def test_a_row_of_a_stream_that_is_no_text_is_named(tmp_path: Path) -> None:
+def test_a_row_of_a_stream_that_is_not_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": null}\n')
     stream = datasets.load_dataset("json", data_files=[str(tmp_path / "a.jsonl")], split="train", streaming=True)
     with pytest.raises(DataError, match=r"^the set shard 0, row 1 must hold text, got None$"):

@@ -1,4 +1,4 @@
-"""Units against the documents that were written: nothing lost, nothing moved, wherever a file is cut."""
+"""Shards against the documents that were written: nothing lost, nothing moved, wherever a file is cut."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(shards, name, size)
 
 
-def random_text(rng: random.Random, pieces: int = 60) -> str:
+def random_text(rng: random.Random, words: int = 60) -> str:
     """Words and blanks in any order, some words long enough to have no place to cut."""
     makers: list[Callable[[], str]] = [
         lambda: rng.choice(WORDS),
@@ -56,7 +56,7 @@ def random_text(rng: random.Random, pieces: int = 60) -> str:
         lambda: "".join(rng.choices("abcdefgh", k=rng.randint(1, 9))),
         lambda: rng.choice("a7é") * rng.randint(1, 90),
     ]
-    return "".join(rng.choices(makers, [9, 9, 3, 9, 1])[0]() for _ in range(rng.randint(1, pieces)))
+    return "".join(rng.choices(makers, [9, 9, 3, 9, 1])[0]() for _ in range(rng.randint(1, words)))
 
 
 def compressed(data: bytes, ending: str, rng: random.Random) -> bytes:
@@ -135,7 +135,7 @@ def test_a_separated_file_reads_as_its_text_split(tmp_path: Path, separator: str
     rng = random.Random(f"{separator} {seed}")
     text = rng.choice(["", "\ufeff"])
     for _ in range(12):
-        text += random_text(rng, pieces=24) + separator * rng.choice([1, 1, 1, 2])
+        text += random_text(rng, words=24) + separator * rng.choice([1, 1, 1, 2])
     text += rng.choice(["", "\n", "the last one\n"])
     file = tmp_path / "a.txt"
     file.write_bytes(text.encode())
@@ -157,7 +157,7 @@ def test_a_separator_on_any_border_ends_the_document(tmp_path: Path, separator: 
         )
 
 
-def test_a_run_of_separators_is_cut_where_it_is_whole(tmp_path: Path) -> None:
+def test_a_run_of_separators_is_cut_between_whole_separators(tmp_path: Path) -> None:
     """Three line ends are a separator of two and one that begins the next document, in every shard."""
     file = tmp_path / "a.txt"
     for before in range(180, 215):
@@ -167,7 +167,7 @@ def test_a_run_of_separators_is_cut_where_it_is_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("blanks", ["\n", " " * 70, "\n" * 300])
-def test_blanks_at_the_end_of_a_document_are_kept_wherever_it_is_cut(tmp_path: Path, blanks: str) -> None:
+def test_white_space_at_the_end_of_a_document_is_kept_wherever_it_is_cut(tmp_path: Path, blanks: str) -> None:
     file = tmp_path / "a.txt"
     for before in range(200, 225):
         text = "ab" * (before // 2) + "c" * (before % 2) + blanks
@@ -176,7 +176,7 @@ def test_blanks_at_the_end_of_a_document_are_kept_wherever_it_is_cut(tmp_path: P
 
 
 @pytest.mark.parametrize("text", ["x" * 1500, " " * 700 + "a", "é\u3000" * 400, "1\u20032" * 300, "a\tb" * 400])
-def test_text_without_a_place_to_cut_is_one_part(tmp_path: Path, text: str) -> None:
+def test_text_without_a_place_to_cut_is_one_chunk(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.txt").write_text(text)
     found = shards_of([tmp_path / "a.txt"])
     assert len(found) == 1
@@ -193,7 +193,7 @@ def test_a_long_document_comes_in_chunks_that_fit_in_memory(tmp_path: Path) -> N
         assert all(chunk.text[-1].isalpha() and after.text[0] in " \n" for chunk, after in pairwise(chunks))
 
 
-def test_a_byte_order_mark_is_no_text_at_the_beginning_and_text_elsewhere(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_dropped_at_the_start_of_a_file_only(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\ufeffone\ufefftwo\r\n")
     (tmp_path / "b.txt").write_text("\ufeff")
     (tmp_path / "c.jsonl").write_text('\ufeff{"text": "\ufeffrow"}\r\n')
@@ -202,7 +202,7 @@ def test_a_byte_order_mark_is_no_text_at_the_beginning_and_text_elsewhere(tmp_pa
     assert documents_in(all_chunks(found)) == ["one\ufefftwo\r\n", "\ufeffrow", "four"]
 
 
-# --- encoding what was cut
+# --- encoding chunks
 
 
 @pytest.fixture(scope="module")
@@ -213,16 +213,16 @@ def trained_encoding() -> tiktoken.Encoding:
 
 @pytest.mark.parametrize("kind", ["bytes", "trained", "gpt2"])
 @pytest.mark.parametrize("separator", [None, "\n\n"])
-def test_what_is_cut_encodes_as_the_whole(
+def test_chunks_encode_to_the_ids_of_the_whole_document(
     tmp_path: Path, kind: str, separator: str | None, request: pytest.FixtureRequest
 ) -> None:
-    """200 random texts: the ids of each document encoded by itself, and an end of text."""
+    """200 random texts: the ids of each document encoded by itself, and EOS."""
     encoding = get_encoding("bytes") if kind == "bytes" else request.getfixturevalue(f"{kind}_encoding")
     end = encoding.encode_single_token(END_OF_TEXT)
     assert may_cut(encoding)
     rng, file, cuts = random.Random(f"{kind} {separator}"), tmp_path / "a.txt", 0
     for number in range(200):
-        text = random_text(rng, pieces=120)
+        text = random_text(rng, words=120)
         file.write_bytes(text.encode())
         chunks = all_chunks(shards_of([file], separator=separator))
         cuts += sum(not chunk.ends_document for chunk in chunks)
@@ -234,14 +234,14 @@ def test_what_is_cut_encodes_as_the_whole(
     assert cuts > 100
 
 
-# --- going on from a place
+# --- resuming
 
 
 @pytest.mark.parametrize("form", [*FORMS, "separated", "separated.gz", "separated END OF"])
 @pytest.mark.parametrize("seed", range(3))
-def test_reading_goes_on_after_any_part(tmp_path: Path, form: str, seed: int) -> None:
+def test_reading_resumes_after_any_chunk(tmp_path: Path, form: str, seed: int) -> None:
     rng = random.Random(f"{form} {seed}")
-    documents = [random_text(rng, pieces=110) for _ in range(7)]
+    documents = [random_text(rng, words=110) for _ in range(7)]
     separator = None
     if form.startswith("separated"):
         separator = "END OF" if form.endswith("OF") else "\n\n"
@@ -261,7 +261,7 @@ def test_reading_goes_on_after_any_part(tmp_path: Path, form: str, seed: int) ->
     assert inside > 5 or not form.startswith(("txt", "separated"))
 
 
-def test_units_are_the_same_ones_at_each_call_and_in_order(tmp_path: Path) -> None:
+def test_shards_are_the_same_at_each_call_and_in_order(tmp_path: Path) -> None:
     rng = random.Random(3)
     files = write_form(tmp_path, "txt", [random_text(rng, 110) for _ in range(9)], rng)
     found = shards_of(files)
@@ -275,7 +275,7 @@ def test_units_are_the_same_ones_at_each_call_and_in_order(tmp_path: Path) -> No
     assert sum(shard.size for shard in found) == sum(file.stat().st_size for file in files)
 
 
-# --- what a shard is known by
+# --- digests
 
 
 def shard_of(*spans: tuple[Path, int, int], separator: str | None = None, cut: bool = True) -> FileShard:
@@ -286,7 +286,7 @@ def whole(file: Path) -> tuple[Path, int, int]:
     return (file, 0, file.stat().st_size)
 
 
-def test_a_key_changes_with_the_bytes_and_the_reading_and_not_with_the_name(tmp_path: Path) -> None:
+def test_a_content_key_changes_with_bytes_and_format_but_not_with_the_name(tmp_path: Path) -> None:
     for name, text in (("a.txt", "one two"), ("b.txt", "one two"), ("c.txt", "one tow"), ("d.jsonl", "one two")):
         (tmp_path / name).write_text(text)
     a, b, c, d = (tmp_path / name for name in ("a.txt", "b.txt", "c.txt", "d.jsonl"))
@@ -310,7 +310,7 @@ def test_a_key_changes_with_the_bytes_and_the_reading_and_not_with_the_name(tmp_
         (["  ", "ab  "], [(0, 0, 2)], [(1, 2, 4)]),
     ],
 )
-def test_shards_of_one_key_hold_the_same_chunks(
+def test_shards_with_other_text_have_other_content_keys(
     tmp_path: Path, contents: list[str], one: list[tuple[int, int, int]], other: list[tuple[int, int, int]]
 ) -> None:
     for number, content in enumerate(contents):
@@ -321,7 +321,7 @@ def test_shards_of_one_key_hold_the_same_chunks(
     assert found[0].content_key() != found[1].content_key()
 
 
-def test_a_stamp_is_what_nobody_can_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stamp_changes_when_a_file_keeps_its_size_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import os
     import time
 
@@ -340,7 +340,7 @@ def test_a_stamp_is_what_nobody_can_set(tmp_path: Path, monkeypatch: pytest.Monk
     assert shard.stamp() not in (before, None)
 
 
-# --- what cannot be read
+# --- errors
 
 
 def failure(found: Callable[[], Iterable[FileShard]]) -> str:
@@ -388,7 +388,7 @@ def test_a_character_cut_by_the_end_of_the_file_is_named(tmp_path: Path) -> None
     ],
     ids=str,
 )
-def test_a_row_that_is_no_text_is_named_by_line(tmp_path: Path, form: str, row: bytes, reason: str) -> None:
+def test_a_row_that_is_not_text_is_named_by_line(tmp_path: Path, form: str, row: bytes, reason: str) -> None:
     if form.partition(".")[2] and len(row) > 1000:
         pytest.skip("one form is enough for the deep row")
     good = b'{"text": "a row that is fine"}\n'
@@ -400,7 +400,7 @@ def test_a_row_that_is_no_text_is_named_by_line(tmp_path: Path, form: str, row: 
 
 
 @pytest.mark.parametrize(("value", "shown"), [(None, "None"), (7, "7"), (b"raw", "b'raw'")])
-def test_a_parquet_row_that_is_no_text_is_named(tmp_path: Path, value: object, shown: str) -> None:
+def test_a_parquet_row_that_is_not_text_is_named(tmp_path: Path, value: object, shown: str) -> None:
     file = tmp_path / "a.parquet"
     values = ["a", "b", "c", "d"] if value is None else [value] * 4
     table = pa.table({"text": pa.array([*values, value])})

@@ -116,7 +116,7 @@ def test_a_step_is_the_same_for_any_processes_workers_and_micro_batches(source: 
             assert sorted(together) == sorted(alone[step]), (processes, workers, micro, step)
 
 
-def test_windows_of_a_stream_shard_are_those_of_its_text(tmp_path: Path) -> None:
+def test_windows_of_a_stream_shard_equal_those_of_its_text(tmp_path: Path) -> None:
     """Against `TokenWindows` over the stream shard's documents, pass after pass, in the order of the text."""
     write_texts(tmp_path)
     for packing, stride in ((False, None), (True, None), (False, 7)):
@@ -200,7 +200,7 @@ def test_resuming_reads_no_more_than_a_chunk(tmp_path: Path, monkeypatch: pytest
     assert sum(read) < len(stream_shards) * (CHUNK * 25 + 2 * longest)
 
 
-def test_a_stream_without_text_says_so(tmp_path: Path) -> None:
+def test_a_stream_without_text_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(" \n")
     (tmp_path / "b.txt").write_text("\n")
     with pytest.raises(DataError, match="there is no text to train on"):

@@ -1,4 +1,4 @@
-"""Stored ids against encoding by hand: made once, made again where they must be, and read without being held."""
+"""The token cache against encoding by hand: shards are encoded once, damaged files again, none is kept in memory."""
 
 from __future__ import annotations
 
@@ -150,9 +150,7 @@ def test_nothing_is_encoded_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         store_tokens(shards_in(tmp_path / "c.txt"), get_encoding("bytes"))
 
 
-def test_another_encoding_another_separator_another_text_are_stored_beside(
-    tmp_path: Path, trained_encoding: tiktoken.Encoding
-) -> None:
+def test_each_encoding_and_separator_has_its_own_files(tmp_path: Path, trained_encoding: tiktoken.Encoding) -> None:
     text = random_text(1)
     (tmp_path / "a.txt").write_text(text)
     keys = set()
@@ -165,7 +163,7 @@ def test_another_encoding_another_separator_another_text_are_stored_beside(
     assert len(keys) == 4
 
 
-def test_a_change_encodes_its_shard_only(tmp_path: Path) -> None:
+def test_a_change_encodes_only_its_shard_again(tmp_path: Path) -> None:
     texts = [random_text(seed, words=60) for seed in range(6)]
     for number, text in enumerate(texts):
         (tmp_path / f"{number}.txt").write_text(text)
@@ -186,7 +184,7 @@ def test_a_change_encodes_its_shard_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", ["\n", "word", " ", "x" * 300])
-def test_what_is_appended_encodes_the_last_shard_only(tmp_path: Path, ending: str) -> None:
+def test_appended_text_encodes_only_the_last_shard_again(tmp_path: Path, ending: str) -> None:
     """Whatever the file ended with: its last shard, which ended the document, no longer does."""
     encoding, file = get_encoding("bytes"), tmp_path / "a.txt"
     for words in range(200, 260):
@@ -200,7 +198,7 @@ def test_what_is_appended_encodes_the_last_shard_only(tmp_path: Path, ending: st
         assert after.made <= 2 < len(after.chunks)
 
 
-def test_files_of_the_same_bytes_are_stored_once_and_read_each(tmp_path: Path, cache: Path) -> None:
+def test_files_with_the_same_bytes_share_a_file_of_ids(tmp_path: Path, cache: Path) -> None:
     rows = "".join(json.dumps({"text": random_text(0, words=40)}) + "\n" for _ in range(2))
     for name in ("a.jsonl", "b.jsonl", "c.jsonl"):
         (tmp_path / name).write_text(rows)
@@ -211,7 +209,7 @@ def test_files_of_the_same_bytes_are_stored_once_and_read_each(tmp_path: Path, c
     assert_stored(stored, get_encoding("bytes"), [random_text(0, words=40)] * 6)
 
 
-def test_two_files_are_not_the_file_that_spells_both(tmp_path: Path) -> None:
+def test_two_files_and_one_with_their_joined_text_are_stored_apart(tmp_path: Path) -> None:
     for name, text in (("a.txt", "a"), ("b.txt", "b"), ("c.txt", "atextb")):
         (tmp_path / name).write_text(text)
     a, b, c = (tmp_path / name for name in ("a.txt", "b.txt", "c.txt"))
@@ -219,7 +217,7 @@ def test_two_files_are_not_the_file_that_spells_both(tmp_path: Path) -> None:
     assert_stored(store_tokens(shards_in(c), get_encoding("bytes")), get_encoding("bytes"), ["atextb"])
 
 
-def test_nothing_but_blanks_is_no_document(tmp_path: Path) -> None:
+def test_white_space_alone_is_no_document(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(" \n" * 400)
     for found in ([], shards_in(tmp_path / "a.txt")):
         stored = store_tokens(found, get_encoding("bytes"))
@@ -227,12 +225,10 @@ def test_nothing_but_blanks_is_no_document(tmp_path: Path) -> None:
         assert ids_in(stored) == []
 
 
-# --- what was touched, and what only seems so
+# --- changed files
 
 
-def test_a_file_that_was_seen_is_not_read_again_and_a_touched_one_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_read_again_only_when_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import time
 
     file = tmp_path / "a.txt"
@@ -261,7 +257,7 @@ def test_a_file_that_was_seen_is_not_read_again_and_a_touched_one_is(
     assert_stored(changed, encoding, [random_text(1).swapcase()])
 
 
-def test_a_file_that_changes_at_once_is_read_each_time(tmp_path: Path) -> None:
+def test_a_file_that_has_just_changed_is_read_each_time(tmp_path: Path) -> None:
     file, encoding = tmp_path / "a.txt", get_encoding("bytes")
     for text in ("aaaa", "bbbb", "cccc"):
         file.write_text(text)
@@ -269,10 +265,10 @@ def test_a_file_that_changes_at_once_is_read_each_time(tmp_path: Path) -> None:
         assert_stored(store_tokens(shards_in(file), encoding), encoding, [text])
 
 
-# --- files of ids that are damaged
+# --- damaged files of ids
 
 
-def test_a_file_of_ids_cut_anywhere_is_made_again(tmp_path: Path, cache: Path) -> None:
+def test_a_truncated_file_of_ids_is_made_again(tmp_path: Path, cache: Path) -> None:
     encoding, texts = get_encoding("bytes"), [random_text(seed, words=15) for seed in range(3)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     store_tokens(shards_in(tmp_path / "a.jsonl"), encoding)
@@ -286,7 +282,7 @@ def test_a_file_of_ids_cut_anywhere_is_made_again(tmp_path: Path, cache: Path) -
 
 
 @pytest.mark.parametrize("harm", ["nothing", "text", "zeros", "other schema"])
-def test_a_file_that_holds_something_else_is_made_again(tmp_path: Path, cache: Path, harm: str) -> None:
+def test_a_file_with_other_content_is_made_again(tmp_path: Path, cache: Path, harm: str) -> None:
     encoding, text = get_encoding("bytes"), random_text(0, words=20)
     (tmp_path / "a.txt").write_text(text)
     store_tokens(shards_in(tmp_path / "a.txt"), encoding)
@@ -301,7 +297,7 @@ def test_a_file_that_holds_something_else_is_made_again(tmp_path: Path, cache: P
     assert_stored(again, encoding, [text])
 
 
-def test_ids_made_again_are_read_where_the_damaged_ones_were_open(tmp_path: Path, cache: Path) -> None:
+def test_ids_made_again_are_read_although_the_damaged_file_was_open(tmp_path: Path, cache: Path) -> None:
     encoding, text = get_encoding("bytes"), random_text(0, words=20)
     (tmp_path / "a.txt").write_text(text)
     assert_stored(store_tokens(shards_in(tmp_path / "a.txt"), encoding), encoding, [text])
@@ -310,7 +306,7 @@ def test_ids_made_again_are_read_where_the_damaged_ones_were_open(tmp_path: Path
     assert_stored(store_tokens(shards_in(tmp_path / "a.txt"), encoding), encoding, [text])
 
 
-def test_ids_cut_short_while_they_are_read_are_an_error(tmp_path: Path, cache: Path) -> None:
+def test_ids_truncated_while_they_are_read_are_an_error(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "a.txt").write_text(random_text(0, words=20))
     stored = store_tokens(shards_in(tmp_path / "a.txt"), get_encoding("bytes"))
     (file,) = cache.glob("*.arrow")
@@ -319,7 +315,7 @@ def test_ids_cut_short_while_they_are_read_are_an_error(tmp_path: Path, cache: P
         ids_in(stored)
 
 
-# --- stopped in the middle
+# --- interrupted runs
 
 
 @dataclass(frozen=True)
@@ -355,7 +351,7 @@ def bad() -> None:
 
 
 @pytest.mark.parametrize("num_proc", [1, 3])
-def test_an_error_keeps_what_was_made(num_proc: int, cache: Path) -> None:
+def test_an_error_keeps_the_shards_encoded_before_it(num_proc: int, cache: Path) -> None:
     encoding = get_encoding("bytes")
     fine = [FakeShard((f"text {n}", "more"), n) for n in range(9)]
     broken = [*fine[:6], FakeShard(fine[6].texts, 6, bad), *fine[7:]]
@@ -457,7 +453,7 @@ def test_stored_ids_are_sliced_like_an_array(tmp_path: Path, seed: int) -> None:
         assert stream.read(start, stop).tolist() == expected[start:stop]
 
 
-def test_a_read_in_a_child_and_after_it_in_the_parent_is_right(tmp_path: Path) -> None:
+def test_a_child_process_and_its_parent_read_the_same_ids(tmp_path: Path) -> None:
     """Processes share no file position, and none closes what another reads."""
     chunks, expected = stored_corpus(tmp_path, random_text(3))
     stream = TokenStream(chunks, np.zeros(1, np.int64))
@@ -482,7 +478,7 @@ def test_more_files_than_may_be_open_are_read_in_any_order() -> None:
     assert len(list(Path("/proc/self/fd").iterdir())) <= own + 128
 
 
-def test_what_was_read_is_not_held_in_memory(tmp_path: Path, cache: Path) -> None:
+def test_ids_that_were_read_are_not_kept_in_memory(tmp_path: Path, cache: Path) -> None:
     chunks, expected = stored_corpus(tmp_path, random_text(4, words=2000))
     stream = TokenStream(chunks, np.zeros(1, np.int64))
     assert stream.read(0, len(stream)).tolist() == expected

@@ -334,7 +334,7 @@ def test_the_configuration_for_a_cpu_trains_on_two_processes(tmp_path: Path) -> 
     course = ["--encoding=bytes", "--batch_size=4", "--max_steps=3", "--eval_steps=100", "--save_steps=100"]
     quiet = ["--sample_steps=0", "--report_to=none", "--mixed_precision=fp32", "--use_cpu"]
     folder, text = f"--output_dir={tmp_path / 'run'}", f"--text_files={tmp_path / 'text.txt'}"
-    launch = ["--config_file", "examples/accelerate/cpu.yaml", "examples/train_gpt.py"]
+    launch = ["--config_file", "examples/accelerate/cpu.yaml", "examples/pretrain.py"]
     ended = subprocess.run(
         [sys.executable, *ACCELERATE, *launch, folder, text, *shape, *course, *quiet],
         cwd=ROOT,

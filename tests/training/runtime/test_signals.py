@@ -40,7 +40,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def begin(launcher: str, folder: Path, text: Path, steps: int) -> subprocess.Popen[str]:
-    command = [*LAUNCHERS[launcher], "examples/train_gpt.py", *RUN]
+    command = [*LAUNCHERS[launcher], "examples/pretrain.py", *RUN]
     command += [f"--output_dir={folder}", f"--text_files={text}", f"--max_steps={steps}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     streams = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}

@@ -1,0 +1,84 @@
+"""Encoded instruction rows as torch batches: packed into sequences, or padded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from gpt_kit_hf.data.instructions.tokenized import SupervisedRow, SupervisedRows, best_fit_decreasing
+from gpt_kit_hf.data.text.windows import IGNORED, collate_windows
+from gpt_kit_hf.errors import UsageError
+from gpt_kit_hf.model.losses import Batch
+
+
+class PackedRows(Dataset[tuple[Tensor, Tensor, Tensor]]):
+    """Sequences of several rows: (input_ids, targets, position_ids), each (max_length,) int64.
+
+    Positions restart with each row, so that rows do not attend to each other, and no row's first id is a target. The
+    rest of a sequence is filled with EOS, untrained, as a document of its own. Rows are placed by
+    `best_fit_decreasing`.
+
+    Raises UsageError if a row is longer than `max_length`, by default that of the rows' options.
+    """
+
+    def __init__(self, rows: SupervisedRows, max_length: int | None = None) -> None:
+        self.rows = rows
+        self.max_length = rows.options.max_length if max_length is None else max_length
+        lengths = rows.lengths - 1  # what the model reads of each
+        longest = int(lengths.max())
+        if longest > self.max_length:
+            raise UsageError(f"max_length={self.max_length}: the longest row has {longest} tokens")
+        self.sequences = best_fit_decreasing(lengths, self.max_length)
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        ids = np.full(self.max_length, self.rows.eos_token_id, np.int64)
+        targets = np.full(self.max_length, IGNORED, np.int64)
+        positions = np.empty(self.max_length, np.int64)
+        start = 0
+        for number in self.sequences[index]:
+            row_ids, row_targets = _shifted(self.rows[number])
+            stop = start + len(row_ids)
+            ids[start:stop], targets[start:stop], positions[start:stop] = row_ids, row_targets, np.arange(stop - start)
+            start = stop
+        positions[start:] = np.arange(self.max_length - start)
+        return torch.from_numpy(ids), torch.from_numpy(targets), torch.from_numpy(positions)
+
+    def collate(self, items: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Batch:
+        """Stack sequences to a batch, (B, max_length) each."""
+        return collate_windows(items)
+
+
+class PaddedRows(Dataset[tuple[Tensor, Tensor]]):
+    """One row per item: (input_ids, targets), both (n - 1,) int64 for a row of n ids."""
+
+    def __init__(self, rows: SupervisedRows) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        ids, targets = _shifted(self.rows[index])
+        return torch.from_numpy(ids), torch.from_numpy(targets)
+
+    def collate(self, items: Sequence[tuple[Tensor, Tensor]]) -> Batch:
+        """Join rows to a batch (B, longest), padded on the right with EOS, untrained."""
+        ids, targets = [item[0] for item in items], [item[1] for item in items]
+        return Batch(
+            pad_sequence(ids, batch_first=True, padding_value=self.rows.eos_token_id),
+            pad_sequence(targets, batch_first=True, padding_value=IGNORED),
+        )
+
+
+def _shifted(row: SupervisedRow) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the ids that the model reads and the target of each, (n,) -> (n - 1,); position decides, not the id."""
+    return row.input_ids[:-1], np.where(row.trained[1:], row.input_ids[1:], IGNORED)

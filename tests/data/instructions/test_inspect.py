@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+
+# The package without its __init__.py, which registers the model with transformers.
+PROGRAM = """
+import sys, types
+package = types.ModuleType("gpt_kit_hf")
+package.__path__ = [sys.argv[1]]
+sys.modules["gpt_kit_hf"] = package
+from gpt_kit_hf.data.instructions.inspect import inspect_rows
+from gpt_kit_hf.data.instructions.reader import RowOptions
+from gpt_kit_hf.data.instructions.tokenized import SupervisionOptions
+from gpt_kit_hf.errors import DataError
+try:
+    report = inspect_rows(RowOptions(rows=[sys.argv[2]]), SupervisionOptions())
+    print(report.rows_used, report.tokens_trained)
+except DataError as error:
+    print(error)
+for name in ("torch", "datasets", "accelerate"):
+    assert name not in sys.modules, name
+"""
+CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
+ALPACA = {"instruction": "Say so", "input": "", "output": "so"}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"), [(CHAT, "1 3"), (ALPACA, "1 3"), ({"prompt": "a"}, "rows.jsonl:1: 'completion' is missing")]
+)
+def test_inspect_without_a_model_imports_no_torch(row: object, expected: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row))
+    command = [sys.executable, "-c", PROGRAM, str(ROOT / "gpt_kit_hf"), str(file)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.strip().endswith(expected)
