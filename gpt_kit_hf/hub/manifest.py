@@ -16,7 +16,6 @@ from gpt_kit_hf.storage.digests import FileDigest, digest_of
 from gpt_kit_hf.storage.run_folder import CURVE_FILE
 
 PUBLICATION_FILE = "publication.json"
-CARD_FILE = "README.md"
 # All other files of a run stay with it. Adapters are published merged, as the run's root holds them; the adapter's own
 # files are for a folder with an adapter alone.
 _PUBLISHED_NAMES = (

@@ -14,9 +14,9 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from huggingface_hub.hf_api import RepoFile
 
 from gpt_kit_hf.errors import HubError, UsageError
-from gpt_kit_hf.hub.card.card import card_facts, render_card, without_generated
+from gpt_kit_hf.hub.card.card import CARD_FILE, card_facts, render_card, without_generated
 from gpt_kit_hf.hub.client import fetch_model, hub_errors
-from gpt_kit_hf.hub.manifest import CARD_FILE, PUBLICATION_FILE, PublicationManifest, stage_files, write_manifest
+from gpt_kit_hf.hub.manifest import PUBLICATION_FILE, PublicationManifest, stage_files, write_manifest
 from gpt_kit_hf.hub.safety import check_model_folder
 from gpt_kit_hf.hub.secret_scan import scan_for_publication
 from gpt_kit_hf.hub.template_sandbox import check_templates

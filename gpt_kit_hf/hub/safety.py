@@ -96,8 +96,12 @@ def _check_folder(folder: Path, *, is_base: bool) -> None:
         config = _load_json(files[_CONFIG])
         _check_config(files[_CONFIG], config)
         shapes = _read_weights(folder, files, pickles, config)
-        if shapes:
-            _check_claims(files[_CONFIG], config, shapes)
+        # A loader would allocate sizes that the weights do not have, and fill them with random numbers.
+        for each in (config, config.get("text_config")) if shapes else ():
+            if isinstance(each, dict):
+                _check_sizes(files[_CONFIG], each, shapes)
+        if shapes and config.get("model_type") == GPTKitConfig.model_type:
+            _check_gpt_kit(files[_CONFIG], config, shapes)
     if _ADAPTER_CONFIG in files:
         shapes |= _check_adapter(folder, files, alone=_CONFIG not in files)
     if _STATE in files:
@@ -248,15 +252,6 @@ def _check_tokenizer_config(path: Path) -> None:
     for name in _TOKENIZER_FILES:
         if settings.get(name):
             refuse(path, f"{name} names what to read; a tokenizer is read from the files of its folder")
-
-
-def _check_claims(path: Path, config: Mapping[str, Any], shapes: Shapes) -> None:
-    """Refuse sizes that the weights do not have: a loader would allocate them and fill them with random numbers."""
-    for each in (config, config.get("text_config")):
-        if isinstance(each, Mapping):
-            _check_sizes(path, each, shapes)
-    if config.get("model_type") == GPTKitConfig.model_type:
-        _check_gpt_kit(path, config, shapes)
 
 
 def _check_sizes(path: Path, config: Mapping[str, Any], shapes: Shapes) -> None:

@@ -18,8 +18,9 @@ from typing import Any
 from huggingface_hub import HfApi, snapshot_download
 
 from gpt_kit_hf.errors import CheckpointError, GPTKitError, HubError
+from gpt_kit_hf.hub.card.card import CARD_FILE
 from gpt_kit_hf.hub.client import check_blobs, hub_errors
-from gpt_kit_hf.hub.manifest import CARD_FILE, PUBLICATION_FILE, PublicationManifest, read_manifest
+from gpt_kit_hf.hub.manifest import PUBLICATION_FILE, PublicationManifest, read_manifest
 from gpt_kit_hf.hub.safety import check_model_folder
 from gpt_kit_hf.hub.secret_scan import first_line, hide_secrets, scan_for_publication
 from gpt_kit_hf.model.configuration_gpt_kit import GPTKitConfig

@@ -1,5 +1,9 @@
 """Training runs: pretraining on text and finetuning on instruction rows.
 
-`pretrain`, `finetune` and `lora` say what is trained; `loop` and `steps` are the loop over batches; `trainer` is one
-update in mixed precision; `saving`, `run_log`, `console` and `summary` record a run; `verify` and `replay` check one.
+`pretrain`, `finetune` and `lora` build the model and its data, behind the interface in `task`. `loop` begins, resumes
+and finishes a run; `steps` computes its steps; `trainer` has AMPTrainer, one update in mixed precision. `saving`
+decides when checkpoints are written and which are kept; `run_log` writes run.json, metrics.jsonl and to trackers;
+`console` writes log lines and the progress bar; `curve` draws the loss. `verify` checks the files of a run, `replay`
+computes steps again. Folders: `optim` for optimizers and learning rates, `state` for the contents of checkpoints,
+`runtime` for processes, signals, torch.compile and memory.
 """

@@ -87,18 +87,11 @@ class InstructionTask(Task):
         self, max_samples: int | None, batch_size: int, autocast: Callable[[], AbstractContextManager[object]]
     ) -> Evaluation:
         """Score the answers of the evaluation rows."""
-        rows, accelerator = PaddedRows(self.eval_rows), self.context.accelerator
-        own = range(len(rows))[:max_samples][accelerator.process_index :: accelerator.num_processes]
-        loader = DataLoader(
-            Subset(rows, own), batch_size=batch_size, collate_fn=rows.collate, generator=torch.Generator()
-        )
+        rows, accelerator, stop = PaddedRows(self.eval_rows), self.context.accelerator, self.context.stop.asked
+        own = Subset(rows, range(len(rows))[:max_samples][accelerator.process_index :: accelerator.num_processes])
+        batches = DataLoader(own, batch_size=batch_size, collate_fn=rows.collate, generator=torch.Generator())
         return evaluate_batches(
-            self.model,
-            loader,
-            self.byte_lengths,
-            accelerator=accelerator,
-            autocast=autocast,
-            stop=self.context.stop.asked,
+            self.model, batches, self.byte_lengths, accelerator=accelerator, autocast=autocast, stop=stop
         )
 
     def sample(self) -> str:

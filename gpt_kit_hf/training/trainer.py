@@ -77,8 +77,8 @@ class AMPTrainer:
     "fp16"), fp16 with loss scaling (Micikevicius et al. 2018), on CPUs as well as on GPUs. An update whose loss or
     gradient norm is not finite is skipped: weights and optimizer stay as they are, and fp16 halves its scale.
 
-    `accelerator` places the model and connects the processes; it must have been created with mixed_precision="no",
-    as the default one is. `self.model` is the prepared model, `accelerator.unwrap_model(trainer.model)` the original.
+    `accelerator` places the model and connects the processes; create it with mixed_precision="no", as the
+    default one is. `self.model` is the prepared model, `accelerator.unwrap_model(trainer.model)` the original.
     """
 
     def __init__(
@@ -129,7 +129,8 @@ class AMPTrainer:
         self.model.train()
         batches = [Batch(*columns) for columns in micro_batches]
         tokens = self._trained_tokens(batches)
-        total = torch.zeros((), device=self.accelerator.device)
+        device = self.accelerator.device
+        total = torch.zeros((), device=device)
         for index, batch in enumerate(batches):
             if before_micro_batch is not None:
                 before_micro_batch(index)
@@ -137,12 +138,7 @@ class AMPTrainer:
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 with self.autocast():
                     loss_sum = summed_batch_loss(
-                        batch.input_ids,
-                        batch.targets,
-                        self.model,
-                        self.accelerator.device,
-                        self.ignore_index,
-                        batch.position_ids,
+                        batch.input_ids, batch.targets, self.model, device, self.ignore_index, batch.position_ids
                     ).loss_sum
                 # DDP and FSDP average gradients over processes; times their number that is the sum.
                 share = loss_sum * (self.accelerator.num_processes / max(tokens, 1))

@@ -93,13 +93,13 @@ def test_the_prompt_is_a_prefix_of_the_conversation_at_every_answer(
         assert next(spans, None) is None
 
 
-def test_the_alpaca_template_asks_as_the_alpaca_format_does(tmp_path: Path) -> None:
+def test_the_alpaca_template_writes_the_prompt_of_the_alpaca_format(tmp_path: Path) -> None:
     tokenizer = exported(get_encoding("bytes"), tmp_path, get_chat_template("alpaca"))
     for text in TEXTS:
-        said = [{"role": "user", "content": text}]
-        asked = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        turn = [{"role": "user", "content": text}]
+        asked = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         assert asked == format_alpaca({"instruction": text, "input": ""})
-    twice = [*said, {"role": "assistant", "content": "A"}, {"role": "user", "content": "B"}]
+    twice = [*turn, {"role": "assistant", "content": "A"}, {"role": "user", "content": "B"}]
     asked = tokenizer.apply_chat_template(twice, tokenize=False, add_generation_prompt=True)
     assert asked.endswith("### Response:\nA<|endoftext|>### Instruction:\nB\n\n### Response:\n")
 
@@ -133,7 +133,7 @@ def test_a_saved_template_is_loaded_with_its_tokenizer(tmp_path: Path) -> None:
         ([{"role": "user"}], "must be a text"),
     ],
 )
-def test_messages_that_make_no_conversation_are_refused(
+def test_messages_that_are_no_conversation_are_refused(
     name: str, messages: list[dict[str, Any]], reason: str, tmp_path: Path
 ) -> None:
     tokenizer = exported(get_encoding("bytes"), tmp_path, get_chat_template(name))

@@ -122,7 +122,7 @@ def test_export_gives_the_same_ids_for_every_code_point(
     [(GPT2_PATTERN, 0x110000), (encodings._TRAINED_PATTERN, 0x10000)],
     ids=["gpt2", "trained"],
 )
-def test_export_cuts_every_assigned_plane_alike(pattern: str, limit: int) -> None:
+def test_export_splits_every_assigned_plane_alike(pattern: str, limit: int) -> None:
     # With a token for "a", "1" or "!" followed by any byte, the ids show whether a character was cut off from
     # a letter, a digit or a sign before it: the class that each library gives it.
     ranks = {bytes([byte]): byte for byte in range(256)}
@@ -395,7 +395,7 @@ def fail_to_read(address: str) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("read", "said"),
+    ("read", "reason"),
     [
         (fail_to_connect, "ConnectionError: no route to"),
         (lambda address: b"<html>a portal", "Hash mismatch"),
@@ -404,12 +404,12 @@ def fail_to_read(address: str) -> bytes:
     ids=["no network", "other bytes", "no permission"],
 )
 def test_gpt2_that_cannot_be_fetched(
-    read: Callable[[str], bytes], said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    read: Callable[[str], bytes], reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("tiktoken.load.read_file", read)
     monkeypatch.delitem(tiktoken.registry.ENCODINGS, "gpt2", raising=False)
-    with pytest.raises(UsageError, match=said) as caught:
+    with pytest.raises(UsageError, match=reason) as caught:
         get_encoding("gpt2")
     message = str(caught.value)
     assert "TIKTOKEN_CACHE_DIR" in message
@@ -429,7 +429,7 @@ def test_other_names(tmp_path: Path) -> None:
 # Training
 
 
-def test_train_bpe_lays_the_ids_out(trained_encoding: tiktoken.Encoding) -> None:
+def test_train_bpe_orders_the_ids(trained_encoding: tiktoken.Encoding) -> None:
     assert trained_encoding.n_vocab == 400
     assert trained_encoding.eot_token == 399
     ranks = trained_encoding._mergeable_ranks
@@ -589,7 +589,7 @@ def test_no_text_is_no_ids(tokenizer: Any) -> None:
     assert token_ids_to_text(ids, tokenizer) == token_ids_to_text([], tokenizer) == ""
 
 
-def test_ids_that_are_no_text(tokenizer: Any, trained_encoding: tiktoken.Encoding) -> None:
+def test_ids_that_cannot_be_decoded_are_refused(tokenizer: Any, trained_encoding: tiktoken.Encoding) -> None:
     n_vocab = trained_encoding.n_vocab
     for outside in (-100, n_vocab):
         with pytest.raises(UsageError, match=f"holds {outside}; the tokenizer's ids are 0 to {n_vocab - 1}"):
@@ -616,7 +616,7 @@ def test_a_tokenizer_that_adds_and_cleans_up(trained_encoding: tiktoken.Encoding
     assert token_ids_to_text(ids, tokenizer) == text != tokenizer.decode(ids[0])
 
 
-def test_what_is_no_tokenizer() -> None:
+def test_other_objects_than_tokenizers_are_refused() -> None:
     calls: list[Callable[[Any], object]] = [
         lambda tokenizer: text_to_token_ids("a", tokenizer),
         lambda tokenizer: token_ids_to_text([1], tokenizer),
@@ -627,14 +627,14 @@ def test_what_is_no_tokenizer() -> None:
             call("gpt2")
 
 
-def test_an_encoding_without_end_of_text() -> None:
+def test_an_encoding_without_eos() -> None:
     ranks = {bytes([byte]): byte for byte in range(256)}
     bare = tiktoken.Encoding("bare", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={})
     assert get_eos_token_id(bare) is None
     assert text_to_token_ids(END_OF_TEXT, bare)[0].tolist() == list(END_OF_TEXT.encode())
 
 
-# Documents end to end, and documents in parts
+# Documents end to end, and documents in chunks
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -665,13 +665,13 @@ def test_a_document_cut_between_a_letter_and_a_blank_keeps_its_ids(encoding: tik
         text = rng.choice(["", "the cat\n\n "]) + text + rng.choice(["", " and the end", "\n", "s  \n"])
         places = [m.end() for m in regex.finditer(r"[A-Za-z](?=[ \n])", text) if rng.random() < 0.7]
         bounds = [0, *places, len(text)]
-        parts = [(text[a:b], b == len(text)) for a, b in pairwise(bounds)]
-        if parts[-1][0] == "" or not text:
+        chunks = [(text[a:b], b == len(text)) for a, b in pairwise(bounds)]
+        if chunks[-1][0] == "" or not text:
             continue
         cuts += len(places)
         expected = [*encoding.encode_ordinary(text), encoding.eot_token]
-        assert encode_documents(encoding, parts, "here").tolist() == expected
-        alone = [encode_documents(encoding, [part], "here").tolist() for part in parts]
+        assert encode_documents(encoding, chunks, "here").tolist() == expected
+        alone = [encode_documents(encoding, [chunk], "here").tolist() for chunk in chunks]
         assert [token for ids in alone for token in ids] == expected
     assert cuts > 200
 
@@ -685,9 +685,9 @@ def test_a_cut_elsewhere_changes_pieces(encoding: tiktoken.Encoding, before: str
 
 
 def test_a_document_that_cannot_be_encoded_is_named(trained_encoding: tiktoken.Encoding) -> None:
-    for parts in ([("fine", True), ("half \ud83d", True)], [(f"{END_OF_TEXT}\ud83d", False)]):
+    for chunks in ([("fine", True), ("half \ud83d", True)], [(f"{END_OF_TEXT}\ud83d", False)]):
         with pytest.raises(DataError, match=r"^data/a\.txt has the lone surrogate U\+D83D"):
-            encode_documents(trained_encoding, parts, "data/a.txt")
+            encode_documents(trained_encoding, chunks, "data/a.txt")
 
 
 def test_only_patterns_that_are_known_may_be_cut(trained_encoding: tiktoken.Encoding) -> None:

@@ -22,7 +22,7 @@ FORMAT_KEYS = {
 # ShareGPT's spelling of chat: {"from": ..., "value": ...} under the key conversations.
 _SHAREGPT = "conversations"
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-# These change what is said or what is trained; ignoring them would train something else.
+# These change the conversation or what is trained, so they must not be ignored.
 _UNSUPPORTED = ("tool_calls", "function_call", "weight", "train")
 
 _RESPONSE_HEADER = "### Response:"

@@ -162,9 +162,8 @@ def _line_row(file: Path, number: int, line: str) -> PlacedRow | BadRow:
     place = f"{file}:{number}"
     if not_utf8 := _NOT_UTF8.search(line):
         return _not_utf8_row(place, not_utf8)
-    decoder = _StrictDecoder()
     try:
-        value, end = decoder.raw_decode(line, _skip_space(line, 0))
+        row, end = _decode_row(line, _skip_space(line, 0), place)
     except json.JSONDecodeError as error:
         reason = f"broken JSON: {error.msg}"
         if number == 1 and line.strip() == "{":
@@ -173,7 +172,7 @@ def _line_row(file: Path, number: int, line: str) -> PlacedRow | BadRow:
     rest = _skip_space(line, end)
     if rest < len(line):
         return BadRow(f"{place}:{rest + 1}", "broken JSON", "broken JSON: more text after the row")
-    return _checked_row(place, value, decoder)
+    return row
 
 
 def _array_rows(file: Path, first_line: int, text: str) -> Found:
@@ -193,13 +192,11 @@ def _array_rows(file: Path, first_line: int, text: str) -> Found:
     position = _skip_space(text, text.index("[") + 1)
     more = not text.startswith("]", position)
     while more:
-        decoder = _StrictDecoder()
         try:
-            value, end = decoder.raw_decode(text, position)
+            row, end = _decode_row(text, position, place(position))
         except json.JSONDecodeError as error:
             raise unreadable(error.pos, error.msg) from None
-        where, not_utf8 = place(position), _NOT_UTF8.search(text, position, end)
-        yield _not_utf8_row(where, not_utf8) if not_utf8 else _checked_row(where, value, decoder)
+        yield row
         position = _skip_space(text, end)
         more = text.startswith(",", position)
         if more:
@@ -209,6 +206,19 @@ def _array_rows(file: Path, first_line: int, text: str) -> Found:
     rest = _skip_space(text, position + 1)
     if rest < len(text):
         raise DataError(f"{place(rest)}: broken JSON: more text after the array's end")
+
+
+def _decode_row(text: str, position: int, place: str) -> tuple[PlacedRow | BadRow, int]:
+    """Return the row at a position, and its end; raises JSONDecodeError if the end cannot be found."""
+    decoder = _StrictDecoder()
+    value, end = decoder.raw_decode(text, position)
+    if not_utf8 := _NOT_UTF8.search(text, position, end):
+        return _not_utf8_row(place, not_utf8), end
+    if decoder.faults:
+        return BadRow(place, *decoder.faults[0]), end
+    if not isinstance(value, dict):
+        return BadRow(place, "not an object", f"a row is a JSON object, got {shown(value)}"), end
+    return PlacedRow(place, value), end
 
 
 class _StrictDecoder(json.JSONDecoder):
@@ -259,14 +269,6 @@ def _skip_space(text: str, position: int) -> int:
     match = _SPACE.match(text, position)
     assert match is not None  # the pattern also matches nothing
     return match.end()
-
-
-def _checked_row(place: str, value: Any, decoder: _StrictDecoder) -> PlacedRow | BadRow:
-    if decoder.faults:
-        return BadRow(place, *decoder.faults[0])
-    if not isinstance(value, dict):
-        return BadRow(place, "not an object", f"a row is a JSON object, got {shown(value)}")
-    return PlacedRow(place, value)
 
 
 def _not_utf8_row(place: str, escaped: re.Match[str]) -> BadRow:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import mmap
 import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -242,39 +243,29 @@ def _spans(file: Path, column: str, separator: str | None, may_cut: bool, limit:
     # At most 256 spans per file, or there would be too many files of ids.
     step = max(limit, size // 256)
     cuts = [0]
-    with file.open("rb") as stream:
-        while (target := cuts[-1] + step) < size and (cut := _cut_after(stream, target, mark)) < size:
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        while (target := cuts[-1] + step) < size and (cut := _cut_after(data, target, mark)) < size:
             cuts.append(cut)
     return [FileSpan(file, first, last) for first, last in pairwise([*cuts, size])]
 
 
-def _safe_cut(data: bytes | bytearray, searched: int, stop: int) -> int:
+def _safe_cut(data: bytearray | mmap.mmap, searched: int, stop: int) -> int:
     """Return the first place after `searched` where a cut keeps the tokens of the text, or 0."""
     found = _SAFE_CUT.search(data, searched - 1, max(0, stop))
     return found.end() if found else 0
 
 
-def _cut_after(stream: BinaryIO, target: int, mark: bytes | None) -> int:
+def _cut_after(data: mmap.mmap, target: int, mark: bytes | None) -> int:
     """Return the first place after `target` where a document ends, or, without a mark, where a cut is safe."""
-    # A mark, or the character before a blank, may begin this many bytes before a block.
-    before = 4 if mark is None else len(mark) - 1
-    begin = max(0, target - before)
-    stream.seek(begin)
-    data, place = b"", target - begin
-    while block := stream.read(_BLOCK):
-        data += block
-        if mark is None:
-            if cut := _safe_cut(data, max(1, place), len(data)):
-                return begin + cut
-        else:
-            while (place := data.find(mark, place)) >= 0:
-                # A mark that begins earlier and overlaps this one is the separator.
-                if data.find(mark, max(0, place - before), place + before) < 0:
-                    return begin + place + len(mark)
-                place += 1
-        kept = min(len(data), 2 * before + 1)
-        begin, data, place = begin + len(data) - kept, data[len(data) - kept :], kept - before
-    return begin + len(data)
+    if mark is None:
+        return _safe_cut(data, target, len(data)) or len(data)
+    place, before = target, len(mark) - 1
+    while (place := data.find(mark, place)) >= 0:
+        # A mark that begins earlier and overlaps this one is the separator.
+        if data.find(mark, max(0, place - before), place + before) < 0:
+            return place + len(mark)
+        place += 1
+    return len(data)
 
 
 def _blocks(span: FileSpan, place: int) -> Iterator[bytes]:

@@ -43,7 +43,7 @@ _ARCHITECTURE = (
 )
 _COUNTS = (
     *("rows_read", "rows_used", "rows_truncated", "tokens", "tokens_trained", "ends_trained", "rows_without_label"),
-    *("rows_end_untrained", "rows_prompt_trained", "batch_size", "padding", "padding_packed", "max_length"),
+    *("rows_end_untrained", "rows_prompt_trained"),
 )
 # The texts that a field of a configuration may have; its other values are numbers and truth values.
 _TEXTS: dict[str, Container[object]] = {
@@ -205,7 +205,6 @@ def _own_evaluation(record: Mapping[str, Any], shared: Mapping[str, Any], tuned:
         return []
     named = {
         "name": "held-out answers" if tuned else "held-out text",
-        "kind": "rows" if tuned else "text",
         "max_length": shared.get("supervision.max_length" if tuned else "windows.max_length"),
         "data_fingerprint": record.get("data_fingerprint"),
     }
@@ -237,7 +236,6 @@ def _evaluation(found: Mapping[str, Any]) -> list[dict[str, Any]]:
         return []
     scored = {
         "name": shareable(name) if isinstance(name, str) and name else "evaluation",
-        "kind": _one_of(("text", "rows"), found.get("kind")),
         "loss": loss,
         "perplexity": exp(loss) if loss < 700 else None,
         "bits_per_byte": _number(found.get("bits_per_byte")),

@@ -175,7 +175,7 @@ def test_items_are_prompt_ids_then_answer_ids(encoding: tiktoken.Encoding) -> No
     for row, item in zip(rows, dataset, strict=True):
         prompt = format_alpaca(row).encode()
         assert item.prompt_length == len(prompt)
-        assert item.input_ids == list(prompt + row["output"].encode())  # no end of text, not even a literal one
+        assert item.input_ids == list(prompt + row["output"].encode())  # no EOS, not even one spelled out
     assert dataset[-1] == dataset[1]
     assert pickle.loads(pickle.dumps(dataset))[1] == dataset[1]
     with pytest.raises(IndexError, match="2 rows"):
@@ -280,7 +280,7 @@ def test_a_batch_by_hand() -> None:
     assert plain == [[10, 11, 12, 13], [20, 21]]
 
 
-def test_cut_rows_keep_an_answer_and_train_no_end() -> None:
+def test_cut_rows_keep_an_answer_and_train_no_eos() -> None:
     item = InstructionItem([1, 2, 3, 4, 5], 3)
     with pytest.raises(DataError, match="row 1 of the batch: 5 tokens, more than max_length=4"):
         create_instruction_collate_fn(PAD, max_length=4)([InstructionItem([1, 2], 1), item])
@@ -317,7 +317,7 @@ def test_rows_that_cannot_be_batched_are_named() -> None:
         create_instruction_collate_fn(PAD)([[]])
 
 
-def test_device_is_where_the_batch_goes() -> None:
+def test_the_batch_is_on_the_device() -> None:
     inputs, targets = create_instruction_collate_fn(PAD, device="meta")([[1, 2]])
     assert inputs.device.type == targets.device.type == "meta"
 

@@ -25,7 +25,7 @@ def places(rows: list[PlacedRow]) -> list[str]:
     return [Path(row.place).name for row in rows]
 
 
-# Bad lines: what follows the file's name in the place, and a part of the reason. Each stands on line 2 of 3.
+# Bad lines: what follows the file's name in the place, and an excerpt of the reason. Each is on line 2 of 3.
 BAD_LINES = {
     "half a row": (b'{"a": "x"', ":2:10: ", "broken JSON"),
     "no value": (b'{"a": }', ":2:7: ", "Expecting value"),
@@ -191,7 +191,7 @@ def test_a_row_of_ten_megabytes_is_read(name: str, tmp_path: Path) -> None:
     assert read(tmp_path / name)[0].row == row
 
 
-def test_files_are_read_in_their_order_and_all_names_are_looked_at_first(tmp_path: Path) -> None:
+def test_files_are_read_in_order_after_all_names_are_checked(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl"):
         (tmp_path / name).write_bytes(GOOD)
     (tmp_path / "c.txt").write_bytes(GOOD)

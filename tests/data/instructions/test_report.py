@@ -87,7 +87,7 @@ def test_all_labels_masked_is_caught() -> None:
         report.check()
 
 
-def test_an_end_of_text_masked_as_padding_is_caught(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_eos_masked_as_padding_is_caught(tokenizer: PreTrainedTokenizerBase) -> None:
     # The collator of transformers masks every label that equals the padding's id.
     padded = copy.deepcopy(tokenizer)
     padded.pad_token = padded.eos_token
@@ -118,7 +118,7 @@ def examples_in(batch: Batch) -> Iterator[tuple[Any, Any]]:
                 yield piece_ids, trained[:-1]
 
 
-def test_our_own_batches_train_the_end_though_it_is_the_padding() -> None:
+def test_our_batches_train_eos_although_padding_is_eos() -> None:
     rows = encode([ROW, {**ROW, "completion": " ABCDE"}, {**ROW, "prompt": "Q<|endoftext|>:"}])
     expected = report_of(rows, BYTES)
     for dataset in (PackedRows(rows), PaddedRows(rows)):
@@ -137,7 +137,7 @@ def test_answers_cut_off_are_caught() -> None:
     report = report_of_examples([whole, cut, cut], BYTES, END)
     assert (report.rows_end_untrained, report.rows_cut_off, report.rows_end_masked) == (2, 2, 0)
     assert report.findings() == ["2 of 3 rows stop inside an answer, without EOS: cut off"]
-    report.check()  # some end of text is trained
+    report.check()  # EOS is trained in one row
     with pytest.raises(DataError, match="no EOS"):
         report_of_examples([cut], BYTES, END).check()
 
@@ -149,7 +149,7 @@ def test_an_answer_that_stops_being_trained_is_caught() -> None:
     assert report.findings() == ["1 of 1 rows have an answer that goes on, untrained, without EOS"]
 
 
-def test_each_turn_of_a_row_needs_its_end() -> None:
+def test_each_turn_of_a_row_needs_eos() -> None:
     ids = [*b"Q:A", END, *b"Q:B", END]
     good = [False, False, True, True] * 2
     missing = [False, False, True, False, False, False, True, True]
@@ -238,8 +238,8 @@ def test_what_was_left_out_is_counted_and_placed(tmp_path: Path) -> None:
     assert report.skipped["broken JSON"].first[0].startswith(f"{name}:2:2: broken JSON")
     assert report.dropped["longer than max_length"].first[0].startswith(f"{name}:7: the answers alone need 31")
     text = report.text()
-    for said in ("7 read, 2 used, 4 skipped, 1 dropped", "2 skipped: missing key", f"{name}:3: ", f"{name}:7: "):
-        assert said in text
+    for expected in ("7 read, 2 used, 4 skipped, 1 dropped", "2 skipped: missing key", f"{name}:3: ", f"{name}:7: "):
+        assert expected in text
     assert "1 rows lost the beginning of their prompt" in text
 
 
@@ -261,7 +261,7 @@ def test_the_text_highlights_what_is_trained() -> None:
     assert "<=       8         1  ####" in report.text()
 
 
-def test_text_of_rows_cannot_steer_the_terminal() -> None:
+def test_text_of_rows_cannot_control_the_terminal() -> None:
     steering = {"prompt": "\x1b[2J\u202e" + "p" * 2000, "completion": "a\rb\x07\u200b日"}
     text = report_of(encode([steering], max_length=4000), BYTES).text()
     assert not {"\x1b", "\r", "\x07", "\u202e", "\u200b"} & set(text)

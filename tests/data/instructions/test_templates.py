@@ -88,7 +88,7 @@ def test_finetune_of_chat_rows_needs_no_template_of_the_model(tmp_path: Path) ->
     write_tiny_model(tmp_path / "model")
     options = FinetuneOptions(
         training=TrainingOptions(output_dir=str(tmp_path / "run"), max_steps=1, use_cpu=True, report_to=["none"]),
-        base=BaseOptions(model=str(tmp_path / "model"), chat_template="default"),
+        base=BaseOptions(model_name_or_path=str(tmp_path / "model"), chat_template="default"),
         rows=RowOptions(rows=[str(file)]),
         supervision=SupervisionOptions(format="chat", max_length=64),
     )

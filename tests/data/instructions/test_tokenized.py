@@ -52,7 +52,7 @@ def trained_text(rows: SupervisedRows, index: int) -> str:
     return text_of(row.input_ids[row.trained])
 
 
-def test_formats_are_told_by_the_keys_of_each_row(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_format_of_each_row_is_found_by_its_keys(tokenizer: PreTrainedTokenizerBase) -> None:
     other = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}
     conversational = {"prompt": CHAT["messages"][:1], "completion": CHAT["messages"][1:]}
     extra = {**CHAT, "prompt": "hi", "id": 7}
@@ -80,7 +80,7 @@ def test_all_assistant_turns_are_trained_but_those_of_a_prompt(tokenizer: PreTra
     assert trained_text(encode([split], tokenizer), 0) == "d<|endoftext|>"
 
 
-def test_text_that_spells_the_end_of_text_is_text(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_eos_spelled_out_in_a_text_is_text(tokenizer: PreTrainedTokenizerBase) -> None:
     row = {"prompt": "a<|endoftext|>", "completion": "b<|endoftext|>"}
     expected = [*b"a<|endoftext|>b<|endoftext|>", END]
     for each in (BYTES, tokenizer):
@@ -104,7 +104,7 @@ def test_a_format_function_writes_any_row(tokenizer: PreTrainedTokenizerBase) ->
     assert text_of(rows.ids) == "1=2<|endoftext|>"
 
 
-# Rows that cannot be used, and a part of what is said of each. With a chat template, bytes and max_length 1,000.
+# Rows that cannot be used, and an excerpt of the message for each. With a chat template, bytes and max_length 1,000.
 BAD_ROWS: dict[str, tuple[Any, str]] = {
     "no row": (None, "a row is a dict, got None"),
     "text": ("x", "a row is a dict, got 'x'"),
@@ -147,7 +147,7 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
     "null role": ({"messages": [{"role": None, "content": "x"}]}, "messages[0]: 'role' is null"),
     "no content": ({"messages": [{"role": "user"}]}, "messages[0]: 'content' is missing"),
     "null content": ({"messages": [{"role": "user", "content": None}]}, "'content' is null"),
-    "parts for content": ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "'content' is a list"),
+    "content blocks": ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "'content' is a list"),
     "unknown role": (
         {"messages": [{"role": "bot", "content": "x"}, *CHAT["messages"]]},
         "rejects the messages: unknown role bot",
@@ -156,11 +156,11 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
     "no answer": ({"messages": CHAT["messages"][:1]}, "no message of the assistant"),
     "empty answer": ({"messages": [{"role": "assistant", "content": ""}]}, "messages[0]: the answer is blank"),
     "blank answer": ({"messages": [*CHAT["messages"], {"role": "assistant", "content": "\n"}]}, "messages[2]: the"),
-    "end of text in a question": (
+    "EOS in a question": (
         {"messages": [{"role": "user", "content": "a<|endoftext|>"}, *CHAT["messages"]]},
         "message 0 holds '<|endoftext|>', a special token",
     ),
-    "end of text in an answer": (
+    "EOS in an answer": (
         {"messages": [{"role": "assistant", "content": "a<|endoftext|>b"}]},
         "message 0 holds '<|endoftext|>'",
     ),
@@ -314,7 +314,7 @@ def test_too_long_rows_stop_or_are_dropped_and_counted() -> None:
     assert rows.dropped.first("longer than max_length")[0].place == "f.json:9"
 
 
-def test_nothing_left_says_why() -> None:
+def test_the_error_for_no_rows_left_names_the_first_fault() -> None:
     with pytest.raises(DataError, match=r"no row to train on \(1 skipped, 0 dropped .*; the first: row 0: "):
         encode_rows([{}], BYTES, SupervisionOptions(), on_bad_row="skip")
     with pytest.raises(DataError, match="no row to train on"):
@@ -327,7 +327,7 @@ def test_nothing_left_says_why() -> None:
         ({"format": "alpacca"}, "did you mean 'alpaca'"),
         ({"train_on": "answer"}, "did you mean 'answers'"),
         ({"truncation": "cut"}, "unknown truncation 'cut'"),
-        ({"max_length": 0}, "max_length must be an integer, at least 1, got 0"),
+        ({"max_length": 0}, "max_length must be at least 1, got 0"),
         ({"max_length": 1.5}, "got 1.5"),
     ],
 )
@@ -336,7 +336,7 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
         SupervisionOptions(**options)
 
 
-def test_tokenizers_that_cannot_serve_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_tokenizers_that_cannot_be_used_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(UsageError, match=r"chat rows need a tokenizer of transformers"):
         encode([CHAT])
     bare = copy.deepcopy(tokenizer)
@@ -423,15 +423,15 @@ def test_best_fit_decreasing_equals_a_plain_one(seed: int) -> None:
     draw = np.random.default_rng(seed)
     capacity = int(draw.integers(5, 60))
     lengths = draw.integers(1, capacity + 1, draw.integers(1, 80))
-    rooms: list[int] = []
+    spaces: list[int] = []
     for length in sorted(lengths.tolist(), reverse=True):
-        fitting = [group for group, room in enumerate(rooms) if room >= length]
+        fitting = [group for group, space in enumerate(spaces) if space >= length]
         if fitting:
-            rooms[min(fitting, key=lambda group: rooms[group])] -= length
+            spaces[min(fitting, key=lambda group: spaces[group])] -= length
         else:
-            rooms.append(capacity - length)
+            spaces.append(capacity - length)
     groups = best_fit_decreasing(lengths, capacity)
-    assert sorted(capacity - sum(int(lengths[n]) for n in group) for group in groups) == sorted(rooms)
+    assert sorted(capacity - sum(int(lengths[n]) for n in group) for group in groups) == sorted(spaces)
     assert groups == best_fit_decreasing(lengths.copy(), capacity)
 
 
@@ -457,18 +457,18 @@ def test_the_loss_of_packed_rows_equals_that_of_rows_alone() -> None:
 def test_split_is_deterministic_and_whole(shared_data: Path) -> None:
     options = RowOptions(rows=[str(shared_data / "instruction-data.json")])
     rows = encode_rows(read_rows(options), BYTES, SupervisionOptions(max_length=2000))
-    parts = rows.split([0.85, 0.1, 0.05], seed=1)
-    assert [len(part) for part in parts] == [935, 110, 55]
-    seen = {part[index].place: part[index] for part in parts for index in range(len(part))}
+    subsets = rows.split([0.85, 0.1, 0.05], seed=1)
+    assert [len(subset) for subset in subsets] == [935, 110, 55]
+    seen = {subset[index].place: subset[index] for subset in subsets for index in range(len(subset))}
     assert len(seen) == 1100
     for index in range(0, 1100, 37):
         row = seen[rows.place(index)]
         assert row.input_ids.tolist() == rows[index].input_ids.tolist()
         assert row.trained.tolist() == rows[index].trained.tolist()
     again, other = rows.split([0.85, 0.1, 0.05], seed=1), rows.split([0.85, 0.1, 0.05], seed=2)
-    assert [part.fingerprint() for part in again] == [part.fingerprint() for part in parts]
-    assert other[0].fingerprint() != parts[0].fingerprint()
-    lines = [int(parts[0].place(index).rpartition(":")[2]) for index in range(935)]
+    assert [subset.fingerprint() for subset in again] == [subset.fingerprint() for subset in subsets]
+    assert other[0].fingerprint() != subsets[0].fingerprint()
+    lines = [int(subsets[0].place(index).rpartition(":")[2]) for index in range(935)]
     assert lines == sorted(lines)
 
 
@@ -478,7 +478,7 @@ def test_fractions_that_are_no_split_are_refused(fractions: list[float]) -> None
         random_rows(5, 0).split(fractions, 0)
 
 
-def test_a_split_with_an_empty_part_is_refused() -> None:
+def test_a_split_with_an_empty_subset_is_refused() -> None:
     with pytest.raises(DataError, match="2 rows cannot be split"):
         random_rows(2, 0).split([0.9, 0.1], 0)
 
@@ -492,7 +492,7 @@ def test_the_fingerprint_tells_ids_boundaries_and_marks_apart() -> None:
     assert encode([PlacedRow("elsewhere", {"prompt": "ab", "completion": "cd"})]).fingerprint() in prints
 
 
-def test_rows_and_their_datasets_travel_to_loader_processes() -> None:
+def test_rows_and_their_datasets_can_be_pickled() -> None:
     packed = PackedRows(random_rows(9, 1))
     arrived = pickle.loads(pickle.dumps(packed))
     assert arrived.rows.fingerprint() == packed.rows.fingerprint()
