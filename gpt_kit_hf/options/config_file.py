@@ -1,0 +1,53 @@
+"""A YAML file of options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from gpt_kit_hf.errors import UsageError, one_line, unknown_name
+from gpt_kit_hf.options.declare import Option
+
+
+def read_config(file: str, known: Mapping[str, Option]) -> dict[str, Any]:
+    """Return {option: value} of a YAML file."""
+    import yaml
+
+    try:
+        with open(file, encoding="utf-8") as stream:  # noqa: PTH123 (as the user wrote it)
+            content = yaml.safe_load(stream)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"config {file!r} cannot be read: {one_line(error)}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"config {file!r} is not YAML: {one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"config {file!r} must hold 'name: value' lines")
+    values = {}
+    for written, value in content.items():
+        name = str(written).replace("-", "_")
+        if name not in known:
+            raise UsageError(f"config {file!r}: {unknown_option(name, known)}")
+        if value is not None or known[name].optional:
+            values[name] = _from_yaml(known[name], value)
+    return values
+
+
+def _from_yaml(option: Option, value: Any) -> Any:
+    if value is None:
+        return None
+    if option.is_list:
+        return [_scalar(option, each) for each in (value if isinstance(value, list) else [value])]
+    return _scalar(option, value)
+
+
+def _scalar(option: Option, value: Any) -> Any:
+    # A number that YAML reads as text, 1e-4, and a text that it reads as a number or a date, 2020-01-01.
+    if isinstance(value, (bool, list, dict)) or (isinstance(value, (int, float)) and option.type in (int, float)):
+        return value
+    return option.from_text(str(value))
+
+
+def unknown_option(name: str, known: Iterable[str]) -> str:
+    """Return the message for an unknown option: with the nearest names, if there are any."""
+    message = unknown_name("option", name, known)
+    return message if "did you mean" in message else f"unknown option {name!r}; --help lists the options"
