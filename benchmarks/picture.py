@@ -1,7 +1,7 @@
 """Draw the picture of docs/speed.md from the figures that the other programs wrote.
 
-`python benchmarks/picture.py STEP.json MEMORY.json DECODE.json docs/images/speed.png`, of `train_step.py`, `memory.py`
-and `generate.py` with `--json`.
+`python benchmarks/picture.py STEP.json MEMORY.json DECODE.json docs/images/speed.png`, of `train_step.py`,
+`memory.py` and `generate.py` with `--json`.
 """
 
 from __future__ import annotations

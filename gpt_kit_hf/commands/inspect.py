@@ -21,6 +21,6 @@ def inspect(options: InspectOptions) -> None:
 def _context_length(model: str | None) -> int:
     if model is None:
         return 1024
-    from gpt_kit_hf.hub.model_folder import model_length
+    from gpt_kit_hf.hub.model_folder import model_length  # imports torch
 
     return model_length(model)

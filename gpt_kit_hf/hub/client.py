@@ -63,7 +63,7 @@ def hub_errors(failure: str) -> Iterator[None]:
     except GPTKitError:
         raise
     # The client raises plain OSError, RuntimeError or ValueError where a download has another size than announced.
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+    except (HTTPError, EntryNotFoundError, OSError, RuntimeError, ValueError) as error:
         raise HubError(f"{failure}: {_reason(error)}") from None
 
 

@@ -119,10 +119,10 @@ def _dataset(facts: Mapping[str, Any]) -> dict[str, Any]:
     options = facts.get("options", {})
     if options.get("text.eval_files") or options.get("base.eval_rows"):
         return {}
-    for option, prefix in (("text.dataset_name", "text.dataset"), ("rows.dataset_name", "rows.rows")):
+    for option, group in (("text.dataset_name", "text"), ("rows.dataset_name", "rows")):
         if "hub" in options.get(option, {}):
-            split = options.get("text.dataset_test_split") or options.get(f"{prefix}_split")
-            return {"hub": options[option]["hub"], "config": options.get(f"{prefix}_config"), "split": split}
+            split = options.get("text.dataset_test_split") or options.get(f"{group}.dataset_train_split")
+            return {"hub": options[option]["hub"], "config": options.get(f"{group}.dataset_config"), "split": split}
     return {}
 
 

@@ -16,8 +16,8 @@ package = types.ModuleType("gpt_kit_hf")
 package.__path__ = [sys.argv[1]]
 sys.modules["gpt_kit_hf"] = package
 from gpt_kit_hf.data.instructions.inspect import inspect_rows
-from gpt_kit_hf.data.instructions.reader import RowOptions
-from gpt_kit_hf.data.instructions.tokenized import SupervisionOptions
+from gpt_kit_hf.options.data import RowOptions
+from gpt_kit_hf.options.data import SupervisionOptions
 from gpt_kit_hf.errors import DataError
 try:
     report = inspect_rows(RowOptions(rows=[sys.argv[2]]), SupervisionOptions())
