@@ -246,7 +246,7 @@ def test_what_cannot_be_served_is_one_line(
         port = other.getsockname()[1]
         assert f"port={port} cannot be listened to: Address already in use" in refused(folder, port)
     assert "host='no such host' and port=0 cannot be listened to" in refused(folder, host="no such host")
-    assert "port=65536: from 0" in refused(folder, 65536)
+    assert "port must be at least 0 and at most 65535, got 65536" in refused(folder, 65536)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text("{}")
     assert "cannot be loaded" in refused(tmp_path / "empty")
