@@ -92,10 +92,10 @@ def benchmark(options: argparse.Namespace, folder: Path) -> None:
     checkpoints = sorted((folder / "run/checkpoints").iterdir())
     assert not any(verify_checkpoint(checkpoint) for checkpoint in checkpoints)
     size = sum(file.stat().st_size for file in checkpoints[-1].iterdir())
-    said = {name: version(name) for name in ("torch", "transformers", "safetensors")}
-    said |= {"python": platform.python_version(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    captured = {name: version(name) for name in ("torch", "transformers", "safetensors")}
+    captured |= {"python": platform.python_version(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     what = f"{options.model}, {options.batch} x {options.context} tokens a step, {options.precision}"
-    print(f"{said}, {processor()}\n{what}, {size:,} bytes a save")
+    print(f"{captured}, {processor()}\n{what}, {size:,} bytes a save")
     report(times)
 
 

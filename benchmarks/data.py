@@ -39,7 +39,7 @@ from gpt_kit_hf import (
     prepare_corpus,
 )
 from gpt_kit_hf.data.order import BatchPlan, ShuffledOrder
-from gpt_kit_hf.data.text.shards import file_units
+from gpt_kit_hf.data.text.shards import file_shards
 from gpt_kit_hf.data.text.token_cache import store_tokens
 from gpt_kit_hf.data.text.windows import collate_windows
 from gpt_kit_hf.options.files import find_files
@@ -72,8 +72,8 @@ def benchmark(options: argparse.Namespace, folder: Path) -> None:
     large, small = folder / "large", folder / "small"
     for place, size, files in ((large, options.gigabytes * 1e9, options.slices), (small, SMALL_MB * 1e6, 1)):
         write_corpus(place, int(size), files)
-    said = {name: version(name) for name in ("torch", "tiktoken", "datasets", "pyarrow")}
-    print(f"{said}, {options.threads} threads, encoding {options.encoding}, {options.gigabytes} GB of text")
+    captured = {name: version(name) for name in ("torch", "tiktoken", "datasets", "pyarrow")}
+    print(f"{captured}, {options.threads} threads, encoding {options.encoding}, {options.gigabytes} GB of text")
     tokenising(options, large, folder / "cache")
     measured = []
     for place in (small, large):
@@ -128,7 +128,7 @@ def tokenising(options: argparse.Namespace, corpus: Path, cache: Path) -> None:
 def ours(file: Path, encoding: Any, threads: int) -> tuple[int, float]:
     """Read, parse, encode and store; return the number of tokens and all the seconds."""
     began = time.perf_counter()
-    units = file_units([file], column="text", separator=None, may_cut=True)
+    units = file_shards([file], column="text", separator=None, may_cut=True)
     stored = store_tokens(units, encoding, threads)
     return sum(piece.size for piece in stored.chunks), time.perf_counter() - began
 
@@ -163,7 +163,7 @@ def measure_steps(options: argparse.Namespace) -> dict[str, float]:
     context = RunContext(
         options=TrainingOptions(output_dir="unused"),
         accelerator=trainer.accelerator,
-        console=None,  # type: ignore[arg-type]  # nothing is said
+        console=None,  # type: ignore[arg-type]  # nothing is captured
         folder=Path(),
         checkpoint=None,
         stop=StopSignals(),

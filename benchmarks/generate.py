@@ -39,16 +39,16 @@ def main() -> None:
     gpt2 = peers.gpt2_of(model).to(work.dtype).eval()
     gpt2.config.use_cache = True
     model.to(work.dtype)
-    roads: dict[str, Generate] = {"transformers": theirs(gpt2)}
+    methods: dict[str, Generate] = {"transformers": theirs(gpt2)}
     if options.static:
-        roads["transformers, static cache"] = theirs(gpt2, cache_implementation="static")
+        methods["transformers, static cache"] = theirs(gpt2, cache_implementation="static")
     for dtype in options.dtype or (get_args(DecodingDtype) if options.device == "cpu" else ["auto"]):
-        roads[f"gpt_kit_hf, dtype {dtype}"] = ours(model, dtype)
+        methods[f"gpt_kit_hf, dtype {dtype}"] = ours(model, dtype)
     prompt = torch.randint(options.vocabulary, (options.batch, options.prompt)).to(options.device)
-    check(roads, prompt, options.new, exact=work.dtype == torch.float32)
-    first = measure.interleaved({n: lambda g=g: g(prompt, 1) for n, g in roads.items()}, options.rounds, work.device)
+    check(methods, prompt, options.new, exact=work.dtype == torch.float32)
+    first = measure.interleaved({n: lambda g=g: g(prompt, 1) for n, g in methods.items()}, options.rounds, work.device)
     whole = measure.interleaved(
-        {n: lambda g=g: g(prompt, options.new) for n, g in roads.items()}, options.rounds, work.device, warm_up=0
+        {n: lambda g=g: g(prompt, options.new) for n, g in methods.items()}, options.rounds, work.device, warm_up=0
     )
     report(options, work, model, first, whole)
 
@@ -69,11 +69,11 @@ def ours(model: Any, dtype: str) -> Generate:
     return lambda prompt, new: generate_text_autoregressive(model, prompt, new, dtype=cast("DecodingDtype", dtype))
 
 
-def check(roads: dict[str, Generate], prompt: Tensor, new: int, *, exact: bool) -> None:
+def check(methods: dict[str, Generate], prompt: Tensor, new: int, *, exact: bool) -> None:
     """Say how many tokens are the same; end the program if one that keeps float32 weights predicts others."""
-    expected = roads["transformers"](prompt, new)
-    for name, road in roads.items():
-        same = (road(prompt, new) == expected).float().mean().item()
+    expected = methods["transformers"](prompt, new)
+    for name, method in methods.items():
+        same = (method(prompt, new) == expected).float().mean().item()
         print(f"tokens   {same:.0%} as transformers': {name}")
         if exact and same < 1.0 and "float16" not in name and "int8" not in name:
             raise SystemExit(f"{name} predicts other tokens: not the same work")
@@ -109,7 +109,7 @@ def report(
         )
         figures[name] = {"first": first[name], "whole": whole[name], "tokens_per_second": options.batch / seconds}
     measure.show(rows, ["", "first token", "tokens/s", "times transformers", "of the bandwidth"])
-    measure.keep(options.json, {"options": vars(options), "bandwidth": bandwidth, "roads": figures})
+    measure.keep(options.json, {"options": vars(options), "bandwidth": bandwidth, "methods": figures})
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def main() -> None:
         ("Peak memory of a step, MB", {n: f["peak"] / 1e6 for n, f in memory["peaks"].items()}, "{:,.0f}"),
         (
             "Decoding 124M, tokens/s",
-            {n: f["tokens_per_second"] for n, f in decode["roads"].items()},
+            {n: f["tokens_per_second"] for n, f in decode["methods"].items()},
             "{:.0f}",
         ),
     ]

@@ -1,7 +1,7 @@
-"""How soon each recipe reaches a held-out loss: tinyshakespeare by bytes, 4 layers of 256, context 128.
+"""Steps that each recipe needs to reach an eval loss: tinyshakespeare by bytes, 4 layers of 256, context 128.
 
 `python benchmarks/recipes.py TEXT` trains with `--recipe fast` and with AdamW and a cosine, tuned for itself, for each
-seed, and prints the step at which the held-out loss first was below the target, and the loss in the end. The time is
+seed, and prints the first step with an eval loss below the target, and the final loss. The time is
 those steps times the time of a step, which is measured first, for both in turns: so the study may run beside other
 work, and its parts one by one (`--recipes`, `--seeds`).
 """
@@ -87,7 +87,7 @@ def step_times(options: argparse.Namespace) -> dict[str, list[float]]:
 
 
 def studied(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Train once; return the first evaluated step below the target, and the loss on all held-out text in the end."""
+    """Train once; return the first evaluated step below the target, and the final loss on the whole eval text."""
     with tempfile.TemporaryDirectory() as folder:
         result = train(run_options(name, seed, options, Path(folder) / "run"), stream=None)
         curve = list(evaluations(result.folder / "metrics.jsonl"))

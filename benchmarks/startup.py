@@ -78,7 +78,7 @@ def cpu_seconds(command: Sequence[str]) -> float:
 
 
 def to_first_step(folder: Path) -> float:
-    """Return the seconds until the first step is said; the text's encoding stays in the folder's cache."""
+    """Return the seconds until the run prints its first step; the encoded text stays in the folder's cache."""
     shutil.rmtree(folder / "run", ignore_errors=True)
     began = time.perf_counter()
     command = [*GPT_KIT, *TRAIN, "--output_dir", str(folder / "run")]
@@ -92,7 +92,7 @@ def to_first_step(folder: Path) -> float:
                 seconds = time.perf_counter() - began
                 process.wait()
                 return seconds
-    raise SystemExit("the run said no step:\n" + "".join(lines))
+    raise SystemExit("the run printed no step:\n" + "".join(lines))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Talk with a tuned model from a program: `python examples/chat.py RUN "What is a noun?" "And a verb?"`.
+"""Chat with a finetuned model from a program: `python examples/chat.py RUN "What is a noun?" "And a verb?"`.
 
-The chat template that was saved with the tokenizer writes the prompt, as it did in training.
+The chat template that is saved with the tokenizer formats the prompt, as in training.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from gpt_kit_hf import ChatOptions, Conversation, UsageError, run_command
 
 
 def main() -> None:
-    """Ask a model the questions of the command line, one after the other."""
+    """Ask the questions of the command line, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="folder of a run or model, or a Hub id")
     parser.add_argument("questions", nargs="+")

@@ -1,6 +1,6 @@
-"""Tune a model on instruction rows, in full or by LoRA.
+"""Finetune a model on instruction rows, all weights or a LoRA adapter.
 
-`accelerate launch examples/finetune_instructions.py --model RUN --rows ROWS.jsonl --output_dir runs/tuned`
+`accelerate launch examples/finetune_instructions.py --model_name_or_path RUN --rows ROWS.jsonl --output_dir RUN2`
 """
 
 import sys

@@ -45,7 +45,7 @@ def main() -> None:
     accelerator = Accelerator()
     torch.manual_seed(0)  # the same initial weights in every process
 
-    # 2. Text. The last tenth is held out: the model never trains on it, so its loss there is an honest score.
+    # 2. Text. The last tenth is for evaluation only: its loss shows how well the model predicts text it has not seen.
     text = args.text_file.read_text(encoding="utf-8")
     split = len(text) * 9 // 10
 
@@ -86,7 +86,7 @@ def main() -> None:
             if step == args.max_steps:
                 break
 
-    # 8. Evaluation on all of the text that was held out.
+    # 8. Evaluation on the whole evaluation text.
     loss = compute_loader_loss(eval_loader, model, accelerator.device)
     accelerator.print(f"eval loss {loss:.4f} nats per token, {loss / math.log(2):.3f} bits per byte")
 

@@ -39,7 +39,7 @@ from .hub.card.card import write_card as write_card
 from .hub.push import PushResult as PushResult
 from .hub.push import pull_model as pull_model
 from .hub.push import push_to_hub as push_to_hub
-from .hub.verify import GateReport as GateReport
+from .hub.verify import VerificationReport as VerificationReport
 from .hub.verify import verify_publication as verify_publication
 from .model.configuration_gpt_kit import GPTKitConfig as GPTKitConfig
 from .model.conversion import convert_checkpoint as convert_checkpoint

@@ -1,4 +1,4 @@
-"""Fixtures, and processes to kill, that several rooms' tests share."""
+"""Fixtures, and child processes to kill, that the tests of several folders share."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def logged() -> Iterator[list[str]]:
     handler = Keep(level=logging.WARNING)
     logger = logging.getLogger("transformers")
     logger.addHandler(handler)
-    transformers.utils.logging.warning_once.cache_clear()  # or what an earlier test was told is not said again
+    transformers.utils.logging.warning_once.cache_clear()  # so that a warning of an earlier test is repeated
     yield messages
     logger.removeHandler(handler)
     assert messages == []

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+
 import pytest
 import tiktoken
 import torch
@@ -96,7 +99,7 @@ def test_the_public_names_are_pinned() -> None:
     assert gpt_kit_hf.GPTModel is gpt_kit_hf.GPTKitForCausalLM
     assert gpt_kit_hf.LayerNorm is torch.nn.LayerNorm
     assert gpt_kit_hf.GELU is torch.nn.GELU
-    assert gpt_kit_hf.__all__ == sorted(gpt_kit_hf.__all__, key=lambda n: (not n.isupper(), not n[0].isupper(), n))
+    assert gpt_kit_hf.__all__ == sorted(gpt_kit_hf.__all__)
     assert all(hasattr(gpt_kit_hf, name) for name in gpt_kit_hf.__all__)
     block = gpt_kit_hf.GPTModel(gpt_kit_hf.create_model_config("nano-xs", vocab_size=9)).model.layers[0]
     assert isinstance(block, gpt_kit_hf.TransformerBlock)
@@ -104,3 +107,15 @@ def test_the_public_names_are_pinned() -> None:
     assert isinstance(block.mlp, gpt_kit_hf.FeedForward)
     assert isinstance(block.mlp.act_fn, gpt_kit_hf.GELU)
     assert isinstance(block.input_layernorm, gpt_kit_hf.LayerNorm)
+
+
+def test_each_folder_lists_its_public_names() -> None:
+    folders = [
+        importlib.import_module(found.name)
+        for found in pkgutil.walk_packages(gpt_kit_hf.__path__, "gpt_kit_hf.")
+        if found.ispkg
+    ]
+    listed = {name: folder for folder in folders for name in getattr(folder, "__all__", [])}
+    in_no_folder = {name for name in gpt_kit_hf.__all__ if name.endswith("Error")}
+    assert listed.keys() | in_no_folder == set(gpt_kit_hf.__all__)
+    assert all(getattr(folder, name) is getattr(gpt_kit_hf, name) for name, folder in listed.items())

@@ -10,7 +10,7 @@ from gpt_kit_hf.commands.running import note, write
 from gpt_kit_hf.errors import GPTKitError
 from gpt_kit_hf.evaluation.invariance import check_invariance
 from gpt_kit_hf.evaluation.score import score_model
-from gpt_kit_hf.hub.model_folder import find_model_folder, load_part, put_on
+from gpt_kit_hf.hub.model_folder import find_model_folder, load_pretrained, move_to_device
 from gpt_kit_hf.options.evaluation import CheckOptions, EvaluateOptions
 from gpt_kit_hf.storage.atomic_files import save_json
 from gpt_kit_hf.storage.run_folder import INVARIANCE_FILE, holds_run
@@ -48,8 +48,8 @@ def _evaluate_tasks(options: EvaluateOptions) -> None:
 def check(options: CheckOptions) -> None:
     """Show whether a model's answers depend on how it is asked. Raises GPTKitError if they do."""
     place = options.model_name_or_path
-    model = load_part(AutoModelForCausalLM, find_model_folder(place), place)
-    put_on(model, options.device)
+    model = load_pretrained(AutoModelForCausalLM, find_model_folder(place), place)
+    move_to_device(model, options.device)
     report = check_invariance(
         model,
         attention=options.attention or None,

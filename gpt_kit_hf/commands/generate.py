@@ -16,7 +16,7 @@ from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.generation.chat import Conversation, converse
 from gpt_kit_hf.generation.fast_decoder import Decoder
 from gpt_kit_hf.generation.generate import stream_text
-from gpt_kit_hf.hub.model_folder import check_tokenizer, find_model_folder, load_part, put_on
+from gpt_kit_hf.hub.model_folder import check_tokenizer, find_model_folder, load_pretrained, move_to_device
 from gpt_kit_hf.options.generation import ChatCommandOptions, GenerateOptions, ServeOptions
 from gpt_kit_hf.tokenization.encodings import text_to_token_ids
 
@@ -90,10 +90,10 @@ def serve(options: ServeOptions) -> None:
 def _load(place: str, device: str) -> tuple[Any, Any]:
     """Return the model of a run, a folder or a Hub repository, on the device, and its tokenizer."""
     folder = find_model_folder(place)
-    tokenizer = load_part(AutoTokenizer, folder, place)
-    model = load_part(AutoModelForCausalLM, folder, place)
+    tokenizer = load_pretrained(AutoTokenizer, folder, place)
+    model = load_pretrained(AutoModelForCausalLM, folder, place)
     check_tokenizer(folder, model.config)
-    put_on(model, device)
+    move_to_device(model, device)
     return model, tokenizer
 
 

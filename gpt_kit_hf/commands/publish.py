@@ -7,7 +7,7 @@ from pathlib import Path
 from gpt_kit_hf.commands.running import note, write
 from gpt_kit_hf.hub.card.card import write_card
 from gpt_kit_hf.hub.push import pull_model, push_to_hub
-from gpt_kit_hf.hub.verify import GateReport, verify_publication
+from gpt_kit_hf.hub.verify import VerificationReport, verify_publication
 from gpt_kit_hf.options.hub import CardOptions, PullOptions, PushCommandOptions
 
 
@@ -40,7 +40,7 @@ def push(options: PushCommandOptions) -> None:
     write(f"{done.url}\n{changed}\n{_verification(done.verification)}")
 
 
-def _verification(verified: GateReport) -> str:
+def _verification(verified: VerificationReport) -> str:
     return f"{verified.repo} at {verified.commit[:12]} is what was published: {'; '.join(verified.checks)}\n"
 
 

@@ -9,20 +9,20 @@ from gpt_kit_hf.commands.running import note, write
 from gpt_kit_hf.errors import CheckpointError
 from gpt_kit_hf.options.evaluation import VerifyOptions
 from gpt_kit_hf.options.run import FinetuneOptions, RunOptions
-from gpt_kit_hf.training import finetune as finetuning
-from gpt_kit_hf.training import pretrain
+from gpt_kit_hf.training.finetune import finetune as run_finetuning
+from gpt_kit_hf.training.pretrain import train as run_pretraining
 from gpt_kit_hf.training.replay import replay_steps
 from gpt_kit_hf.training.verify import verify_run
 
 
 def train(options: RunOptions) -> None:
     """Pretrain a GPT on text."""
-    pretrain.train(options, stream=sys.stdout)
+    run_pretraining(options, stream=sys.stdout)
 
 
 def finetune(options: FinetuneOptions) -> None:
     """Finetune a model on instruction rows."""
-    finetuning.finetune(options, stream=sys.stdout)
+    run_finetuning(options, stream=sys.stdout)
 
 
 def verify(options: VerifyOptions) -> None:

@@ -4,3 +4,15 @@
 text or instruction rows for `gpt-kit evaluate`, `lm_eval` runs tasks of lm-evaluation-harness, and `invariance`
 checks that padding, packing, caches, attention implementations and precisions give the same logits.
 """
+
+import lazy_loader
+
+# The public names, loaded when they are first used.
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "invariance": ["check_invariance"],
+        "metrics": ["Evaluation", "evaluate_stream"],
+        "score": ["ScoreReport", "score_model"],
+    },
+)

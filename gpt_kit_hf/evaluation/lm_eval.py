@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.generation.generate import context_length
-from gpt_kit_hf.hub.model_folder import check_tokenizer, find_model_folder, load_part
+from gpt_kit_hf.hub.model_folder import check_tokenizer, find_model_folder, load_pretrained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +55,8 @@ def run_harness(
     if include_path is not None and not Path(include_path).is_dir():
         raise UsageError(f"include_path {include_path!r}: no such folder")
     folder = find_model_folder(place)
-    tokenizer = load_part(AutoTokenizer, folder, place)
-    model = load_part(AutoModelForCausalLM, folder, place)
+    tokenizer = load_pretrained(AutoTokenizer, folder, place)
+    model = load_pretrained(AutoModelForCausalLM, folder, place)
     check_tokenizer(folder, model.config)
     if tokenizer.pad_token is None:  # the harness masks its padding
         tokenizer.pad_token = tokenizer.eos_token

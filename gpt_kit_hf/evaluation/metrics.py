@@ -24,7 +24,7 @@ from gpt_kit_hf.errors import StoppedError, UsageError
 from gpt_kit_hf.evaluation.windows import DocumentWindows, pad_windows
 from gpt_kit_hf.model.losses import Batch, evaluation_mode, summed_batch_loss
 from gpt_kit_hf.options.evaluation import PaddingSide
-from gpt_kit_hf.tokenization.encodings import END_OF_TEXT
+from gpt_kit_hf.tokenization.encodings import EOS_TOKEN
 
 _Ints = npt.NDArray[np.int64]
 
@@ -54,7 +54,7 @@ def token_byte_lengths(encoding: tiktoken.Encoding) -> _Ints:
     for token in range(encoding.n_vocab):
         with suppress(KeyError):  # a vocabulary may have ids without a token, which never occur
             lengths[token] = len(encoding.decode_single_token_bytes(token))
-    lengths[encoding.encode_single_token(END_OF_TEXT)] = 0
+    lengths[encoding.encode_single_token(EOS_TOKEN)] = 0
     return lengths
 
 
@@ -183,7 +183,7 @@ def unigram_bits_per_byte(train: _Ints, evaluated: _Ints, encoding: tiktoken.Enc
 def byte_counts(counts: _Ints, encoding: tiktoken.Encoding) -> npt.NDArray[np.float64]:
     """Return how often each byte occurs, (256,), in text whose ids occur `counts` times, (n_vocab,)."""
     totals = np.zeros(256, dtype=np.float64)
-    end = encoding.encode_single_token(END_OF_TEXT)
+    end = encoding.encode_single_token(EOS_TOKEN)
     for token in np.flatnonzero(counts):
         if token != end:
             spelled = np.frombuffer(encoding.decode_single_token_bytes(int(token)), dtype=np.uint8)
@@ -193,7 +193,7 @@ def byte_counts(counts: _Ints, encoding: tiktoken.Encoding) -> npt.NDArray[np.fl
 
 def gzip_bits_per_byte(stream: TokenStream, encoding: tiktoken.Encoding) -> float:
     """Return the bits per byte of the stream's text, compressed by gzip at level 9."""
-    end = encoding.encode_single_token(END_OF_TEXT)
+    end = encoding.encode_single_token(EOS_TOKEN)
     packer = zlib.compressobj(9, wbits=zlib.MAX_WBITS | 16)  # 16 asks for the gzip format
     packed = text_bytes = 0
     for first in range(0, len(stream), 1 << 20):

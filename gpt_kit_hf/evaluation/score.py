@@ -30,13 +30,13 @@ from gpt_kit_hf.evaluation.metrics import (
 )
 from gpt_kit_hf.evaluation.windows import pad_windows
 from gpt_kit_hf.generation.generate import context_length, generate_text_autoregressive
-from gpt_kit_hf.hub.model_folder import check_tokenizer, find_model_folder, load_part, put_on
+from gpt_kit_hf.hub.model_folder import check_tokenizer, find_model_folder, load_pretrained, move_to_device
 from gpt_kit_hf.options.data import KEEP, RowOptions, SupervisionOptions, TextOptions
 from gpt_kit_hf.options.evaluation import ScoreOptions
 from gpt_kit_hf.storage.atomic_files import load_json, save_json
 from gpt_kit_hf.storage.run_folder import EVALUATIONS_FILE, holds_run
 from gpt_kit_hf.text import printable
-from gpt_kit_hf.tokenization.encodings import END_OF_TEXT
+from gpt_kit_hf.tokenization.encodings import EOS_TOKEN
 from gpt_kit_hf.tokenization.export import load_encoding
 
 _UNKNOWN_LENGTH = 1024  # for a model whose configuration states no context length
@@ -93,9 +93,9 @@ def score_model(place: str, options: ScoreOptions) -> ScoreReport:
     DataError for unusable data.
     """
     folder = find_model_folder(place)
-    model = load_part(AutoModelForCausalLM, folder, place)
+    model = load_pretrained(AutoModelForCausalLM, folder, place)
     check_tokenizer(folder, model.config)
-    put_on(model, options.device)
+    move_to_device(model, options.device)
     context = context_length(model)
     length = options.max_length or context or _UNKNOWN_LENGTH
     if context is not None and length > context:
@@ -113,7 +113,7 @@ def _score_text(model: Any, folder: str, place: str, options: ScoreOptions, leng
         text_files=options.data, text_column=options.text_column, document_separator=options.document_separator
     )
     stream, key = prepare_text(text, encoding)
-    end = encoding.encode_single_token(END_OF_TEXT)
+    end = encoding.encode_single_token(EOS_TOKEN)
     stride = options.stride or length
     scored = evaluate_stream(
         model,
@@ -147,7 +147,7 @@ def _score_rows(model: Any, folder: str, place: str, options: ScoreOptions, leng
     for name, value in (("stride", options.stride), ("max_tokens", options.max_tokens)):
         if value is not None:
             raise UsageError(f"{name}={value} is for text: rows are scored whole, and all of them")
-    tokenizer = load_part(AutoTokenizer, folder, place)
+    tokenizer = load_pretrained(AutoTokenizer, folder, place)
     supervision = SupervisionOptions(max_length=length)
     rows = with_template(read_rows(RowOptions(rows=options.data)), tokenizer, KEEP, supervision.format)
     encoded = encode_rows(rows, tokenizer, supervision, vocab_size=model.config.vocab_size)

@@ -1,4 +1,4 @@
-"""A conversation with a model in a terminal: turns, the text that they make, and what of it fits the context."""
+"""Conversations with a model in a terminal."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from gpt_kit_hf.options.generation import ChatOptions
 
 Message: TypeAlias = dict[str, str]
 
-# For a model that was trained on text alone, and has no template of its own: what was said so far, as one text. The
-# model goes on right after it; each further message of the user begins a line.
+# For models without a chat template: the conversation is one text that the model continues; each further user message
+# starts a line.
 CONTINUATION_TEMPLATE = (
     "{% for message in messages %}"
     r"{% if message['role'] == 'user' and not loop.first %}{{ '\n' }}{% endif %}"
@@ -28,7 +28,7 @@ COMMANDS = ("/clear", "/exit")
 
 
 class MessageTooLongError(UsageError):
-    """A message that fills the model's context by itself, so that no token of an answer fits."""
+    """A message that fills the model's context and leaves no token for an answer."""
 
 
 class Conversation:
@@ -45,11 +45,11 @@ class Conversation:
         self._messages = []
 
     def answer(self, text: str, on_text: Callable[[str], None], on_note: Callable[[str], None]) -> str:
-        """Add the user's turn and the model's, whose text goes to `on_text` piece by piece; return the latter.
+        """Add a turn of the user and return the model's, which is streamed to `on_text`.
 
-        Turns that no longer fit the model's context are dropped, the oldest first, and `on_note` is told. Raises
-        MessageTooLongError, with the conversation as it was, for a text that does not fit alone; UsageError for
-        options that the model refuses, and for a chat template that cannot write the conversation.
+        If the conversation exceeds the model's context, the oldest turns are dropped and `on_note` receives a message.
+        Raises MessageTooLongError, with the conversation unchanged, if the text does not fit on its own; UsageError
+        for options that the model does not allow and for a chat template that fails.
         """
         messages = [*self._messages, {"role": "user", "content": text}]
         kept, prompt, room = self._fit(messages)
@@ -70,53 +70,51 @@ class Conversation:
         return answer
 
     def _fit(self, messages: list[Message]) -> tuple[list[Message], str, int]:
-        """Return the latest messages that fit, their text, and the number of tokens that an answer may have."""
+        """Return the latest messages that fit, their text, and the number of tokens left for an answer."""
         wanted, context = self._options.max_new_tokens, context_length(self._model)
-        prompt = self._write(messages)
+        prompt = self._apply_template(messages)
         if context is None:
             return messages, prompt, wanted
-        # An answer may be long, but what it answers is worth as much: it cannot drive out more than half of it.
+        # A long answer may take at most half of the context, so that the turns before it are not all dropped.
         reserved = min(wanted, context // 2)
         while (room := context - self._count(prompt)) < reserved and len(messages) > 1:
             messages = messages[2:]
-            prompt = self._write(messages)
+            prompt = self._apply_template(messages)
         if room < 1:
             raise MessageTooLongError(
                 f"the message has {context - room} tokens, and the model's context {context}: none is left to answer"
             )
         return messages, prompt, room
 
-    def _write(self, messages: list[Message]) -> str:
-        """Return the conversation as one text, up to where the answer begins."""
+    def _apply_template(self, messages: list[Message]) -> str:
         template = CONTINUATION_TEMPLATE if self._tokenizer.chat_template is None else None
         try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    messages, chat_template=template, tokenize=False, add_generation_prompt=True
-                )
+            text = self._tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=True
             )
         except TemplateError as error:
             raise UsageError(f"the chat template cannot write the conversation: {error}") from error
+        return str(text)
 
     def _count(self, prompt: str) -> int:
-        # Not verbose: a text above the context, which is about to be cut, is no reason to warn.
+        # Not verbose: a prompt above the context is about to be shortened, so no warning is due.
         return len(self._tokenizer.encode(prompt, add_special_tokens=False, verbose=False))
 
 
 def converse(
     conversation: Conversation, lines: Iterable[str], on_text: Callable[[str], None], on_note: Callable[[str], None]
 ) -> None:
-    """Answer each line until the lines end or one is "/exit"; "/clear" forgets the turns, blank lines say nothing."""
+    """Answer each line until the last one or "/exit"; "/clear" forgets the turns; blank lines are ignored."""
     for line in lines:
-        said = line.strip()
-        if said == "/exit":
+        command = line.strip()
+        if command == "/exit":
             return
-        if said == "/clear":
+        if command == "/clear":
             conversation.clear()
             on_note("(forgotten)")
-        elif re.fullmatch(r"/\w+", said):
-            on_note(unknown_name("command", said, COMMANDS))
-        elif said:
+        elif re.fullmatch(r"/\w+", command):
+            on_note(unknown_name("command", command, COMMANDS))
+        elif command:
             try:
                 conversation.answer(line, on_text, on_note)
             except MessageTooLongError as error:

@@ -1,13 +1,12 @@
-"""One token at a time: the weights laid out for it, a cache of fixed size, and no work that repeats itself.
+"""Token-by-token decoding with packed weights and a key-value cache of fixed size.
 
-Shapes: B rows, T tokens of a call, S tokens that the cache has room for, D model width, H heads, Dh width of a head,
-V vocabulary size.
+Shapes: B batch size, T input tokens, S cache size in tokens, D model width, H heads, Dh head width, V vocabulary size.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 from weakref import WeakKeyDictionary
@@ -21,22 +20,22 @@ from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM, TransformerBloc
 from gpt_kit_hf.options.generation import DecodingDtype
 
 Linear: TypeAlias = Callable[[Tensor], Tensor]
-# (weight, bias) -> the linear layer, in one layout or another.
+# (weight, bias) -> the linear layer, with its weight in some memory layout.
 _Layout: TypeAlias = Callable[[Tensor, "Tensor | None"], Linear]
 
-# Fewer new tokens than these do not pay for another layout of the weights, if nobody asked for it.
-_TOKENS_THAT_PAY = 32
-# The largest model of which a copy in another layout is kept, if nobody asked for it.
-_KEPT_BYTES = 1 << 30
+# Packing pays off from this number of new tokens on.
+_MIN_TOKENS_TO_PACK = 32
+# Packed weights of dtype "auto" are cached up to this model size.
+_MAX_CACHED_BYTES = 1 << 30
 
 
 class _Block(NamedTuple):
-    """A block of the model, its matrices in one layout."""
+    """The operations of a transformer block, with its matrices in one layout."""
 
-    norm_before_attention: Linear
+    attention_norm: Linear
     query_key_value: Linear
     attention_output: Linear
-    norm_before_feed_forward: Linear
+    mlp_norm: Linear
     up: Linear
     activation: Linear
     down: Linear
@@ -49,17 +48,17 @@ class _Matrices(NamedTuple):
     head: Linear
 
 
-# Packed weights of a model by kind, and where its parameters were, and how often changed, when they were packed.
+# Packed weights by model and dtype, with the address and version of each parameter at the time of packing.
 _kept: WeakKeyDictionary[nn.Module, dict[str, tuple[list[tuple[int, int]], _Matrices]]] = WeakKeyDictionary()
 
 
 class Decoder:
-    """Predicts the next tokens of rows without padding, from a model of this package on one CPU or GPU.
+    """Predict next tokens of rows without padding, with a model of this package on one CPU or CUDA GPU.
 
-    On a CPU it computes in float32, on a GPU in the model's own precision. `dtype` "auto" keeps the matrices'
-    precision; on a CPU "float16" rounds them to float16, "int8" to 8 bits with a scale for each row, and the inputs of
-    each product to 8 bits too. The model's weights must not change while the decoder is in use. Raises UsageError for
-    a model that it cannot compute, and for weights that this machine has no products for.
+    A CPU computes in float32, a GPU in the model's dtype. `dtype` is that of the matrices: "auto" keeps the model's;
+    on a CPU, "float16" rounds them, and "int8" quantizes them to 8 bits with a scale per row, and the inputs of each
+    product to 8 bits. The model's weights must not change while the decoder is in use. Raises UsageError for a model
+    that the decoder does not support, and for a dtype without products on this machine.
     """
 
     def __init__(self, model: GPTKitForCausalLM, dtype: DecodingDtype = "auto") -> None:
@@ -72,109 +71,109 @@ class Decoder:
             raise UsageError(f"dtype={dtype}: only on a CPU, and the model is on {self._device}; use auto")
         if dtype != "auto" and not _has_packed_products(dtype):
             raise UsageError(f"dtype={dtype}: this CPU's torch has no such products; use auto")
-        self._model, self._chosen = model, dtype
-        self._dtype = torch.float32 if self._device.type == "cpu" else model.dtype
-        self._layers = model.model.layers[: model.config.n_layer]
-        self._heads = model.config.n_head
-        self._plain = _as_they_are(model, self._layers, self._dtype)
+        self._model, self._dtype = model, dtype
+        self._compute_dtype = torch.float32 if self._device.type == "cpu" else model.dtype
+        self._unpacked = _unpacked_matrices(model, self._compute_dtype)
         self._packed: _Matrices | None = None
-        self._norm = _norm(model.model.norm, self._dtype)
-        self._keys: list[Tensor] = []
+        self._norm = _norm(model.model.norm, self._compute_dtype)
+        self._keys: list[Tensor] = []  # (B, H, S, Dh) each
         self._values: list[Tensor] = []
-        self._filled = 0
+        self._length = 0  # tokens in the cache
 
     def pack(self) -> None:
-        """Lay the weights out for single tokens: work that pays after some tokens, and a copy of the weights.
+        """Copy the weights into a layout that is fast for single tokens.
 
-        It is kept for the next decoder while the model lives and its weights stay as they are; not if the model is in
-        training mode, as they will not, nor if it is large and nobody asked for it.
+        The copy is cached for later decoders as long as the model lives and its weights do not change; not for a model
+        in training mode, whose weights will change, and with "auto" not for a large model.
         """
-        layout = _layout(self._chosen, self._model.dtype, self._device)
+        layout = _layout(self._dtype, self._model.dtype, self._device)
         if self._packed is not None or layout is None:
             return
         state = [(p.data_ptr(), p._version) for p in self._model.parameters()]
         kept = _kept.setdefault(self._model, {})
-        if self._chosen in kept and kept[self._chosen][0] == state:
-            self._packed = kept[self._chosen][1]
+        if self._dtype in kept and kept[self._dtype][0] == state:
+            self._packed = kept[self._dtype][1]
             return
-        kept.pop(self._chosen, None)
-        self._packed = _laid_out(self._model, self._layers, layout, self._dtype)
-        small = sum(p.nbytes for p in self._model.parameters()) <= _KEPT_BYTES
-        if not self._model.training and (small or self._chosen != "auto"):
-            kept[self._chosen] = state, self._packed
+        kept.pop(self._dtype, None)
+        self._packed = _packed_matrices(self._model, layout, self._compute_dtype)
+        is_small = sum(p.nbytes for p in self._model.parameters()) <= _MAX_CACHED_BYTES
+        if not self._model.training and (is_small or self._dtype != "auto"):
+            kept[self._dtype] = state, self._packed
 
     def start(self, prompt: Tensor, length: int) -> Tensor:
-        """Read a prompt (B, T) into a new cache with room for `length` tokens; return the next token's logits (B, V).
+        """Read a prompt (B, T) into a new cache of `length` tokens; return the next token's logits (B, V).
 
-        The prompt is read with the model's own weights: many tokens at once need no other layout.
+        The prompt is read with the model's own weights: packing is of no use for many tokens at once.
         """
-        return self._plain.head(self._read(prompt, length, self._plain).select(1, -1)).float()
+        return self._unpacked.head(self._read(prompt, length).select(1, -1)).float()
 
     def step(self, tokens: Tensor) -> Tensor:
         """Add a token to each row, (B,); return the next token's logits (B, V)."""
-        matrices = self._packed or self._plain
-        return matrices.head(self._hidden(tokens.unsqueeze(1), matrices).squeeze(1)).float()
+        matrices = self._packed or self._unpacked
+        return matrices.head(self._forward(tokens.unsqueeze(1), matrices).squeeze(1)).float()
 
     @torch.no_grad()
     def divergence(self, ids: Tensor) -> tuple[float, float]:
-        """Return how far the packed weights' predictions behind each token of (B, T) are from the model's own.
+        """Return how far the packed weights' predictions after each token of (B, T) are from the model's own.
 
-        The mean of KL(model, packed) in nats a token, and the share of positions at which both find the same token the
-        likeliest. The tokens are read one by one, as they are when text is made: it takes as long.
+        The mean of KL(model, packed) in nats per token, and the share of positions with the same most likely token.
+        The tokens are read one at a time, as in generation, so it takes as long.
         """
         self.pack()
-        logits = self._plain.head(self._read(ids, ids.shape[1], self._plain))  # (B, T) -> (B, T, V)
+        logits = self._unpacked.head(self._read(ids, ids.shape[1]))  # (B, T) -> (B, T, V)
         own = logits.float().log_softmax(dim=-1)
-        self._filled = 0
+        self._length = 0
         packed = torch.stack([self.step(token).log_softmax(dim=-1) for token in ids.unbind(dim=1)], dim=1)
         kl = F.kl_div(packed, own, reduction="none", log_target=True).sum(dim=-1)  # (B, T, V) -> (B, T)
         same = own.argmax(dim=-1) == packed.argmax(dim=-1)
         return float(kl.mean()), float(same.float().mean())
 
-    def _read(self, ids: Tensor, length: int, matrices: _Matrices) -> Tensor:
-        """(B, T) -> (B, T, D), into a new cache with room for `length` tokens."""
+    def _read(self, ids: Tensor, length: int) -> Tensor:
+        """(B, T) -> (B, T, D), into a new cache of `length` tokens, with the model's own weights."""
         config = self._model.config
-        room = (len(ids), self._heads, length, config.n_embd // self._heads)  # (B, H, S, Dh)
-        self._keys = [torch.empty(room, device=self._device, dtype=self._dtype) for _ in self._layers]
-        self._values = [torch.empty(room, device=self._device, dtype=self._dtype) for _ in self._layers]
-        self._filled = 0
-        return self._hidden(ids, matrices)
+        shape = (len(ids), config.n_head, length, config.n_embd // config.n_head)  # (B, H, S, Dh)
+        blocks = self._unpacked.blocks
+        self._keys = [torch.empty(shape, device=self._device, dtype=self._compute_dtype) for _ in blocks]
+        self._values = [torch.empty(shape, device=self._device, dtype=self._compute_dtype) for _ in blocks]
+        self._length = 0
+        return self._forward(ids, self._unpacked)
 
-    def _hidden(self, ids: Tensor, matrices: _Matrices) -> Tensor:
-        """(B, T) -> (B, T, D): the tokens behind those in the cache, which then holds them too."""
-        count = ids.shape[1]
-        begin, self._filled = self._filled, self._filled + count
-        positions = self._model.model.embed_positions(torch.arange(begin, self._filled, device=self._device))
-        hidden = F.embedding(ids, self._model.model.embed_tokens.weight).to(self._dtype) + positions.to(self._dtype)
+    def _forward(self, ids: Tensor, matrices: _Matrices) -> Tensor:
+        """(B, T) -> (B, T, D): hidden states of the tokens after those in the cache; adds them to the cache."""
+        base, count, heads = self._model.model, ids.shape[1], self._model.config.n_head
+        start, self._length = self._length, self._length + count
+        positions = base.embed_positions(torch.arange(start, self._length, device=self._device))
+        hidden = F.embedding(ids, base.embed_tokens.weight).to(self._compute_dtype) + positions.to(self._compute_dtype)
         for block, keys, values in zip(matrices.blocks, self._keys, self._values, strict=True):
-            projected = block.query_key_value(block.norm_before_attention(hidden))  # (B, T, 3 D)
-            by_head = projected.view(*ids.shape, 3, self._heads, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, Dh)
+            projected = block.query_key_value(block.attention_norm(hidden))  # (B, T, 3 D)
+            by_head = projected.view(*ids.shape, 3, heads, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, Dh)
             query, key, value = by_head.unbind()
-            keys.narrow(2, begin, count).copy_(key)
-            values.narrow(2, begin, count).copy_(value)
-            seen = keys.narrow(2, 0, self._filled), values.narrow(2, 0, self._filled)
+            keys.narrow(2, start, count).copy_(key)
+            values.narrow(2, start, count).copy_(value)
+            seen = keys.narrow(2, 0, self._length), values.narrow(2, 0, self._length)
             attended = F.scaled_dot_product_attention(query, *seen, is_causal=count > 1)
             hidden = hidden + block.attention_output(attended.transpose(1, 2).flatten(2))  # (B, H, T, Dh) -> (B, T, D)
-            widened = block.activation(block.up(block.norm_before_feed_forward(hidden)))
-            hidden = hidden + block.down(widened)
+            hidden = hidden + block.down(block.activation(block.up(block.mlp_norm(hidden))))
         return self._norm(hidden)
 
 
 def why_not(model: nn.Module) -> str | None:
-    """Return why a `Decoder` cannot compute a model, or None if it can."""
+    """Return why a `Decoder` does not support a model, or None if it does."""
     if type(model) is not GPTKitForCausalLM:
         return f"{type(model).__name__} is no plain GPTKitForCausalLM"
     device = model.device
     if device.type not in ("cpu", "cuda"):
-        return f"the model is on {device}, and this is for a CPU or a CUDA GPU"
+        return f"the model is on {device}, and only a CPU or a CUDA GPU is supported"
     for name, parameter in model.named_parameters():
         if parameter.device != device:
-            return f"{name} is on {parameter.device}, not on {device} as the rest"
+            return f"{name} is on {parameter.device}, the other parameters are on {device}"
         if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16) or type(parameter.data) is not Tensor:
-            return f"{name} is a {parameter.dtype} {type(parameter.data).__name__}, no tensor in 32 or 16 bits"
+            return (
+                f"{name} is a {parameter.dtype} {type(parameter.data).__name__}, not a plain 32-bit or 16-bit tensor"
+            )
     for name, module in model.named_modules():
-        matrix = name.endswith("_proj") or name == "lm_head"
-        if matrix and type(module) is not nn.Linear:
+        is_matrix = name.endswith("_proj") or name == "lm_head"
+        if is_matrix and type(module) is not nn.Linear:
             return f"{name} is {type(module).__name__}, not a plain linear layer"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{name or 'the model'} has forward hooks"
@@ -182,11 +181,11 @@ def why_not(model: nn.Module) -> str | None:
 
 
 def pays(new_tokens: int) -> bool:
-    """Return whether so many new tokens are worth another layout of the weights."""
-    return new_tokens >= _TOKENS_THAT_PAY
+    """Return whether packing the weights saves time for this number of new tokens."""
+    return new_tokens >= _MIN_TOKENS_TO_PACK
 
 
-# --- layouts of the matrices
+# --- layouts of a matrix
 
 
 def _row_by_row(weight: Tensor, bias: Tensor | None) -> Linear:
@@ -194,95 +193,78 @@ def _row_by_row(weight: Tensor, bias: Tensor | None) -> Linear:
 
 
 def _packed_float32(weight: Tensor, bias: Tensor | None) -> Linear:
-    """Blocks of rows beside each other, as oneDNN wants them: twice as fast as row by row for a few tokens."""
+    """The blocked layout of oneDNN: twice as fast as row by row for a few tokens."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
     product = torch.ops.mkldnn._linear_pointwise.default
     return lambda inputs: product(inputs, packed, bias, "none", [], "")
 
 
 def _packed_float16(weight: Tensor, bias: Tensor | None) -> Linear:
-    """Two bytes a weight, products and sums in float32 (FBGEMM)."""
+    """Float16 weights, products and sums in float32 (FBGEMM)."""
     packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
     product = torch.ops.quantized.linear_dynamic_fp16.default
     return lambda inputs: product(inputs, packed)
 
 
 def _packed_int8(weight: Tensor, bias: Tensor | None) -> Linear:
-    """A byte a weight, scaled by row, and inputs rounded to 8 bits as they come (FBGEMM)."""
+    """8-bit weights with a scale per row, inputs quantized to 8 bits at run time (FBGEMM)."""
     scales = (weight.abs().amax(dim=1) / 127).clamp(min=1e-12).double()
     zeros = torch.zeros(len(weight), dtype=torch.long)
     packed = torch.ops.quantized.linear_prepack(
         torch.quantize_per_channel(weight, scales, zeros, axis=0, dtype=torch.qint8), bias
     )
     product = torch.ops.quantized.linear_dynamic.default
-    # Ranges of inputs are cut to 7 bits where the CPU would overflow else.
+    # True: inputs use 7 bits only on CPUs whose 16-bit sums would overflow.
     return lambda inputs: product(inputs, packed, True)
 
 
-def _has_packed_products(chosen: Literal["float16", "int8"]) -> bool:
-    needed = {"float16": "linear_prepack_fp16", "int8": "linear_prepack"}[chosen]
-    makes_them = chosen == "float16" or hasattr(torch, "quantize_per_channel")
-    return (
-        makes_them and "fbgemm" in torch.backends.quantized.supported_engines and hasattr(torch.ops.quantized, needed)
-    )
+def _has_packed_products(dtype: Literal["float16", "int8"]) -> bool:
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        return False
+    if dtype == "float16":
+        return hasattr(torch.ops.quantized, "linear_prepack_fp16")
+    return hasattr(torch.ops.quantized, "linear_prepack") and hasattr(torch, "quantize_per_channel")
 
 
-def _layout(chosen: DecodingDtype, dtype: torch.dtype, device: torch.device) -> _Layout | None:
-    """Return the layout for single tokens, or None where this machine has none that is better than the model's own."""
+def _layout(dtype: DecodingDtype, model_dtype: torch.dtype, device: torch.device) -> _Layout | None:
+    """Return the layout for single tokens, or None if this machine has none faster than the model's own."""
     if device.type != "cpu":
-        return _row_by_row  # what is gained is one product for query, key and value
-    if chosen == "int8":
+        return _row_by_row  # the gain is one product for query, key and value together
+    if dtype == "int8":
         return _packed_int8
-    if chosen == "float16" or dtype in (torch.float16, torch.bfloat16):
+    if dtype == "float16" or model_dtype in (torch.float16, torch.bfloat16):
         return _packed_float16 if _has_packed_products("float16") else None
-    x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    known = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    return _packed_float32 if x86 and known and torch.backends.mkldnn.enabled else None
-
-
-def _norm(norm: nn.LayerNorm, dtype: torch.dtype) -> Linear:
-    weight, bias = norm.weight.to(dtype), None if norm.bias is None else norm.bias.to(dtype)
-    return lambda inputs: F.layer_norm(inputs, norm.normalized_shape, weight, bias, norm.eps)
-
-
-def _block(layer: Any, matrix: Callable[..., Linear], dtype: torch.dtype) -> _Block:
-    """Return a block whose matrices are what `matrix` makes of its linear layers."""
-    assert isinstance(layer, TransformerBlock)
-    attention, mlp = layer.self_attn, layer.mlp
-    return _Block(
-        norm_before_attention=_norm(layer.input_layernorm, dtype),
-        query_key_value=matrix(attention.q_proj, attention.k_proj, attention.v_proj),
-        attention_output=matrix(attention.o_proj),
-        norm_before_feed_forward=_norm(layer.post_attention_layernorm, dtype),
-        up=matrix(mlp.up_proj),
-        activation=mlp.act_fn,
-        down=matrix(mlp.down_proj),
+    is_x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    has_product = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(
+        torch.ops.mkldnn, "_reorder_linear_weight"
     )
+    return _packed_float32 if is_x86 and has_product and torch.backends.mkldnn.enabled else None
 
 
-def _as_they_are(model: GPTKitForCausalLM, layers: Iterable[nn.Module], dtype: torch.dtype) -> _Matrices:
-    """Return the matrices on the model's own weights: made for each text, and nothing to compute."""
-
-    def plain(module: nn.Linear) -> Linear:
-        def linear(inputs: Tensor) -> Tensor:
-            # Of weights in half precision a CPU gets a float32 copy only now: most compute in half precision slower.
-            return F.linear(inputs, module.weight.to(dtype), None if module.bias is None else module.bias.to(dtype))
-
-        return linear
-
-    def matrix(*modules: nn.Linear) -> Linear:
-        parts = [plain(module) for module in modules]
-        return parts[0] if len(parts) == 1 else lambda inputs: torch.cat([p(inputs) for p in parts], dim=-1)
-
-    return _Matrices([_block(layer, matrix, dtype) for layer in layers], matrix(model.lm_head))
+# --- all matrices of a model
 
 
-def _laid_out(model: GPTKitForCausalLM, layers: Iterable[nn.Module], layout: _Layout, dtype: torch.dtype) -> _Matrices:
-    """Return the matrices in a layout of their own."""
+def _unpacked_matrices(model: GPTKitForCausalLM, dtype: torch.dtype) -> _Matrices:
+    """Return the matrices on the model's own weights; nothing is copied here."""
 
-    @torch.no_grad()  # each thread has its own mode
-    def matrix(*modules: nn.Linear) -> Linear:
-        """Return one linear layer whose output is that of all modules, one behind the other."""
+    def linear(module: nn.Linear) -> Linear:
+        # 16-bit weights on a CPU are converted at each use: most CPUs compute slower in 16 bits than in float32.
+        return lambda inputs: F.linear(
+            inputs, module.weight.to(dtype), None if module.bias is None else module.bias.to(dtype)
+        )
+
+    def joined(*modules: nn.Linear) -> Linear:
+        layers = [linear(module) for module in modules]
+        return layers[0] if len(layers) == 1 else lambda inputs: torch.cat([it(inputs) for it in layers], dim=-1)
+
+    return _matrices(model, joined, dtype, map)
+
+
+def _packed_matrices(model: GPTKitForCausalLM, layout: _Layout, dtype: torch.dtype) -> _Matrices:
+    """Return copies of the matrices in the given layout."""
+
+    @torch.no_grad()  # the grad mode is set per thread
+    def joined(*modules: nn.Linear) -> Linear:
         weights = [module.weight.to(dtype) for module in modules]
         biases = [module.bias.to(dtype) for module in modules if module.bias is not None]
         if len(modules) == 1:
@@ -290,9 +272,35 @@ def _laid_out(model: GPTKitForCausalLM, layers: Iterable[nn.Module], layout: _La
         return layout(torch.cat(weights), torch.cat(biases) if biases else None)
 
     if layout is _row_by_row:
-        return _Matrices([_block(layer, matrix, dtype) for layer in layers], matrix(model.lm_head))
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool, warnings.catch_warnings():  # packing uses one thread
-        # torch will drop quantised tensors some day; a machine whose torch has is told so by `_has_packed_products`.
+        return _matrices(model, joined, dtype, map)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool, warnings.catch_warnings():  # packing is single-threaded
+        # torch announces the removal of quantized tensors; `_has_packed_products` checks that they are still there.
         warnings.filterwarnings("ignore", message="torch.quantize_per_tensor, torch.quantize_per_channel")
-        head = pool.submit(matrix, model.lm_head)
-        return _Matrices(list(pool.map(lambda layer: _block(layer, matrix, dtype), layers)), head.result())
+        return _matrices(model, joined, dtype, pool.map)
+
+
+def _matrices(
+    model: GPTKitForCausalLM, joined: Callable[..., Linear], dtype: torch.dtype, apply: Callable[..., Iterator[Any]]
+) -> _Matrices:
+    """Return the matrices that `joined` makes of one or several linear modules, computed by `map` or a pool's map."""
+
+    def block(layer: TransformerBlock) -> _Block:
+        attention, mlp = layer.self_attn, layer.mlp
+        return _Block(
+            attention_norm=_norm(layer.input_layernorm, dtype),
+            query_key_value=joined(attention.q_proj, attention.k_proj, attention.v_proj),
+            attention_output=joined(attention.o_proj),
+            mlp_norm=_norm(layer.post_attention_layernorm, dtype),
+            up=joined(mlp.up_proj),
+            activation=mlp.act_fn,
+            down=joined(mlp.down_proj),
+        )
+
+    head = apply(joined, [model.lm_head])  # first: it is the largest matrix
+    blocks = list(apply(block, model.model.layers[: model.config.n_layer]))
+    return _Matrices(blocks, next(iter(head)))
+
+
+def _norm(norm: nn.LayerNorm, dtype: torch.dtype) -> Linear:
+    weight, bias = norm.weight.to(dtype), None if norm.bias is None else norm.bias.to(dtype)
+    return lambda inputs: F.layer_norm(inputs, norm.normalized_shape, weight, bias, norm.eps)

@@ -1,4 +1,4 @@
-"""The kit's generation: a thin front over transformers' ``generate``, and a stream of decoded text."""
+"""Text generation with any causal LM of transformers, as token ids or as a stream of text."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from transformers.generation.streamers import BaseStreamer
 
 from gpt_kit_hf.errors import UsageError, unknown_name
 from gpt_kit_hf.generation.fast_decoder import Decoder, pays, why_not
+from gpt_kit_hf.model.losses import evaluation_mode
 from gpt_kit_hf.options.generation import DecodingDtype, Overflow
 
 AnyTokenizer: TypeAlias = tiktoken.Encoding | PreTrainedTokenizerBase
-# Tokens of the prompt that are decoded with the continuation's first: some tokenizers write a token
-# differently at the start of a text (SentencePiece drops its space).
+
+# Prompt tokens that are decoded together with the first new token: some tokenizers decode a token differently at the
+# start of a text (SentencePiece drops its space).
 _CONTEXT_TOKENS = 8
 
 
@@ -34,37 +36,36 @@ def generate_text_autoregressive(
     overflow: Overflow = "error",
     dtype: DecodingDtype = "auto",
 ) -> Tensor:
-    """Return the prompt and its continuation, predicted a token at a time by any causal LM of transformers.
+    """Return the prompt and its continuation, predicted one token at a time.
 
-    Only the arguments decide: of the model's generation config nothing but the end-of-text id is used, so
-    that temperature 0 is the plain argmax, and temperature 1 with ``top_k=None`` samples the model's
-    distribution.
+    Only the arguments decide how: of the model's generation config, only the EOS ids are used. So temperature 0 is
+    plain argmax, and temperature 1 with ``top_k=None`` samples from the model's distribution.
 
     Args:
-        model: a causal language model with ``generate``; its train and eval modes are left as they were.
-        token_ids: (B, T) or (T,) int64 prompt, all rows of one length, without padding.
+        model: a causal language model with ``generate``; it runs in eval mode, and its modes are restored.
+        token_ids: (B, T) or (T,) int64 prompt; all rows have the same length, without padding.
         max_new_tokens: the most tokens to add, 0 or more.
-        temperature: 0 takes the most likely token; above 0, softmax(logits / temperature) is sampled.
-        top_k: sample among the k most likely tokens only; None samples among all.
-        eos_token_id: the token that ends a row; None takes the model's generation config's, if there is one.
-        overflow: what to do where T + max_new_tokens exceeds the model's ``max_position_embeddings``:
-            "error", or "slide": each further token is predicted from the last ``max_position_embeddings``
-            tokens, without a cache, which is slower.
-        dtype: the precision in which the matrices are read for each token: "auto" as they are, or, for a model
-            of this package on a CPU, "float16" or "int8"; see ``Decoder``.
+        temperature: 0 takes the most likely token; above 0 samples from softmax(logits / temperature).
+        top_k: sample among the k most likely tokens only; None for all.
+        eos_token_id: the token that ends a row; None for the EOS ids of the model's generation config, if any.
+        overflow: what to do if T + max_new_tokens exceeds the model's ``max_position_embeddings``: "error", or
+            "slide" to predict each further token from the last ``max_position_embeddings`` tokens, without a cache,
+            which is slower.
+        dtype: the dtype of the matrices in decoding: "auto" for the model's own, or, for a model of this package on a
+            CPU, "float16" or "int8"; see ``Decoder``.
 
     Returns:
-        (B, T + N) int64 on the model's device, N at most ``max_new_tokens``: fewer where every row has
-        ended. A row that ended earlier is filled with the end-of-text id.
+        (B, T + N) int64 on the model's device. N is ``max_new_tokens``, or less if every row has ended; a row that
+        ended earlier is filled with the EOS id.
 
     Raises:
-        UsageError: the prompt is empty or holds an id outside the vocabulary, an argument is out of its
-            range, or the text would overflow the model's positions.
+        UsageError: the prompt is empty or holds an id outside of the vocabulary, an argument is out of its range, or
+            the text would exceed the model's positions.
 
     """
     prompt = _checked_prompt(model, token_ids)
     decoding = _decoding(model, temperature, top_k, eos_token_id)
-    return _extended(model, prompt, max_new_tokens, decoding, overflow, dtype, streamer=None)
+    return _extend(model, prompt, max_new_tokens, decoding, overflow, dtype, streamer=None)
 
 
 def stream_text(
@@ -80,14 +81,12 @@ def stream_text(
     dtype: DecodingDtype = "auto",
     on_text: Callable[[str], None],
 ) -> str:
-    """Call ``on_text`` with each piece of the continuation as soon as it decodes, and return all of it.
+    """Call ``on_text`` with each chunk of the continuation as soon as it can be decoded; return the whole text.
 
-    The pieces joined are the returned text. A piece never ends inside a character: bytes that do not decode
-    yet are held back until they do, or until the end, where what remains is replaced by U+FFFD. The prompt
-    and the end-of-text token are not part of the text. In the prompt a literal "<|endoftext|>" is the end of
-    text, and no special token is added to it, as in ``text_to_token_ids``.
-
-    The other arguments and the errors are those of ``generate_text_autoregressive``.
+    The chunks joined are the returned text. A chunk never ends inside of a character: incomplete bytes are held back
+    until they can be decoded, or until the end, where U+FFFD replaces them. The prompt and the EOS token are not part
+    of the text. "<|endoftext|>" in the prompt is the EOS token, and no special token is added, as in
+    ``text_to_token_ids``. The other arguments and the errors are those of ``generate_text_autoregressive``.
     """
     if isinstance(tokenizer, tiktoken.Encoding):
         special = tokenizer.special_tokens_set & {"<|endoftext|>"}
@@ -96,13 +95,13 @@ def stream_text(
         ids = tokenizer.encode(prompt, add_special_tokens=False)
     prompt_ids = _checked_prompt(model, torch.tensor(ids, dtype=torch.long))
     decoding = _decoding(model, temperature, top_k, eos_token_id)
-    pieces = _TextPieces(_decoder(tokenizer), ids[-_CONTEXT_TOKENS:], decoding.eos_token_id or [], on_text)
-    _extended(model, prompt_ids, max_new_tokens, decoding, overflow, dtype, streamer=pieces)
-    return pieces.finish()
+    streamer = _TextStreamer(_decode_function(tokenizer), ids[-_CONTEXT_TOKENS:], decoding.eos_token_id or [], on_text)
+    _extend(model, prompt_ids, max_new_tokens, decoding, overflow, dtype, streamer=streamer)
+    return streamer.finish()
 
 
-class _TextPieces(BaseStreamer):  # type: ignore[misc]
-    """Turns the token ids that ``generate`` hands over into pieces of text that end between characters."""
+class _TextStreamer(BaseStreamer):  # type: ignore[misc]
+    """Convert token ids to chunks of text that end between characters."""
 
     def __init__(
         self,
@@ -114,49 +113,46 @@ class _TextPieces(BaseStreamer):  # type: ignore[misc]
         self._decode = decode
         self._eos_token_ids = eos_token_ids
         self._on_text = on_text
-        # A window over the tokens: those of the piece before, as context, then those that wait.
+        # The tokens of the previous chunk, as context, then the tokens that are held back.
         self._ids = list(context)
         self._n_shown = len(context)
         self._shown = decode(context)
-        self._pieces: list[str] = []
+        self._chunks: list[str] = []
 
     def put(self, value: Tensor) -> None:
-        if value.ndim > 1:  # generate hands over the prompt first, as (1, T), then each token as (1,)
-            return
-        token_id = int(value)
-        if token_id in self._eos_token_ids:
+        # First comes the prompt as (1, T), then each new token as (1,).
+        if value.ndim > 1 or (token_id := int(value)) in self._eos_token_ids:
             return
         self._ids.append(token_id)
         text = self._decode(self._ids)
-        if not text.endswith("\ufffd"):  # it may stand for bytes that the next token completes
+        if not text.endswith("\ufffd"):  # may stand for bytes that the next token completes
             self._emit(text)
 
     def end(self) -> None:
-        # Not the end of the text where the window slides: there, generate is called for each token.
-        pass
+        """Do nothing: `generate` may be called for each token, so its end is not the end of the text."""
 
     def finish(self) -> str:
-        """Emit what was held back, and return the whole text."""
+        """Emit what was held back; return the whole text."""
         self._emit(self._decode(self._ids))
-        return "".join(self._pieces)
+        return "".join(self._chunks)
 
     def _emit(self, text: str) -> None:
-        # Some tokenizers decode a run of byte tokens as a whole: a bad byte undoes the good ones before it.
-        intact = text.startswith(self._shown)
-        piece = text[len(self._shown) :] if intact else self._decode(self._ids[self._n_shown :])
-        if not piece:
+        # Some tokenizers decode a run of byte tokens as a whole, so a bad byte changes the text before it.
+        is_prefix = text.startswith(self._shown)
+        chunk = text[len(self._shown) :] if is_prefix else self._decode(self._ids[self._n_shown :])
+        if not chunk:
             return
-        self._pieces.append(piece)
-        self._on_text(piece)
+        self._chunks.append(chunk)
+        self._on_text(chunk)
         self._ids = self._ids[self._n_shown :]
         self._n_shown = len(self._ids)
         self._shown = self._decode(self._ids)
 
 
-def _decoder(tokenizer: AnyTokenizer) -> Callable[[list[int]], str]:
-    """Return the function that turns ids into text, bytes that are no UTF-8 into U+FFFD."""
+def _decode_function(tokenizer: AnyTokenizer) -> Callable[[list[int]], str]:
+    """Return the function from ids to text; bytes that are not UTF-8 become U+FFFD."""
     if not isinstance(tokenizer, tiktoken.Encoding):
-        # The clean-up takes spaces away from text that was already shown.
+        # Without clean-up, which would remove spaces from text that was already emitted.
         return lambda ids: str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     def decode(ids: list[int]) -> str:
@@ -171,7 +167,7 @@ def _decoder(tokenizer: AnyTokenizer) -> Callable[[list[int]], str]:
     return decode
 
 
-def _extended(
+def _extend(
     model: PreTrainedModel,
     prompt: Tensor,
     max_new_tokens: int,
@@ -180,15 +176,14 @@ def _extended(
     dtype: DecodingDtype,
     streamer: BaseStreamer | None,
 ) -> Tensor:
-    """(B, T) -> (B, T + N): by a ``Decoder`` or one call of ``generate`` where the text fits the model's positions."""
+    """(B, T) -> (B, T + N): with a ``Decoder`` if it supports the model, else with transformers' ``generate``."""
     if overflow not in get_args(Overflow):
         raise UsageError(unknown_name("overflow", str(overflow), get_args(Overflow)))
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise UsageError(f"max_new_tokens={max_new_tokens!r}: an integer, 0 or more")
     if max_new_tokens == 0:
         return prompt.clone()
-    context = context_length(model)
-    length = prompt.shape[1] + max_new_tokens
+    context, length = context_length(model), prompt.shape[1] + max_new_tokens
     fits = context is None or length <= context
     if not fits and overflow == "error":
         raise UsageError(
@@ -198,8 +193,8 @@ def _extended(
     if fits and (dtype != "auto" or why_not(model) is None):
         return _decode(Decoder(model, dtype), prompt, max_new_tokens, decoding, streamer)
     if dtype != "auto":
-        raise UsageError(f"dtype={dtype}: not where the text slides through the model's positions; use auto")
-    with _decoding_by(model, decoding):
+        raise UsageError(f"dtype={dtype}: not with a text that exceeds the model's positions; use auto")
+    with _generation_config(model, decoding), evaluation_mode(model):
         if context is None or fits:
             return _generate(model, prompt, max_new_tokens, streamer)
         return _slide(model, prompt, max_new_tokens, context, decoding, streamer)
@@ -208,7 +203,7 @@ def _extended(
 def _decode(
     decoder: Decoder, ids: Tensor, max_new_tokens: int, decoding: GenerationConfig, streamer: BaseStreamer | None
 ) -> Tensor:
-    """(B, T) -> (B, T + N), as ``generate`` gives it, by the same draws."""
+    """(B, T) -> (B, T + N): the tokens of ``generate``, with the same random draws."""
     eos = torch.tensor(decoding.eos_token_id or [], dtype=torch.long, device=ids.device)
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     if streamer is not None:
@@ -224,15 +219,15 @@ def _decode(
             tokens.append(token)
             if streamer is not None:
                 streamer.put(token.cpu())
-            # A GPU is waited for only where a row can end.
+            # Without EOS ids, `ended` is not read: reading it waits for the GPU.
             if len(tokens) == max_new_tokens or (decoding.eos_token_id and ended.all()):
                 break
             if len(tokens) == 1 and pays(max_new_tokens):
-                decoder.pack()  # behind the first token, which need not wait for it
+                decoder.pack()  # after the first token, so as not to delay it
             logits = decoder.step(token)
     if streamer is not None:
         streamer.end()
-    # Outside inference mode: what is returned may be trained on.
+    # Outside of inference mode: the result may be used in training.
     return torch.cat((ids, torch.stack(tokens, dim=1)), dim=1)
 
 
@@ -248,11 +243,7 @@ def _next_tokens(logits: Tensor, decoding: GenerationConfig) -> Tensor:
 
 
 def _generate(
-    model: PreTrainedModel,
-    ids: Tensor,
-    max_new_tokens: int,
-    streamer: BaseStreamer | None,
-    use_cache: bool = True,
+    model: PreTrainedModel, ids: Tensor, max_new_tokens: int, streamer: BaseStreamer | None, use_cache: bool = True
 ) -> Tensor:
     extended: Tensor = model.generate(
         ids,
@@ -273,15 +264,14 @@ def _slide(
     streamer: BaseStreamer | None,
 ) -> Tensor:
     """(B, T) -> (B, T + N), each token predicted from the last ``context`` tokens before it."""
-    length = ids.shape[1] + max_new_tokens
+    length, n_prompt = ids.shape[1] + max_new_tokens, ids.shape[1]
     eos = torch.tensor(decoding.eos_token_id or [], dtype=torch.long, device=ids.device)
     ended = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
-    n_prompt = ids.shape[1]
-    if n_prompt <= context:  # the window does not move yet, so the cache serves
+    if n_prompt <= context:  # the window does not move yet, so a cache can be used
         ids = _generate(model, ids, context + 1 - n_prompt, streamer)
         ended = torch.isin(ids[:, n_prompt:], eos).any(dim=1)
     while ids.shape[1] < length and not ended.all():
-        # Once the window moves, every position's embedding changes, and with it all that a cache would hold.
+        # When the window moves, every token changes its position, and a cache would be outdated.
         token = _generate(model, ids[:, -context:], 1, None, use_cache=False)[:, -1]  # (B,)
         if ended.any():
             token = token.masked_fill(ended, decoding.pad_token_id)
@@ -295,7 +285,7 @@ def _slide(
 def _decoding(
     model: PreTrainedModel, temperature: float, top_k: int | None, eos_token_id: int | None
 ) -> GenerationConfig:
-    """Return the generation config of exactly these choices; its ``eos_token_id`` is a list, or None."""
+    """Return the generation config of exactly these arguments; its ``eos_token_id`` is a list or None."""
     vocab_size = _vocab_size(model)
     if not (math.isfinite(temperature) and temperature >= 0):
         raise UsageError(f"temperature={temperature}: finite and 0 or more; 0 takes the most likely token")
@@ -305,29 +295,24 @@ def _decoding(
         raise UsageError(f"eos_token_id={eos_token_id}: from 0 to below vocab_size={vocab_size}, or None")
     eos = model.generation_config.eos_token_id if eos_token_id is None else eos_token_id
     eos_ids = [eos] if isinstance(eos, int) else eos or None
-    # transformers' own default for top_k is 50; its 0 means no limit.
+    # transformers' default of top_k is 50; 0 means no limit.
     sampling = {"do_sample": True, "temperature": float(temperature), "top_k": top_k or 0} if temperature else {}
     return GenerationConfig(eos_token_id=eos_ids, pad_token_id=eos_ids and eos_ids[0], **sampling)
 
 
 @contextmanager
-def _decoding_by(model: PreTrainedModel, decoding: GenerationConfig) -> Iterator[None]:
-    """Put the model in eval mode and its own generation config aside; give both back, also at an error.
+def _generation_config(model: PreTrainedModel, decoding: GenerationConfig) -> Iterator[None]:
+    """Replace the generation config of the model, and of a model inside of a wrapper, for a while.
 
-    ``generate`` fills whatever an explicit config leaves open from the model's own: a repetition penalty or a
-    list of suppressed tokens there would change what the arguments say. The models inside a wrapper are
-    reached through ``modules``.
+    ``generate`` fills what a given config leaves open from the model's own: a repetition penalty there, for example,
+    would be applied although no argument asks for it.
     """
-    modes = [(module, module.training) for module in model.modules()]
     configs = [(m, m.generation_config) for m in model.modules() if isinstance(m, GenerationMixin)]
     try:
-        model.eval()
         for owner, _ in configs:
             owner.generation_config = decoding
         yield
     finally:
-        for module, training in modes:
-            module.training = training  # not train(): it would set the modules below as well
         for owner, config in configs:
             owner.generation_config = config
 
@@ -360,6 +345,6 @@ def _vocab_size(model: PreTrainedModel) -> int:
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """Return the number of positions that the model has, or None for a model without such a bound."""
+    """Return the number of positions of the model, or None if it has no limit."""
     config = model.config.get_text_config(decoder=True)
     return int(config.max_position_embeddings) if hasattr(config, "max_position_embeddings") else None

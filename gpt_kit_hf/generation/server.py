@@ -19,7 +19,7 @@ from transformers.utils.import_utils import is_serve_available
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.generation.chat import CONTINUATION_TEMPLATE
 from gpt_kit_hf.generation.generate import context_length
-from gpt_kit_hf.hub.model_folder import check_tokenizer, find_model_folder, load_part
+from gpt_kit_hf.hub.model_folder import check_tokenizer, find_model_folder, load_pretrained
 
 _SHUTDOWN_SECONDS = 5
 
@@ -75,8 +75,8 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def _load(folder: str, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return model and tokenizer, prepared for the request handlers."""
-    model = load_part(AutoModelForCausalLM, folder, name, dtype="auto", device_map="auto").eval()
-    tokenizer = load_part(AutoTokenizer, folder, name)
+    model = load_pretrained(AutoModelForCausalLM, folder, name, dtype="auto", device_map="auto").eval()
+    tokenizer = load_pretrained(AutoTokenizer, folder, name)
     check_tokenizer(name, model.config)
     # The handlers pass a request's temperature on, but leave it to the generation config whether to sample.
     if model.generation_config.do_sample is None:

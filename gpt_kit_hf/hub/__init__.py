@@ -8,3 +8,14 @@
 - `verify` is the post-push verification: it compares what fresh processes, which run `probe`, find in a commit.
 - `card/`: the model card.
 """
+
+import lazy_loader
+
+# The public names, loaded when they are first used.
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "push": ["PushResult", "pull_model", "push_to_hub"],
+        "verify": ["VerificationReport", "verify_publication"],
+    },
+)

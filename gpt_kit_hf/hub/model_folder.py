@@ -18,7 +18,7 @@ from gpt_kit_hf.hub.template_sandbox import check_templates
 from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
 from gpt_kit_hf.storage.atomic_files import feed_file
 from gpt_kit_hf.storage.checkpoints import latest_checkpoint
-from gpt_kit_hf.tokenization.encodings import END_OF_TEXT, check_fingerprint
+from gpt_kit_hf.tokenization.encodings import EOS_TOKEN, check_fingerprint
 from gpt_kit_hf.tokenization.export import load_encoding, save_tokenizer
 
 
@@ -97,14 +97,14 @@ def write_model_folder(
 
     `weights` is a state dict to write instead of the model's current one.
     """
-    eos = encoding.encode_single_token(END_OF_TEXT)
+    eos = encoding.encode_single_token(EOS_TOKEN)
     # Only generation has a padding id, which the attention mask hides; the tokenizer has none (see `save_tokenizer`).
     model.generation_config = GenerationConfig(bos_token_id=eos, eos_token_id=eos, pad_token_id=eos)
     model.save_pretrained(str(folder), state_dict=weights)
     save_tokenizer(encoding, folder, model_max_length=model.config.max_position_embeddings)
 
 
-def load_part(kind: Any, place: str, named: str, **options: Any) -> Any:
+def load_pretrained(kind: Any, place: str, named: str, **options: Any) -> Any:
     """Return `kind.from_pretrained(place)`, an Auto class; `named` is the model's name in a message. UsageError."""
     try:
         return kind.from_pretrained(place, **options)
@@ -113,7 +113,7 @@ def load_part(kind: Any, place: str, named: str, **options: Any) -> Any:
         raise UsageError(f"{named!r} cannot be loaded: {reason}") from None
 
 
-def put_on(model: Any, device: str) -> None:
+def move_to_device(model: Any, device: str) -> None:
     """Move a model to a device. Raises UsageError for a device that is not available."""
     try:
         model.to(device)
@@ -125,5 +125,5 @@ def model_length(model: str | None) -> int:
     """Return the context length of a model in tokens, 1,024 if it is unknown."""
     if model is None:
         return 1024
-    config = load_part(AutoConfig, find_model_folder(model), model)
+    config = load_pretrained(AutoConfig, find_model_folder(model), model)
     return int(config.to_dict().get("max_position_embeddings", 1024))

@@ -20,7 +20,7 @@ from gpt_kit_hf.hub.manifest import PUBLICATION_FILE, PublicationManifest, stage
 from gpt_kit_hf.hub.safety import check_model_folder
 from gpt_kit_hf.hub.secret_scan import scan_for_publication
 from gpt_kit_hf.hub.template_sandbox import check_templates
-from gpt_kit_hf.hub.verify import GateReport, probe_request, run_probe, verify_publication
+from gpt_kit_hf.hub.verify import VerificationReport, probe_request, run_probe, verify_publication
 from gpt_kit_hf.options.hub import PushOptions
 from gpt_kit_hf.storage.digests import digest_of, git_digest_of
 
@@ -48,7 +48,7 @@ class PushResult:
     url: str
     sent: Mapping[str, int]
     removed: tuple[str, ...]
-    verification: GateReport | None
+    verification: VerificationReport | None
 
 
 def push_to_hub(
@@ -168,7 +168,7 @@ def _write_card(run: Path, stage: Path, repo: str, remote: str | None, options: 
     if both and options.keep_card is None:
         raise HubError(
             f"{repo} was not published: its card was edited on the Hub and in {run.name}/{CARD_FILE}: choose which "
-            "text to keep, --card hub or --card run"
+            "text to keep, --keep_card hub or --keep_card run"
         )
     base = own if remote is None or options.keep_card == "run" else remote
     (stage / CARD_FILE).write_bytes(render_card(card_facts(run), repo=repo, existing=base).encode())

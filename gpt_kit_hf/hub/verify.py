@@ -45,7 +45,7 @@ _NOT_COMPARED = {"module", "logits", "loss", "loss_by_hand", "padding_difference
 
 
 @dataclass(frozen=True, kw_only=True)
-class GateReport:
+class VerificationReport:
     """The result of the post-push verification of a commit: the `checks` made, and the `differences` found."""
 
     repo: str
@@ -62,7 +62,7 @@ class GateReport:
 
 def verify_publication(
     repo: str, revision: str | None = None, *, local: PublicationManifest | None = None, api: HfApi | None = None
-) -> GateReport:
+) -> VerificationReport:
     """Download a commit into empty caches, load it in fresh processes, and compare it with what was published.
 
     One process has this package, the other has not and uses `trust_remote_code=True`; each has its own cache. Compared
@@ -91,7 +91,7 @@ def judge(
     with_package: Mapping[str, Any],
     without: Mapping[str, Any],
     local: PublicationManifest | None,
-) -> GateReport:
+) -> VerificationReport:
     """Return the report of a commit from its downloaded files and the answers of the two processes."""
     differences: list[str] = []
     reference = local
@@ -125,7 +125,7 @@ def judge(
         differences.append(f"without the package the code came from {without['model']['module']}")
     files = f"{len(reference.files) if reference else 0} files by SHA-256, with the package and without"
     unique = tuple(dict.fromkeys(differences))
-    return GateReport(repo=repo, commit=commit, checks=(files, *_CHECKS), differences=unique)
+    return VerificationReport(repo=repo, commit=commit, checks=(files, *_CHECKS), differences=unique)
 
 
 def probe_request(place: str, work: Path, revision: str | None = None) -> dict[str, Any]:

@@ -1,5 +1,31 @@
-"""The causal GPT: configuration, modules, loss, presets, and conversion of other checkpoints.
+"""The causal GPT: configuration, modules, losses, presets, registration, and conversion of other checkpoints.
 
-`configuration_gpt_kit`, `modeling_gpt_kit`, `chunked_loss` and `packed_documents` are copied into every saved model
-folder as remote code, so they import nothing else of this package.
+`modeling_gpt_kit` holds the modules and the complete model, `configuration_gpt_kit` its configuration, `chunked_loss`
+the cross entropy without full logits, `packed_documents` the attention masks of packed rows. These four files are
+copied into saved model folders as remote code, so they import nothing else of this package. `presets` builds
+configurations by name, `registration` adds the model to the Auto classes of transformers, `losses` computes batch and
+step losses. `conversion` converts GPT-2, nanoGPT and kit checkpoints: `layouts` maps the names of tensors and
+`weight_files` reads files of weights. `kit_names` holds the kit's names for parts of the model.
 """
+
+import lazy_loader
+
+# The public names, loaded when they are first used.
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "configuration_gpt_kit": ["GPTKitConfig"],
+        "conversion": ["convert_checkpoint", "load_gpt2_checkpoint", "save_as_gpt2"],
+        "kit_names": ["GELU", "GPTModel", "LayerNorm"],
+        "losses": ["Batch", "compute_batch_loss", "compute_loader_loss", "train_step_with_gradient_clipping"],
+        "modeling_gpt_kit": [
+            "FeedForward",
+            "GPTKitForCausalLM",
+            "GPTKitModel",
+            "GPTKitPreTrainedModel",
+            "MultiHeadAttention",
+            "TransformerBlock",
+        ],
+        "presets": ["create_model_config"],
+    },
+)

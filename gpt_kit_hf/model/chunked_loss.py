@@ -1,6 +1,6 @@
-"""Cross entropy of an output projection without its logits. This file travels into model repositories as remote code.
+"""Cross entropy of an output projection without full logits. This file is copied into saved model folders.
 
-Shapes: N tokens, D model width, V vocabulary size.
+Shapes: B batch size, T tokens of a row, N tokens, D model width, V vocabulary size.
 """
 
 from collections.abc import Iterator
@@ -13,20 +13,21 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.import_utils import is_tracing
 
-# Logits that are held at once: enough rows for a matrix product to be fast, little beside the model's own memory.
+# Logits computed at once: enough rows for a fast matrix product, little memory compared to the model.
 _CPU_LOGITS, _DEVICE_LOGITS = 1 << 26, 1 << 27
-# Rows of logits begin at multiples of this: matrix units and vector units take unaligned rows at a third less speed.
+# Columns are padded to a multiple of this: products with unaligned rows are a third slower.
 _ALIGNMENT = 64
 
 
 def can_skip_logits(projection: nn.Module, hidden_states: Tensor) -> bool:
-    """Return whether the logits are the product of hidden states and one weight that is here as a whole.
+    """Return whether the logits are the product of the hidden states and one complete weight.
 
-    They are not with an adapter, a hook, or weights cut over devices; a compiler fuses the plain road by itself.
+    They are not with an adapter, a hook or a sharded weight. In a trace the answer is no: compilers fuse the plain
+    computation themselves.
     """
-    hooked = projection._forward_hooks or projection._forward_pre_hooks
-    plain = type(projection) is nn.Linear and type(projection.weight.data) is Tensor and not hooked
-    return plain and not is_tracing(hidden_states)
+    has_hooks = projection._forward_hooks or projection._forward_pre_hooks
+    is_plain = type(projection) is nn.Linear and type(projection.weight.data) is Tensor and not has_hooks
+    return is_plain and not is_tracing(hidden_states)
 
 
 def causal_loss(
@@ -38,10 +39,10 @@ def causal_loss(
     ignore_index: int = -100,
     **_: Unpack[TransformersKwargs],
 ) -> Tensor:
-    """Return what transformers' loss for causal models returns, which needs the logits: (B, T, D), (V, D) -> ().
+    """Return the same loss as transformers' causal LM loss, without its logits: (B, T, D), (V, D) -> ().
 
-    `labels` (B, T) are shifted here, `shift_labels` (B, T) are already; the mean over the trained targets, or their
-    sum divided by `num_items_in_batch`.
+    `labels` (B, T) are shifted here, `shift_labels` (B, T) are already shifted. The loss is the mean over the trained
+    targets, or their sum divided by `num_items_in_batch`.
     """
     if shift_labels is None:
         assert labels is not None
@@ -58,11 +59,11 @@ def causal_loss(
 def summed_cross_entropy(hidden_states: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
     """Return the sum of -log softmax(hidden_states @ weight.T)[target] over the targets that are not `ignore_index`.
 
-    (N, D), (V, D), (N,) -> (), in float32 or better. Only a few rows of logits exist at a time: the gradients are
-    computed with the loss, block by block, and a backward pass only scales them, once. Products run in autocast's
-    precision where it is on, sums and softmax in float32. On a CPU rows that are not trained cost nothing.
+    (N, D), (V, D), (N,) -> (), in float32 or wider. The logits are computed in blocks of rows, and the gradients
+    together with the loss; the backward pass only scales them, so it can run once. Products use autocast's dtype,
+    sums and softmax float32. On a CPU, untrained rows are skipped.
     """
-    if targets.device.type == "cpu":  # elsewhere the number of rows would have to be waited for
+    if targets.device.type == "cpu":  # on other devices, reading the number of rows would wait for the device
         trained = targets != ignore_index
         if not trained.all():
             rows = trained.nonzero().flatten()
@@ -75,43 +76,6 @@ def summed_cross_entropy(hidden_states: Tensor, weight: Tensor, targets: Tensor,
         hidden_states, weight, targets, ignore_index, dtype
     )
     return total
-
-
-def _loss_and_gradients(
-    hidden_states: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    dtype: torch.dtype,
-    wanted: tuple[bool, bool],
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the summed loss and its gradients by the hidden states and the weight, those that are wanted."""
-    exact = torch.promote_types(dtype, torch.float32)
-    losses = torch.zeros(len(targets), dtype=exact, device=targets.device)
-    hidden_grad = torch.empty_like(hidden_states) if wanted[0] else None
-    weight_grad = None
-    with torch.autocast(hidden_states.device.type, enabled=False):
-        inputs, projection = hidden_states.to(dtype), weight.to(dtype)
-        for rows, scores in _blocks(inputs, projection, exact):
-            losses[rows] = _turn_into_slopes(scores, targets[rows], ignore_index, needed=any(wanted))
-            slopes = scores.to(dtype)
-            if hidden_grad is not None:
-                hidden_grad[rows] = slopes @ projection  # (n, V) @ (V, D) -> (n, D)
-            if wanted[1] and weight_grad is None:
-                weight_grad = (slopes.T @ inputs[rows]).to(exact)  # (V, n) @ (n, D) -> (V, D)
-            elif weight_grad is not None and dtype == exact:
-                weight_grad.addmm_(slopes.T, inputs[rows])
-            elif weight_grad is not None:
-                weight_grad += slopes.T @ inputs[rows]
-        if wanted[1] and weight_grad is None:  # no row is trained
-            weight_grad = torch.zeros_like(weight, dtype=exact)
-    return losses.sum(), hidden_grad, weight_grad
-
-
-def _rows_at_once(rows: int, columns: int, device: torch.device) -> int:
-    """Return how many rows of logits to hold: a power of two, or all."""
-    most = max(1, (_CPU_LOGITS if device.type == "cpu" else _DEVICE_LOGITS) // columns)
-    return min(rows, 1 << (most.bit_length() - 1))
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -130,7 +94,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         hidden_grad, weight_grad = ctx.saved_tensors
-        # In place: a second backward pass finds them changed, and autograd refuses it.
+        # In place: autograd notices the change and refuses a second backward pass.
         if hidden_grad is not None:
             hidden_grad.mul_(scale)
         if weight_grad is not None:
@@ -138,21 +102,53 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return hidden_grad, weight_grad, None, None, None
 
 
+def _loss_and_gradients(
+    hidden_states: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    dtype: torch.dtype,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the summed loss and, if wanted, its gradients with respect to the hidden states and the weight."""
+    exact = torch.promote_types(dtype, torch.float32)
+    losses = torch.zeros(len(targets), dtype=exact, device=targets.device)
+    hidden_grad = torch.empty_like(hidden_states) if wanted[0] else None
+    weight_grad = None
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        inputs, projection = hidden_states.to(dtype), weight.to(dtype)
+        for rows, scores in _blocks(inputs, projection, exact):
+            losses[rows] = _replace_by_gradients(scores, targets[rows], ignore_index, needed=any(wanted))
+            gradients = scores.to(dtype)
+            if hidden_grad is not None:
+                hidden_grad[rows] = gradients @ projection  # (n, V) @ (V, D) -> (n, D)
+            if wanted[1] and weight_grad is None:
+                weight_grad = (gradients.T @ inputs[rows]).to(exact)  # (V, n) @ (n, D) -> (V, D)
+            elif weight_grad is not None and dtype == exact:
+                weight_grad.addmm_(gradients.T, inputs[rows])
+            elif weight_grad is not None:
+                weight_grad += gradients.T @ inputs[rows]
+        if wanted[1] and weight_grad is None:  # no row is trained
+            weight_grad = torch.zeros_like(weight, dtype=exact)
+    return losses.sum(), hidden_grad, weight_grad
+
+
 def _blocks(hidden_states: Tensor, weight: Tensor, exact: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yield blocks of rows, as slices, with their logits in `exact`, (n, V); a block's memory is the next one's."""
+    """Yield blocks of rows, as slices, with their logits (n, V) in `exact`; all blocks share one buffer."""
     count, columns = len(hidden_states), len(weight)
     padded = -(-columns // _ALIGNMENT) * _ALIGNMENT
-    size = _rows_at_once(count, padded, weight.device)
-    room = hidden_states.new_empty(size, padded)
+    most = max(1, (_CPU_LOGITS if weight.device.type == "cpu" else _DEVICE_LOGITS) // padded)
+    size = min(count, 1 << (most.bit_length() - 1))  # a power of two, or all rows
+    buffer = hidden_states.new_empty(size, padded)
     for first in range(0, count, max(1, size)):
         rows = slice(first, min(first + size, count))
-        scores = room[: rows.stop - first, :columns]
+        scores = buffer[: rows.stop - first, :columns]
         torch.mm(hidden_states[rows], weight.T, out=scores)
         yield rows, scores.to(exact)
 
 
-def _turn_into_slopes(scores: Tensor, targets: Tensor, ignore_index: int, *, needed: bool) -> Tensor:
-    """Return each row's loss, (n,); turn the logits (n, V) into its gradients: softmax, less one at the target."""
+def _replace_by_gradients(scores: Tensor, targets: Tensor, ignore_index: int, *, needed: bool) -> Tensor:
+    """Return the loss of each row (n,); replace logits (n, V) by their gradients: softmax minus 1 at the target."""
     trained = (targets != ignore_index)[:, None]
     column = targets.where(trained[:, 0], 0)[:, None]
     scores -= scores.amax(dim=-1, keepdim=True)

@@ -1,6 +1,6 @@
-"""Checkpoints of GPT-2 and of hand-written GPTs into this package's model, and its models out as GPT-2.
+"""Conversion of GPT-2, nanoGPT and from-scratch kit checkpoints to this package's model, and back to GPT-2.
 
-The names of the tensors are in `state_dict_layouts`. Reading a checkpoint runs no code from it.
+The tables of tensor names are in `layouts`. Reading a checkpoint runs no code from it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, StrictDataclassError
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from gpt_kit_hf.errors import CheckpointError, UsageError, one_line, unknown_name
 from gpt_kit_hf.model.configuration_gpt_kit import GPTKitConfig
@@ -41,20 +41,25 @@ from gpt_kit_hf.model.layouts import (
     stored_shapes,
 )
 from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
+from gpt_kit_hf.model.presets import config_error_message
 from gpt_kit_hf.model.weight_files import PICKLES, SAFETENSORS, read_state_dict, read_weights
 from gpt_kit_hf.options.model import Activation, Layout
 from gpt_kit_hf.storage.atomic_files import load_json
 
 _T = TypeVar("_T")
 
-# --- GPT-2 in --------------------------------------------------------------------------------------------
-
-_TOKENIZER = (
+_TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja"),
 )
-# What GPT-2 can switch in transformers and this model cannot.
-_FIXED = MappingProxyType(
+# Fields that GPT2Config and GPTKitConfig share, the latter partly as aliases.
+_GPT2_FIELDS = (
+    *("vocab_size", "n_embd", "n_layer", "n_head", "n_inner", "n_positions", "activation_function"),
+    *("embd_pdrop", "attn_pdrop", "resid_pdrop", "layer_norm_epsilon", "initializer_range", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"),
+)
+# Switches of transformers' GPT-2 that this model lacks, with the values that it computes.
+_GPT2_SWITCHES = MappingProxyType(
     {
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
@@ -62,23 +67,82 @@ _FIXED = MappingProxyType(
         "add_cross_attention": False,
     }
 )
-_SAME_FIELDS = (
-    *("vocab_size", "n_embd", "n_layer", "n_head", "n_inner", "embd_pdrop", "attn_pdrop", "resid_pdrop"),
-    *("layer_norm_epsilon", "initializer_range", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"),
+# The `model_args` that nanoGPT stores beside the weights, and the fields of GPTKitConfig.
+_NANOGPT_ARGS = MappingProxyType(
+    {name: name for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    | {"block_size": "max_position_embeddings", "bias": "use_bias", "dropout": "resid_pdrop"}
 )
 
 
 def load_gpt2_checkpoint(path_or_id: str | Path, *, dtype: torch.dtype = torch.float32) -> GPTKitForCausalLM:
-    """Return the model, in evaluation mode, of a GPT-2 checkpoint: a folder, or a repository on the Hub.
+    """Return the model of a GPT-2 checkpoint, a folder or a repository on the Hub, in eval mode.
 
-    Weights are read from safetensors, else from a pickle that holds tensors only; whole or in shards, with or
-    without the prefix "transformer.", stored causal masks and the output projection. A head that is not the token
-    embedding stays its own (`tie_word_embeddings=False`). Raises UsageError for what this model does not compute,
-    for tensors too many or too few, and for what cannot be found; CheckpointError for a damaged file.
+    Weights are read from safetensors, else from a pickle that holds tensors only; in one file or in shards, with or
+    without the prefix "transformer.", stored causal masks and output projection. An output projection that differs
+    from the token embedding stays separate (`tie_word_embeddings=False`). Raises UsageError for settings that this
+    model does not support, missing or unexpected tensors, and a checkpoint that cannot be found; CheckpointError for a
+    damaged file.
     """
     if not dtype.is_floating_point:
         raise UsageError(f"dtype is {dtype}; it must be a floating-point type")
     return _load_gpt2(_find_folder(path_or_id), dtype)
+
+
+def save_as_gpt2(model: GPTKitForCausalLM, path: str | Path, *, tokenizer_folder: str | Path | None = None) -> None:
+    """Write a folder that `GPT2LMHeadModel.from_pretrained` loads and that computes the same.
+
+    Sinusoidal positions are stored as a learned table, missing biases as zeros. The tokenizer is copied from
+    `tokenizer_folder`, if given. After an error there is no folder. Raises UsageError for a folder that is not empty,
+    a model with replaced layers (merge adapters first), and a tokenizer with more ids than the model; CheckpointError
+    if writing fails.
+    """
+    if not isinstance(model, GPTKitForCausalLM):
+        raise UsageError(f"model is a {type(model).__name__}; it must be a GPTKitForCausalLM")
+    with _new_folder(path) as stage:
+        _write_folder(_as_gpt2(model), stage, tokenizer_folder)
+
+
+def convert_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    layout: Layout,
+    *,
+    n_head: int | None = None,
+    hidden_act: Activation | None = None,
+    eos_token_id: int | None = None,
+    zero_missing_biases: bool = False,
+    tokenizer_folder: str | Path | None = None,
+) -> None:
+    """Write the model in `source` to `destination`, a folder that is empty or does not exist.
+
+    - "gpt2": from a GPT-2 folder or Hub id to a folder of this package, with the tokenizer;
+    - "to-gpt2": from a folder of this package or Hub id to a GPT-2 folder, with the tokenizer;
+    - "nanogpt", "kit": from a file of weights (safetensors, or a pickle of tensors only) to a folder of this package.
+
+    For the last two, the configuration is inferred from the shapes. `n_head` must be given, unless the file holds
+    nanoGPT's `model_args`. `hidden_act` is by default exact GELU for nanoGPT and the tanh approximation for the kit.
+    `tokenizer_folder` replaces the source's tokenizer. Raises UsageError and CheckpointError as the functions above.
+    """
+    if layout not in get_args(Layout):
+        raise UsageError(unknown_name("layout", layout, get_args(Layout)))
+    chosen = {"n_head": n_head, "hidden_act": hidden_act, "eos_token_id": eos_token_id}
+    with _new_folder(destination) as stage:
+        model: PreTrainedModel
+        if layout in ("nanogpt", "kit"):
+            model = _load_file(Path(source), layout, zero_missing_biases, chosen)
+        else:
+            given = [name for name, value in chosen.items() if value is not None]
+            given += ["zero_missing_biases"] if zero_missing_biases else []
+            if given:
+                raise UsageError(f"{', '.join(given)}: for the layouts nanogpt and kit only; a config.json tells it")
+            folder = _find_folder(source)
+            if tokenizer_folder is None and any((folder / name).is_file() for name in _TOKENIZER_FILES):
+                tokenizer_folder = folder
+            model = _load_gpt2(folder, torch.float32) if layout == "gpt2" else _as_gpt2(_load_gpt_kit(folder))
+        _write_folder(model, stage, tokenizer_folder)
+
+
+# --- reading
 
 
 def _load_gpt2(folder: Path, dtype: torch.dtype) -> GPTKitForCausalLM:
@@ -88,101 +152,145 @@ def _load_gpt2(folder: Path, dtype: torch.dtype) -> GPTKitForCausalLM:
     if not any(name.startswith("transformer.") for name in stored):
         names = {theirs.removeprefix("transformer."): ours for theirs, ours in names.items()}
     tensors = rename_tensors(stored, names, str(folder))
-    del stored  # or it would hold the memory that `build_model` frees
+    del stored  # otherwise it would keep the memory that `build_model` releases
     if HEAD in tensors and TOKENS in tensors and not equal_tensors(tensors[HEAD], tensors[TOKENS]):
         config.tie_word_embeddings = False
-    generation = _read_generation_config(folder, config)
+    generation_config = _read_generation_config(folder, config)
     model = build_model(config, tensors, dtype, str(folder))
-    model.generation_config = generation
+    model.generation_config = generation_config
     return model
 
 
 def _read_gpt2_config(path: Path) -> GPTKitConfig:
-    """Return our configuration of a GPT-2's config.json."""
+    """Return the configuration for a GPT-2's config.json."""
     if not path.is_file():
         raise UsageError(f"{str(path.parent)!r} holds no config.json")
     stored = load_json(path)
-    # The first configurations named no type.
+    # The first GPT-2 configurations had no model_type.
     if stored.get("model_type", "gpt2" if "n_embd" in stored else None) != "gpt2":
         raise UsageError(f"{path}: model_type is {stored.get('model_type')!r}; it must be 'gpt2'")
     if stored.get("quantization_config"):
         raise UsageError(f"{path}: the weights are quantized; convert the checkpoint that they were made from")
-    theirs = _checked(lambda: GPT2Config.from_dict(stored), path)
-    for name, value in _FIXED.items():
-        if getattr(theirs, name) != value:
-            raise UsageError(f"{path}: {name}={getattr(theirs, name)} is not supported; it must be {value}")
-    if theirs.activation_function not in get_args(Activation):
+    gpt2 = _checked(lambda: GPT2Config.from_dict(stored), path)
+    for name, value in _GPT2_SWITCHES.items():
+        if getattr(gpt2, name) != value:
+            raise UsageError(f"{path}: {name}={getattr(gpt2, name)} is not supported; it must be {value}")
+    if gpt2.activation_function not in get_args(Activation):
         raise UsageError(
-            f"{path}: activation_function={theirs.activation_function!r} is not supported; "
+            f"{path}: activation_function={gpt2.activation_function!r} is not supported; "
             f"it must be one of {', '.join(get_args(Activation))}"
         )
-    same = {name: getattr(theirs, name) for name in (*_SAME_FIELDS, "tie_word_embeddings")}
-    renamed = {"max_position_embeddings": theirs.n_positions, "hidden_act": theirs.activation_function}
-    return _checked(lambda: GPTKitConfig(**same, **renamed), path)
+    return _checked(lambda: GPTKitConfig(**{name: getattr(gpt2, name) for name in _GPT2_FIELDS}), path)
 
 
 def _read_generation_config(folder: Path, config: GPTKitConfig) -> GenerationConfig:
     path = folder / "generation_config.json"
     if not path.is_file():
-        # Before there was this file its values stood in the other one.
+        # Older folders keep generation settings in config.json.
         ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
         return GenerationConfig.from_model_config({**ids, **load_json(folder / "config.json")})
-    load_json(path)  # raises what a reader can act on
+    load_json(path)  # for its error message
     return _checked(lambda: GenerationConfig.from_pretrained(folder), path)
 
 
 def _checked(build: Callable[[], _T], source: object) -> _T:
-    """Return what `build` makes of stored settings; UsageError, in one line, for a value that it refuses."""
+    """Return `build()`; UsageError in one line for a stored value that it refuses."""
     try:
         return build()
     except (StrictDataclassError, ValueError, TypeError) as error:
-        # `strict` wraps the sentence that says what is wrong.
-        reason = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
-        raise UsageError(f"{source}: {one_line(reason)}") from None
+        raise UsageError(f"{source}: {config_error_message(error)}") from None
 
 
 def _find_folder(path_or_id: str | Path) -> Path:
-    """Return the folder, or the copy of a Hub repository in the cache, without the files that are not needed."""
+    """Return a local folder, or the cached copy of a Hub repository with only the needed files."""
     folder, text = Path(path_or_id), str(path_or_id)
     if folder.is_dir():
         return folder
-    # A Hub id has a name and at most an owner before it.
+    # A Hub id is a name with at most an owner before it.
     if isinstance(path_or_id, Path) or folder.exists() or text.count("/") > 1 or text.startswith((".", "/", "~")):
         raise UsageError(f"{text!r} is no folder")
-    description = ["config.json", "generation_config.json", *_TOKENIZER]
+    patterns = ["config.json", "generation_config.json", *_TOKENIZER_FILES]
     try:
-        fetched = snapshot_download(text, allow_patterns=[*description, *SAFETENSORS, "model-*.safetensors"])
-        # Many repositories hold the weights in both forms; the pickle is fetched only where it is all there is.
+        fetched = snapshot_download(text, allow_patterns=[*patterns, *SAFETENSORS, "model-*.safetensors"])
+        # Many repositories hold both formats; the pickle is downloaded only if there are no safetensors.
         if not any((Path(fetched) / name).is_file() for name in SAFETENSORS):
-            fetched = snapshot_download(text, allow_patterns=[*description, *PICKLES, "pytorch_model-*.bin"])
+            fetched = snapshot_download(text, allow_patterns=[*patterns, *PICKLES, "pytorch_model-*.bin"])
         return Path(fetched)
     except RepositoryNotFoundError:
-        reason = "no such folder here, and no such repository on the Hub, or no access to it"
+        reason = "no such local folder, and no such repository on the Hub, or no access to it"
     except LocalEntryNotFoundError:
-        reason = "no such folder here; the Hub cannot be reached, and its cache does not hold it"
-    except Exception as error:  # the Hub's client lets errors of the HTTP library below it through
+        reason = "no such local folder; the Hub cannot be reached, and its cache does not hold the repository"
+    except Exception as error:  # the Hub client also raises errors of its HTTP library
         reason = one_line(error)
     raise UsageError(f"{text!r}: {reason}")
 
 
-# --- GPT-2 out -------------------------------------------------------------------------------------------
+def _load_gpt_kit(folder: Path) -> GPTKitForCausalLM:
+    if not (folder / "config.json").is_file() or load_json(folder / "config.json").get("model_type") != "gpt_kit":
+        raise UsageError(f"{str(folder)!r} is no model folder of this package: its config.json must say 'gpt_kit'")
+    try:
+        model, report = GPTKitForCausalLM.from_pretrained(folder, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
+        raise UsageError(f"{str(folder)!r} cannot be loaded: {one_line(error)}") from None
+    # transformers only warns, and initialises missing tensors randomly.
+    refuse_names(f"{str(folder)!r} lacks tensors of the model", report["missing_keys"])
+    refuse_names(f"{str(folder)!r} holds tensors that the model does not have", report["unexpected_keys"])
+    assert isinstance(model, GPTKitForCausalLM)
+    return model
 
 
-def save_as_gpt2(model: GPTKitForCausalLM, path: str | Path, *, tokenizer_folder: str | Path | None = None) -> None:
-    """Write a folder that `GPT2LMHeadModel.from_pretrained` loads, and that computes the same.
+def _load_file(path: Path, layout: Layout, zero_missing_biases: bool, chosen: Mapping[str, Any]) -> GPTKitForCausalLM:
+    names, default_act = {"nanogpt": (NANOGPT_NAMES, "gelu"), "kit": (KIT_NAMES, "gelu_pytorch_tanh")}[layout]
+    stored, checkpoint = read_state_dict(path)
+    tensors = rename_tensors(stored, names, str(path))
+    del stored
+    arguments = checkpoint.get("model_args", {})
+    if not isinstance(arguments, Mapping):
+        raise UsageError(f"{path}: model_args is a {type(arguments).__name__}; it must be a mapping")
+    chosen = {**chosen, "hidden_act": chosen["hidden_act"] or default_act}
+    config = _infer_config(tensors, arguments, chosen, str(path))
+    if zero_missing_biases:
+        add_zero_biases(tensors, config)
+    return build_model(config, tensors, torch.float32, str(path))
 
-    What GPT-2 has no word for is written out: sinusoidal positions as a learned table, absent biases as zeros. The
-    tokenizer is that of `tokenizer_folder`, if given. The folder appears whole or not at all. Raises UsageError for a
-    folder that is not empty, a model whose layers were replaced (merge adapters first), and a tokenizer with more ids
-    than the model; CheckpointError where the disk refuses.
-    """
-    if not isinstance(model, GPTKitForCausalLM):
-        raise UsageError(f"model is a {type(model).__name__}; it must be a GPTKitForCausalLM")
-    with _new_folder(path) as stage:
-        _write_folder(_as_gpt2(model), stage, tokenizer_folder)
+
+def _infer_config(
+    tensors: Mapping[str, Tensor], arguments: Mapping[str, Any], chosen: Mapping[str, Any], source: str
+) -> GPTKitConfig:
+    """Return the configuration inferred from shapes, nanoGPT's `arguments` and `chosen` fields, which must agree."""
+    up = "model.layers.0.mlp.up_proj.weight"
+    tokens = tensors.get(TOKENS, tensors.get(HEAD, torch.empty(0)))
+    matrices = {TOKENS: tokens, **{name: tensors.get(name, torch.empty(0)) for name in (POSITIONS, up)}}
+    refuse_names(f"{source} lacks matrices of the layout", [n for n, matrix in matrices.items() if matrix.dim() != 2])
+    n_head = arguments.get("n_head") if chosen["n_head"] is None else chosen["n_head"]
+    if n_head is None:
+        raise UsageError(f"{source}: n_head must be given; it cannot be inferred from shapes")
+    inferred = {
+        "vocab_size": tokens.shape[0],
+        "n_embd": tokens.shape[1],
+        "n_inner": matrices[up].shape[0],
+        "max_position_embeddings": matrices[POSITIONS].shape[0],
+        "n_layer": len({name.split(".")[2] for name in tensors if name.startswith("model.layers.")}),
+        "use_bias": any(name.endswith(".bias") for name in tensors),
+        "tie_word_embeddings": equal_tensors(tokens, tensors.get(HEAD, tokens)),
+    }
+    dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), arguments.get("dropout", 0.0))
+    config = _checked(lambda: GPTKitConfig(**{**chosen, **inferred, **dropout, "n_head": n_head}), source)
+    for name, value in arguments.items():
+        if name not in _NANOGPT_ARGS:
+            raise UsageError(
+                f"{source}: model_args holds {name!r}, which nanoGPT does not have: its effect is unknown"
+            )
+        found = getattr(config, _NANOGPT_ARGS[name])
+        if found != value:
+            raise UsageError(f"{source}: model_args says {name}={value!r}, the tensors or arguments say {found!r}")
+    return config
 
 
-def _as_gpt2(model: GPTKitForCausalLM) -> Any:
+# --- writing
+
+
+def _as_gpt2(model: GPTKitForCausalLM) -> GPT2LMHeadModel:
     """Return a GPT2LMHeadModel that computes the same."""
     config = model.config
     ours = _tensors_for_gpt2(model)
@@ -195,25 +303,21 @@ def _as_gpt2(model: GPTKitForCausalLM) -> Any:
             tensor = torch.cat([ours[part].detach().to("cpu") for part in parts])  # 3 of (D, D) -> (3D, D)
             tensor = tensor.T if target.endswith(".T") else tensor
             stored[theirs.replace("{layer}", str(layer))] = tensor.contiguous()
-    same = {name: getattr(config, name) for name in _SAME_FIELDS}
+    fields = {name: getattr(config, name) for name in _GPT2_FIELDS}
+    fields["activation_function"] = "gelu" if config.hidden_act == "gelu" else "gelu_new"
+    fields["tie_word_embeddings"] = HEAD not in ours
     if config.n_inner == 4 * config.n_embd:
-        same["n_inner"] = None  # as in the published GPT-2: some readers do not know the field
-    gpt2 = GPT2Config(
-        **same,
-        n_positions=config.max_position_embeddings,
-        activation_function="gelu" if config.hidden_act == "gelu" else "gelu_new",
-        tie_word_embeddings=HEAD not in ours,
-    )
+        fields["n_inner"] = None  # as in the published GPT-2: some readers do not know the field
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in stored.values()))
-    converted = GPT2LMHeadModel.from_pretrained(None, config=gpt2, state_dict=stored, dtype=dtype)
-    converted.generation_config = copy.deepcopy(model.generation_config)
-    return converted
+    gpt2 = GPT2LMHeadModel.from_pretrained(None, config=GPT2Config(**fields), state_dict=stored, dtype=dtype)
+    gpt2.generation_config = copy.deepcopy(model.generation_config)
+    return gpt2
 
 
 def _tensors_for_gpt2(model: GPTKitForCausalLM) -> dict[str, Tensor]:
-    """Return the model's tensors, those that GPT-2 has and it has not added; with a head only if it is not tied."""
+    """Return the model's tensors and those that only GPT-2 stores; the output projection only if it is not tied."""
     config, ours = copy.deepcopy(model.config), dict(model.state_dict())
-    # A head that was cut loose from the embedding keeps what it learned, whatever the configuration says.
+    # An output projection that was untied after construction keeps its values, whatever the configuration says.
     if config.tie_word_embeddings and {HEAD, TOKENS} <= ours.keys() and equal_tensors(ours[HEAD], ours[TOKENS]):
         del ours[HEAD]
     else:
@@ -223,7 +327,7 @@ def _tensors_for_gpt2(model: GPTKitForCausalLM) -> dict[str, Tensor]:
     if not config.use_bias:
         for name in shapes.keys() - {TOKENS, POSITIONS, HEAD}:
             ours[f"{name.removesuffix('weight')}bias"] = ours[name].new_zeros(ours[name].shape[0])
-    # Fixed positions are a buffer that is not stored.
+    # Sinusoidal positions are a buffer that is not in the state dict.
     positions = model.model.embed_positions.weight
     assert isinstance(positions, Tensor)
     ours.setdefault(POSITIONS, positions.to(ours[TOKENS].dtype))
@@ -232,7 +336,7 @@ def _tensors_for_gpt2(model: GPTKitForCausalLM) -> dict[str, Tensor]:
 
 @contextmanager
 def _new_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a hidden folder beside `path` that takes its place in the end, or vanishes after an error."""
+    """Yield a hidden folder beside `path` that is renamed to it at the end, or removed after an error."""
     final = Path(path).absolute()
     if final.exists() and not (final.is_dir() and next(final.iterdir(), None) is None):
         raise UsageError(f"{str(path)!r} exists and is not an empty folder; nothing is overwritten")
@@ -247,145 +351,24 @@ def _new_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _write_folder(model: Any, stage: Path, tokenizer_folder: str | Path | None) -> None:
+def _write_folder(model: PreTrainedModel, stage: Path, tokenizer_folder: str | Path | None) -> None:
     if tokenizer_folder is not None:
         _write_tokenizer(Path(tokenizer_folder), stage, model.config.vocab_size)
     _checked(lambda: model.save_pretrained(stage), "model")
 
 
 def _write_tokenizer(folder: Path, stage: Path, vocab_size: int) -> None:
-    """Copy the tokenizer's files; those that do not say how to read them are written as AutoTokenizer reads them."""
+    """Copy the tokenizer's files, or rewrite them with AutoTokenizer if they do not name a tokenizer class."""
     settings, written = folder / "tokenizer_config.json", stage / "tokenizer.json"
     try:
         if (folder / written.name).is_file() and settings.is_file() and "tokenizer_class" in load_json(settings):
-            for name in _TOKENIZER:
+            for name in _TOKENIZER_FILES:
                 if (folder / name).is_file():
                     shutil.copyfile(folder / name, stage / name)
         else:
             AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False).save_pretrained(str(stage))
         ids = Tokenizer.from_file(str(written)).get_vocab(with_added_tokens=True).values()
-    except Exception as error:  # `tokenizers` raises nothing narrower
+    except Exception as error:  # `tokenizers` raises plain Exception
         raise UsageError(f"tokenizer_folder {str(folder)!r} cannot be read: {one_line(error)}") from None
     if max(ids, default=0) >= vocab_size:
         raise UsageError(f"tokenizer_folder {str(folder)!r} has the id {max(ids)}, the model vocab_size={vocab_size}")
-
-
-# --- from file to folder ---------------------------------------------------------------------------------
-
-# What nanoGPT stores of itself beside the weights, and our names for it.
-_MODEL_ARGS = MappingProxyType(
-    {
-        "n_layer": "n_layer",
-        "n_head": "n_head",
-        "n_embd": "n_embd",
-        "block_size": "max_position_embeddings",
-        "vocab_size": "vocab_size",
-        "bias": "use_bias",
-        "dropout": "resid_pdrop",
-    }
-)
-
-
-def convert_checkpoint(
-    source: str | Path,
-    destination: str | Path,
-    layout: Layout,
-    *,
-    n_head: int | None = None,
-    hidden_act: Activation | None = None,
-    eos_token_id: int | None = None,
-    zero_missing_biases: bool = False,
-    tokenizer_folder: str | Path | None = None,
-) -> None:
-    """Write the model in `source` to `destination`, a folder that is empty or does not exist yet.
-
-    - "gpt2": a GPT-2 folder or Hub id becomes a folder of this package, tokenizer and all;
-    - "to-gpt2": a folder of this package, or Hub id, becomes a GPT-2 folder, tokenizer and all;
-    - "nanogpt", "kit": a file of weights (safetensors, or a pickle of tensors only) becomes a folder of this package.
-
-    For the last two the shapes tell the configuration. They do not tell the number of heads: `n_head` is required,
-    unless nanoGPT's `model_args` are in the file. Nor the form of the GELU: `hidden_act` is the exact one for
-    nanoGPT and the tanh approximation for the kit, if not given. `tokenizer_folder` replaces the source's tokenizer.
-    Raises UsageError and CheckpointError as the functions above.
-    """
-    if layout not in get_args(Layout):
-        raise UsageError(unknown_name("layout", layout, get_args(Layout)))
-    untold = {"n_head": n_head, "hidden_act": hidden_act, "eos_token_id": eos_token_id}
-    given = [name for name, value in untold.items() if value is not None] + [
-        "zero_missing_biases"
-    ] * zero_missing_biases
-    with _new_folder(destination) as stage:
-        if layout in ("nanogpt", "kit"):
-            model: Any = _load_file(Path(source), layout, zero_missing_biases, untold)
-        elif given:
-            raise UsageError(f"{', '.join(given)}: for the layouts nanogpt and kit only; a config.json tells it")
-        else:
-            folder = _find_folder(source)
-            if tokenizer_folder is None and any((folder / name).is_file() for name in _TOKENIZER):
-                tokenizer_folder = folder
-            model = _load_gpt2(folder, torch.float32) if layout == "gpt2" else _as_gpt2(_load_ours(folder))
-        _write_folder(model, stage, tokenizer_folder)
-
-
-def _load_ours(folder: Path) -> GPTKitForCausalLM:
-    if not (folder / "config.json").is_file() or load_json(folder / "config.json").get("model_type") != "gpt_kit":
-        raise UsageError(f"{str(folder)!r} is no model folder of this package: its config.json must say 'gpt_kit'")
-    try:
-        model, report = GPTKitForCausalLM.from_pretrained(folder, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
-        raise UsageError(f"{str(folder)!r} cannot be loaded: {one_line(error)}") from None
-    # transformers only warns of these, and fills what is missing with random numbers.
-    refuse_names(f"{str(folder)!r} lacks tensors of the model", report["missing_keys"])
-    refuse_names(f"{str(folder)!r} holds tensors that the model does not have", report["unexpected_keys"])
-    assert isinstance(model, GPTKitForCausalLM)
-    return model
-
-
-def _load_file(path: Path, layout: Layout, zero_missing_biases: bool, untold: Mapping[str, Any]) -> GPTKitForCausalLM:
-    stored, beside = read_state_dict(path)
-    tensors = rename_tensors(stored, NANOGPT_NAMES if layout == "nanogpt" else KIT_NAMES, str(path))
-    del stored
-    arguments = beside.get("model_args", {})
-    if not isinstance(arguments, Mapping):
-        raise UsageError(f"{path}: model_args is a {type(arguments).__name__}; it must be a mapping")
-    default_act = "gelu" if layout == "nanogpt" else "gelu_pytorch_tanh"
-    config = _infer_config(
-        tensors, arguments, {**untold, "hidden_act": untold["hidden_act"] or default_act}, str(path)
-    )
-    if zero_missing_biases:
-        add_zero_biases(tensors, config)
-    return build_model(config, tensors, torch.float32, str(path))
-
-
-def _infer_config(
-    tensors: Mapping[str, Tensor], arguments: Mapping[str, Any], untold: Mapping[str, Any], source: str
-) -> GPTKitConfig:
-    """Return the configuration that the shapes tell, with what they do not tell; `arguments` must agree."""
-    up = "model.layers.0.mlp.up_proj.weight"
-    tokens = tensors.get(TOKENS, tensors.get(HEAD, torch.empty(0)))
-    matrices = {TOKENS: tokens, **{name: tensors.get(name, torch.empty(0)) for name in (POSITIONS, up)}}
-    refuse_names(f"{source} lacks matrices of the layout", [n for n, matrix in matrices.items() if matrix.dim() != 2])
-    n_head = arguments.get("n_head") if untold["n_head"] is None else untold["n_head"]
-    if n_head is None:
-        raise UsageError(f"{source}: n_head must be given, for no shape tells the number of heads")
-    dropout = arguments.get("dropout", 0.0)
-    told = {
-        "vocab_size": tokens.shape[0],
-        "n_embd": tokens.shape[1],
-        "n_inner": matrices[up].shape[0],
-        "max_position_embeddings": matrices[POSITIONS].shape[0],
-        "n_layer": len({name.split(".")[2] for name in tensors if name.startswith("model.layers.")}),
-        "use_bias": any(name.endswith(".bias") for name in tensors),
-        "tie_word_embeddings": equal_tensors(tokens, tensors.get(HEAD, tokens)),
-    }
-    dropouts = {"embd_pdrop": dropout, "attn_pdrop": dropout, "resid_pdrop": dropout}
-    config = _checked(lambda: GPTKitConfig(**{**untold, **told, **dropouts, "n_head": n_head}), source)
-    for name, value in arguments.items():
-        if name not in _MODEL_ARGS:
-            raise UsageError(
-                f"{source}: model_args holds {name!r}, which nanoGPT does not have: what it does is unknown"
-            )
-        if getattr(config, _MODEL_ARGS[name]) != value:
-            found = getattr(config, _MODEL_ARGS[name])
-            raise UsageError(f"{source}: model_args says {name}={value!r}, the tensors or arguments say {found!r}")
-    return config

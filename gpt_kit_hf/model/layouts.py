@@ -1,12 +1,11 @@
-"""Tables from the tensor names of other GPTs to this package's, and any state dict into its model by such a table.
+"""Tables of tensor names in other GPT implementations, and conversion of state dicts with them.
 
-A layout is a table from the name of a stored tensor to its name here, or to "" for a tensor that is dropped:
+A table maps the name of a stored tensor to its name in this package, or to "" to drop the tensor:
 
     "h.{layer}.attn.c_attn.weight": "model.layers.{layer}.self_attn.{q,k,v}_proj.weight.T"
 
-`{layer}` stands for the layer's number. A `.T` at the end transposes the matrix; then `{q,k,v}` splits it along
-dimension 0 into as many equal parts. Nothing is guessed: a tensor that the table does not name, and one that the
-model lacks in the end, is an error.
+`{layer}` is the number of the layer. `.T` at the end transposes the matrix; then `{q,k,v}` splits it along dimension 0
+into equal parts. A tensor that is not in the table, and one that the model needs and does not get, is an error.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ TOKENS, POSITIONS, HEAD = "model.embed_tokens.weight", "model.embed_positions.we
 
 
 def _with_biases(weights: Mapping[str, str]) -> dict[str, str]:
-    """Return the table with each weight's bias in it, too; a bias is never transposed."""
+    """Return the table with an entry for the bias of each weight; a bias is never transposed."""
     biases = {f"{theirs[:-6]}bias": f"{ours.removesuffix('.T')[:-6]}bias" for theirs, ours in weights.items()}
     return {**weights, **biases}
 
 
-# As the transformers library stores GPT-2. Its Conv1D keeps a weight as (in, out), nn.Linear as (out, in).
+# GPT-2 in the transformers library. Its Conv1D stores a weight as (in, out), nn.Linear as (out, in).
 GPT2_NAMES: Mapping[str, str] = MappingProxyType(
     {
         "transformer.wte.weight": TOKENS,
@@ -49,19 +48,19 @@ GPT2_NAMES: Mapping[str, str] = MappingProxyType(
                 "transformer.ln_f.weight": "model.norm.weight",
             }
         ),
-        # Not biases: old versions stored the causal mask and the value of a masked score under these names.
+        # Not biases: old versions stored the causal mask and the score of masked tokens under these names.
         "transformer.h.{layer}.attn.bias": "",
         "transformer.h.{layer}.attn.masked_bias": "",
     }
 )
 
-# nanoGPT has GPT-2's names over nn.Linear. Its GELU is the exact one, its LayerNorm's epsilon 1e-5.
+# nanoGPT: GPT-2's names with nn.Linear, exact GELU, LayerNorm with epsilon 1e-5.
 NANOGPT_NAMES: Mapping[str, str] = MappingProxyType(
     {theirs: ours.removesuffix(".T") for theirs, ours in GPT2_NAMES.items()}
 )
 
-# The kit of Raschka 2024, "Build a Large Language Model (From Scratch)", chapters 3 and 4. Its GELU is the tanh
-# approximation, its LayerNorm's epsilon 1e-5, and its output projection is not tied.
+# Raschka 2024, "Build a Large Language Model (From Scratch)", chapters 3 and 4: GELU with the tanh approximation,
+# LayerNorm with epsilon 1e-5, untied output projection.
 KIT_NAMES: Mapping[str, str] = MappingProxyType(
     {
         "tok_emb.weight": TOKENS,
@@ -88,37 +87,17 @@ KIT_NAMES: Mapping[str, str] = MappingProxyType(
 )
 
 
-def convert_state_dict(
-    state_dict: Mapping[str, Tensor],
-    names: Mapping[str, str],
-    config: GPTKitConfig,
-    *,
-    zero_missing_biases: bool = False,
-) -> GPTKitForCausalLM:
-    """Return a float32 model, in evaluation mode, with copies of another model's tensors, by a table as above.
+def rename_tensors(state_dict: Mapping[str, Tensor], names: Mapping[str, str], source: str) -> dict[str, Tensor]:
+    """Return views of the tensors under their names in this package, by a table; error messages begin with `source`.
 
-    `zero_missing_biases` gives zero biases to query, key and value projections that were built without. Raises
-    UsageError, with the first few names, for a tensor that the table or the model does not know, one that two names
-    fill, one of another shape or not of floating point, and one that is missing.
-    """
-    tensors = rename_tensors(state_dict, names)
-    if zero_missing_biases:
-        add_zero_biases(tensors, config)
-    return build_model(config, tensors, torch.float32, "state_dict")
-
-
-def rename_tensors(
-    state_dict: Mapping[str, Tensor], names: Mapping[str, str], source: str = "state_dict"
-) -> dict[str, Tensor]:
-    """Return the tensors under their names here, as views, by a table as above; `source` is named in errors.
-
-    Raises UsageError for a name that is not in the table, one filled twice, and a tensor that cannot be split.
+    Raises UsageError for a name that is not in the table, a name that two tensors map to, and a tensor that cannot be
+    split or transposed.
     """
     targets = {name: _target(name, names) for name in state_dict}
     refuse_names(f"{source} holds tensors that the layout does not have", [n for n, t in targets.items() if t is None])
     renamed: dict[str, Tensor] = {}
     for name, target in targets.items():
-        for ours, part in _parts(state_dict[name], target, f"{source}: {name}") if target else ():
+        for ours, part in _split(state_dict[name], target, f"{source}: {name}") if target else ():
             if ours in renamed:
                 raise UsageError(f"{source}: {name} is the second tensor that the layout calls {ours}")
             renamed[ours] = part
@@ -126,7 +105,7 @@ def rename_tensors(
 
 
 def _target(name: str, names: Mapping[str, str]) -> str | None:
-    """Return what the table has for a stored tensor, with the layer's number; None if it has nothing."""
+    """Return the table's entry for a stored tensor, with the layer number filled in, or None."""
     if name in names:
         return names[name]
     for number in re.finditer(r"\d+", name):
@@ -136,7 +115,7 @@ def _target(name: str, names: Mapping[str, str]) -> str | None:
     return None
 
 
-def _parts(tensor: Tensor, target: str, source: str) -> list[tuple[str, Tensor]]:
+def _split(tensor: Tensor, target: str, source: str) -> list[tuple[str, Tensor]]:
     if target.endswith(".T"):
         if tensor.dim() != 2:
             raise UsageError(f"{source} cannot be transposed: its shape is {tuple(tensor.shape)}")
@@ -156,7 +135,7 @@ def expand_braces(target: str) -> list[str]:
 
 
 def add_zero_biases(tensors: dict[str, Tensor], config: GPTKitConfig) -> None:
-    """Add a zero bias (D,) for each query, key and value projection that has none, if the model has biases."""
+    """Add zero biases (D,) for query, key and value projections without biases, if the model has biases."""
     for layer in range(config.n_layer if config.use_bias else 0):
         for name in expand_braces(f"model.layers.{layer}.self_attn.{{q,k,v}}_proj.bias"):
             tensors.setdefault(name, torch.zeros(config.n_embd))
@@ -165,9 +144,9 @@ def add_zero_biases(tensors: dict[str, Tensor], config: GPTKitConfig) -> None:
 def build_model(
     config: GPTKitConfig, tensors: dict[str, Tensor], dtype: torch.dtype, source: str
 ) -> GPTKitForCausalLM:
-    """Return the model with copies of the tensors; `tensors` is emptied on the way, so that memory holds one copy."""
+    """Return a model with copies of the tensors; `tensors` is emptied on the way, so that memory holds one copy."""
     if config.tie_word_embeddings:
-        # Of two names for one tensor, a file may hold either or both.
+        # A file may hold a tied tensor under either name or under both.
         head = tensors.pop(HEAD, tensors.get(TOKENS))
         if head is not None and not equal_tensors(tensors.setdefault(TOKENS, head), head):
             raise UsageError(f"{source}: {HEAD} is not {TOKENS}; the config needs tie_word_embeddings=False")
@@ -182,23 +161,23 @@ def build_model(
 
 
 def stored_shapes(config: GPTKitConfig) -> dict[str, torch.Size]:
-    """Return the names and shapes of what a saved model holds."""
+    """Return names and shapes of the tensors that a saved model holds."""
     with torch.device("meta"):
         stored = GPTKitForCausalLM(copy.deepcopy(config)).state_dict()
     return {name: t.shape for name, t in stored.items() if not (config.tie_word_embeddings and name == HEAD)}
 
 
 def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], source: str) -> None:
-    """Raise UsageError unless the tensors are exactly those, of those shapes, plain and of floating point."""
+    """Raise UsageError unless the tensors have exactly these names and shapes and are plain floating-point tensors."""
     refuse_names(f"{source} holds tensors that the model does not have", tensors.keys() - shapes.keys())
     refuse_names(f"{source} lacks tensors of the model", shapes.keys() - tensors.keys())
     for name, tensor in tensors.items():
         if tensor.shape != shapes[name]:
             raise UsageError(f"{source}: {name} has shape {tuple(tensor.shape)}, the model {tuple(shapes[name])}")
-        plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
-        if not plain or tensor.is_meta or not tensor.is_floating_point():
+        is_plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+        if not is_plain or tensor.is_meta or not tensor.is_floating_point():
             kind = f"{type(tensor).__name__} of {tensor.dtype} on {tensor.device}"
-            raise UsageError(f"{source}: {name} is a {kind}; a weight must be a plain tensor of floating point")
+            raise UsageError(f"{source}: {name} is a {kind}; a weight must be a plain floating-point tensor")
 
 
 def refuse_names(problem: str, names: Collection[str]) -> None:
@@ -209,6 +188,6 @@ def refuse_names(problem: str, names: Collection[str]) -> None:
 
 
 def equal_tensors(first: Tensor, second: Tensor) -> bool:
-    """Return whether two tensors have one shape and the same values, compared in the wider of their types."""
+    """Return whether two tensors have the same shape and values, compared in the wider of their dtypes."""
     common = torch.promote_types(first.dtype, second.dtype)
     return first.shape == second.shape and torch.equal(first.to(common), second.to(first.device, common))

@@ -8,7 +8,7 @@ H heads, Dh head width, F feed-forward width (`n_inner`), V vocabulary size.
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from torch.nn import GELU, LayerNorm
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -28,7 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .chunked_loss import can_skip_logits, causal_loss
 from .configuration_gpt_kit import GPTKitConfig
-from .packed_documents import FrozenCacheLengths, document_lengths, same_document
+from .packed_documents import count_positions, document_lengths, document_mask
 
 
 def eager_attention_forward(
@@ -85,10 +84,8 @@ class MultiHeadAttention(nn.Module):
         query = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, T, D) -> (B, H, T, Dh)
         key = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, T, D) -> (B, H, T, Dh)
         value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, T, D) -> (B, H, T, Dh)
-
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, T, Dh) -> (B, H, S, Dh)
-
         attention_interface: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -266,15 +263,15 @@ class GPTKitModel(GPTKitPreTrainedModel):
         assert inputs_embeds is not None
 
         # The mask is built before the cache: transformers detects packed documents only while there is no cache.
-        causal_mask = self._causal_mask(
-            inputs_embeds, attention_mask, position_ids, past_key_values, past, first_layer
+        causal_mask = document_mask(
+            self.config, inputs_embeds, attention_mask, position_ids, past_key_values, past, first_layer
         )
         if position_ids is not None and is_flash_attention_requested(self.config) and "cu_seq_lens_q" not in kwargs:
             lengths = document_lengths(position_ids.expand(inputs_embeds.shape[0], -1), attention_mask, past)
             causal_mask = None if lengths else causal_mask  # the lengths also separate padding
             kwargs.update(lengths)
         if position_ids is None:
-            position_ids = self._count_positions(inputs_embeds.shape[1], attention_mask, past)
+            position_ids = count_positions(self.position_ids, inputs_embeds.shape[1], attention_mask, past)
         else:
             _check_ids(position_ids, self.config.max_position_embeddings, "position_ids", "max_position_embeddings")
         if use_cache and past_key_values is None:
@@ -303,57 +300,6 @@ class GPTKitModel(GPTKitPreTrainedModel):
         """
         local = (index for index, layer in enumerate(self.layers) if not isinstance(layer, nn.Identity))
         return next(local, len(self.layers))
-
-    def _count_positions(self, length: int, attention_mask: Tensor | None, past: int | Tensor) -> Tensor:
-        """Return the positions of `length` tokens after `past` cached ones: (B, T), or (1, T) without padding."""
-        limit = self.config.max_position_embeddings
-        padding = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
-        if not is_tracing(past if isinstance(past, Tensor) else None):
-            known_past = int(past) if isinstance(past, int) or past.device.type == "cpu" else 0
-            total = length + known_past
-            if total > limit:
-                raise ValueError(f"the sequence has {total} tokens, more than max_position_embeddings={limit}")
-            if padding is not None and padding.shape[1] < total:
-                raise ValueError(
-                    f"attention_mask covers {padding.shape[1]} of {total} tokens; it must cover cached tokens, too"
-                )
-        position_ids = self.position_ids[:, :length] + past  # (1, T)
-        if padding is None:
-            return position_ids
-        # Padding does not advance the position. The value at a padding token does not matter: nothing attends to it.
-        positions = (padding.long().cumsum(dim=-1) - 1).clamp(min=0)  # (B, S)
-        return positions.gather(1, position_ids.expand(positions.shape[0], -1))  # (B, S) -> (B, T)
-
-    def _causal_mask(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        past_key_values: Cache | None,
-        past: int | Tensor,
-        first_layer: int,
-    ) -> Any:
-        """Return the attention backend's mask: causal, without padding, and separate for each packed document."""
-        if past_key_values is not None and not past_key_values.is_compileable and isinstance(past, int) and past == 0:
-            past_key_values = None  # an empty dynamic cache has no effect on the mask
-        is_2d = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
-        overlay = None
-        if position_ids is not None and inputs_embeds.shape[1] > 1 and (attention_mask is None or is_2d):
-            if is_2d and not is_tracing(attention_mask) and bool(attention_mask.all()):  # type: ignore[union-attr]
-                attention_mask = None  # a mask of ones masks nothing
-            if attention_mask is not None or past_key_values is not None:
-                overlay = same_document(position_ids.expand(inputs_embeds.shape[0], -1), attention_mask, past)
-        if isinstance(past, Tensor) and self.config._attn_implementation == "flex_attention":
-            past_key_values = FrozenCacheLengths(past_key_values, past)
-        return create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-            and_mask_function=overlay,
-            layer_idx=first_layer,
-        )
 
 
 class GPTKitForCausalLM(GPTKitPreTrainedModel, GenerationMixin):
@@ -404,8 +350,7 @@ class GPTKitForCausalLM(GPTKitPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = _select_positions(outputs.last_hidden_state, logits_to_keep)
-        logits, loss = None, None
-        has_labels = labels is not None or shift_labels is not None
+        logits, loss, has_labels = None, None, labels is not None or shift_labels is not None
         if shift_labels is not None:
             shift_labels = (
                 shift_labels.contiguous()
@@ -430,8 +375,8 @@ class GPTKitForCausalLM(GPTKitPreTrainedModel, GenerationMixin):
 def _select_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     """Return the hidden states of the positions whose logits are needed.
 
-    An int keeps that many last positions, 0 keeps all; a tensor (K,) keeps these positions of every row; integers
-    (B, K) keep positions row by row; booleans (B, T) keep the true positions as (N, D).
+    An int keeps that many last positions, 0 all; a tensor (K,) keeps these positions of every row, integers (B, K)
+    positions row by row, booleans (B, T) the true positions as (N, D).
     """
     # transformers has a function for this since 5.21; the model also supports earlier versions.
     if isinstance(logits_to_keep, int):
@@ -449,8 +394,8 @@ def _check_ids(ids: Tensor, size: int, name: str, limit: str) -> None:
         return
     low, high = (int(bound) for bound in torch.aminmax(ids))
     if low < 0 or high >= size:
-        got = low if low < 0 else high
-        raise ValueError(f"{name} must lie between 0 and {size - 1} ({limit}={size}), got {got}")
+        outside = low if low < 0 else high
+        raise ValueError(f"{name} must lie between 0 and {size - 1} ({limit}={size}), got {outside}")
 
 
 __all__ = ["GPTKitForCausalLM", "GPTKitModel", "GPTKitPreTrainedModel"]

@@ -1,6 +1,7 @@
-"""Attention that keeps packed documents apart. This file is copied into saved model folders as remote code.
+"""Positions and masks of padded, packed and cached rows. This file is copied into saved model folders as remote code.
 
-Shapes: B batch size, T tokens of a row. The documents of a row are marked by `position_ids` (B, T) that restart at 0.
+Shapes: B batch size, T tokens of a row, S tokens with the cached ones, D model width. Documents of a packed row are
+marked by `position_ids` (B, T) that restart at 0. `past` is the number of cached tokens.
 """
 
 from collections.abc import Callable
@@ -8,10 +9,70 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.masking_utils import create_causal_mask
 from transformers.utils.import_utils import is_tracing
 
 
-def same_document(
+def count_positions(table: Tensor, length: int, attention_mask: Tensor | None, past: int | Tensor) -> Tensor:
+    """Return the positions of `length` tokens after the cached ones: (B, T), or (1, T) without padding.
+
+    `table` (1, max_position_embeddings) holds all positions. Raises ValueError for a row that is longer, and for a
+    mask that does not cover the cached tokens.
+    """
+    padding = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
+    if not is_tracing(past if isinstance(past, Tensor) else None):
+        total = length + (int(past) if isinstance(past, int) or past.device.type == "cpu" else 0)
+        if total > table.shape[1]:
+            raise ValueError(f"the sequence has {total} tokens, more than max_position_embeddings={table.shape[1]}")
+        if padding is not None and padding.shape[1] < total:
+            raise ValueError(f"attention_mask covers {padding.shape[1]} of {total} tokens (with the cached ones)")
+    position_ids = table[:, :length] + past  # (1, T)
+    if padding is None:
+        return position_ids
+    # Padding does not advance the position. The value at a padding token does not matter: nothing attends to it.
+    positions = (padding.long().cumsum(dim=-1) - 1).clamp(min=0)  # (B, S)
+    return positions.gather(1, position_ids.expand(positions.shape[0], -1))  # (B, S) -> (B, T)
+
+
+def document_mask(
+    config: PreTrainedConfig,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    past_key_values: Cache | None,
+    past: int | Tensor,
+    layer_idx: int,
+) -> Any:
+    """Return the attention backend's mask: causal, without padding, and separate for each packed document.
+
+    `inputs_embeds` are (B, T, D), `attention_mask` is (B, S) or a mask for the backend, `layer_idx` is the layer whose
+    cache is asked for its size.
+    """
+    if past_key_values is not None and not past_key_values.is_compileable and isinstance(past, int) and past == 0:
+        past_key_values = None  # an empty dynamic cache has no effect on the mask
+    is_2d = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
+    overlay = None
+    if position_ids is not None and inputs_embeds.shape[1] > 1 and (attention_mask is None or is_2d):
+        if is_2d and not is_tracing(attention_mask) and bool(attention_mask.all()):  # type: ignore[union-attr]
+            attention_mask = None  # a mask of ones masks nothing
+        if attention_mask is not None or past_key_values is not None:
+            overlay = _same_document(position_ids.expand(inputs_embeds.shape[0], -1), attention_mask, past)
+    if isinstance(past, Tensor) and config._attn_implementation == "flex_attention":
+        past_key_values = _FrozenCacheLengths(past_key_values, past)
+    return create_causal_mask(
+        config=config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+        position_ids=position_ids,
+        and_mask_function=overlay,
+        layer_idx=layer_idx,
+    )
+
+
+def _same_document(
     position_ids: Tensor, attention_mask: Tensor | None, past: int | Tensor
 ) -> Callable[..., Any] | None:
     """Return a mask function that separates packed documents, or None if no row holds more than one.
@@ -61,7 +122,7 @@ def _documents(position_ids: Tensor, attention_mask: Tensor | None, past: int | 
     return document if is_tracing(document) or bool(document.any()) else None
 
 
-class FrozenCacheLengths:
+class _FrozenCacheLengths:
     """The sizes of a static cache before the current step, as the mask needs them.
 
     Flex attention evaluates the mask function after the cache was updated, and a static cache counts its tokens in

@@ -1,4 +1,4 @@
-"""Files of weights as others write them: safetensors, or a pickle of tensors; reading runs no code from them."""
+"""Reading weight files of other programs: safetensors, or pickles of tensors. Reading runs no code from a file."""
 
 from __future__ import annotations
 
@@ -20,62 +20,63 @@ PICKLES = ("pytorch_model.bin", "pytorch_model.bin" + _INDEX)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Return the tensors of a model folder, from safetensors, else from pickles; whole or in shards."""
+    """Return the tensors of a model folder: safetensors, else pickles; one file or shards. Raises UsageError."""
     found = next((folder / name for name in (*SAFETENSORS, *PICKLES) if (folder / name).is_file()), None)
     if found is None:
         raise UsageError(f"{str(folder)!r} holds no weights: neither {SAFETENSORS[0]} nor {PICKLES[0]}")
     tensors: dict[str, Tensor] = {}
     for file in _shards(found) if found.name.endswith(_INDEX) else [found]:
         shard, _ = read_state_dict(file)
-        if twice := shard.keys() & tensors.keys():
-            raise UsageError(f"{file} holds {min(twice)}, which another shard holds, too")
+        if duplicates := shard.keys() & tensors.keys():
+            raise UsageError(f"{file} holds {min(duplicates)}, which another shard holds, too")
         tensors |= shard
     return tensors
 
 
 def _shards(index: Path) -> list[Path]:
-    """Return the files that an index names; UsageError if one of them does not lie beside it."""
+    """Return the files that an index lists; UsageError if one of them is not in the same folder."""
     names = load_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise UsageError(f"{index} holds no weight_map of file names")
     files = sorted(set(names.values()))
     for name in files:
-        # Judged as written: the files of the Hub's cache are links out of their folder.
+        # The name is checked, not the resolved path: files in the Hub's cache are links to another folder.
         if PurePosixPath(name).name != name or name == ".." or "\\" in name:
             raise UsageError(f"{index} points to {name!r}; a shard must lie beside its index")
     return [index.parent / name for name in files]
 
 
 def read_state_dict(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    """Return the tensors of a file, and what a training script stored beside its state dict."""
+    """Return the state dict in a file, and the dictionary around it, if a training script stored one."""
     if path.suffix not in (".safetensors", ".bin", ".pt", ".pth") or not path.is_file():
         raise UsageError(f"{str(path)!r} is no file of weights (.safetensors, .bin, .pt or .pth)")
     stored = load_tensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    beside: Mapping[str, Any] = {}
+    checkpoint: Mapping[str, Any] = {}
     if isinstance(stored, Mapping):
-        wrapper = [key for key in ("model", "model_state_dict", "state_dict") if isinstance(stored.get(key), Mapping)]
-        stored, beside = (stored[wrapper[0]], stored) if wrapper else (stored, beside)
+        keys = [key for key in ("model", "model_state_dict", "state_dict") if isinstance(stored.get(key), Mapping)]
+        if keys:
+            stored, checkpoint = stored[keys[0]], stored
     if not isinstance(stored, Mapping):
         raise UsageError(f"{path} holds a {type(stored).__name__}; it must hold a state dict")
     for name, value in stored.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise UsageError(f"{path}: {name!r} is a {type(value).__name__}; a state dict holds tensors by name")
-    # What torch.compile and data parallelism put into the names.
+    # Prefixes that data parallelism and torch.compile add.
     prefix = "module." if all(name.startswith("module.") for name in stored) else ""
-    clean = {name.removeprefix(prefix).replace("_orig_mod.", ""): tensor for name, tensor in stored.items()}
-    if len(clean) != len(stored):
+    tensors = {name.removeprefix(prefix).replace("_orig_mod.", ""): tensor for name, tensor in stored.items()}
+    if len(tensors) != len(stored):
         raise UsageError(f"{path} holds a tensor twice, with and without '_orig_mod.' in its name")
-    return clean, beside
+    return tensors, checkpoint
 
 
 def _read_pickle(path: Path) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        culprit = re.search(r"GLOBAL (\S+)", str(error))
+        culprit = re.search(r"GLOBAL (\S+)", str(error))  # for the message only
         raise UsageError(
             f"{path} is refused: it holds Python objects beside tensors ({culprit[1] if culprit else 'unreadable'}), "
             "and reading those can run code; store the state dict alone, best as safetensors"
         ) from None
-    except Exception as error:  # a damaged pickle can fail as anything
+    except Exception as error:  # a damaged pickle can raise any exception
         raise UsageError(f"{path} is no readable torch file: {type(error).__name__} {one_line(error)}") from None

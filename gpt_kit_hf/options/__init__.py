@@ -4,3 +4,20 @@
 `hub` declare the options. `run` combines those of a training run and has the rules for resuming one. `parser` reads a
 command line, `config_file` a YAML file; `pages` writes help and documentation, `files` checks that named files exist.
 """
+
+import lazy_loader
+
+# The public names, loaded when they are first used.
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "data": ["EncodingOptions", "RowOptions", "SupervisionOptions", "TextOptions", "WindowOptions"],
+        "evaluation": ["ScoreOptions"],
+        "finetuning": ["AdapterOptions", "BaseOptions"],
+        "generation": ["ChatOptions"],
+        "hub": ["PushOptions"],
+        "model": ["ModelOptions", "PRESETS"],
+        "run": ["FinetuneOptions", "RunOptions", "parse_finetune_options", "parse_run_options"],
+        "training": ["OptimizerOptions", "TrainingOptions"],
+    },
+)

@@ -84,7 +84,7 @@ class Option:
             raise UsageError(f"{self.name} must be {_NOUNS[self.type]}, got {text!r}") from None
 
     def fits(self, value: object) -> bool:
-        """Return whether a value, which a stranger may have written, is one that the option can have."""
+        """Return whether a value of unknown origin is allowed for the option."""
         try:
             self.check(value)
         except UsageError:

@@ -4,3 +4,15 @@
 encoding as the `tokenizer.json` that `AutoTokenizer` loads, and back. `chat_templates`: chat templates with generation
 marks, and the check of a template.
 """
+
+import lazy_loader
+
+# The public names, loaded when they are first used.
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "chat_templates": ["check_chat_template", "get_chat_template"],
+        "encodings": ["get_encoding", "text_to_token_ids", "token_ids_to_text", "train_bpe"],
+        "export": ["load_encoding", "save_tokenizer"],
+    },
+)

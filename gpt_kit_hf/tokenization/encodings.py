@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from gpt_kit_hf.errors import DataError, UsageError, unknown_name
 from gpt_kit_hf.tokenization.export import (
-    END_OF_TEXT,
+    EOS_TOKEN,
     GPT2_PATTERN,
     byte_characters,
     byte_level_split,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     AnyTokenizer: TypeAlias = tiktoken.Encoding | PreTrainedTokenizerBase
 
 # Other modules read these two from here.
-__all__ = ["END_OF_TEXT", "load_encoding", "save_tokenizer"]
+__all__ = ["EOS_TOKEN", "load_encoding", "save_tokenizer"]
 
 # GPT-2's pattern with one change from cl100k_base (tiktoken): at most three digits in a pre-token, so that no merge is
 # spent on a long number. It is part of the fingerprint of every vocabulary trained here, so it must not change.
@@ -147,20 +147,20 @@ def encode_documents(
     # One call encodes many documents: tiktoken encodes what stands between two special tokens separately.
     joined: list[str] = []
     encoded: list[npt.NDArray[np.uint32]] = []
-    eos = np.array([encoding.encode_single_token(END_OF_TEXT)], np.uint32)
+    eos = np.array([encoding.encode_single_token(EOS_TOKEN)], np.uint32)
 
     def flush() -> None:
         if joined:
-            encoded.append(_encode(encoding, "".join(joined), where, allowed_special={END_OF_TEXT}))
+            encoded.append(_encode(encoding, "".join(joined), where, allowed_special={EOS_TOKEN}))
             joined.clear()
 
     for text, ends_document in chunks:
-        if END_OF_TEXT in text:
+        if EOS_TOKEN in text:
             flush()
             encoded.append(_encode(encoding, text, where, allowed_special=frozenset()))
             encoded += [eos] * ends_document
         else:
-            joined += [text, END_OF_TEXT] if ends_document else [text]
+            joined += [text, EOS_TOKEN] if ends_document else [text]
     flush()
     dtype = id_dtype(encoding.n_vocab)
     return np.concatenate(encoded).astype(dtype) if encoded else np.empty(0, dtype)
@@ -184,7 +184,7 @@ def text_to_token_ids(text: str, tokenizer: AnyTokenizer) -> torch.Tensor:
     import torch
 
     if isinstance(tokenizer, tiktoken.Encoding):
-        allowed = tokenizer.special_tokens_set & {END_OF_TEXT}
+        allowed = tokenizer.special_tokens_set & {EOS_TOKEN}
         ids = _encode(tokenizer, text, "text", allowed_special=allowed)
         return torch.from_numpy(ids.astype(np.int64)).unsqueeze(0)  # (T,) -> (1, T)
     _check_tokenizer(tokenizer)
@@ -216,7 +216,7 @@ def token_ids_to_text(
 def get_eos_token_id(tokenizer: AnyTokenizer) -> int | None:
     """Return the id of EOS: "<|endoftext|>" of a tiktoken encoding, `eos_token` of transformers; None without one."""
     if isinstance(tokenizer, tiktoken.Encoding):
-        return tokenizer.eot_token if END_OF_TEXT in tokenizer.special_tokens_set else None
+        return tokenizer.eot_token if EOS_TOKEN in tokenizer.special_tokens_set else None
     _check_tokenizer(tokenizer)
     eos: int | None = tokenizer.eos_token_id
     return eos
@@ -237,7 +237,7 @@ def check_text(text: str, where: str) -> None:
 
 
 def _encoding(name: str, pattern: str, ranks: dict[bytes, int]) -> tiktoken.Encoding:
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOS_TOKEN: len(ranks)})
 
 
 def _fetch_gpt2() -> tiktoken.Encoding:

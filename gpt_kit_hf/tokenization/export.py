@@ -22,7 +22,7 @@ from gpt_kit_hf.errors import UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-END_OF_TEXT = "<|endoftext|>"
+EOS_TOKEN = "<|endoftext|>"
 
 # How GPT-2 splits text before merging (Radford et al. 2019, the released encoder), in tiktoken's spelling.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -61,8 +61,8 @@ def to_transformers(encoding: tiktoken.Encoding) -> PreTrainedTokenizerFast:
     # No pad token: a collator that masks padding would mask EOS as well, and the model would not learn to stop.
     return PreTrainedTokenizerFast(
         tokenizer_object=build_tokenizer(encoding),
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
+        bos_token=EOS_TOKEN,
+        eos_token=EOS_TOKEN,
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
         **{_NAME_KEY: encoding.name},
@@ -107,8 +107,8 @@ def build_tokenizer(encoding: tiktoken.Encoding) -> Tokenizer:
     """
     # tiktoken has no public names for these three; its own guide to extending an encoding uses them.
     ranks, specials, pattern = encoding._mergeable_ranks, encoding._special_tokens, encoding._pat_str
-    if END_OF_TEXT not in specials:
-        raise UsageError(f"encoding {encoding.name!r} has no {END_OF_TEXT!r} token, which ends a document")
+    if EOS_TOKEN not in specials:
+        raise UsageError(f"encoding {encoding.name!r} has no {EOS_TOKEN!r} token, which ends a document")
     _check_pattern(pattern)
     # Special tokens are in the vocabulary itself, as in GPT-2's own file, so that `vocab_size` counts every id.
     vocab = {_as_characters(token): rank for token, rank in ranks.items()} | specials

@@ -7,3 +7,16 @@ decides when checkpoints are written and which are kept; `run_log` writes run.js
 computes steps again. Folders: `optim` for optimizers and learning rates, `state` for the contents of checkpoints,
 `runtime` for processes, signals, torch.compile and memory.
 """
+
+import lazy_loader
+
+# The public names, loaded when they are first used.
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "finetune": ["finetune"],
+        "pretrain": ["train"],
+        "run_log": ["RunResult"],
+        "trainer": ["AMPTrainer", "UpdateReport"],
+    },
+)

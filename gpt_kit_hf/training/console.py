@@ -1,16 +1,14 @@
-"""What a user sees of a run: log lines, a progress bar on a terminal, the introduction and the final score."""
+"""What a user sees of a run: log lines, a progress bar on a terminal, and the pace of the steps."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
 from typing import Any, TextIO
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from tqdm import tqdm
 
 from gpt_kit_hf.errors import UsageError, unknown_name
-from gpt_kit_hf.evaluation.metrics import Evaluation
 from gpt_kit_hf.text import duration, short
 
 
@@ -88,12 +86,3 @@ def trackers(names: list[str]) -> list[str]:
         if name not in installed:
             raise UsageError(f"report_to {name!r} is not installed: pip install {name}, or use auto or none")
     return names
-
-
-def score_lines(name: str, score: Evaluation, baselines: Mapping[str, float]) -> list[str]:
-    """Return log lines with the score on all evaluation data, beside the bits per byte of the baselines."""
-    others = "".join(f"; {other} {value:.3f}" for other, value in baselines.items())
-    return [
-        f"\n{name} ({score.text_bytes:,} bytes): {score.bits_per_byte:.3f} bits per byte{others}",
-        f"loss {score.loss:.4f} nats per token, perplexity {score.perplexity:.1f}",
-    ]

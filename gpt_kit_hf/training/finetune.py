@@ -26,7 +26,7 @@ from gpt_kit_hf.data.order import ShuffledOrder
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.evaluation.metrics import Evaluation, evaluate_batches, tokenizer_byte_lengths
 from gpt_kit_hf.generation.generate import context_length
-from gpt_kit_hf.hub.model_folder import find_base, load_part, weights_digest
+from gpt_kit_hf.hub.model_folder import find_base, load_pretrained, weights_digest
 from gpt_kit_hf.options.data import RowOptions, SupervisionOptions
 from gpt_kit_hf.options.files import find_files
 from gpt_kit_hf.options.run import FinetuneOptions
@@ -65,7 +65,7 @@ class InstructionTask(Task):
         # A checkpoint of full finetuning replaces the base model.
         needs_base = context.checkpoint is None or self._lora
         source = find_base(self._named, permanent=self._lora) if needs_base else str(context.checkpoint)
-        self.tokenizer = load_part(AutoTokenizer, str(context.checkpoint or source), self._named)
+        self.tokenizer = load_pretrained(AutoTokenizer, str(context.checkpoint or source), self._named)
         self.model = self._load_model(source)
         self._check_max_length()
         train, self.eval_rows = self._read_rows(format_fn)
@@ -149,10 +149,10 @@ class InstructionTask(Task):
 
     def _load_model(self, source: str) -> Any:
         checkpoint, dropout = self.context.checkpoint, self.options.base.dropout
-        # GPT-2's names, and this package's; a model with other names refuses them, and load_part reports that.
+        # GPT-2's names, and this package's; a model with other names refuses them, and load_pretrained reports that.
         changed = {} if dropout is None else dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), dropout)
         place = source if self._lora else str(checkpoint or source)
-        model = load_part(AutoModelForCausalLM, place, self._named, dtype=torch.float32, **changed)
+        model = load_pretrained(AutoModelForCausalLM, place, self._named, dtype=torch.float32, **changed)
         if not self._lora:
             return model
         if checkpoint is not None:

@@ -30,7 +30,7 @@ from gpt_kit_hf.storage.run_folder import (
     make_run_folder,
 )
 from gpt_kit_hf.text import duration
-from gpt_kit_hf.training.console import Console, Pace, score_lines, trackers
+from gpt_kit_hf.training.console import Console, Pace, trackers
 from gpt_kit_hf.training.run_log import RunRecord, RunResult, finished_before
 from gpt_kit_hf.training.runtime.compilation import compile_blocks
 from gpt_kit_hf.training.runtime.launch import check_launch, end_processes, launcher_pid
@@ -148,7 +148,7 @@ def check_same_data(task: Task, checkpoint: Path, run: Path) -> None:
         changed = [f"{name} was {record.get(name)}, is {now[name]}" for name in now if record.get(name) != now[name]]
         listed = "; ".join(line for line in changed if len(line) < 200) or "same counts, different content"
         raise UsageError(
-            f"cannot resume {str(run)!r} with other data ({listed}): its fingerprint was {before}, "
+            f"{str(run)!r} was begun with other data ({listed}): its fingerprint was {before}, "
             f"that of the data now is {task.fingerprint}; restore the data, or name another output_dir"
         )
 
@@ -279,7 +279,7 @@ class _Loop:
             torch.no_grad(),
             torch.random.fork_rng(),
             self.steps.trainer.autocast(),
-            # A compiled model would be compiled anew for each length of the growing text.
+            # A compiled model would be recompiled for each length of the growing text.
             torch.compiler.set_stance("force_eager"),
         ):
             torch.manual_seed(self.chosen.seed)
@@ -296,7 +296,7 @@ class _Loop:
             baselines = self.task.baselines()
             drawn = self.record.finish(self.steps.step, score, baselines)
             self.console.close()
-            for line in (*score_lines(self.task.eval_name, score, baselines), sample, *self._results(drawn)):
+            for line in self._results(score, baselines, sample, drawn):
                 self.console.log(line)
         self.accelerator.wait_for_everyone()
         return RunResult(folder=self.folder, steps=self.steps.step, evaluation=score)
@@ -355,10 +355,17 @@ class _Loop:
         values = {"loss": update.loss, "learning_rate": report.learning_rate, "grad_norm": update.grad_norm}
         self.record.track("train", step, {**values, "tokens_per_second": speed})
 
-    def _results(self, drawn: bool) -> list[str]:
-        """Return log lines with the files that the run wrote and the command to try next."""
+    def _results(self, score: Evaluation, baselines: Mapping[str, float], sample: str, drawn: bool) -> list[str]:
+        """Return log lines with the final score, the files that the run wrote, and the command to try next."""
         best, scores = self.checkpoints.best_steps(), self.checkpoints.scores
+        bits = [
+            f"{score.bits_per_byte:.3f} bits per byte",
+            *(f"{name} {bits:.3f}" for name, bits in baselines.items()),
+        ]
         return [
+            f"\n{self.task.eval_name} ({score.text_bytes:,} bytes): {'; '.join(bits)}",
+            f"loss {score.loss:.4f} nats per token, perplexity {score.perplexity:.1f}",
+            sample,
             f"model    {self.folder} (from_pretrained loads it)",
             *(f"best     checkpoints/step-{step:08d}, eval loss {scores[step]:.3f} in the run" for step in best[:1]),
             f"curve    {self.folder / CURVE_FILE if drawn else 'not drawn: pip install matplotlib'}",

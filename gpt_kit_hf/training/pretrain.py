@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset
 
 from gpt_kit_hf.data.order import BatchPlan, MixtureOrder, ShuffledOrder, StreamOrder
-from gpt_kit_hf.data.text.corpus import Corpus, choose_encoding, prepare_corpus, prepare_held_out
+from gpt_kit_hf.data.text.corpus import Corpus, choose_encoding, prepare_corpus, prepare_eval
 from gpt_kit_hf.data.text.sources import train_sources
-from gpt_kit_hf.data.text.streaming import Lane, LaneBatches, lane_count
+from gpt_kit_hf.data.text.streaming import StreamBatches, StreamShard, stream_shard_count
 from gpt_kit_hf.data.text.windows import TokenStream, TokenWindows, collate_windows
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.evaluation.metrics import (
@@ -67,7 +67,7 @@ class TextTask(Task):
         self.options, self.context = options, context
         self._check_max_length()
         self.encoding = decide_on_main(context.accelerator, self._choose_encoding)
-        self._eos = self.encoding.encode_single_token(encodings.END_OF_TEXT)
+        self._eos = self.encoding.encode_single_token(encodings.EOS_TOKEN)
         # One process of a machine tokenises; the others read what it stored.
         with context.accelerator.local_main_process_first():
             self.eval_text = self._read_text()
@@ -222,7 +222,7 @@ class PretrainingTask(TextTask):
         self.windows = [
             TokenWindows(text, cut.max_length, cut.step, packing=cut.packing) for text in self.corpus.sources
         ]
-        return self.corpus.held_out
+        return self.corpus.eval
 
 
 class StreamingTask(TextTask):
@@ -233,12 +233,12 @@ class StreamingTask(TextTask):
             raise UsageError("streaming needs max_steps: the length of an epoch is not known for a stream")
         super().__init__(options, context)
         self.order = StreamOrder()
-        self._batches: LaneBatches | None = None
+        self._batches: StreamBatches | None = None
 
     def batches(self, plan: BatchPlan, first_step: int, last_step: int, position: Any) -> Iterator[Batch]:
         """Yield this process's micro-batches; the position holds the state of every stream shard."""
         workers, on_gpu = self.context.options.dataloader_num_workers, self.context.accelerator.device.type == "cuda"
-        self._batches = LaneBatches(self.stream_shards, plan, num_workers=workers, pin_memory=on_gpu)
+        self._batches = StreamBatches(self.stream_shards, plan, num_workers=workers, pin_memory=on_gpu)
         states = {int(shard): state for shard, state in (position or {}).items()}
         return self._batches.steps(first_step, last_step, states)
 
@@ -260,11 +260,11 @@ class StreamingTask(TextTask):
     def _read_text(self) -> TokenStream:
         text, chosen = self.options.text, self.context.options
         _, source = train_sources(text)[0]
-        shards = source.streamed_units(encodings.may_cut(self.encoding))
-        count = lane_count(len(shards), chosen.batch_size)
+        shards = source.streamed_shards(encodings.may_cut(self.encoding))
+        count = stream_shard_count(len(shards), chosen.batch_size)
         bounds = [index * len(shards) // count for index in range(count + 1)]
         self.stream_shards = [
-            Lane(
+            StreamShard(
                 shards=tuple(shards[bounds[index] : bounds[index + 1]]),
                 encoding=self.encoding,
                 windows=self.options.windows,
@@ -273,7 +273,7 @@ class StreamingTask(TextTask):
             )
             for index in range(count)
         ]
-        eval_text, key = prepare_held_out(text, self.encoding)
+        eval_text, key = prepare_eval(text, self.encoding)
         # The text itself is not read in advance: the names and sizes of the shards stand for it.
         seen = (key, [shard.sketch() for shard in shards], count, encodings.fingerprint(self.encoding))
         self.fingerprint = hashlib.sha256(repr(seen).encode()).hexdigest()[:16]

@@ -69,7 +69,7 @@ class RunCheckpoints:
                 raise
             if must:
                 raise SystemExit(1) from None  # the main process reports it
-            self._log(f"{error}; the run goes on, and keeps the checkpoints that it has")
+            self._log(f"{error}; training continues, and the older checkpoints are kept")
 
     def best_steps(self) -> list[int]:
         """Return the steps of the checkpoints that are kept for their eval loss, the best first."""

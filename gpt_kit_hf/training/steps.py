@@ -150,7 +150,7 @@ class Steps:
         """Return whether a DataLoader process has ended since the step began, or ends within a second."""
         return bool(multiprocessing.connection.wait([loader.sentinel for loader in self._loaders], timeout=1.0))
 
-    # --- the parts of a step
+    # --- inside a step
 
     def _check_ids(self, micro_batches: Sequence[Batch]) -> None:
         """Raise BatchError for ids outside the vocabulary, which on a GPU end in a device-side assert."""

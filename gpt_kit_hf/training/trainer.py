@@ -19,7 +19,7 @@ from gpt_kit_hf.model.losses import Batch, summed_batch_loss
 from gpt_kit_hf.training.state.sharded_state import is_dtensor
 
 Precision = Literal["fp32", "bf16", "fp16"]
-# "no" is Accelerate's word for fp32.
+# Accelerate calls fp32 "no".
 _PRECISIONS: dict[str, Precision] = {"fp32": "fp32", "no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

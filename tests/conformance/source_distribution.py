@@ -45,9 +45,9 @@ def _download(version: str, destination: Path) -> Path:
     )
     archives = list(destination.glob("transformers-*.tar.gz"))
     if fetched.returncode != 0 or len(archives) != 1:
-        said = (fetched.stderr.strip() or "nothing").splitlines()[-1]
+        message = (fetched.stderr.strip() or "nothing").splitlines()[-1]
         raise SourceDistributionUnavailableError(
-            f"needs a package index with the source distribution of transformers {version}; pip said: {said}"
+            f"needs a package index with the source distribution of transformers {version}; message of pip: {message}"
         )
     return archives[0]
 

@@ -1,4 +1,4 @@
-"""Every road of generation, against a loop over plain forwards, row by row and without a cache."""
+"""Every kind of generation, against a loop over plain forwards, row by row and without a cache."""
 
 from __future__ import annotations
 
@@ -270,7 +270,7 @@ def test_a_draft_changes_nothing(draft: str, attention: str) -> None:
     assert forwards.calls < 16 or draft == "other"  # tokens of a good draft were taken
 
 
-def test_it_drafts_for_gpt2() -> None:
+def test_the_model_can_draft_for_gpt2() -> None:
     model = lively_model()
     row = random_ids(6)
     target = gpt2_like(model)
@@ -289,7 +289,7 @@ def test_looking_a_draft_up_in_the_prompt_changes_nothing() -> None:
     assert generated[0, len(row) :].tolist() == expected
 
 
-def test_its_first_layers_draft_for_all() -> None:
+def test_the_first_layers_draft_for_the_whole_model() -> None:
     model = lively_model()
     row = random_ids(6)
     expected = continuation(model, row)
@@ -360,7 +360,7 @@ def test_sampling_with_a_seed_is_the_multinomial_loop() -> None:
     assert generated[:, 9:].tolist() == sampled_by_hand(model, rows, 1.7, 20, 0.8)
 
 
-def test_several_answers_to_a_prompt_are_draws_of_their_own() -> None:
+def test_several_answers_to_a_prompt_are_independent_draws() -> None:
     model = lively_model()
     rows, inputs = padded_rows()
     torch.manual_seed(7)

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gpt_kit_hf.commands import generate as generate_commands
 from gpt_kit_hf.commands.main import main
 from gpt_kit_hf.errors import UsageError
-from gpt_kit_hf.generation import chat as chat_room
+from gpt_kit_hf.generation import chat as chat_module
 from gpt_kit_hf.generation.chat import Conversation, MessageTooLongError, converse
 from gpt_kit_hf.options.generation import ChatOptions
 
@@ -57,11 +57,11 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         asked.append((prompt, max_new_tokens))
         return "." * 8
 
-    monkeypatch.setattr(chat_room, "stream_text", answer)
+    monkeypatch.setattr(chat_module, "stream_text", answer)
     return asked
 
 
-def say(conversation: Conversation, *texts: str) -> list[str]:
+def answers_to(conversation: Conversation, *texts: str) -> list[str]:
     return [conversation.answer(text, lambda _: None, lambda _: None) for text in texts]
 
 
@@ -72,7 +72,7 @@ def continued(model: Any, tokenizer: Any, text: str) -> str:
 
 
 def test_a_model_without_a_template_continues_what_stands_on_the_screen(model: Any, tokenizer: Any) -> None:
-    first, second = say(Conversation(model, tokenizer, GREEDY), "the quick", "brown")
+    first, second = answers_to(Conversation(model, tokenizer, GREEDY), "the quick", "brown")
     assert first == continued(model, tokenizer, "the quick")
     assert second == continued(model, tokenizer, f"the quick{first}\nbrown")
     # The oracle can tell: without the history the model says something else.
@@ -81,7 +81,7 @@ def test_a_model_without_a_template_continues_what_stands_on_the_screen(model: A
 
 def test_a_model_with_a_template_is_given_what_the_template_writes(model: Any, tokenizer: Any) -> None:
     tokenizer.chat_template = CHAT_TEMPLATE
-    first, second = say(Conversation(model, tokenizer, GREEDY), "fox", "dog")
+    first, second = answers_to(Conversation(model, tokenizer, GREEDY), "fox", "dog")
     assert first == continued(model, tokenizer, "[u]fox[a]")
     assert second == continued(model, tokenizer, f"[u]fox[a]{first}[u]dog[a]")
 
@@ -102,7 +102,7 @@ def test_the_oldest_turns_are_dropped_and_no_more_than_must_be(
         wanted = chance.choice([1, 10, 30, 500])
         conversation = Conversation(model, tokenizer, ChatOptions(max_new_tokens=wanted))
         texts = ["x" * chance.randint(1, CONTEXT - 1) for _ in range(6)]
-        say(conversation, *texts)
+        answers_to(conversation, *texts)
         start = 0  # of the turns that are still there
         for turn, text in enumerate(texts):
             prompt, n_new = prompts[-6:][turn]
@@ -120,7 +120,7 @@ def test_the_oldest_turns_are_dropped_and_no_more_than_must_be(
     assert dropped > 60
 
 
-def test_dropped_turns_are_told(model: Any, tokenizer: Any, prompts: list[tuple[str, int]]) -> None:
+def test_dropped_turns_are_reported(model: Any, tokenizer: Any, prompts: list[tuple[str, int]]) -> None:
     notes: list[str] = []
     conversation = Conversation(model, tokenizer, ChatOptions(max_new_tokens=8))
     for text in ("a" * 10, "b" * 10, "c" * 50, "d"):
@@ -136,9 +136,9 @@ def test_a_message_that_fills_the_context_is_refused_and_the_conversation_goes_o
     model: Any, tokenizer: Any, prompts: list[tuple[str, int]]
 ) -> None:
     conversation = Conversation(model, tokenizer, GREEDY)
-    say(conversation, "one")
+    answers_to(conversation, "one")
     with pytest.raises(MessageTooLongError, match=r"the message has 64 tokens, and the model's context 64"):
-        say(conversation, "x" * CONTEXT)
+        answers_to(conversation, "x" * CONTEXT)
     notes: list[str] = []
     converse(conversation, ["y" * 70, "two"], lambda _: None, notes.append)
     assert notes == ["error: the message has 70 tokens, and the model's context 64: none is left to answer"]
@@ -159,17 +159,17 @@ def test_commands_and_blank_lines(model: Any, tokenizer: Any, prompts: list[tupl
     assert notes == ["unknown command '/clera'; did you mean '/clear'?", "(forgotten)"]
 
 
-def test_a_template_that_refuses_is_one_sentence(model: Any, tokenizer: Any) -> None:
+def test_an_error_of_the_chat_template_is_one_line(model: Any, tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(UsageError, match="the chat template cannot write the conversation: roles must alternate"):
-        say(Conversation(model, tokenizer, GREEDY), "hello")
+        answers_to(Conversation(model, tokenizer, GREEDY), "hello")
 
 
 def test_options_are_checked(model: Any, tokenizer: Any) -> None:
     with pytest.raises(UsageError, match="max_new_tokens must be at least 1, got 0"):
         ChatOptions(max_new_tokens=0)
     with pytest.raises(UsageError, match="top_k=1000: from 1 to vocab_size=257"):
-        say(Conversation(model, tokenizer, ChatOptions(top_k=1000)), "hello")
+        answers_to(Conversation(model, tokenizer, ChatOptions(top_k=1000)), "hello")
 
 
 def pipe(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
@@ -188,7 +188,7 @@ def test_piped_lines_are_answered_and_nothing_else_is_on_the_output(
     assert err.count("\n") == 1
 
 
-def test_bytes_that_are_no_text_do_not_end_the_conversation(
+def test_invalid_utf8_does_not_end_the_conversation(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipe(monkeypatch, b"the \xff quick\nfox\n")
@@ -207,19 +207,19 @@ def test_a_seed_makes_a_conversation_repeatable(
     assert talk(1) == talk(1) != talk(2)
 
 
-def test_what_cannot_be_talked_to_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_a_model_is_a_one_line_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["chat", str(tmp_path), *SETTINGS]) == 2
-    said = capsys.readouterr().err
-    assert "holds no model" in said
-    assert said.count("\n") == 1
+    err = capsys.readouterr().err
+    assert "holds no model" in err
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "gpu"])
-def test_a_device_that_is_not_there_is_one_line(device: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_device_is_a_one_line_error(device: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["chat", str(folder), *SETTINGS, f"--device={device}"]) == 2
-    said = capsys.readouterr().err
-    assert f"device '{device}' cannot be used: " in said
-    assert said.count("\n") == 1
+    err = capsys.readouterr().err
+    assert f"device '{device}' cannot be used: " in err
+    assert err.count("\n") == 1
 
 
 class Terminal:
@@ -276,7 +276,7 @@ def test_a_terminal_ends_it_with_success(
             time.sleep(0.01)
         return " said"
 
-    monkeypatch.setattr(chat_room, "stream_text", answer)
+    monkeypatch.setattr(chat_module, "stream_text", answer)
     monkeypatch.setattr(generate_commands, "_load", lambda *_: (model, tokenizer))
     monkeypatch.setenv("TERM", "dumb")
     terminal = Terminal(lambda: main(["chat", str(folder), *SETTINGS]))

@@ -80,7 +80,7 @@ def test_weights_in_half_precision_are_computed_in_float32(dtype: torch.dtype) -
 
 @FBGEMM
 @pytest.mark.parametrize(("dtype", "most"), [("float16", 1e-5), ("int8", 0.02)])
-def test_fewer_bits_cost_little_and_the_decoder_tells_how_much(dtype: DecodingDtype, most: float) -> None:
+def test_lower_precision_costs_little_and_the_decoder_measures_it(dtype: DecodingDtype, most: float) -> None:
     model, ids = model_of(), ids_of(1, 40)
     decoder = Decoder(model, dtype)
     divergence, same = decoder.divergence(ids)
@@ -114,7 +114,7 @@ def test_packed_weights_are_kept_while_the_model_stays_as_it_is(dtype: DecodingD
     assert gone() is None
 
 
-def test_of_a_model_in_training_no_copy_is_kept() -> None:
+def test_no_copy_of_a_model_in_training_is_cached() -> None:
     model, ids = model_of().train(), ids_of(1, 12)
     generate_text_autoregressive(model, ids, 40)
     assert not fast_decoder._kept[model]
@@ -176,7 +176,7 @@ def test_autocast_around_it_changes_nothing() -> None:
         assert generate_text_autoregressive(model, ids, 40).tolist() == alone.tolist()
 
 
-def test_short_answers_do_not_wait_for_another_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_answers_do_not_wait_for_packing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, packed = model_of(), list[int]()
     monkeypatch.setattr(Decoder, "pack", lambda self: packed.append(1))
     for tokens in (1, 5, 40):
@@ -190,9 +190,7 @@ def test_short_answers_do_not_wait_for_another_layout(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_road_of_a_gpu_gives_the_models_own_logits(
-    kind: str, packed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_gpu_path_gives_the_models_own_logits(kind: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast_decoder, "_layout", lambda *_: fast_decoder._row_by_row if packed else None)
     model, ids = model_of(**KINDS[kind]), ids_of(3, 30)
     with torch.no_grad():
@@ -237,7 +235,7 @@ def test_on_a_gpu_everything_stays_there(kind: str, dtype: torch.dtype, monkeypa
             decoder.step(torch.zeros(2, dtype=torch.long))
 
 
-def test_fewer_bits_are_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lower_precision_is_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast_decoder, "why_not", lambda _: None)
     with pytest.raises(UsageError, match=r"dtype=float16: only on a CPU, and the model is on meta; use auto"):
         Decoder(model_of().to("meta"), "float16")
@@ -274,9 +272,9 @@ def with_an_adapter_inside(model: GPTKitForCausalLM) -> nn.Module:
         (adapted, "PeftModel is no plain GPTKitForCausalLM"),
         (with_an_adapter_inside, r"q_proj is Linear, not a plain linear layer"),
         (hooked, r"model\.layers\.1 has forward hooks"),
-        (lambda model: model.double(), "is a torch.float64 Tensor, no tensor in 32 or 16 bits"),
-        (lambda model: model.to("meta"), "the model is on meta, and this is for a CPU or a CUDA GPU"),
-        (in_two_places, r"lm_head\.weight is on meta, not on cpu as the rest"),
+        (lambda model: model.double(), "is a torch.float64 Tensor, not a plain 32-bit or 16-bit tensor"),
+        (lambda model: model.to("meta"), "the model is on meta, and only a CPU or a CUDA GPU is supported"),
+        (in_two_places, r"lm_head\.weight is on meta, the other parameters are on cpu"),
         (lambda _: GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1)), "GPT2LMHeadModel is no plain"),
     ],
 )
@@ -293,11 +291,11 @@ def test_other_models_are_left_to_transformers(change: Any, reason: str) -> None
         ({"dtype": "int4"}, "int8"),
         (
             {"dtype": "int8", "overflow": "slide", "max_new_tokens": CONTEXT},
-            "dtype=int8: not where the text slides",
+            "dtype=int8: not with a text that exceeds the model's positions",
         ),
     ],
 )
-def test_weights_that_cannot_be_had_are_named(options: dict[str, Any], message: str) -> None:
+def test_an_unavailable_dtype_is_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         generate_text_autoregressive(model_of(), ids_of(1, 4), **{"max_new_tokens": 4, **options})
 

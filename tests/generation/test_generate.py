@@ -169,7 +169,7 @@ def test_slide_predicts_from_the_last_positions(model: Any, prompt_length: int) 
     assert torch.equal(found, naive_greedy(model, prompt, 15))
 
 
-def test_slide_within_the_positions_is_the_plain_road(model: Any) -> None:
+def test_slide_within_the_context_is_plain_generation(model: Any) -> None:
     prompt = random_prompt()
     plain = generate_text_autoregressive(model, prompt, CONTEXT - 4)
     assert torch.equal(generate_text_autoregressive(model, prompt, CONTEXT - 4, overflow="slide"), plain)
@@ -305,13 +305,13 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("kind", ["bytes", "twin"])
-def test_pieces_join_to_the_text_and_never_cut_a_character(text: str, kind: str, tmp_path: Any) -> None:
+@pytest.mark.parametrize("kind", ["bytes", "tokenizer"])
+def test_chunks_join_to_the_text_and_never_cut_a_character(text: str, kind: str, tmp_path: Any) -> None:
     encoding = get_encoding("bytes")
     eos = get_eos_token_id(encoding)
     assert eos is not None
     tokenizer: Any = encoding
-    if kind == "twin":
+    if kind == "tokenizer":
         save_tokenizer(encoding, tmp_path)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     prompt = "Prompt é"
@@ -366,7 +366,7 @@ def test_prompt_is_read_as_text_to_token_ids_reads_it(model: Any) -> None:
         assert found == encoding.decode(ids[0, -9:].tolist())
 
 
-def test_pieces_come_while_the_model_generates() -> None:
+def test_chunks_come_while_the_model_generates() -> None:
     model = scripted(list(b"abc"), 1)
     events: list[str] = []
     model.register_forward_hook(lambda *args: events.append("forward"))
@@ -419,7 +419,7 @@ def test_a_token_that_the_encoding_lacks_is_named() -> None:
         stream_text(scripted([65], 1), short, "", max_new_tokens=1, on_text=lambda text: None)
 
 
-def test_pieces_of_the_gpt2_vocabulary(gpt2_encoding: tiktoken.Encoding) -> None:
+def test_chunks_of_the_gpt2_vocabulary(gpt2_encoding: tiktoken.Encoding) -> None:
     text = "Tokens of GPT-2 cut 😀 and 日本 in the middle."
     new = gpt2_encoding.encode_ordinary(text)
     model = scripted(new, 1, vocab_size=gpt2_encoding.n_vocab)

@@ -136,7 +136,7 @@ class Served:
 
         return asyncio.run(send())
 
-    def say(self, *texts: str, **body: Any) -> str:
+    def answer(self, *texts: str, **body: Any) -> str:
         """The answer to messages of user and assistant in turn."""
         roles = ("user", "assistant")
         messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
@@ -156,12 +156,12 @@ def chat_served(chat_folder: Path) -> Served:
 
 def test_a_model_without_a_template_continues_the_messages_as_one_text(served: Served, folder: Path) -> None:
     assert not served.has_template
-    assert served.say("the quick", " brown", "fox", temperature=0) == generated(folder, "the quick brown\nfox")
+    assert served.answer("the quick", " brown", "fox", temperature=0) == generated(folder, "the quick brown\nfox")
 
 
 def test_a_models_own_template_is_used(chat_served: Served, chat_folder: Path) -> None:
     assert chat_served.has_template
-    assert chat_served.say("fox", temperature=0) == generated(chat_folder, "[u]fox[a]")
+    assert chat_served.answer("fox", temperature=0) == generated(chat_folder, "[u]fox[a]")
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -173,7 +173,7 @@ def test_an_answer_ends_where_the_context_does(stream: bool, served: Served, fol
     assert chunks[-1]["usage"]["total_tokens"] == CONTEXT
 
 
-def test_what_cannot_be_answered_says_so(served: Served) -> None:
+def test_an_invalid_request_is_answered_with_the_reason(served: Served) -> None:
     for body, message in (
         ({"prompt": "x" * CONTEXT}, "the prompt has 64 tokens; the model's context of 64 leaves no room"),
         ({"prompt": ""}, "the prompt is empty"),
@@ -186,7 +186,7 @@ def test_what_cannot_be_answered_says_so(served: Served) -> None:
     assert "leaves no room" in json.loads(streamed.text.removeprefix("data: "))["error"]
 
 
-def test_a_template_that_refuses_says_so(chat_served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_chat_template_is_the_response(chat_served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_served.tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
     answer = chat_served.post("/chat/completions", messages=[{"role": "user", "content": "x"}])
     assert (answer.status_code, answer.json()["error"]["message"]) == (400, "roles must alternate")
@@ -194,21 +194,21 @@ def test_a_template_that_refuses_says_so(chat_served: Served, monkeypatch: pytes
 
 def test_requests_sample_unless_they_say_otherwise(served: Served) -> None:
     seeds = [{"seed": seed} for seed in range(4)]
-    assert len({served.say("the quick", **seed) for seed in seeds}) > 1
-    assert len({served.say("the quick", temperature=0.9, **seed) for seed in seeds}) > 1
-    assert len({served.say("the quick", temperature=0, **seed) for seed in seeds}) == 1
+    assert len({served.answer("the quick", **seed) for seed in seeds}) > 1
+    assert len({served.answer("the quick", temperature=0.9, **seed) for seed in seeds}) > 1
+    assert len({served.answer("the quick", temperature=0, **seed) for seed in seeds}) == 1
 
 
-def test_a_generation_config_that_decides_keeps_its_way(folder: Path, tmp_path: Path) -> None:
+def test_a_generation_config_that_sets_do_sample_is_obeyed(folder: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.generation_config.do_sample = False
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
     greedy = Served(tmp_path)
-    assert len({greedy.say("the quick", seed=seed) for seed in range(4)}) == 1
+    assert len({greedy.answer("the quick", seed=seed) for seed in range(4)}) == 1
 
 
-def test_the_server_has_its_one_model(served: Served, folder: Path) -> None:
+def test_the_server_serves_one_model_only(served: Served, folder: Path) -> None:
     assert [model["id"] for model in served.post("/models").json()["data"]] == [str(folder)]
     assert "pinned" in served.post("/completions", prompt="x", model="someone/else").json()["detail"]
     for path in ("http://here/reset", "http://here/load_model"):
@@ -232,7 +232,7 @@ def test_a_response_carries_the_id_of_its_request(served: Served) -> None:
 # --- before it serves ------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_served_is_one_line(
+def test_a_model_that_cannot_be_served_is_a_one_line_error(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(place: Path, port: int = 0, host: str = "127.0.0.1") -> str:
@@ -247,6 +247,8 @@ def test_what_cannot_be_served_is_one_line(
         assert f"port={port} cannot be listened to: Address already in use" in refused(folder, port)
     assert "host='no such host' and port=0 cannot be listened to" in refused(folder, host="no such host")
     assert "port must be at least 0 and at most 65535, got 65536" in refused(folder, 65536)
+    with pytest.raises(UsageError, match="port=65536: from 0"):
+        serve(str(folder), port=65536, announce=lambda _: None)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text("{}")
     assert "cannot be loaded" in refused(tmp_path / "empty")

@@ -305,6 +305,7 @@ def test_names_of_the_hub_are_links_and_metadata(copied: Callable[..., Path]) ->
         "base.model_name_or_path": "owner/base",
         "rows.rows": None,
         "rows.dataset_name": "owner/rows",
+        "rows.dataset_config": "small",
         "rows.dataset_train_split": "a",
     }
     for record in ({"base_digest": commit}, {"base_commit": commit}):
@@ -315,6 +316,7 @@ def test_names_of_the_hub_are_links_and_metadata(copied: Callable[..., Path]) ->
         assert metadata["datasets"] == ["owner/rows"]
         assert metadata["model-index"][0]["results"][0]["dataset"]["type"] == "owner/rows"
         assert "[owner/base](https://huggingface.co/owner/base)" in card
+        assert table(card, "data")["trained on"] == "owner/rows, small, a"
         assert (f"commit `{commit}`" in card) == (commit in record.values())
     for changes in (
         {
@@ -336,10 +338,10 @@ def test_the_shown_code_loads_the_model(runs: Path, monkeypatch: pytest.MonkeyPa
         assert len(blocks) == 2
         for code in blocks:
             assert len(code.splitlines()) == 5
-            said = io.StringIO()
-            with contextlib.redirect_stdout(said):
+            captured = io.StringIO()
+            with contextlib.redirect_stdout(captured):
                 exec(code, {})
-            assert ("The" if name == "first" else "Hello") in said.getvalue()
+            assert ("The" if name == "first" else "Hello") in captured.getvalue()
     with pytest.raises(UsageError, match="no id of the Hub"):
         render_card(card_facts(runs / "first"), repo='a"b')
 
@@ -407,13 +409,13 @@ def test_no_token_and_no_path_reaches_a_card_from_any_field(copied: Callable[...
             changed = with_leaf(value, place, leaf)
             file.write_text("\n".join([*lines[:-1], json.dumps(changed)]) + "\n")
             facts = card_facts(run)
-            said = json.dumps(facts, ensure_ascii=False)
-            if said not in seen and done % 4 == 0:
-                said += render_card(facts)  # a function of the facts: no other text can come in
-            seen.add(said)
-            assert TOKEN not in said, (file.name, place)
-            assert "/home" not in said, (file.name, place)
-            assert "alice" not in said, (file.name, place)
+            captured = json.dumps(facts, ensure_ascii=False)
+            if captured not in seen and done % 4 == 0:
+                captured += render_card(facts)  # a function of the facts: no other text can come in
+            seen.add(captured)
+            assert TOKEN not in captured, (file.name, place)
+            assert "/home" not in captured, (file.name, place)
+            assert "alice" not in captured, (file.name, place)
         file.write_text(original)
     assert done > 150
     assert len(seen) > 30
@@ -424,9 +426,9 @@ def test_no_path_of_this_machine_is_in_facts_or_card(runs: Path) -> None:
         facts = card_facts(runs / name)
         assert str(runs) in (runs / name / "run.json").read_text()  # it is there to be found
         assert json.loads(json.dumps(facts)) == facts
-        said = render_card(facts) + json.dumps(facts)
-        assert str(runs.parent) not in said
-        assert "/" + runs.parts[1] not in said
+        captured = render_card(facts) + json.dumps(facts)
+        assert str(runs.parent) not in captured
+        assert "/" + runs.parts[1] not in captured
     assert shareable("C:\\Users\\alice\\text.txt") == "text.txt"
     assert shareable("../../secret/books/*.txt") == "*.txt"
     assert shareable("/") == "unnamed"
@@ -477,8 +479,8 @@ def test_a_shell_reads_the_command_as_the_same_arguments() -> None:
     shown = command_lines(["printf", "%s\\0", *words])
     assert "<!--" not in shown
     assert not re.search(r"^ {0,3}`", shown, re.MULTILINE)
-    said = subprocess.run(["bash", "-c", shown], capture_output=True, check=True).stdout.decode().split("\0")[:-1]
-    assert said == words
+    captured = subprocess.run(["bash", "-c", shown], capture_output=True, check=True).stdout.decode().split("\0")[:-1]
+    assert captured == words
 
 
 # --- what a person edits

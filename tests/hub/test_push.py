@@ -541,15 +541,15 @@ def test_a_secret_in_a_run_reaches_neither_the_hub_nor_a_message(
     else:
         weights = load_file(own / "model.safetensors")
         save_file(weights, own / "model.safetensors", {"format": "pt", "made_by": SECRET})
-    said: list[str] = []
+    captured: list[str] = []
     try:
-        push_to_hub(own, REPO, api=api, log=said.append)
+        push_to_hub(own, REPO, api=api, log=captured.append)
     except (CheckpointError, UsageError, HubError) as error:
-        said.append(str(error))
+        captured.append(str(error))
         assert place not in ("options", "metrics")
     else:
         assert place in ("options", "metrics")
-    assert SECRET not in "\n".join(said)
+    assert SECRET not in "\n".join(captured)
     commits = hub.commits(REPO) if hub.head(REPO) else []  # most are refused before the repository is made
     everything = [content for commit in commits for content in hub.files(REPO, commit).values()]
     assert not [content for content in everything if SECRET.encode() in content]

@@ -199,7 +199,7 @@ def hooked(model: GPTKitForCausalLM) -> nn.Module:
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks
 @pytest.mark.parametrize("change", [adapted, hooked])
-def test_an_output_projection_that_is_more_than_one_keeps_its_logits(change: Callable[[Any], nn.Module]) -> None:
+def test_an_output_projection_with_adapter_or_hook_computes_logits(change: Callable[[Any], nn.Module]) -> None:
     model = change(small_model(tie_word_embeddings=False))
     ids = torch.arange(10)[None]
     given = model(ids, labels=ids, skip_logits=True)

@@ -92,12 +92,12 @@ def test_two_aliases_of_one_field_conflict() -> None:
         ("attn_drop", "attn_pdrop"),
     ],
 )
-def test_an_unknown_field_is_refused_with_the_nearest(name: str, suggestion: str) -> None:
+def test_an_unknown_field_is_refused_with_the_nearest_known_name(name: str, suggestion: str) -> None:
     with pytest.raises(ValueError, match=f"unknown config field '{name}'; did you mean '{suggestion}'"):
         GPTKitConfig(**{name: 3})
 
 
-def test_a_field_like_no_other_is_refused_with_the_list() -> None:
+def test_a_field_without_a_near_name_is_refused_with_the_list_of_fields() -> None:
     with pytest.raises(ValueError, match=r"unknown config field 'flux'; fields: attn_pdrop, .*vocab_size"):
         GPTKitConfig(flux=3)
 
@@ -155,7 +155,7 @@ def test_a_wrong_type_is_refused_at_construction_and_at_every_write(name: str, v
         ),
     ],
 )
-def test_a_broken_rule_is_said_with_the_numbers(changes: dict[str, Any], sentence: str) -> None:
+def test_a_broken_rule_is_reported_with_its_values(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(StrictDataclassError) as error:
         GPTKitConfig(**{**SMALL, **changes})
     assert sentence in reason(error)
@@ -225,13 +225,13 @@ def test_keys_of_other_tools_are_kept(tmp_path: Path) -> None:
     assert {name: again[name] for name in foreign} == foreign
 
 
-def test_a_slip_of_the_pen_in_a_file_is_refused(tmp_path: Path) -> None:
+def test_a_misspelled_field_in_a_file_is_refused(tmp_path: Path) -> None:
     store(tmp_path, n_layers=4)
     with pytest.raises(ValueError, match="unknown config field 'n_layers'; did you mean 'n_layer'"):
         AutoConfig.from_pretrained(tmp_path)
 
 
-def test_a_file_in_the_other_vocabulary_loads(tmp_path: Path) -> None:
+def test_a_file_with_the_names_of_transformers_loads(tmp_path: Path) -> None:
     names = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6, "n_ctx": 24}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt_kit", **names}))
     config = AutoConfig.from_pretrained(tmp_path)
@@ -258,7 +258,7 @@ def test_every_saved_folder_names_all_three_classes(model_class: type, tmp_path:
     assert stored(tmp_path)["auto_map"] == AUTO_MAP
 
 
-def test_an_entry_of_ones_own_in_the_map_stays(tmp_path: Path) -> None:
+def test_a_users_auto_map_entry_is_kept(tmp_path: Path) -> None:
     own = {"AutoModelForSequenceClassification": "mine.Mine"}
     config = GPTKitConfig(**SMALL, auto_map=own)
     assert config.auto_map == {**AUTO_MAP, **own}

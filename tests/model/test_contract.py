@@ -93,7 +93,7 @@ def test_a_key_of_another_tool_that_repeats_a_field_is_kept(
 
 
 @pytest.mark.parametrize(("name", "value", "beside"), LOOK_ALIKES)
-def test_a_key_that_resembles_a_field_of_another_value_is_a_slip(
+def test_a_key_that_resembles_a_field_with_another_value_is_refused(
     name: str, value: Any, beside: str, read: Callable[..., Any]
 ) -> None:
     for stored in ({name: value}, {beside: value, name: value * 2}):
@@ -133,7 +133,7 @@ def test_a_configuration_saved_alone_brings_its_code(tmp_path: Path) -> None:
 # --- weights
 
 
-def test_a_module_that_a_checkpoint_has_in_part_keeps_that_part(tmp_path: Path) -> None:
+def test_weights_in_a_partial_checkpoint_are_not_initialised_again(tmp_path: Path) -> None:
     random_model().save_pretrained(tmp_path)
     stored = {
         name: weights for name, weights in load_file(tmp_path / "model.safetensors").items() if "bias" not in name
@@ -146,7 +146,7 @@ def test_a_module_that_a_checkpoint_has_in_part_keeps_that_part(tmp_path: Path) 
             assert torch.equal(weights, stored.get(name, torch.zeros_like(weights))), name
 
 
-# --- what the classes say of themselves
+# --- what the classes declare
 
 
 def test_every_kind_of_attention_is_offered() -> None:
@@ -158,12 +158,12 @@ def test_every_kind_of_attention_is_offered() -> None:
 
 @pytest.mark.parametrize("cls", [GPTKitModel, GPTKitForCausalLM])
 def test_servers_and_exporters_are_told_what_holds(cls: type[PreTrainedModel]) -> None:
-    # Servers refuse a model, and the common model tests leave out theirs of compilation, that does not say so.
+    # Servers refuse a model without these flags, and the common model tests skip their compilation tests.
     assert cls.is_backend_compatible()
     assert cls._can_compile_fullgraph
 
 
-def test_nothing_that_transformers_gave_up_is_asked_for() -> None:
+def test_nothing_that_transformers_removed_is_used() -> None:
     layers = (modeling_gpt_kit.TransformerBlock, modeling_gpt_kit.MultiHeadAttention)
     for cls in (GPTKitModel, GPTKitForCausalLM, *layers):
         assert not {"cache_position", "head_mask"} & set(inspect.signature(cls.forward).parameters)

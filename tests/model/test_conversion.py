@@ -188,7 +188,7 @@ def test_every_layout_loads_with_equal_logits(rewrite: Callable[[Path, Any], Non
 
 
 @pytest.mark.parametrize("configured", [False, True])
-def test_a_head_of_its_own_stays_its_own(configured: bool, tmp_path: Path) -> None:
+def test_an_untied_output_projection_stays_untied(configured: bool, tmp_path: Path) -> None:
     theirs = tiny_gpt2(tie_word_embeddings=False)
     theirs.save_pretrained(tmp_path)
     edit_config(tmp_path, tie_word_embeddings=configured)
@@ -356,7 +356,7 @@ def test_damaged_json_is_refused(tmp_path: Path) -> None:
         ),
         (
             lambda t: t.update({"transformer.ln_f.bias": torch.ones(WIDTH, dtype=torch.int8)}),
-            "model.norm.bias is a Tensor of torch.int8 on cpu; a weight must be a plain tensor of floating point",
+            "model.norm.bias is a Tensor of torch.int8 on cpu; a weight must be a plain floating-point tensor",
         ),
         (
             lambda t: t.update({"transformer._orig_mod.ln_f.bias": torch.ones(WIDTH)}),
@@ -541,7 +541,7 @@ def test_only_the_files_that_are_needed_are_fetched(
 def test_a_repository_that_cannot_be_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UsageError, match="'no-one/none': no such folder here; the Hub cannot be reached"):
+    with pytest.raises(UsageError, match="'no-one/none': no such local folder; the Hub cannot be reached"):
         load_gpt2_checkpoint("no-one/none")
     with pytest.raises(UsageError, match="'no one': Repo id must use alphanumeric chars"):
         load_gpt2_checkpoint("no one")
@@ -551,11 +551,11 @@ def test_a_repository_that_cannot_be_fetched(tmp_path: Path, monkeypatch: pytest
     ("kind", "message"),
     [
         ("RepositoryNotFoundError", "no such repository on the Hub, or no access to it"),
-        ("LocalEntryNotFoundError", "the Hub cannot be reached, and its cache does not hold it"),
+        ("LocalEntryNotFoundError", "the Hub cannot be reached, and its cache does not hold the repository"),
         ("DisabledRepoError", "403: the repository is disabled"),
     ],
 )
-def test_errors_of_the_hub_are_one_sentence(kind: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_the_hub_are_one_line(kind: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub.errors
 
     error = getattr(huggingface_hub.errors, kind)
@@ -601,7 +601,7 @@ def test_names_and_shapes_of_the_real_sizes(layers: int, width: int, heads: int)
     with torch.device("meta"):
         theirs = GPT2LMHeadModel(GPT2Config(n_layer=layers, n_embd=width, n_head=heads))
         ours = GPTKitForCausalLM(GPTKitConfig(n_layer=layers, n_embd=width, n_head=heads))
-    renamed = rename_tensors(theirs.state_dict(), GPT2_NAMES)
+    renamed = rename_tensors(theirs.state_dict(), GPT2_NAMES, "gpt2")
     expected = {name: tensor.shape for name, tensor in ours.state_dict().items()}
     assert {name: tensor.shape for name, tensor in renamed.items()} == expected
 
@@ -618,7 +618,7 @@ def test_names_and_shapes_of_the_real_sizes(layers: int, width: int, heads: int)
         {"position_embedding": "sinusoidal", "use_bias": False, "tie_word_embeddings": False},
     ],
 )
-def test_what_gpt2_has_no_word_for_is_written_out(options: Any, tmp_path: Path) -> None:
+def test_features_that_gpt2_lacks_are_stored_as_tensors(options: Any, tmp_path: Path) -> None:
     ours = tiny_gpt_kit(**options)
     save_as_gpt2(ours, tmp_path / "gpt2")
     theirs, report = GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2", output_loading_info=True)
@@ -670,7 +670,7 @@ def test_mixed_dtypes_lose_nothing(tmp_path: Path) -> None:
     assert torch.equal(stored_tensors(tmp_path / "gpt2")["transformer.ln_f.weight"], ours.model.norm.weight)
 
 
-def test_a_head_that_was_cut_loose_is_written(tmp_path: Path) -> None:
+def test_an_output_projection_that_was_untied_later_is_written(tmp_path: Path) -> None:
     ours = tiny_gpt_kit()
     ours.lm_head.weight = nn.Parameter(torch.randn(VOCAB, WIDTH))
     save_as_gpt2(ours, tmp_path / "gpt2")
@@ -697,7 +697,9 @@ def test_only_a_whole_model_of_this_package_is_saved(tmp_path: Path, logged: lis
     adapted.model.layers[0].self_attn.q_proj = nn.Sequential(OrderedDict(base_layer=nn.Linear(WIDTH, WIDTH)))
     with pytest.raises(UsageError, match=r"does not have: model\.layers\.0\.self_attn\.q_proj\.base_layer\.bias"):
         save_as_gpt2(adapted, target)
-    with pytest.raises(UsageError, match=r"is a Tensor of torch\.float32 on meta; a weight must be a plain tensor"):
+    with pytest.raises(
+        UsageError, match=r"is a Tensor of torch\.float32 on meta; a weight must be a plain floating-point tensor"
+    ):
         save_as_gpt2(tiny_gpt_kit(tie_word_embeddings=False).to("meta"), target)
     invalid = tiny_gpt_kit()
     invalid.generation_config = GenerationConfig(temperature=0.5)
@@ -772,8 +774,8 @@ def test_gpt2_tokenizers_are_read_without_gpt2s_model_type(described: bool, tmp_
     theirs = tiny_gpt2(vocab_size=257)
     theirs.save_pretrained(tmp_path / "gpt2")
     encoding = get_encoding("bytes")
-    save_tokenizer(encoding, tmp_path / "twin")
-    vocab = json.loads((tmp_path / "twin" / "tokenizer.json").read_text())["model"]["vocab"]
+    save_tokenizer(encoding, tmp_path / "exported")
+    vocab = json.loads((tmp_path / "exported" / "tokenizer.json").read_text())["model"]["vocab"]
     GPT2Tokenizer(vocab=vocab, merges=[]).save_pretrained(tmp_path / "gpt2")
     if not described:  # as in the published repository
         (tmp_path / "gpt2" / "tokenizer_config.json").write_text('{"model_max_length": 99}')
@@ -823,7 +825,7 @@ def test_kit_files_need_the_number_of_heads(wrapper: str | None, qkv_bias: bool,
     kit, file = randomize(KitModel(qkv_bias)), tmp_path / "kit.pth"
     state = kit.state_dict()
     torch.save({wrapper: state, "optimizer_state_dict": {}} if wrapper else state, file)
-    with pytest.raises(UsageError, match="n_head must be given, for no shape tells the number of heads"):
+    with pytest.raises(UsageError, match="n_head must be given; it cannot be inferred from shapes"):
         convert_checkpoint(file, tmp_path / "ours", "kit")
     convert_checkpoint(file, tmp_path / "ours", "kit", n_head=HEADS, zero_missing_biases=not qkv_bias)
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")

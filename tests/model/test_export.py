@@ -31,7 +31,7 @@ SIDE_EFFECTS = "ignore:While compiling, we found certain side effects happened i
 TREES = r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning"
 SHARED_AXES = "ignore:# The axis name. (batch|length) will not be used, since it shares:UserWarning"
 
-Road = Callable[[list[Tensor]], tuple[dict[str, Tensor], list[tuple[int, slice]]]]
+Arrangement = Callable[[list[Tensor]], tuple[dict[str, Tensor], list[tuple[int, slice]]]]
 
 
 def side_by_side(rows: list[Tensor]) -> tuple[dict[str, Tensor], list[tuple[int, slice]]]:
@@ -47,25 +47,25 @@ def packed_then_padded(rows: list[Tensor]) -> tuple[dict[str, Tensor], list[tupl
     return packed(rows, (0,) * len(rows) + (3,))
 
 
-def batches(road: Road) -> list[tuple[dict[str, Tensor], list[tuple[int, slice]], list[Tensor]]]:
+def batches(arrangement: Arrangement) -> list[tuple[dict[str, Tensor], list[tuple[int, slice]], list[Tensor]]]:
     """Inputs of many shapes, from one token to as many as the table has."""
     found = []
     for lengths in ((5, 9, 3), (1,), (2,), (4, 4), (TABLE,), (1, TABLE, 7, 2, 11)):
         rows = [random_ids(length) for length in lengths]
-        inputs, places = road(rows)
-        if inputs["input_ids"].shape[1] <= longest(road):
+        inputs, places = arrangement(rows)
+        if inputs["input_ids"].shape[1] <= longest(arrangement):
             found.append((inputs, places, rows))
     return found
 
 
-def longest(road: Road) -> int:
+def longest(arrangement: Arrangement) -> int:
     """The most tokens of a row: packed documents together may have more than the table."""
-    return TABLE if road in (side_by_side, left_padded, right_padded) else 2 * TABLE
+    return TABLE if arrangement in (side_by_side, left_padded, right_padded) else 2 * TABLE
 
 
-def dynamic_shapes(inputs: dict[str, Tensor], road: Road) -> dict[str, Any]:
+def dynamic_shapes(inputs: dict[str, Tensor], arrangement: Arrangement) -> dict[str, Any]:
     """Any batch and any length; packed rows come one at a time."""
-    axes: dict[int, Any] = {1: Dim("length", min=1, max=longest(road))}
+    axes: dict[int, Any] = {1: Dim("length", min=1, max=longest(arrangement))}
     if "position_ids" not in inputs:
         axes[0] = Dim("batch", min=1, max=64)
     return dict.fromkeys(inputs, axes)
@@ -79,16 +79,16 @@ def frozen(*args: Any, **overrides: Any) -> GPTKitForCausalLM:
     return model
 
 
-def export(model: GPTKitForCausalLM, road: Road, **options: Any) -> torch.export.ExportedProgram:
-    inputs, _ = road([random_ids(4), random_ids(7)])
-    return torch.export.export(model, (), inputs, dynamic_shapes=dynamic_shapes(inputs, road), **options)
+def export(model: GPTKitForCausalLM, arrangement: Arrangement, **options: Any) -> torch.export.ExportedProgram:
+    inputs, _ = arrangement([random_ids(4), random_ids(7)])
+    return torch.export.export(model, (), inputs, dynamic_shapes=dynamic_shapes(inputs, arrangement), **options)
 
 
-def check_rows(run: Callable[..., Tensor], model: GPTKitForCausalLM, road: Road) -> None:
+def check_rows(run: Callable[..., Tensor], model: GPTKitForCausalLM, arrangement: Arrangement) -> None:
     """The logits of `run` are those of each row alone, in the model itself, in eager mode."""
-    if road is left_padded:
+    if arrangement is left_padded:
         check_rows(run, model, right_padded)
-    for inputs, places, rows in batches(road):
+    for inputs, places, rows in batches(arrangement):
         logits = run(**inputs)
         assert torch.isfinite(logits).all()
         for (index, place), row in zip(places, rows, strict=True):
@@ -113,18 +113,18 @@ KINDS = [("sdpa", "learned"), ("eager", "sinusoidal")]
 
 
 @pytest.mark.parametrize(
-    ("kind", "road"),
+    ("kind", "arrangement"),
     [
-        *((KINDS[0], road) for road in (side_by_side, left_padded, packed_then_padded)),
+        *((KINDS[0], arrangement) for arrangement in (side_by_side, left_padded, packed_then_padded)),
         (KINDS[1], left_padded),
         pytest.param(KINDS[0], packed, marks=pytest.mark.slow),
         pytest.param(KINDS[1], packed_then_padded, marks=pytest.mark.slow),
     ],
 )
-def test_an_exported_graph_takes_batches_of_other_shapes(kind: tuple[str, str], road: Road) -> None:
+def test_an_exported_graph_takes_batches_of_other_shapes(kind: tuple[str, str], arrangement: Arrangement) -> None:
     model = frozen(kind[0], position_embedding=kind[1])
-    graph = export(model, road).module()
-    check_rows(lambda **inputs: graph(**inputs).logits, model, road)
+    graph = export(model, arrangement).module()
+    check_rows(lambda **inputs: graph(**inputs).logits, model, arrangement)
     check_unchanged(model)
 
 
@@ -267,14 +267,14 @@ def test_transformers_exports_prompt_and_step_to_onnx(tmp_path: Path) -> None:
 # --- ONNX
 
 
-def onnx_logits(model: GPTKitForCausalLM, road: Road, file: Path) -> Callable[..., Tensor]:
-    inputs, _ = road([random_ids(4), random_ids(7)])
+def onnx_logits(model: GPTKitForCausalLM, arrangement: Arrangement, file: Path) -> Callable[..., Tensor]:
+    inputs, _ = arrangement([random_ids(4), random_ids(7)])
     torch.onnx.export(
         model,
         (),
         file,
         kwargs=inputs,
-        dynamic_shapes=dynamic_shapes(inputs, road),
+        dynamic_shapes=dynamic_shapes(inputs, arrangement),
         input_names=list(inputs),
         output_names=["logits"],
         dynamo=True,
@@ -295,7 +295,7 @@ def onnx_logits(model: GPTKitForCausalLM, road: Road, file: Path) -> Callable[..
 @pytest.mark.filterwarnings(TREES)
 @pytest.mark.filterwarnings(SHARED_AXES)
 @pytest.mark.parametrize(
-    ("kind", "road"),
+    ("kind", "arrangement"),
     [
         (KINDS[0], left_padded),
         pytest.param(KINDS[1], left_padded, marks=pytest.mark.slow),
@@ -304,7 +304,9 @@ def onnx_logits(model: GPTKitForCausalLM, road: Road, file: Path) -> Callable[..
         pytest.param(KINDS[1], packed_then_padded, marks=pytest.mark.slow),
     ],
 )
-def test_the_onnx_runtime_gives_the_same_logits(kind: tuple[str, str], road: Road, tmp_path: Path) -> None:
+def test_the_onnx_runtime_gives_the_same_logits(
+    kind: tuple[str, str], arrangement: Arrangement, tmp_path: Path
+) -> None:
     model = frozen(kind[0], position_embedding=kind[1])
-    check_rows(onnx_logits(model, road, tmp_path / "model.onnx"), model, road)
+    check_rows(onnx_logits(model, arrangement, tmp_path / "model.onnx"), model, arrangement)
     check_unchanged(model)

@@ -8,6 +8,7 @@ from hand_written_models import (
     KitModel,
     NanoModel,
     config_for,
+    convert_state_dict,
     difference,
     is_tied,
     randomize,
@@ -15,7 +16,7 @@ from hand_written_models import (
 )
 
 from gpt_kit_hf.errors import UsageError
-from gpt_kit_hf.model.layouts import KIT_NAMES, NANOGPT_NAMES, convert_state_dict
+from gpt_kit_hf.model.layouts import KIT_NAMES, NANOGPT_NAMES
 
 pytestmark = pytest.mark.usefixtures("logged")
 
@@ -60,7 +61,7 @@ def test_a_head_that_differs_needs_an_untied_configuration() -> None:
         convert_state_dict(stored, KIT_NAMES, config_for(tie_word_embeddings=False))
 
 
-def test_a_table_of_ones_own() -> None:
+def test_a_custom_table_converts() -> None:
     ours = tiny_gpt_kit(n_layer=11)
     stored = {name: tensor for name, tensor in ours.state_dict().items() if ".self_attn." not in name}
     for layer in range(11):

@@ -200,7 +200,7 @@ def test_loss_with_shifted_labels_is_that_of_gpt2_and_of_the_formula() -> None:
     assert out.loss.item() == pytest.approx(by_hand.item(), rel=1e-5)
 
 
-def test_a_window_trains_the_same_by_either_road() -> None:
+def test_a_window_trains_the_same_with_labels_and_shift_labels() -> None:
     model = tiny_model()
     window = random_ids(3, 18)
     shifted = model(window[:, :-1], shift_labels=window[:, 1:]).loss
@@ -217,13 +217,13 @@ def test_shifted_targets_given_as_labels_train_two_ahead() -> None:
     assert abs(out.loss.item() - model(ids, shift_labels=targets).loss.item()) > 0.01
 
 
-@pytest.mark.parametrize("road", ["labels", "shift_labels"])
-def test_the_loss_divides_by_the_number_given(road: str) -> None:
+@pytest.mark.parametrize("arrangement", ["labels", "shift_labels"])
+def test_the_loss_divides_by_the_number_given(arrangement: str) -> None:
     model = tiny_model()
     ids = random_ids(3, 17)
-    kept = {road: ids}
+    kept = {arrangement: ids}
     out = model(ids, **kept, num_items_in_batch=1000)
-    logits, targets = (out.logits[:, :-1], ids[:, 1:]) if road == "labels" else (out.logits, ids)
+    logits, targets = (out.logits[:, :-1], ids[:, 1:]) if arrangement == "labels" else (out.logits, ids)
     assert out.loss.item() == pytest.approx(cross_entropy_by_hand(logits, targets).item() / 1000, rel=1e-5)
     assert model(ids).loss is None
 
@@ -319,7 +319,7 @@ def test_positions_survive_the_meta_device(position_embedding: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("position_embedding", ["learned", "sinusoidal"])
-def test_what_can_be_computed_is_not_stored(position_embedding: str, tmp_path: Path) -> None:
+def test_computed_buffers_are_not_stored(position_embedding: str, tmp_path: Path) -> None:
     model = tiny_model(position_embedding=position_embedding)
     model.save_pretrained(tmp_path)
     for names in (set(model.state_dict()), set(load_file(tmp_path / "model.safetensors"))):
@@ -340,10 +340,10 @@ def test_a_half_precision_checkpoint_loads_as_such(position_embedding: str, tmp_
     assert torch.equal(logits, model(ids).logits)
 
 
-# --- one answer, whatever the road
+# --- one answer, however the rows are arranged
 
 
-Road = Callable[[list[Tensor]], tuple[dict[str, Tensor], list[tuple[int, slice]]]]
+Arrangement = Callable[[list[Tensor]], tuple[dict[str, Tensor], list[tuple[int, slice]]]]
 
 
 def alone(rows: list[Tensor]) -> tuple[dict[str, Tensor], list[tuple[int, slice]]]:
@@ -402,7 +402,7 @@ def packed_with_gaps(rows: list[Tensor]) -> tuple[dict[str, Tensor], list[tuple[
     return packed(rows, (1, 2, 3, 1))
 
 
-ROADS: list[Road] = [
+ARRANGEMENTS: list[Arrangement] = [
     alone,
     left_padded,
     right_padded,
@@ -430,14 +430,14 @@ def cache_arguments(kind: str, model: PreTrainedModel, batch: int) -> dict[str, 
 
 
 @torch.no_grad()
-def worst_difference(model: PreTrainedModel, road: Road, cache: str) -> float:
-    """The greatest relative difference between a row's logits on this road and alone, eager, with no cache."""
+def worst_difference(model: PreTrainedModel, arrangement: Arrangement, cache: str) -> float:
+    """The greatest relative difference between a row's logits in this arrangement and alone, eager, with no cache."""
     rows = [random_ids(length) for length in (5, 9, 3)]
     attention = model.config._attn_implementation
     model.set_attn_implementation("eager")
     expected = [model(row[None], use_cache=False).logits[0] for row in rows]
     model.set_attn_implementation(attention)
-    inputs, places = road(rows)
+    inputs, places = arrangement(rows)
     logits = model(**inputs, **cache_arguments(cache, model, len(inputs["input_ids"]))).logits
     assert torch.isfinite(logits).all(), "what padding computes must not be able to spread"
     return max(
@@ -448,9 +448,11 @@ def worst_difference(model: PreTrainedModel, road: Road, cache: str) -> float:
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("road", ROADS)
-def test_a_row_gives_the_same_on_every_road(road: Road, cache: str, attention: str) -> None:
-    assert worst_difference(tiny_model(attention), road, cache) <= 1e-4
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_a_row_gives_the_same_alone_padded_packed_and_cached(
+    arrangement: Arrangement, cache: str, attention: str
+) -> None:
+    assert worst_difference(tiny_model(attention), arrangement, cache) <= 1e-4
 
 
 def test_rows_of_a_batch_may_be_packed_differently() -> None:
@@ -511,22 +513,26 @@ def flex(test: Any) -> Any:
 
 @flex
 @pytest.mark.parametrize("cache", ["no cache", "default", "dynamic", "static"])
-@pytest.mark.parametrize("road", [alone, left_padded, right_padded, packed, packed_right_padded])
-def test_a_row_gives_the_same_in_flex_attention(road: Road, cache: str) -> None:
-    assert worst_difference(tiny_model("flex_attention"), road, cache) <= 1e-4
+@pytest.mark.parametrize("arrangement", [alone, left_padded, right_padded, packed, packed_right_padded])
+def test_a_row_gives_the_same_in_flex_attention(arrangement: Arrangement, cache: str) -> None:
+    assert worst_difference(tiny_model("flex_attention"), arrangement, cache) <= 1e-4
 
 
-@pytest.mark.parametrize(("road", "cache"), [(packed, "default"), (left_padded, "no cache"), (left_padded, "default")])
-def test_gpt2_of_transformers_fails_what_ours_passes(road: Road, cache: str) -> None:
+@pytest.mark.parametrize(
+    ("arrangement", "cache"), [(packed, "default"), (left_padded, "no cache"), (left_padded, "default")]
+)
+def test_gpt2_of_transformers_fails_what_ours_passes(arrangement: Arrangement, cache: str) -> None:
     model = tiny_model()
-    assert worst_difference(gpt2_like(model), road, cache) > 0.1
-    assert worst_difference(model, road, cache) <= 1e-4
+    assert worst_difference(gpt2_like(model), arrangement, cache) > 0.1
+    assert worst_difference(model, arrangement, cache) <= 1e-4
 
 
-@pytest.mark.parametrize(("road", "cache"), [(alone, "default"), (right_padded, "default"), (packed, "no cache")])
-def test_gpt2_of_transformers_passes_where_it_can(road: Road, cache: str) -> None:
+@pytest.mark.parametrize(
+    ("arrangement", "cache"), [(alone, "default"), (right_padded, "default"), (packed, "no cache")]
+)
+def test_gpt2_of_transformers_passes_where_it_can(arrangement: Arrangement, cache: str) -> None:
     # Without this, the control above could fail for a reason of its own.
-    assert worst_difference(gpt2_like(tiny_model()), road, cache) <= 1e-4
+    assert worst_difference(gpt2_like(tiny_model()), arrangement, cache) <= 1e-4
 
 
 # --- continuing a cache

@@ -116,7 +116,7 @@ def test_dropout_sets_all_three() -> None:
     assert (config.embd_pdrop, config.attn_pdrop, config.resid_pdrop) == (0.0, 0.0, 0.0)
 
 
-def test_the_end_of_text_is_set_only_for_the_vocabulary_that_has_it() -> None:
+def test_eos_is_set_only_for_the_vocabulary_that_has_it() -> None:
     config = create_model_config("gpt2-small")
     assert (config.bos_token_id, config.eos_token_id) == (50256, 50256)
     config = create_model_config("gpt2-small", vocab_size=257)
@@ -138,7 +138,7 @@ def test_the_end_of_text_is_set_only_for_the_vocabulary_that_has_it() -> None:
         ("nano-s", {"n_embd": "wide"}, r"^Field 'n_embd' expected int, got str \(value: 'wide'\)$"),
     ],
 )
-def test_a_mistake_is_a_usage_error_that_helps(name: str, overrides: dict[str, Any], sentence: str) -> None:
+def test_a_mistake_is_a_usage_error_with_a_hint(name: str, overrides: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence):
         create_model_config(name, **overrides)
 
@@ -159,6 +159,6 @@ def test_model_options_change_only_what_is_given() -> None:
     assert build_config(ModelOptions(model="nano-m")) == create_model_config("nano-m")
 
 
-def test_an_option_wins_over_what_the_data_suggest() -> None:
+def test_an_option_overrides_the_value_from_the_data() -> None:
     options = ModelOptions(max_position_embeddings=64)
     assert build_config(options, max_position_embeddings=99).max_position_embeddings == 64

@@ -116,13 +116,13 @@ def check_parts(smaller: Any, model: GPTKitForCausalLM) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_quantized_model_is_nearly_the_model(name: str, trained: GPTKitForCausalLM) -> None:
+def test_a_quantized_model_is_close_to_the_model(name: str, trained: GPTKitForCausalLM) -> None:
     smaller = quantized(trained, METHODS[name]())
     check_parts(smaller, trained)
     check_quality(smaller, trained, BOUNDS[name[:4]])
 
 
-def test_the_bounds_tell_good_from_bad(trained: GPTKitForCausalLM) -> None:
+def test_the_bounds_separate_good_from_bad_quantization(trained: GPTKitForCausalLM) -> None:
     four, two = (distances(quantized(trained, int_weights(bits)), trained) for bits in (4, 2))
     assert four[0] > BOUNDS["int8"][0]
     assert two[0] > BOUNDS["int4"][0]
@@ -154,7 +154,7 @@ def test_a_head_that_is_quantized_leaves_the_embedding_alone(trained: GPTKitForC
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", METHODS)
-def test_it_is_quantized_as_it_is_loaded(
+def test_the_model_is_quantized_while_it_loads(
     name: str, dtype: torch.dtype, trained: GPTKitForCausalLM, tmp_path: Path
 ) -> None:
     trained.save_pretrained(tmp_path)

@@ -162,7 +162,7 @@ def test_a_saved_folder_holds_the_code_and_no_pickle(part: str, tmp_path: Path) 
         assert (tmp_path / name).read_bytes() == ours.read_bytes()
 
 
-def test_the_code_that_travels_needs_no_file_and_no_package_of_ours() -> None:
+def test_the_remote_code_imports_no_other_file_of_the_package() -> None:
     modeling = Path(gpt_kit_hf.__file__).parent / "model/modeling_gpt_kit.py"
     imported = {modeling.with_name(name) for name in CODE - {modeling.name}}
     assert sorted(get_relative_imports(modeling)) == sorted(file.stem for file in imported)

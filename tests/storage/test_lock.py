@@ -1,4 +1,4 @@
-"""The run folder's lock against real processes: killed, racing, forked, recycled; and moving a run aside."""
+"""The lock of a run folder with real processes that are killed, race, fork or reuse a pid; moving a run aside."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
             die()
 
     pid = start_child(lock_and_die)
-    # Dead, but a zombie still, as a child of a launcher that has not looked yet.
+    # A zombie, as a child of a launcher that has not waited for it yet.
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     assert json.loads((tmp_path / "run.lock").read_text())["pid"] == pid
     hold(tmp_path)
@@ -65,7 +65,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_recycled_number_is_not_taken_for_the_owner(tmp_path: Path) -> None:
+def test_a_reused_pid_is_not_taken_for_the_owner(tmp_path: Path) -> None:
     forge(tmp_path, started="1 ticks after boot x")
     hold(tmp_path)
     forge(tmp_path)
@@ -82,7 +82,7 @@ def test_a_recycled_number_is_not_taken_for_the_owner(tmp_path: Path) -> None:
         ("[]", "unreadable"),
     ],
 )
-def test_a_lock_that_cannot_be_judged_stays(tmp_path: Path, content: str, message: str) -> None:
+def test_a_lock_of_another_host_or_an_unreadable_one_is_kept(tmp_path: Path, content: str, message: str) -> None:
     lock = tmp_path / "run.lock"
     lock.write_text(content)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -92,7 +92,7 @@ def test_a_lock_that_cannot_be_judged_stays(tmp_path: Path, content: str, messag
     assert lock.read_text() == content
 
 
-def test_a_forked_child_and_a_robbed_owner_release_nothing(tmp_path: Path) -> None:
+def test_a_forked_child_and_a_replaced_owner_release_nothing(tmp_path: Path) -> None:
     with RunLock(tmp_path) as lock:
         assert in_child(lambda: lock.__exit__(None, None, None)) == 0
         assert in_child(lambda: sys.exit(0)) == 1
@@ -148,7 +148,7 @@ def test_a_takeover_under_way_is_not_overtaken(tmp_path: Path, monkeypatch: pyte
             os._exit(7)
 
     def judge_slowly(path: Path, data: bytes) -> None:
-        """Give a rival all chances between this process's look at the dead owner and its own takeover."""
+        """Let a rival run between this process's check of the dead owner and its takeover."""
         children.append(start_child(rival))
         for _ in range(30):
             time.sleep(0.01)

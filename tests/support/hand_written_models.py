@@ -1,14 +1,16 @@
-"""Models as people write them by hand, and what the tests of conversions share."""
+"""Hand-written GPT models and helpers for the tests of conversion."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gpt_kit_hf.model.configuration_gpt_kit import GPTKitConfig
+from gpt_kit_hf.model.layouts import add_zero_biases, build_model, rename_tensors
 from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
 
 VOCAB, CONTEXT, WIDTH, LAYERS, HEADS = 31, 12, 12, 2, 3
@@ -18,7 +20,7 @@ IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [29, 7, 1, 8, 28, 1, 8, 2]])
 
 
 def randomize(model: nn.Module) -> Any:
-    """Give every parameter values of its own: at first all biases are zero, all norms one, and a swap is not seen."""
+    """Set random parameters: initial biases are all zero and norms all one, which would hide a swap."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.3).add_(0.1)
@@ -31,6 +33,20 @@ def config_for(**options: Any) -> GPTKitConfig:
 
 def tiny_gpt_kit(**options: Any) -> Any:
     return randomize(GPTKitForCausalLM(GPTKitConfig(**{**SHAPE, "max_position_embeddings": CONTEXT, **options})))
+
+
+def convert_state_dict(
+    state_dict: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    config: GPTKitConfig,
+    *,
+    zero_missing_biases: bool = False,
+) -> GPTKitForCausalLM:
+    """Return a float32 model in eval mode with copies of another model's tensors, renamed by a table."""
+    tensors = rename_tensors(state_dict, names, "state_dict")
+    if zero_missing_biases:
+        add_zero_biases(tensors, config)
+    return build_model(config, tensors, torch.float32, "state_dict")
 
 
 def difference(first: Any, second: Any) -> float:

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.tokenization import encodings
 from gpt_kit_hf.tokenization.encodings import (
-    END_OF_TEXT,
+    EOS_TOKEN,
     check_fingerprint,
     encode_documents,
     encode_ordinary_batch,
@@ -95,8 +95,8 @@ def fuzzed_strings(count: int, seed: int) -> list[str]:
         lambda: "".join(rng.choices("éüßñ北京大学приветनमस्ते١٢٣Ⅷ²½", k=rng.randint(1, 6))),
         lambda: rng.choice(["👍", "👍🏽", "👩‍👩‍👧", "🇩🇪", "e\u0301", "\ufeff", "\u200d", "\ufffd"]),
         lambda: "".join(map(chr, rng.choices(any_character, k=rng.randint(1, 4)))),
-        lambda: rng.choice([" the", " cat", "return", "def ", "    ", "aaaa", END_OF_TEXT[:7]]),
-        lambda: rng.choice([END_OF_TEXT, END_OF_TEXT * 2, f" {END_OF_TEXT}\n"]),
+        lambda: rng.choice([" the", " cat", "return", "def ", "    ", "aaaa", EOS_TOKEN[:7]]),
+        lambda: rng.choice([EOS_TOKEN, EOS_TOKEN * 2, f" {EOS_TOKEN}\n"]),
     ]
     return ["".join(rng.choice(sources)() for _ in range(rng.randint(0, 10))) for _ in range(count)]
 
@@ -129,7 +129,7 @@ def test_export_splits_every_assigned_plane_alike(pattern: str, limit: int) -> N
     for first in b"a1!":
         for second in range(256):
             ranks.setdefault(bytes([first, second]), len(ranks))
-    end = {END_OF_TEXT: len(ranks)}
+    end = {EOS_TOKEN: len(ranks)}
     probe = tiktoken.Encoding("probe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=end)
     planes = [*range(0x1FFFF), *range(0x2F800, 0x2FB00), *range(0x323A0, 0x33500), *range(0xE0000, 0xE0200)]
     characters = [chr(code) for code in planes if code < limit and code not in SURROGATES]
@@ -144,7 +144,7 @@ def test_export_gives_the_same_ids_for_fuzzed_strings(
     encoding: tiktoken.Encoding, load_exported: Callable[[tiktoken.Encoding], Any]
 ) -> None:
     texts = fuzzed_strings(4000, seed=1)
-    assert sum(END_OF_TEXT in text for text in texts) > 500
+    assert sum(EOS_TOKEN in text for text in texts) > 500
     exported = load_exported(encoding)
     expected = [encoding.encode(text, allowed_special="all") for text in texts]
     assert exported(texts)["input_ids"] == expected
@@ -156,7 +156,7 @@ def test_export_gives_the_same_ids_for_fuzzed_strings(
 def test_export_reads_the_literal_as_text_when_told_to(
     encoding: tiktoken.Encoding, load_exported: Callable[[tiktoken.Encoding], Any]
 ) -> None:
-    text = f"one{END_OF_TEXT} two"
+    text = f"one{EOS_TOKEN} two"
     assert load_exported(encoding)(text, split_special_tokens=True)["input_ids"] == encoding.encode_ordinary(text)
 
 
@@ -212,12 +212,12 @@ def test_transformers_saves_the_name_again(trained_encoding: tiktoken.Encoding, 
 
 def test_several_special_tokens_keep_their_ids(tmp_path: Path, trained_encoding: tiktoken.Encoding) -> None:
     base = trained_encoding
-    specials = {END_OF_TEXT: base.n_vocab - 1, "<|user|>": base.n_vocab + 1, "<|answer|>": base.n_vocab}
+    specials = {EOS_TOKEN: base.n_vocab - 1, "<|user|>": base.n_vocab + 1, "<|answer|>": base.n_vocab}
     chat = tiktoken.Encoding(
         "chat", pat_str=base._pat_str, mergeable_ranks=base._mergeable_ranks, special_tokens=specials
     )
     save_tokenizer(chat, tmp_path)
-    text = f"<|user|>hello<|answer|> there{END_OF_TEXT}"
+    text = f"<|user|>hello<|answer|> there{EOS_TOKEN}"
     ids = chat.encode(text, allowed_special="all")
     assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == ids
     assert load_encoding(tmp_path).encode(text, allowed_special="all") == ids
@@ -227,7 +227,7 @@ def test_saved_config_is_plain(tmp_path: Path) -> None:
     save_tokenizer(get_encoding("bytes"), tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
-    assert config["bos_token"] == config["eos_token"] == END_OF_TEXT
+    assert config["bos_token"] == config["eos_token"] == EOS_TOKEN
     assert config["clean_up_tokenization_spaces"] is False
     assert "pad_token" not in config
     assert "model_max_length" not in config
@@ -250,7 +250,7 @@ def test_auto_tokenizer_needs_no_custom_code(
     if model_type:
         (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "architectures": ["X"]}))
     exported = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
-    text = f" The cat's 12345 {END_OF_TEXT}  mat\n"
+    text = f" The cat's 12345 {EOS_TOKEN}  mat\n"
     assert exported(text)["input_ids"] == trained_encoding.encode(text, allowed_special="all")
     assert set(exported(text)) == {"input_ids", "attention_mask"}
     assert exported.vocab_size == len(exported) == trained_encoding.n_vocab
@@ -347,7 +347,7 @@ def test_load_encoding_of_no_tokenizer(tmp_path: Path) -> None:
 
 def test_save_tokenizer_refuses_what_cannot_be_exported(tmp_path: Path) -> None:
     every_byte = {bytes([byte]): byte for byte in range(256)}
-    end = {END_OF_TEXT: 999}
+    end = {EOS_TOKEN: 999}
 
     def odd(ranks: dict[bytes, int], specials: dict[str, int], pattern: str = r"[\s\S]") -> tiktoken.Encoding:
         return tiktoken.Encoding("odd", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
@@ -514,8 +514,8 @@ def test_fingerprint_covers_what_decides_the_ids() -> None:
     for change in (
         {"pat_str": r"[\s\S]"},
         {"mergeable_ranks": swapped},
-        {"special_tokens": {END_OF_TEXT: 257}},
-        {"special_tokens": {END_OF_TEXT: 256, "<|user|>": 257}},
+        {"special_tokens": {EOS_TOKEN: 257}},
+        {"special_tokens": {EOS_TOKEN: 256, "<|user|>": 257}},
     ):
         assert fingerprint(tiktoken.Encoding("bytes", **{**parts, **change})) != fingerprint(plain)
 
@@ -541,7 +541,7 @@ def test_id_dtype_is_the_smallest() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_encode_ordinary_batch(encoding: tiktoken.Encoding) -> None:
-    texts = ["", END_OF_TEXT, *fuzzed_strings(300, seed=4)]
+    texts = ["", EOS_TOKEN, *fuzzed_strings(300, seed=4)]
     rows = encode_ordinary_batch(encoding, texts)
     assert [row.tolist() for row in rows] == [encoding.encode_ordinary(text) for text in texts]
     assert {row.dtype for row in rows} == {np.dtype(np.uint16)}
@@ -572,7 +572,7 @@ def tokenizer(
 
 
 def test_text_to_ids_and_back(tokenizer: Any, trained_encoding: tiktoken.Encoding) -> None:
-    text = f" The cat's , hat . {END_OF_TEXT} 12345  \n"
+    text = f" The cat's , hat . {EOS_TOKEN} 12345  \n"
     ids = text_to_token_ids(text, tokenizer)
     assert ids.dtype == torch.long
     assert ids.shape == (1, len(trained_encoding.encode(text, allowed_special="all")))
@@ -631,7 +631,7 @@ def test_an_encoding_without_eos() -> None:
     ranks = {bytes([byte]): byte for byte in range(256)}
     bare = tiktoken.Encoding("bare", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={})
     assert get_eos_token_id(bare) is None
-    assert text_to_token_ids(END_OF_TEXT, bare)[0].tolist() == list(END_OF_TEXT.encode())
+    assert text_to_token_ids(EOS_TOKEN, bare)[0].tolist() == list(EOS_TOKEN.encode())
 
 
 # Documents end to end, and documents in chunks
@@ -640,7 +640,7 @@ def test_an_encoding_without_eos() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_documents_are_encoded_each_by_itself_and_ended(encoding: tiktoken.Encoding) -> None:
     texts = fuzzed_strings(300, seed=11)
-    assert any(END_OF_TEXT in text for text in texts)
+    assert any(EOS_TOKEN in text for text in texts)
     expected = [token for text in texts for token in [*encoding.encode_ordinary(text), encoding.eot_token]]
     found = encode_documents(encoding, [(text, True) for text in texts], "here")
     assert found.tolist() == expected
@@ -685,7 +685,7 @@ def test_a_cut_elsewhere_changes_pieces(encoding: tiktoken.Encoding, before: str
 
 
 def test_a_document_that_cannot_be_encoded_is_named(trained_encoding: tiktoken.Encoding) -> None:
-    for chunks in ([("fine", True), ("half \ud83d", True)], [(f"{END_OF_TEXT}\ud83d", False)]):
+    for chunks in ([("fine", True), ("half \ud83d", True)], [(f"{EOS_TOKEN}\ud83d", False)]):
         with pytest.raises(DataError, match=r"^data/a\.txt has the lone surrogate U\+D83D"):
             encode_documents(trained_encoding, chunks, "data/a.txt")
 
@@ -694,5 +694,5 @@ def test_only_patterns_that_are_known_may_be_cut(trained_encoding: tiktoken.Enco
     assert may_cut(None)
     ranks = {bytes([byte]): byte for byte in range(256)}
     for pattern in (r"[\s\S]+", r" ?\p{L}+ ?|\s+|[^\s\p{L}]+", trained_encoding._pat_str + " "):
-        other = tiktoken.Encoding("other", pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 256})
+        other = tiktoken.Encoding("other", pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOS_TOKEN: 256})
         assert not may_cut(other)

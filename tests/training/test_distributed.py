@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,18 +24,26 @@ QUIET = [
 ]
 
 
-def launch(processes: int, folder: Path, text: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the example under torchrun, on a free port of this machine alone."""
+def launch(
+    processes: int,
+    folder: Path,
+    text: Path,
+    *arguments: str,
+    script: str = "examples/pretrain.py",
+    environment: dict[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run a script under torchrun, on a free port of this machine alone."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     command += [
         f"--nproc-per-node={processes}",
-        "examples/pretrain.py",
+        script,
         f"--output_dir={folder}",
         f"--text_files={text}",
     ]
     return subprocess.run(
         [*command, *SHAPE, *COURSE, *QUIET, *arguments],
         cwd=ROOT,
+        env=os.environ | (environment or {}),
         capture_output=True,
         text=True,
         timeout=300,

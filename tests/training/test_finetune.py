@@ -69,14 +69,14 @@ def options(folder: Path, base: Path, rows: Path, **changes: Any) -> FinetuneOpt
         "save_total_limit": 9, "logging_steps": 4, "sample_steps": 0, "sample_max_new_tokens": 8,
         "use_cpu": True, "mixed_precision": "fp32", "report_to": ["none"],
     }  # fmt: skip
-    rooms: dict[str, Any] = {"supervision": SupervisionOptions(max_length=CONTEXT), "adapter": AdapterOptions()}
-    rooms |= {name: changes.pop(name) for name in list(changes) if name in rooms}
+    sections: dict[str, Any] = {"supervision": SupervisionOptions(max_length=CONTEXT), "adapter": AdapterOptions()}
+    sections |= {name: changes.pop(name) for name in list(changes) if name in sections}
     return FinetuneOptions(
         training=TrainingOptions(output_dir=str(folder), **{**training, **changes}),
         base=BaseOptions(model_name_or_path=str(base), eval_fraction=0.25),
         rows=RowOptions(rows=[str(rows)]),
         optimizer=OptimizerOptions(learning_rate=1e-2, warmup_steps=1),
-        **rooms,
+        **sections,
     )
 
 
@@ -120,13 +120,13 @@ def trained_rows(file: Path, tokenizer: Any) -> list[dict[str, str]]:
 @pytest.mark.parametrize("packing", [True, False])
 def test_run_resumes_to_the_bit(packing: bool, rank: int, base: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.json")
-    rooms = {
+    sections = {
         "supervision": SupervisionOptions(max_length=CONTEXT, packing=packing),
         "adapter": AdapterOptions(lora_r=rank, lora_dropout=0.1 if rank else 0.0),
     }
-    finetune(options(tmp_path / "whole", base, rows, **rooms), stream=None)
+    finetune(options(tmp_path / "whole", base, rows, **sections), stream=None)
     killed = killed_copy(tmp_path / "whole", tmp_path / "again", "step-00000008")
-    finetune(options(killed, base, rows, resume=True, **rooms), stream=None)
+    finetune(options(killed, base, rows, resume=True, **sections), stream=None)
     assert update_lines(tmp_path / "whole") == update_lines(killed)
     weights = [load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", killed)]
     assert weights[0].keys() == weights[1].keys()

@@ -6,3 +6,19 @@ answer marks. `tokenized`: all rows as arrays, truncated, split, packed. `batche
 `dataset`: the kit's `InstructionDataset` and collate function. `report`: what training would see of the rows.
 `inspect`: that report without training. Only `batches` and `dataset` import torch.
 """
+
+import lazy_loader
+
+# The public names, loaded when they are first used.
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "batches": ["PackedRows", "PaddedRows"],
+        "dataset": ["InstructionDataset", "create_instruction_collate_fn"],
+        "formats": ["format_alpaca"],
+        "inspect": ["inspect_rows"],
+        "reader": ["read_rows"],
+        "report": ["SupervisionReport", "inspect_batches", "report_of"],
+        "tokenized": ["SupervisedRows", "encode_rows"],
+    },
+)

@@ -44,7 +44,7 @@ def _load_tokenizer(model: str) -> tuple[PreTrainedTokenizerBase, int]:
     """Return a model's tokenizer and its vocab_size."""
     from transformers import AutoConfig, AutoTokenizer  # heavy: they import torch
 
-    from gpt_kit_hf.hub.model_folder import find_model_folder, load_part
+    from gpt_kit_hf.hub.model_folder import find_model_folder, load_pretrained
 
     folder = find_model_folder(model)
-    return load_part(AutoTokenizer, folder, model), load_part(AutoConfig, folder, model).vocab_size
+    return load_pretrained(AutoTokenizer, folder, model), load_pretrained(AutoConfig, folder, model).vocab_size

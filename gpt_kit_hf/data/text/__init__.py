@@ -5,3 +5,14 @@ shards, `dataset_shards` does so for datasets. `token_cache` encodes shards once
 `corpus` chooses the encoding and puts all together, with a split for evaluation. `windows` cuts stored ids into
 windows; `streaming` cuts text that is tokenized during training.
 """
+
+import lazy_loader
+
+# The public names, loaded when they are first used.
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "corpus": ["Corpus", "choose_encoding", "prepare_corpus"],
+        "windows": ["GPTPretrainingDataset", "TokenStream", "TokenWindows", "create_pretraining_dataloader"],
+    },
+)

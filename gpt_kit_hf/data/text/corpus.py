@@ -28,7 +28,7 @@ class Corpus:
 
     encoding: tiktoken.Encoding
     train: TokenStream
-    held_out: TokenStream
+    eval: TokenStream
     sources: tuple[TokenStream, ...]
     weights: tuple[float, ...]
     documents: int
@@ -44,8 +44,8 @@ def choose_encoding(text: TextOptions, options: EncodingOptions) -> tiktoken.Enc
     if options.encoding == TRAINED_BPE:
         return encodings.train_bpe(_vocabulary_text(text, options.vocab_text_mb << 20), options.vocab_size)
     chosen = encodings.get_encoding(options.encoding)
-    if encodings.END_OF_TEXT not in chosen.special_tokens_set:
-        raise UsageError(f"encoding {options.encoding!r} has no {encodings.END_OF_TEXT}, which must end each document")
+    if encodings.EOS_TOKEN not in chosen.special_tokens_set:
+        raise UsageError(f"encoding {options.encoding!r} has no {encodings.EOS_TOKEN}, which must end each document")
     return chosen
 
 
@@ -55,7 +55,7 @@ def prepare_corpus(text: TextOptions, encoding: tiktoken.Encoding, *, seed: int)
     streams, keys = zip(*(_tokenized(source, encoding, text.num_proc) for source in sources), strict=True)
     documents = sum(len(stream.document_starts) for stream in streams)
     if eval_source(text) is not None:
-        eval_stream, key = prepare_held_out(text, encoding)
+        eval_stream, key = prepare_eval(text, encoding)
         split: tuple[object, ...] = (key,)
     else:
         # From each source, so that the evaluation text has the proportions of the mixture's sources.
@@ -66,7 +66,7 @@ def prepare_corpus(text: TextOptions, encoding: tiktoken.Encoding, *, seed: int)
     return Corpus(
         encoding=encoding,
         train=join_streams(streams),
-        held_out=eval_stream,
+        eval=eval_stream,
         sources=streams,
         weights=weights,
         documents=documents,
@@ -82,7 +82,7 @@ def prepare_text(text: TextOptions, encoding: tiktoken.Encoding) -> tuple[TokenS
     return join_streams(streams), hashlib.sha256(repr(list(keys)).encode()).hexdigest()[:16]
 
 
-def prepare_held_out(text: TextOptions, encoding: tiktoken.Encoding) -> tuple[TokenStream, str]:
+def prepare_eval(text: TextOptions, encoding: tiktoken.Encoding) -> tuple[TokenStream, str]:
     """Return the tokens of the evaluation files or split, and their fingerprint.
 
     Raises UsageError if one of the files is a training file as well.
@@ -100,7 +100,7 @@ def prepare_held_out(text: TextOptions, encoding: tiktoken.Encoding) -> tuple[To
 def _streamed_head(source: TextSource, encoding: tiktoken.Encoding, max_tokens: int) -> tuple[TokenStream, str]:
     """Return the first tokens of a streamed dataset, in memory: whole documents, `max_tokens` or a few more."""
     arrays, size = [], 0
-    shards = source.streamed_units(encodings.may_cut(encoding))
+    shards = source.streamed_shards(encodings.may_cut(encoding))
     for name, chunk in ((shard.name, chunk) for shard in shards for chunk in shard.chunks()):
         arrays.append(encodings.encode_documents(encoding, [chunk[:2]], name))
         size += arrays[-1].size
@@ -123,7 +123,7 @@ def _vocabulary_text(text: TextOptions, limit: int) -> Iterator[str]:
     shards: Sequence[FileShard | RowsShard | DatasetShard]
     sources = [source for _, source in train_sources(text)]
     if text.streaming:  # the size of a stream is not known
-        shards, whole = [shard for source in sources for shard in source.streamed_units(may_cut=True)], False
+        shards, whole = [shard for source in sources for shard in source.streamed_shards(may_cut=True)], False
     else:
         shards = stored = [shard for source in sources for shard in source.shards(may_cut=True)]
         whole = sum(shard.size for shard in stored) <= limit

@@ -205,7 +205,7 @@ class FileShard:
             raise DataError(f"{span.file}: {where} cannot be read: {str(error).splitlines()[0]}") from None
 
 
-def file_units(
+def file_shards(
     files: list[Path], *, column: str, separator: str | None, may_cut: bool, shard_bytes: int | None = None
 ) -> list[FileShard]:
     """Divide files into shards of about `shard_bytes`, by default SHARD_BYTES; the same ones at each call."""

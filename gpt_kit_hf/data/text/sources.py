@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt_kit_hf.data.text.dataset_shards import DatasetShard, RowsShard, load_split, rows_shards
-from gpt_kit_hf.data.text.shards import SHARD_BYTES, FileShard, file_units
+from gpt_kit_hf.data.text.shards import SHARD_BYTES, FileShard, file_shards
 from gpt_kit_hf.errors import DataError
 from gpt_kit_hf.options.data import TextOptions, weighted_sources
 from gpt_kit_hf.options.files import find_files
@@ -27,7 +27,7 @@ def train_sources(options: TextOptions) -> list[tuple[float, TextSource]]:
 
 
 def eval_source(options: TextOptions) -> TextSource | None:
-    """Return the source to evaluate on, None if it is a fraction of the others."""
+    """Return the source to evaluate on, or None if a fraction of the training text is."""
     if options.eval_files is not None:
         return _source(options, options.eval_files, None, "", "eval_files")
     if options.dataset_test_split is not None:
@@ -41,7 +41,8 @@ def _source(
     return TextSource(
         files=files,
         dataset=dataset or None,
-        part=(None if option == "eval_files" else options.dataset_config, split),
+        config=options.dataset_config,
+        split=split,
         column=options.text_column,
         separator=options.document_separator,
         option=option,
@@ -50,14 +51,12 @@ def _source(
 
 @dataclass(frozen=True, kw_only=True)
 class TextSource:
-    """Files, or one split of a dataset.
-
-    `part` is the dataset's configuration and split; `option` is the option that names the source.
-    """
+    """Files, or one split of a dataset; `option` is the option that names them."""
 
     files: list[str] | None
     dataset: str | None
-    part: tuple[str | None, str]
+    config: str | None
+    split: str
     column: str
     separator: str | None
     option: str
@@ -81,7 +80,7 @@ class TextSource:
         rows = self._load(streaming=False)
         return rows_shards(rows, str(self.dataset), self.column)
 
-    def streamed_units(self, may_cut: bool) -> Sequence[FileShard | DatasetShard]:
+    def streamed_shards(self, may_cut: bool) -> Sequence[FileShard | DatasetShard]:
         """Return shards that are read without being stored: a dataset's own, and at least about 32 of files."""
         if self.files is not None:
             files = find_files(self.files, self.option)
@@ -95,12 +94,11 @@ class TextSource:
 
     def _file_shards(self, files: list[Path], may_cut: bool, shard_bytes: int) -> list[FileShard]:
         column, separator = self.column, self.separator
-        return file_units(files, column=column, separator=separator, may_cut=may_cut, shard_bytes=shard_bytes)
+        return file_shards(files, column=column, separator=separator, may_cut=may_cut, shard_bytes=shard_bytes)
 
     def _load(self, *, streaming: bool) -> Any:
-        config, split = self.part
-        named = f"dataset_name {self.dataset!r}, split {split!r},"
-        rows = load_split(named, str(self.dataset), config, split, streaming=streaming)
+        named = f"dataset_name {self.dataset!r}, split {self.split!r},"
+        rows = load_split(named, str(self.dataset), self.config, self.split, streaming=streaming)
         names = rows.column_names  # None for a stream of unknown columns
         if names is not None and self.column not in names:
             raise DataError(f"text_column {self.column!r} is not in {self.dataset!r}; its columns: {', '.join(names)}")

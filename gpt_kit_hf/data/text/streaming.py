@@ -46,13 +46,13 @@ class _WindowIds(NamedTuple):
     begin: tuple[Place, int]  # the place of its first chunk, and the ids to skip there
 
 
-def lane_count(text_shards: int, batch_size: int) -> int:
+def stream_shard_count(text_shards: int, batch_size: int) -> int:
     """Return the number of stream shards: a power of two up to 8 that divides the batch, one text shard each."""
     return next(n for n in (8, 4, 2, 1) if batch_size % n == 0 and (n <= text_shards or n == 1))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lane:
+class StreamShard:
     """The windows of some text shards, endlessly: the first text shard follows the last, in one window with it.
 
     Windows are shuffled within buffers of `shuffle_windows`, by the seed and the buffer's number. A state is the place
@@ -132,7 +132,7 @@ def _gather(held: Sequence[_TokenChunk], skip: int, length: int) -> _WindowIds:
 class _StepSamples(IterableDataset[tuple[dict[int, list[Window]], dict[int, State]]]):
     """For each step, the samples of each of a worker's stream shards, and their states after the step."""
 
-    def __init__(self, shards: dict[int, Lane], states: dict[int, State], per_shard: int, steps: int) -> None:
+    def __init__(self, shards: dict[int, StreamShard], states: dict[int, State], per_shard: int, steps: int) -> None:
         self.shards, self.states, self.per_shard, self.steps = shards, states, per_shard, steps
 
     def __iter__(self) -> Iterator[Any]:
@@ -148,10 +148,10 @@ class _StepSamples(IterableDataset[tuple[dict[int, list[Window]], dict[int, Stat
             yield error  # an error raised here would reach the user inside the traceback of a worker
 
 
-class LaneBatches:
+class StreamBatches:
     """The micro-batches of one process's share of a stream; `states` are its stream shards' after each step."""
 
-    def __init__(self, shards: Sequence[Lane], plan: BatchPlan, *, num_workers: int, pin_memory: bool) -> None:
+    def __init__(self, shards: Sequence[StreamShard], plan: BatchPlan, *, num_workers: int, pin_memory: bool) -> None:
         if len(shards) % plan.num_processes:
             raise UsageError(
                 f"the stream has {len(shards)} stream shards, which {plan.num_processes} processes cannot share "

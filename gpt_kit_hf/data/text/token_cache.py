@@ -142,7 +142,7 @@ def _encode_all(
 
 def _encode_shard(shard: FileShard | RowsShard, encoding: tiktoken.Encoding, file: Path) -> int:
     """Write the ids of a shard, one row per document, of which the last may go on; return the number of ids."""
-    end = encoding.encode_single_token(encodings.END_OF_TEXT)
+    end = encoding.encode_single_token(encodings.EOS_TOKEN)
     arrays: list[npt.NDArray[Any]] = []
     pending: list[tuple[str, bool]] = []
     size, ends = 0, True

@@ -11,7 +11,8 @@ from gpt_kit_hf.hub.card.options import as_id, shareable
 
 _MAX_LISTED = 20
 _COMMAND_LINES, _COMMAND_WIDTH = 5, 76
-# The groups of options that say how a run computed; the other groups say on what.
+# The groups of options that say on what a run trained, and those that say how.
+_DATA = ("text", "rows")
 _COMPUTING = ("training", "windows", "supervision", "adapter", "optimizer")
 
 
@@ -58,10 +59,9 @@ def sources(options: Mapping[str, Any]) -> list[dict[str, Any]]:
     found: list[Any] = []
     for option in ("text.text_files", "text.mixture", "rows.rows"):
         found += [{"name": each} if isinstance(each, str) else each for each in options.get(option, [])]
-    for option in ("text.dataset_name", "rows.dataset_name"):
-        found += [options[option]] if option in options else []
-    details = [options.get(name) for name in ("text.dataset_config", "rows.dataset_config")]
-    details += [options.get("text.dataset_train_split") or options.get("rows.dataset_train_split")]
+    found += [options[f"{group}.dataset_name"] for group in _DATA if f"{group}.dataset_name" in options]
+    # A run has options of text or of rows.
+    details = [options.get(f"{group}.{name}") for name in ("dataset_config", "dataset_train_split") for group in _DATA]
     named = [{**each, "name": each.get("hub") or each.get("name")} for each in found]
     return [{**each, "details": [detail for detail in details if detail and "hub" in each]} for each in named]
 

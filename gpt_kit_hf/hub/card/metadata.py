@@ -81,7 +81,7 @@ def renew_metadata(front_matter: str, generated: Mapping[str, Any], line_end: st
         return front_matter
     expected = {name: value for name, value in {**before, **changes}.items() if name != _INDEX or value}
     renewed = _with_keys(front_matter, changes, line_end)
-    # Not possible in place: an anchor in a replaced key, or metadata in braces. Then all of it is written anew.
+    # Not possible in place: an anchor in a replaced key, or metadata in braces. Then all of it is rewritten.
     return renewed if _loads_as(renewed, expected) else _as_yaml(expected, line_end)
 
 

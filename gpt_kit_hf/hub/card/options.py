@@ -1,4 +1,4 @@
-"""The options of a run as others may see them: known ones, of the right kind, without paths and secrets."""
+"""The options that a card may show of a run: declared ones, valid, without paths and secrets."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from gpt_kit_hf.options.declare import Option, flat_declarations
 from gpt_kit_hf.options.run import FinetuneOptions, RunOptions
 
 _LONGEST_TEXT = 120
-# A path from a root, anywhere in a text; elsewhere a stroke is none: an end of documents may be "</doc>".
+# An absolute path anywhere in a text. Any other slash is allowed: a document separator may be "</doc>".
 _PATH = re.compile(r"^(?:[A-Za-z]:)?[\\/~]|(?:^|(?<=[\s'\"=:(,]))(?:[A-Za-z]:[\\/]|~?[\\/][^\s<>]*[\\/])")
 
 _DATASET = "dataset:"
 
 
 def shareable(text: str) -> str:
-    """Return a text, which may be a path, as its last name: of printable characters, not long, without secrets."""
+    """Return a text, or the last name of a path: printable, of at most 120 characters, without secrets."""
     names = [name for name in re.split(r"[\\/]+", text) if name not in ("", ".", "..", "~")]
     return _harmless(names[-1] if names else "unnamed")
 
 
 def as_id(text: object) -> str | None:
-    """Return a text that has the form of an id of the Hub, None for any other."""
+    """Return a text that has the form of a Hub id, None for any other value."""
     if not isinstance(text, str) or not text.isascii() or hide_secrets(text) != text:
         return None
     try:
@@ -39,9 +39,9 @@ def as_id(text: object) -> str | None:
 
 
 def shared_options(options: Mapping[str, Any], run: Path) -> dict[str, Any]:
-    """Return the options of a run, "room.name": value, that say what was computed, fit to be shown.
+    """Return the options, "group.name": value, that a card may show, each valid and without a path.
 
-    A name of a dataset or model is {"hub": id} or {"name": last name of a folder}.
+    A dataset or model is {"hub": id} or {"name": last name of a folder}.
     """
     shown: dict[str, Any] = {}
     for name, declared in _known_options(tuned="base.model_name_or_path" in options).items():
@@ -60,7 +60,7 @@ def shared_options(options: Mapping[str, Any], run: Path) -> dict[str, Any]:
 
 
 def command_of(chosen: Mapping[str, Any], name: str, *, tuned: bool) -> list[str]:
-    """Return the command that trains so again, by what differs from the defaults: a list of arguments."""
+    """Return the arguments of the command that repeats the training: the options that are not at their defaults."""
     if not chosen:
         return []
     arguments = ["gpt-kit", "finetune" if tuned else "train", "--output_dir", name]
@@ -81,12 +81,12 @@ def _as_arguments(value: Any) -> list[str]:
 
 
 def _known_options(*, tuned: bool) -> dict[str, Option]:
-    """Return the declarations of all options of a run, by "section.name"."""
+    """Return the declarations of all options of a run, by "group.name"."""
     return flat_declarations(FinetuneOptions if tuned else RunOptions)
 
 
 def _text(option: Option, text: str) -> str:
-    # Between documents a line end counts.
+    # Not as a name: white space counts in a document separator.
     return shareable(text) if option.card == "path" or _PATH.search(text) else _harmless(text, names_only=False)
 
 
@@ -108,18 +108,18 @@ def _mixture_entry(entry: str, run: Path, options: Mapping[str, Any]) -> dict[st
 
 
 def _place(name: str, run: Path, options: Mapping[str, Any]) -> dict[str, str]:
-    """Return a name as an id of the Hub, where it can only be that, or as the last name of a folder."""
+    """Return {"hub": id} if the name can only be a Hub id, otherwise {"name": last name of a folder}."""
     found = as_id(name)
     output = options.get("training.output_dir")
     own = PurePath(output).parts if isinstance(output, str) else ()
-    beside_the_run = "/" in name and own[:1] == PurePath(name).parts[:1]
-    if found is None or beside_the_run or any((folder / name).exists() for folder in _began_in(run, own)):
+    in_same_folder = "/" in name and own[:1] == PurePath(name).parts[:1]
+    if found is None or in_same_folder or any((folder / name).exists() for folder in _start_folders(run, own)):
         return {"name": shareable(name)}
     return {"hub": found}
 
 
-def _began_in(run: Path, output: tuple[str, ...]) -> Iterator[Path]:
-    """Yield the folders that a relative name may be seen from: this one, and the one that the run was begun in."""
+def _start_folders(run: Path, output: tuple[str, ...]) -> Iterator[Path]:
+    """Yield the folders that a relative name may be relative to: this one, and the one the run was started in."""
     yield Path()
     parts = run.resolve().parts
     if output and not PurePath(*output).is_absolute() and parts[-len(output) :] == output:

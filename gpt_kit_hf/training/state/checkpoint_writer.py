@@ -75,6 +75,6 @@ class CheckpointWriter:
             self._thread = None
         failure, self._failure = self._failure, None
         if isinstance(failure, CheckpointError):
-            self._report(f"{failure}; the run goes on, and keeps the checkpoints that it has")
+            self._report(f"{failure}; training continues, and the older checkpoints are kept")
         elif failure is not None:
             raise failure

@@ -9,18 +9,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 
-# The package without its __init__.py, which registers the model with transformers.
 PROGRAM = """
-import sys, types
-package = types.ModuleType("gpt_kit_hf")
-package.__path__ = [sys.argv[1]]
-sys.modules["gpt_kit_hf"] = package
-from gpt_kit_hf.data.instructions.inspect import inspect_rows
-from gpt_kit_hf.options.data import RowOptions
-from gpt_kit_hf.options.data import SupervisionOptions
-from gpt_kit_hf.errors import DataError
+import sys
+from gpt_kit_hf import DataError, RowOptions, SupervisionOptions, inspect_rows
 try:
-    report = inspect_rows(RowOptions(rows=[sys.argv[2]]), SupervisionOptions())
+    report = inspect_rows(RowOptions(rows=[sys.argv[1]]), SupervisionOptions())
     print(report.rows_used, report.tokens_trained)
 except DataError as error:
     print(error)
@@ -37,7 +30,7 @@ ALPACA = {"instruction": "Say so", "input": "", "output": "so"}
 def test_inspect_without_a_model_imports_no_torch(row: object, expected: str, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps(row))
-    command = [sys.executable, "-c", PROGRAM, str(ROOT / "gpt_kit_hf"), str(file)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", PROGRAM, str(file)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.strip().endswith(expected)

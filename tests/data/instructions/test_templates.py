@@ -93,6 +93,7 @@ def test_finetune_of_chat_rows_needs_no_template_of_the_model(tmp_path: Path) ->
         supervision=SupervisionOptions(format="chat", max_length=64),
     )
     finetune(options, stream=None)
+    assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
 def test_a_bad_first_row_is_named(bare: PreTrainedTokenizerBase) -> None:

@@ -328,7 +328,7 @@ def test_the_error_for_no_rows_left_names_the_first_fault() -> None:
         ({"train_on": "answer"}, "did you mean 'answers'"),
         ({"truncation": "cut"}, "unknown truncation 'cut'"),
         ({"max_length": 0}, "max_length must be at least 1, got 0"),
-        ({"max_length": 1.5}, "got 1.5"),
+        ({"max_length": 1.5}, "max_length must be an integer, got 1.5"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:

@@ -27,7 +27,7 @@ from gpt_kit_hf.data.text.windows import TokenStream
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.options.data import EncodingOptions, TextOptions
 from gpt_kit_hf.storage.atomic_files import read_jsonl
-from gpt_kit_hf.tokenization.encodings import END_OF_TEXT, fingerprint, get_encoding, train_bpe
+from gpt_kit_hf.tokenization.encodings import EOS_TOKEN, fingerprint, get_encoding, train_bpe
 
 BYTES = EncodingOptions(encoding="bytes")
 
@@ -64,10 +64,10 @@ def test_a_corpus_is_split_and_held_out_files_are_kept_apart(tmp_path: Path) -> 
     options = TextOptions(text_files=[str(tmp_path / "a.txt")], eval_files=[str(tmp_path / "held.txt")])
     encoding = choose_encoding(options, BYTES)
     made = prepare_corpus(options, encoding, seed=0)
-    assert text_of(made.held_out) == "0123456789" + END_OF_TEXT
+    assert text_of(made.eval) == "0123456789" + EOS_TOKEN
     assert (len(made.train), made.documents) == (301, 1)
     cut = prepared(text_files=[str(tmp_path / "a.txt")])
-    assert (len(cut.train), len(cut.held_out)) == (271, 30)
+    assert (len(cut.train), len(cut.eval)) == (271, 30)
     assert cut.fingerprint != made.fingerprint
     trained = choose_encoding(options, EncodingOptions(vocab_size=270))
     assert 257 < trained.n_vocab <= 270
@@ -101,8 +101,8 @@ def test_the_fingerprint_is_of_the_text_and_the_split_and_not_of_names_or_proces
 def test_held_out_text_is_bounded(tmp_path: Path) -> None:
     write(tmp_path, a="abcdefghij" * 300)
     made = prepared(text_files=[str(tmp_path / "a.txt")], eval_max_tokens=50)
-    assert (len(made.train), len(made.held_out)) == (2951, 50)
-    assert text_of(made.train) + text_of(made.held_out) == "abcdefghij" * 300 + END_OF_TEXT
+    assert (len(made.train), len(made.eval)) == (2951, 50)
+    assert text_of(made.train) + text_of(made.eval) == "abcdefghij" * 300 + EOS_TOKEN
 
 
 def test_each_source_of_a_mixture_gives_its_share_of_the_held_out_text(tmp_path: Path) -> None:
@@ -111,9 +111,9 @@ def test_each_source_of_a_mixture_gives_its_share_of_the_held_out_text(tmp_path:
     assert made.weights == (2.0, 1.0, 1.0)
     assert [text_of(part) for part in made.sources] == ["a" * 900, "b" * 450, "c" * 90]
     assert text_of(made.train) == "a" * 900 + "b" * 450 + "c" * 90
-    ended = [f"{name * (size - 1)}{END_OF_TEXT}" for name, size in (("a", 100), ("b", 50), ("c", 10))]
-    assert text_of(made.held_out) == "".join(ended)
-    assert made.held_out.document_starts.tolist() == [0, 100, 150]
+    ended = [f"{name * (size - 1)}{EOS_TOKEN}" for name, size in (("a", 100), ("b", 50), ("c", 10))]
+    assert text_of(made.eval) == "".join(ended)
+    assert made.eval.document_starts.tolist() == [0, 100, 150]
     assert made.train.document_starts.tolist() == [0, 900, 1350]
     assert made.documents == 3
 
@@ -122,13 +122,13 @@ def test_each_source_of_a_mixture_gives_its_share_of_the_held_out_text(tmp_path:
 @pytest.mark.parametrize("num_proc", [1, 3])
 def test_tokens_are_those_of_the_encoding_with_an_end_after_each_document(tmp_path: Path, num_proc: int) -> None:
     encoding = get_encoding("bytes")
-    texts = [f"document {i} \u00e9 {END_OF_TEXT}" for i in range(150)]
+    texts = [f"document {i} \u00e9 {EOS_TOKEN}" for i in range(150)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     write(tmp_path, held="x")
     made = prepared(
         text_files=[str(tmp_path / "rows.jsonl")], eval_files=[str(tmp_path / "held.txt")], num_proc=num_proc
     )
-    end = encoding.encode_single_token(END_OF_TEXT)
+    end = encoding.encode_single_token(EOS_TOKEN)
     # The marker spelled in a text is text, not an end.
     expected = [[*text.encode(), end] for text in texts]
     np.testing.assert_array_equal(made.train.read(0, len(made.train)), np.concatenate(expected))
@@ -277,8 +277,8 @@ def test_a_streamed_split_is_held_out_without_storing_the_dataset(
     monkeypatch.setattr(
         datasets, "load_dataset", lambda *a, **k: load(*a, **k) if k["streaming"] else pytest.fail("stored")
     )
-    held_out, key = corpus.prepare_held_out(options, get_encoding("bytes"))
+    held_out, key = corpus.prepare_eval(options, get_encoding("bytes"))
     assert bytes(held_out.read(0, 6).tolist()) == b"test 0"
     assert 45 <= len(held_out) < 60
     assert held_out.document_starts.tolist()[:3] == [0, 7, 14]
-    assert key == corpus.prepare_held_out(options, get_encoding("bytes"))[1]
+    assert key == corpus.prepare_eval(options, get_encoding("bytes"))[1]

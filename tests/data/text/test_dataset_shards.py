@@ -15,9 +15,9 @@ from gpt_kit_hf.data.text import dataset_shards
 from gpt_kit_hf.data.text.dataset_shards import DatasetShard, rows_shards
 from gpt_kit_hf.data.text.token_cache import store_tokens
 from gpt_kit_hf.errors import DataError
-from gpt_kit_hf.tokenization.encodings import END_OF_TEXT, get_encoding
+from gpt_kit_hf.tokenization.encodings import EOS_TOKEN, get_encoding
 
-TEXTS = [f"row {number} é {END_OF_TEXT}\r\n" * (number % 4) for number in range(100)]
+TEXTS = [f"row {number} é {EOS_TOKEN}\r\n" * (number % 4) for number in range(100)]
 
 
 @pytest.fixture(autouse=True)

@@ -16,12 +16,12 @@ import pytest
 import tiktoken
 
 from gpt_kit_hf.data.text import shards
-from gpt_kit_hf.data.text.shards import FileShard, FileSpan, TextChunk, file_units
+from gpt_kit_hf.data.text.shards import FileShard, FileSpan, TextChunk, file_shards
 from gpt_kit_hf.errors import DataError
-from gpt_kit_hf.tokenization.encodings import END_OF_TEXT, encode_documents, get_encoding, may_cut, train_bpe
+from gpt_kit_hf.tokenization.encodings import EOS_TOKEN, encode_documents, get_encoding, may_cut, train_bpe
 
 FORMS = ["txt", "txt.gz", "txt.zst", "jsonl", "jsonl.gz", "jsonl.zst", "ndjson", "json", "parquet"]
-SEPARATORS = [END_OF_TEXT, "\n\n", "--", "END OF", "\n---\n"]
+SEPARATORS = [EOS_TOKEN, "\n\n", "--", "END OF", "\n---\n"]
 WORDS = [
     "the",
     "cat",
@@ -34,7 +34,7 @@ WORDS = [
     "👍🏽",
     "e\u0301",
     "\x00",
-    END_OF_TEXT,
+    EOS_TOKEN,
     "<|endof",
 ]
 BLANKS = [" ", " ", "\n", "  ", "\n\n\n", "\t", "\r\n", "\u00a0", "\u2028", "   \n "]
@@ -89,7 +89,7 @@ def write_form(folder: Path, form: str, documents: Sequence[str], rng: random.Ra
 
 
 def shards_of(files: Sequence[Path], *, separator: str | None = None, cut: bool = True) -> list[FileShard]:
-    return file_units(list(files), column="text", separator=separator, may_cut=cut)
+    return file_shards(list(files), column="text", separator=separator, may_cut=cut)
 
 
 def documents_in(chunks: Iterable[TextChunk]) -> list[str]:
@@ -218,7 +218,7 @@ def test_chunks_encode_to_the_ids_of_the_whole_document(
 ) -> None:
     """200 random texts: the ids of each document encoded by itself, and EOS."""
     encoding = get_encoding("bytes") if kind == "bytes" else request.getfixturevalue(f"{kind}_encoding")
-    end = encoding.encode_single_token(END_OF_TEXT)
+    end = encoding.encode_single_token(EOS_TOKEN)
     assert may_cut(encoding)
     rng, file, cuts = random.Random(f"{kind} {separator}"), tmp_path / "a.txt", 0
     for number in range(200):
@@ -473,7 +473,7 @@ def test_text_of_any_script_is_cut_to_the_same_tokens(
     monkeypatch.setattr(shards, "_BLOCK", 64)
     (tmp_path / "a.txt").write_text(text * 40)
     encoding = train_bpe([text * 3, "abc def 12 3\n"], 400)
-    found = file_units([tmp_path / "a.txt"], column="text", separator=None, may_cut=True, shard_bytes=500)
+    found = file_shards([tmp_path / "a.txt"], column="text", separator=None, may_cut=True, shard_bytes=500)
     assert len(found) > 1
     chunks = [(chunk.text, chunk.ends_document) for shard in found for chunk in shard.chunks()]
     assert len(chunks) > 10

@@ -14,7 +14,7 @@ from gpt_kit_hf.data.text.sources import TextSource, eval_source, train_sources
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.options.data import TextOptions
 from gpt_kit_hf.options.files import find_files
-from gpt_kit_hf.tokenization.encodings import END_OF_TEXT
+from gpt_kit_hf.tokenization.encodings import EOS_TOKEN
 
 
 def write(folder: Path, **texts: str | bytes) -> None:
@@ -30,7 +30,7 @@ def source(**options: Any) -> TextSource:
 
 def documents(found: TextSource, *, streamed: bool = False) -> list[str]:
     """The documents of a source; each is short enough to come whole."""
-    shards: Iterable[Any] = found.streamed_units(True) if streamed else found.shards(True)
+    shards: Iterable[Any] = found.streamed_shards(True) if streamed else found.shards(True)
     chunks = [chunk for shard in shards for chunk in shard.chunks()]
     assert all(chunk.ends_document for chunk in chunks)
     return [chunk.text for chunk in chunks]
@@ -46,8 +46,8 @@ def test_files_become_documents_exactly_as_they_are(tmp_path: Path) -> None:
 
 
 def test_a_separator_ends_documents_inside_a_file(tmp_path: Path) -> None:
-    write(tmp_path, a=f"one{END_OF_TEXT}two{END_OF_TEXT}\n{END_OF_TEXT}three")
-    assert in_files(tmp_path / "a.txt", document_separator=END_OF_TEXT) == ["one", "two", "three"]
+    write(tmp_path, a=f"one{EOS_TOKEN}two{EOS_TOKEN}\n{EOS_TOKEN}three")
+    assert in_files(tmp_path / "a.txt", document_separator=EOS_TOKEN) == ["one", "two", "three"]
     assert in_files(tmp_path / "a.txt") == [(tmp_path / "a.txt").read_text()]
 
 
@@ -252,4 +252,4 @@ def test_units_of_a_source_are_the_same_streamed(tmp_path: Path) -> None:
         yield waiting, False
 
     expected = [("one two\n" * 30_000, True), ("three", True), ("", False)]
-    assert list(text(found.shards(True))) == list(text(found.streamed_units(True))) == expected
+    assert list(text(found.shards(True))) == list(text(found.streamed_shards(True))) == expected

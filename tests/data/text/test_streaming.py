@@ -14,9 +14,9 @@ import torch
 
 from gpt_kit_hf.data.order import BatchPlan, StreamOrder
 from gpt_kit_hf.data.text import streaming
-from gpt_kit_hf.data.text.shards import CHUNK_BYTES, file_units
+from gpt_kit_hf.data.text.shards import CHUNK_BYTES, file_shards
 from gpt_kit_hf.data.text.sources import train_sources
-from gpt_kit_hf.data.text.streaming import Lane, LaneBatches, lane_count
+from gpt_kit_hf.data.text.streaming import StreamBatches, StreamShard, stream_shard_count
 from gpt_kit_hf.data.text.windows import IGNORED, TokenStream, TokenWindows
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.model.losses import Batch
@@ -43,13 +43,13 @@ def write_texts(folder: Path, seed: int = 0) -> list[str]:
 
 def file_stream_shards(
     folder: Path, *, batch_size: int = BATCH, packing: bool = False, stride: int | None = None
-) -> list[Lane]:
+) -> list[StreamShard]:
     files = sorted(folder.glob("*.txt"))
-    shards = file_units(files, column="text", separator=None, may_cut=True, shard_bytes=2_000)
+    shards = file_shards(files, column="text", separator=None, may_cut=True, shard_bytes=2_000)
     return stream_shards_of(shards, batch_size, packing, stride)
 
 
-def dataset_stream_shards(folder: Path) -> list[Lane]:
+def dataset_stream_shards(folder: Path) -> list[StreamShard]:
     """Stream shards of a streamed dataset of JSON lines, eight files of them."""
     folder.mkdir()
     rng = np.random.default_rng(1)
@@ -57,14 +57,16 @@ def dataset_stream_shards(folder: Path) -> list[Lane]:
         rows = [json.dumps({"text": "w" * int(rng.integers(1, 60)) + f" {index} {row}"}) for row in range(30)]
         (folder / f"{index}.jsonl").write_text("\n".join(rows))
     options = TextOptions(dataset_name=str(folder), streaming=True, eval_files=["unread.txt"])
-    return stream_shards_of(train_sources(options)[0][1].streamed_units(may_cut=True), BATCH)
+    return stream_shards_of(train_sources(options)[0][1].streamed_shards(may_cut=True), BATCH)
 
 
-def stream_shards_of(shards: Any, batch_size: int, packing: bool = False, stride: int | None = None) -> list[Lane]:
-    count = lane_count(len(shards), batch_size)
+def stream_shards_of(
+    shards: Any, batch_size: int, packing: bool = False, stride: int | None = None
+) -> list[StreamShard]:
+    count = stream_shard_count(len(shards), batch_size)
     bounds = [number * len(shards) // count for number in range(count + 1)]
     return [
-        Lane(
+        StreamShard(
             shards=tuple(shards[bounds[number] : bounds[number + 1]]),
             encoding=ENCODING,
             windows=WindowOptions(max_length=24, packing=packing, stride=stride),
@@ -85,9 +87,9 @@ def plan(processes: int = 1, rank: int = 0, micro: int = BATCH) -> BatchPlan:
     )
 
 
-def run(stream_shards: list[Lane], which: BatchPlan, steps: range, states: Any = None, workers: int = 0) -> Any:
+def run(stream_shards: list[StreamShard], which: BatchPlan, steps: range, states: Any = None, workers: int = 0) -> Any:
     """Return each step's micro-batches, and the states after it as they come back from JSON."""
-    batches = LaneBatches(stream_shards, which, num_workers=workers, pin_memory=False)
+    batches = StreamBatches(stream_shards, which, num_workers=workers, pin_memory=False)
     given = batches.steps(steps.start, steps.stop, states or {})
     found = []
     for _ in steps:
@@ -156,7 +158,7 @@ def test_packed_windows_restart_where_documents_begin(tmp_path: Path) -> None:
         assert (targets[inputs != END] != IGNORED).all()
 
 
-def check_resume(stream_shards: list[Lane], positions: int, workers: int, steps: int = 60) -> None:
+def check_resume(stream_shards: list[StreamShard], positions: int, workers: int, steps: int = 60) -> None:
     reference = run(stream_shards, plan(), range(steps))
     rng = np.random.default_rng(0)
     for _ in range(positions):
@@ -212,14 +214,14 @@ def test_stream_shards_that_processes_cannot_share_are_refused(tmp_path: Path) -
     stream_shards = file_stream_shards(tmp_path)[:2]
     four = plan(processes=4)
     with pytest.raises(UsageError, match="has 2 stream shards, which 4 processes cannot share evenly"):
-        LaneBatches(stream_shards, four, num_workers=0, pin_memory=False)
+        StreamBatches(stream_shards, four, num_workers=0, pin_memory=False)
 
 
 @pytest.mark.parametrize(
     ("shards", "batch_size", "count"), [(1, 8, 1), (100, 8, 8), (100, 12, 4), (3, 8, 2), (100, 7, 1)]
 )
 def test_the_number_of_stream_shards_follows_from_shards_and_batch(shards: int, batch_size: int, count: int) -> None:
-    assert lane_count(shards, batch_size) == count
+    assert stream_shard_count(shards, batch_size) == count
 
 
 def test_options_of_a_stream_ask_for_what_it_lacks() -> None:
@@ -233,4 +235,4 @@ def test_a_streamed_dataset_needs_its_column(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"body": ["a"]}).to_json(tmp_path / "rows.jsonl")
     options = TextOptions(dataset_name=str(tmp_path), streaming=True, eval_files=["unread.txt"])
     with pytest.raises(DataError, match="'text'"):
-        run(stream_shards_of(train_sources(options)[0][1].streamed_units(may_cut=True), BATCH), plan(), range(1))
+        run(stream_shards_of(train_sources(options)[0][1].streamed_shards(may_cut=True), BATCH), plan(), range(1))

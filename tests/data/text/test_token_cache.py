@@ -22,12 +22,12 @@ import tiktoken
 from conftest import KILLED, in_child
 
 from gpt_kit_hf.data.text import shards, token_cache
-from gpt_kit_hf.data.text.shards import FileShard, TextChunk, file_units
+from gpt_kit_hf.data.text.shards import FileShard, TextChunk, file_shards
 from gpt_kit_hf.data.text.token_cache import StoredIds, StoredTokens, store_tokens
 from gpt_kit_hf.data.text.windows import TokenStream
 from gpt_kit_hf.errors import DataError
 from gpt_kit_hf.tokenization import encodings
-from gpt_kit_hf.tokenization.encodings import END_OF_TEXT, get_encoding, train_bpe
+from gpt_kit_hf.tokenization.encodings import EOS_TOKEN, get_encoding, train_bpe
 
 WORDS = [
     "the",
@@ -66,11 +66,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def random_text(seed: object, words: int = 300) -> str:
     rng = random.Random(str(seed))
-    return " ".join(rng.choices([*WORDS, END_OF_TEXT], k=words)) + "\n"
+    return " ".join(rng.choices([*WORDS, EOS_TOKEN], k=words)) + "\n"
 
 
 def shards_in(*files: Path, separator: str | None = None) -> list[FileShard]:
-    return [*file_units(list(files), column="text", separator=separator, may_cut=True)]
+    return [*file_shards(list(files), column="text", separator=separator, may_cut=True)]
 
 
 def ids_in(stored: StoredTokens) -> list[int]:
@@ -79,7 +79,7 @@ def ids_in(stored: StoredTokens) -> list[int]:
 
 def by_hand(encoding: tiktoken.Encoding, documents: Sequence[str]) -> tuple[list[int], list[int]]:
     """Each document encoded by itself and ended, and where each begins."""
-    end = encoding.encode_single_token(END_OF_TEXT)
+    end = encoding.encode_single_token(EOS_TOKEN)
     encoded = [[*encoding.encode_ordinary(document), end] for document in documents]
     starts = [0, *np.cumsum([len(document) for document in encoded])[:-1].tolist()]
     return [token for document in encoded for token in document], starts
@@ -125,7 +125,7 @@ def test_ids_are_kept_in_the_smallest_type_that_holds_the_vocabulary(
     tmp_path: Path, cache: Path, vocabulary: int, dtype: type
 ) -> None:
     ranks = {bytes([byte]): byte for byte in range(min(255, vocabulary - 1))}
-    end = {END_OF_TEXT: vocabulary - 1}
+    end = {EOS_TOKEN: vocabulary - 1}
     encoding = tiktoken.Encoding("made up", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=end)
     (tmp_path / "a.txt").write_text("some words " * 90)
     stored = store_tokens(shards_in(tmp_path / "a.txt"), encoding)
@@ -380,7 +380,7 @@ from gpt_kit_hf.storage import atomic_files
 from gpt_kit_hf.tokenization.encodings import get_encoding
 shards.SHARD_BYTES = 401
 files = [pathlib.Path(file) for file in sys.argv[4:]]
-found = shards.file_units(files, column="text", separator=None, may_cut=True)
+found = shards.file_shards(files, column="text", separator=None, may_cut=True)
 place, name = sys.argv[2].split()
 module = atomic_files if name == "write_synced" else token_cache
 inner, calls = getattr(module, name), []

@@ -109,7 +109,7 @@ def names_of(model: nn.Module) -> dict[nn.Parameter, str]:
 
 
 def muon_names(model: Any, optimizer: Optimizer) -> set[str]:
-    """Return whom Muon updates, having checked that each trained parameter is in one group."""
+    """Return the names of Muon's parameters; check that each trained parameter is in one group."""
     listed = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(listed) == len(set(listed))
     assert set(listed) == {p for p in model.parameters() if p.requires_grad}
@@ -181,7 +181,7 @@ def test_frozen_matrices_are_left_out() -> None:
 
 # PEFT asks every model for this switch by a name that transformers has given up since.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_a_trained_copy_of_the_head_is_no_matrix_of_the_blocks() -> None:
+def test_a_trained_copy_of_the_head_is_not_muons() -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
     model = peft.get_peft_model(tiny_model(tie_word_embeddings=False), config)
@@ -393,7 +393,7 @@ def test_a_carried_optimizer_continues_to_the_bit(carry: Callable[..., Carried],
         assert torch.equal(ours[0][name], value), name
 
 
-def test_a_rate_of_zero_reaches_both_after_loading() -> None:
+def test_a_rate_of_zero_applies_to_all_groups_after_loading() -> None:
     model = tiny_model()
     optimizer = create_optimizer(model, MUON)
     optimizer.load_state_dict(optimizer.state_dict())
@@ -427,7 +427,7 @@ def test_scaled_gradients_step_as_plain_ones_do(prepared: bool) -> None:
 
 
 @pytest.mark.parametrize("spoilt", ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"])
-def test_a_gradient_that_is_not_finite_moves_neither_part(spoilt: str) -> None:
+def test_a_gradient_that_is_not_finite_changes_no_parameter(spoilt: str) -> None:
     model = tiny_model()
     optimizer = create_optimizer(model, MUON)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
@@ -459,7 +459,7 @@ def test_the_trainer_learns_with_muon(precision: str) -> None:
 # --- Muon: the learning rate
 
 
-def test_the_matrices_keep_their_share_of_the_rate() -> None:
+def test_the_matrices_keep_their_ratio_to_the_rate() -> None:
     optimizer = create_optimizer(tiny_model(), MUON)
     assert [group["lr"] for group in optimizer.param_groups] == [3e-2, 1e-2, 1e-2]
     for step in range(20):

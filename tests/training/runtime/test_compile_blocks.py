@@ -1,4 +1,4 @@
-"""Compiled blocks in a run: the same losses, or a word about why not."""
+"""Compiled blocks: a run has the same losses, and a machine that cannot compile logs the reason."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def compiled_blocks(model: nn.Module) -> int:
 
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Nothing is compiled in earnest."""
+    """torch.compile returns the function unchanged."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     return monkeypatch
 

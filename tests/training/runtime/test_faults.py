@@ -67,9 +67,9 @@ class Table:
     def __init__(self) -> None:
         self.rows: list[tuple[str, str, str, str]] = []
 
-    def add(self, fault: str, injected: str, newest: str, then: str, said: str = "") -> None:
-        """Add a row; `said` is the line that the run ended with."""
-        quoted = f"{said[:_SHOWN]!r}{'...' * (len(said) > _SHOWN)}; " if said else ""
+    def add(self, fault: str, injected: str, newest: str, then: str, captured: str = "") -> None:
+        """Add a row; `captured` is the line that the run ended with."""
+        quoted = f"{captured[:_SHOWN]!r}{'...' * (len(captured) > _SHOWN)}; " if captured else ""
         self.rows.append((fault, injected, newest, quoted + then))
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
@@ -93,10 +93,10 @@ def table(request: pytest.FixtureRequest) -> Table:
 
 @dataclass(kw_only=True)
 class Attempt:
-    """A process of a run, and what it said."""
+    """A process of a run, and what it captured."""
 
     process: BaseProcess
-    said: Path
+    captured: Path
 
     def ended(self) -> Attempt:
         self.process.join(120)
@@ -111,11 +111,11 @@ class Attempt:
 
     @property
     def output(self) -> str:
-        return self.said.with_suffix(".out").read_text()
+        return self.captured.with_suffix(".out").read_text()
 
     @property
     def errors(self) -> str:
-        return self.said.with_suffix(".err").read_text()
+        return self.captured.with_suffix(".err").read_text()
 
     @property
     def refusal(self) -> str:
@@ -140,10 +140,10 @@ class Runs:
         return replace(made, training=replace(made.training, **changes))
 
     def begin(self, options: RunOptions, inject: Inject | None = None, rank: int = 0, port: int = 0) -> Attempt:
-        said = self.base / f"attempt-{next(self.numbers)}"
-        process = FORKS.Process(target=live, args=(options, inject, said, self.base / "datasets", rank, port))
+        captured = self.base / f"attempt-{next(self.numbers)}"
+        process = FORKS.Process(target=live, args=(options, inject, captured, self.base / "datasets", rank, port))
         process.start()
-        return Attempt(process=process, said=said)
+        return Attempt(process=process, captured=captured)
 
     def go(self, run: Path, inject: Inject | None = None, **changes: Any) -> Attempt:
         """Begin a run, or continue it, and wait for the end of the process."""
@@ -159,9 +159,9 @@ class Runs:
         return [attempt.ended() for attempt in both]
 
 
-def live(options: RunOptions, inject: Inject | None, said: Path, cache: Path, rank: int, port: int) -> None:
+def live(options: RunOptions, inject: Inject | None, captured: Path, cache: Path, rank: int, port: int) -> None:
     """What the process of a run does: what the command does, with a fault injected before."""
-    out, err = (said.with_suffix(suffix).open("w", buffering=1) for suffix in (".out", ".err"))
+    out, err = (captured.with_suffix(suffix).open("w", buffering=1) for suffix in (".out", ".err"))
     os.dup2(err.fileno(), 2)  # what is not Python speaks there, too
     sys.stderr = err
     os.environ["OMP_NUM_THREADS"] = "1"  # or Accelerate says that it sets it
@@ -345,8 +345,8 @@ def die_alone() -> None:
     distributed_c10d._new_process_group_helper = lambda *arguments, **options: die()
 
 
-def wait_for(file: Path, said: Path) -> None:
-    said.touch()
+def wait_for(file: Path, captured: Path) -> None:
+    captured.touch()
     while not file.exists():
         time.sleep(0.01)
 
@@ -446,8 +446,8 @@ def test_sigterm(runs: Runs, whole: Path, tmp_path: Path, table: Table) -> None:
     assert ended.refusal == f"stopped by SIGTERM after step 5 of 8, saved in {run}: continue with --resume"
     newest = loadable(run)
     assert newest.name == "step-00000005"
-    then, said = continued(runs, run, whole, newest), ended.refusal.replace(str(run), "RUN")
-    table.add("SIGTERM", "itself", newest.name, then, said)
+    then, captured = continued(runs, run, whole, newest), ended.refusal.replace(str(run), "RUN")
+    table.add("SIGTERM", "itself", newest.name, then, captured)
 
 
 @pytest.mark.parametrize("launcher", test_signals.LAUNCHERS)
@@ -477,8 +477,8 @@ def test_a_second_writer(runs: Runs, whole: Path, tmp_path: Path, table: Table) 
     assert f"in use by process {first.process.pid}" in second.refusal
     assert first.ended().code == 0
     assert differences(whole, run) == []
-    said = second.refusal.replace(str(run), "RUN")
-    table.add("second writer", "the same command again", newest.name, "the first ends equal to the bit", said)
+    captured = second.refusal.replace(str(run), "RUN")
+    table.add("second writer", "the same command again", newest.name, "the first ends equal to the bit", captured)
 
 
 # --- disks ----------------------------------------------------------------------------------------------------
@@ -510,9 +510,9 @@ def test_a_disk_that_is_full_for_a_while(
     ended = runs.go(run, partial(fill_for_a_while, disk, left, 6, unseen), async_save=False)
     assert ended.code == 0, ended.errors
     reason = "No space left on device" if unseen else "free"
-    [said] = [line for line in ended.output.splitlines() if "the checkpoint of step 4 was not saved" in line]
-    assert reason in said
-    assert "the run goes on" in said
+    [captured] = [line for line in ended.output.splitlines() if "the checkpoint of step 4 was not saved" in line]
+    assert reason in captured
+    assert "training continues" in captured
     assert differences(whole, run) == []
     table.add(fault, "ballast on a small tmpfs", loadable(run).name, "goes on, and ends equal to the bit")
 
@@ -548,15 +548,15 @@ def test_bytes_that_are_not_what_they_were(
     run, (damage, reason) = Path(shutil.copytree(killed, tmp_path / "run")), DAMAGES[fault]
     assert loadable(run).name == "step-00000006"
     damage(run)
-    said: list[str] = []
-    latest_checkpoint(run, report=said.append)
-    assert len(said) == 1
-    assert said[0].startswith("step-00000006 is damaged and not used: ")
-    assert reason in said[0]
+    captured: list[str] = []
+    latest_checkpoint(run, report=captured.append)
+    assert len(captured) == 1
+    assert captured[0].startswith("step-00000006 is damaged and not used: ")
+    assert reason in captured[0]
     newest = loadable(run)
     assert newest.name == "step-00000004"
     then = continued(runs, run, whole, newest)
-    table.add(fault, "altered in a run that was killed", newest.name, then, said[0])
+    table.add(fault, "altered in a run that was killed", newest.name, then, captured[0])
 
 
 # --- numbers --------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Launches that split wrongly, those that do not, and the configurations in examples/accelerate."""
+"""Launches that start too few processes, those that do not, and the configurations in examples/accelerate."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_processes_of_torchrun_that_do_not_find_each_other_are_refused(script: P
         assert process["launcher"] == process["parent"]
 
 
-def test_two_processes_of_torchrun_are_right(script: Path, tmp_path: Path) -> None:
+def test_two_processes_of_torchrun_are_accepted(script: Path, tmp_path: Path) -> None:
     found = run([sys.executable, *TORCHRUN, "--nproc-per-node=2", "script.py", "--cpu"], tmp_path)
     assert len({process["pid"] for process in found}) == 2
     for process in found:
@@ -119,7 +119,7 @@ def test_two_processes_of_torchrun_are_right(script: Path, tmp_path: Path) -> No
         assert process["launcher"] == process["parent"]
 
 
-def test_a_shell_with_variables_of_other_launches_is_right(script: Path, tmp_path: Path) -> None:
+def test_a_shell_with_variables_of_other_launches_is_accepted(script: Path, tmp_path: Path) -> None:
     stray = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     stray |= {"TORCHELASTIC_RUN_ID": "none", "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}
     words = f"{shlex.quote(sys.executable)} script.py accelerate launch --num_processes 2; exit $?"
@@ -202,7 +202,7 @@ def test_only_a_launcher_is_one(command: str, tmp_path: Path, monkeypatch: pytes
     assert launcher_pid() == (4321 if command in LAUNCHERS else None)
 
 
-def test_a_parent_that_may_not_be_looked_at_is_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_parent_that_cannot_be_inspected_is_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(pid: int) -> None:
         raise psutil.AccessDenied(pid)
 
@@ -247,7 +247,7 @@ def test_what_accelerate_was_asked_for(
     check_launch(together)
 
 
-def test_the_default_configuration_counts_where_accelerate_reads_it(script: Path, tmp_path: Path) -> None:
+def test_the_default_configuration_counts_if_accelerate_reads_it(script: Path, tmp_path: Path) -> None:
     (tmp_path / "accelerate").mkdir()
     (tmp_path / "accelerate/default_config.yaml").write_text(
         "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_processes: 3\nuse_cpu: true\n"
@@ -311,7 +311,7 @@ def test_fsdp2_is_configured_as_the_file_says(tmp_path: Path) -> None:
         "plugin = FullyShardedDataParallelPlugin()\n"  # from the variables that the launcher has set
         "print(json.dumps({'version': plugin.fsdp_version, 'wrap': plugin.auto_wrap_policy.__name__,\n"
         "    'names': plugin.transformer_cls_names_to_wrap, 'reshard': plugin.reshard_after_forward,\n"
-        "    'state': plugin.state_dict_type.name, 'recompute': plugin.gradient_checkpointing,\n"
+        "    'state': plugin.state_dict_type.name, 'recompute': plugin.activation_checkpointing,\n"
         "    'on one': plugin.cpu_ram_efficient_loading, 'offload': plugin.cpu_offload.__class__.__name__}))\n"
     )
     file = str(ROOT / "examples/accelerate/fsdp2.yaml")

@@ -1,4 +1,4 @@
-"""A restored optimizer against one that was never interrupted; what does not fit is refused."""
+"""A restored optimizer compared with one that was never interrupted; state that does not fit is refused."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_state_follows_the_name_and_not_the_position() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in tensors.items()), "memory is shared"
 
 
-def test_a_parameter_that_was_never_stepped_stays_so() -> None:
+def test_a_parameter_without_a_step_is_restored_without_state() -> None:
     model, other = make_model(), make_model()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     model[0].requires_grad_(False)  # type: ignore[index]
@@ -169,7 +169,7 @@ def test_incomplete_optimizer_state_is_refused_and_changes_nothing(tamper: str) 
     assert repr(optimizer.state_dict()) == before
 
 
-def test_what_has_no_name_or_no_form_is_refused() -> None:
+def test_unnamed_parameters_and_unsupported_state_are_refused() -> None:
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(UsageError, match=r"shape \(7, 5\) in the optimizer has no name"):

@@ -1,4 +1,4 @@
-"""A model and its optimizer that two processes hold in shards, against one process that holds all."""
+"""A model and its optimizer sharded over two processes, compared with one process that holds all."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from gpt_kit_hf.training.state.sharded_state import (
 
 ROOT = Path(__file__).resolve().parents[3]
 RANKS = 2
-# Two do not divide the vocabulary. The last case is cut as Accelerate does it, the others by hand.
+# The vocabulary is not divisible by two. The last case is sharded by Accelerate, the others by hand.
 CASES: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
     "untied": {"tie_word_embeddings": False},
@@ -49,7 +49,7 @@ BATCH, LENGTH, VOCABULARY = 4, 12, 61
 STEPS, MORE = 3, 2
 
 
-# --- what both sides do
+# --- shared by the test and the ranks
 
 
 def tiny_model(seed: int, **overrides: Any) -> GPTKitForCausalLM:
@@ -66,7 +66,7 @@ def optimizer_for(model: nn.Module, lr: float = 0.01) -> AdamW:
 
 
 def train(model: nn.Module, optimizer: Optimizer, steps: range, rank: int = 0, world: int = 1) -> list[float]:
-    """Take steps on this process's share of batches that follow from the step; return the losses of whole batches."""
+    """Train on this process's share of each step's batch; return the losses of whole batches."""
     losses = []
     for step in steps:
         ids = torch.randint(0, VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(step))
@@ -109,7 +109,7 @@ def options(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 class Small(nn.Module):
-    """Fewer elements than processes: some hold none of it."""
+    """Has fewer elements than there are processes, so some hold none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,8 +125,8 @@ class Small(nn.Module):
 # --- a rank
 
 
-def told_to_cut(accelerator: Accelerator) -> Accelerator:
-    """Accelerate cuts models over GPUs only; told that it does, it does the same on a CPU."""
+def with_fsdp2(accelerator: Accelerator) -> Accelerator:
+    """Make Accelerate shard a model on a CPU, which it does on GPUs only."""
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True
     )
@@ -141,11 +141,11 @@ def prepared(accelerator: Accelerator, model: nn.Module, lr: float) -> tuple[Any
     return model, wrapped.optimizer
 
 
-def cut(case: str, seed: int, lr: float) -> tuple[Any, Any]:
-    """Return a model that is cut over the processes, and its optimizer."""
+def sharded_model(case: str, seed: int, lr: float) -> tuple[Any, Any]:
+    """Return a model sharded over the processes, and its optimizer."""
     model: Any = tiny_model(seed, **CASES[case])
     if case == "by accelerate":
-        return prepared(told_to_cut(Accelerator(cpu=True)), model, lr)
+        return prepared(with_fsdp2(Accelerator(cpu=True)), model, lr)
     mesh = init_device_mesh("cpu", (RANKS,))
     for block in model.model.layers:
         fully_shard(block, mesh=mesh)
@@ -163,7 +163,7 @@ def refusal(call: Callable[..., object], *arguments: object) -> str:
 
 def run_case(case: str, folder: Path, rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    model, optimizer = cut(case, 0, 0.01)
+    model, optimizer = sharded_model(case, 0, 0.01)
     found["losses"] = train(model, optimizer, range(STEPS), rank, RANKS)
     with torch.no_grad():  # which leaves parts of the model gathered
         model(torch.zeros(1, LENGTH, dtype=torch.long))
@@ -178,21 +178,21 @@ def run_case(case: str, folder: Path, rank: int) -> dict[str, Any]:
 
     found["losses"] += train(model, optimizer, range(STEPS, STEPS + MORE), rank, RANKS)
     found["later"] = gathered(model, optimizer)
-    again, other = cut(case, 1, 0.5)
+    again, other = sharded_model(case, 1, 0.5)
     restore_sharded_state(folder / "sharded", again, other)
     found["losses again"] = train(again, other, range(STEPS, STEPS + MORE), rank, RANKS)
     found["later again"] = gathered(again, other)
 
-    alone, other = cut(case, 1, 0.5)
+    alone, other = sharded_model(case, 1, 0.5)
     restore_sharded_state(folder / "alone", alone, other)
     found["from one"] = gathered(alone, other)
     return found
 
 
 def run_failures(folder: Path, rank: int) -> dict[str, str]:
-    """Let one process fail, or all; return what each of them says, after which they go on together."""
-    said: dict[str, str] = {}
-    model, optimizer = cut("tied", 0, 0.01)
+    """Make one process fail, or all; return the error messages of this one."""
+    captured: dict[str, str] = {}
+    model, optimizer = sharded_model("tied", 0, 0.01)
     train(model, optimizer, range(1), rank, RANKS)
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
@@ -201,16 +201,16 @@ def run_failures(folder: Path, rank: int) -> dict[str, str]:
                 raise OSError(28, "No space left on device")
 
             patch.setattr("safetensors.torch.save", full_disk)
-        said["full disk"] = refusal(write_sharded_state, folder / "full", model, optimizer)
-    said["a folder for each"] = refusal(write_sharded_state, folder / f"of process {rank}", model, optimizer)
+        captured["full disk"] = refusal(write_sharded_state, folder / "full", model, optimizer)
+    captured["a folder for each"] = refusal(write_sharded_state, folder / f"of process {rank}", model, optimizer)
     write_sharded_state(folder / "cut short", model, optimizer)
     if rank == 0:
         max((folder / "cut short").glob("shard-00002-*")).unlink()
     dist.barrier()
-    said["a shard is missing"] = refusal(restore_sharded_state, folder / "cut short", model, optimizer)
+    captured["a shard is missing"] = refusal(restore_sharded_state, folder / "cut short", model, optimizer)
     optimizer.state[next(iter(optimizer.state))]["rows"] = torch.zeros(3)
-    said["cut otherwise"] = refusal(write_sharded_state, folder / "odd", model, optimizer)
-    return said
+    captured["other sharding"] = refusal(write_sharded_state, folder / "odd", model, optimizer)
+    return captured
 
 
 def run_small(folder: Path) -> dict[str, Any]:
@@ -226,7 +226,7 @@ def run_small(folder: Path) -> dict[str, Any]:
 
 
 def run_rank(folder: Path) -> None:
-    """Do all that takes two processes, and leave what was found in the folder."""
+    """Run everything that needs two processes, and write the results to the folder."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     with warnings.catch_warnings():
@@ -246,7 +246,7 @@ def free_port() -> int:
 
 
 def wait_for(started: list[subprocess.Popen[bytes]], folder: Path) -> None:
-    """Return when all ranks ended well; a rank that fails leaves the others waiting, so its log is shown at once."""
+    """Wait for all ranks; if one fails, show its log at once, as the others would wait for it."""
     deadline = time.monotonic() + 300
     while any(process.poll() is None for process in started):
         assert time.monotonic() < deadline
@@ -258,7 +258,7 @@ def wait_for(started: list[subprocess.Popen[bytes]], folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which two ranks did all they do; they end before the tests begin, whatever happens."""
+    """The folder with the results of two ranks, which have ended."""
     folder = tmp_path_factory.mktemp("ranks")
     for case, overrides in CASES.items():
         (folder / case).mkdir()
@@ -296,7 +296,7 @@ def both_ranks(ranks: Path, case: str) -> list[dict[str, Any]]:
     return [torch.load(ranks / f"rank{rank}.pt")[case] for rank in range(RANKS)]
 
 
-def test_two_processes_that_cut_the_model_train_it_as_one_does(case: str, ranks: Path) -> None:
+def test_two_processes_train_a_sharded_model_as_one_process_does(case: str, ranks: Path) -> None:
     model = tiny_model(0, **CASES[case])
     optimizer = optimizer_for(model)
     losses = train(model, optimizer, range(STEPS + MORE))
@@ -328,7 +328,7 @@ def test_one_process_restores_what_two_wrote(case: str, ranks: Path, monkeypatch
     assert losses == pytest.approx(expected["losses"][STEPS:], abs=1e-5)
 
 
-def test_two_processes_that_restore_go_on_to_the_bit(case: str, ranks: Path) -> None:
+def test_two_processes_that_restore_continue_to_the_bit(case: str, ranks: Path) -> None:
     for found in both_ranks(ranks, case):
         assert found["losses again"] == found["losses"][STEPS:]
         assert_equal(found["later again"], found["later"])
@@ -377,14 +377,14 @@ def test_the_first_process_has_the_whole_model_to_publish(case: str, ranks: Path
         assert (ranks / case / "saved" / name).read_bytes() == (tmp_path / name).read_bytes(), name
 
 
-def test_a_failure_in_one_process_is_one_in_all(ranks: Path) -> None:
+def test_a_failure_in_one_process_is_an_error_in_all(ranks: Path) -> None:
     first, second = both_ranks(ranks, "failures")
     assert second == {key: text.replace("of process 0 was", "of process 1 was") for key, text in first.items()}
     assert first["full disk"].endswith("was not written: process 1: OSError: [Errno 28] No space left on device")
     assert " was not written: process 0: shards of other processes are missing here: " in first["a folder for each"]
     assert first["a shard is missing"].startswith(f"{ranks / 'cut short'} was not read: process 0: of ")
     odd = "optimizer state rows.model.embed_tokens.weight is not sharded as its parameter is and cannot be stored"
-    assert first["cut otherwise"] == f"{ranks / 'odd'} was not written: process 0: {odd}"
+    assert first["other sharding"] == f"{ranks / 'odd'} was not written: process 0: {odd}"
 
 
 def test_a_process_may_hold_nothing_of_a_tensor(ranks: Path) -> None:
@@ -396,7 +396,7 @@ def test_a_process_may_hold_nothing_of_a_tensor(ranks: Path) -> None:
     assert_equal(gathered(model, optimizer), found[0]["gathered"])
 
 
-def test_stored_buffers_and_types_come_back(tmp_path: Path) -> None:
+def test_buffers_and_dtypes_are_restored(tmp_path: Path) -> None:
     model = Small().to(torch.bfloat16)
     model.offset.fill_(0.5)
     optimizer = optimizer_for(model)
@@ -466,7 +466,7 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_what_does_not_fit_is_refused(damage: Callable[[Path], tuple[nn.Module, str]], tmp_path: Path) -> None:
+def test_a_checkpoint_that_does_not_fit_fails(damage: Callable[[Path], tuple[nn.Module, str]], tmp_path: Path) -> None:
     model = Small()
     optimizer = optimizer_for(model)
     model(torch.ones(2, 3)).sum().backward()
@@ -477,7 +477,7 @@ def test_what_does_not_fit_is_refused(damage: Callable[[Path], tuple[nn.Module, 
         restore_sharded_state(tmp_path / "state", other, optimizer_for(other))
 
 
-def test_an_optimizer_that_took_no_step_comes_back_as_that(tmp_path: Path) -> None:
+def test_an_optimizer_without_a_step_is_restored_without_state(tmp_path: Path) -> None:
     model = Small()
     write_sharded_state(tmp_path / "state", model, optimizer_for(model))
     again = Small()
@@ -487,7 +487,7 @@ def test_an_optimizer_that_took_no_step_comes_back_as_that(tmp_path: Path) -> No
     assert torch.equal(again.linear.weight, model.linear.weight)
 
 
-# --- the real road
+# --- a launch by Accelerate
 
 
 def run_accelerated(accelerator: Accelerator, folder: Path) -> None:

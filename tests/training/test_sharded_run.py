@@ -1,0 +1,74 @@
+"""A run of two processes that shard the model by FSDP2, from the first step to a resumed one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from test_distributed import launch, metrics, text  # noqa: F401
+from test_pretrain import killed_copy
+
+from gpt_kit_hf import parse_run_options, run_command, train
+from gpt_kit_hf.storage import checkpoints
+from gpt_kit_hf.training import loop
+
+WRITE_MANIFEST = checkpoints._write_manifest
+
+
+def sharding(accelerator: Accelerator) -> Accelerator:
+    """Make Accelerate shard models on CPUs, as it does on GPUs only."""
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True
+    )
+    # Both, as reading the first one of them resets it to the second.
+    accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+    assert accelerator.is_fsdp2
+    return accelerator
+
+
+def fail_at_step_4(stage: Path, step: int) -> None:
+    if step == 4:
+        raise OSError(28, "No space left on device")
+    WRITE_MANIFEST(stage, step)
+
+
+def losses(run: Path) -> list[Any]:
+    return [line["loss"] for line in metrics(run)]
+
+
+def test_sharded_run_survives_a_failed_save_and_resumes(tmp_path: Path, text: Path) -> None:  # noqa: F811
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    ended = launch(2, whole, text, "--sample_steps=4")
+    assert ended.returncode == 0, ended.stderr
+    ended = launch(2, run, text, "--sample_steps=4", script=__file__)
+    assert ended.returncode == 0, ended.stderr
+    assert losses(run) == pytest.approx(losses(whole), abs=1e-4)
+    for folder in (run, run / "checkpoints" / "step-00000008"):
+        assert (folder / "model.safetensors").stat().st_size == (whole / "model.safetensors").stat().st_size
+
+    resumed = killed_copy(run, tmp_path / "resumed", "step-00000008")
+    ended = launch(2, resumed, text, "--resume", script=__file__)
+    assert ended.returncode == 0, ended.stderr
+    assert "resumed  after step 4" in ended.stdout
+    assert losses(resumed) == losses(run)
+
+    shutil.rmtree(run)
+    ended = launch(2, run, text, script=__file__, environment={"FAILS_AT_STEP_4": "1"})
+    assert ended.returncode == 0, ended.stderr
+    assert "the checkpoint of step 4 was not saved" in ended.stdout
+    assert [folder.name for folder in checkpoints.list_checkpoints(run)] == ["step-00000008"]
+    assert losses(run) == losses(resumed)
+
+
+if __name__ == "__main__":
+    unsharded = loop._accelerator
+    loop._accelerator = lambda options: sharding(unsharded(options))
+    if os.environ.get("FAILS_AT_STEP_4"):
+        checkpoints._write_manifest = fail_at_step_4
+    sys.exit(run_command(lambda: train(parse_run_options(sys.argv[1:], prog="test_sharded_run.py"))))
