@@ -1,4 +1,4 @@
-"""How long a user waits: `gpt-kit --help`, the import, and from `gpt-kit train` to the first step.
+"""CPU seconds of every `--help`, of refused command lines and of imports, and seconds from `gpt-kit train` to a step.
 
 `python benchmarks/startup.py` runs each in processes of its own, in turns, the peer's import of GPT-2 among them, and
 prints medians. The run's text is the source of Python's standard library, as in `make quickstart`; its first time
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -20,17 +21,29 @@ from pathlib import Path
 
 import measure
 
-GPT_KIT = [sys.executable, "-c", "from gpt_kit_command import main; main()"]
+from gpt_kit_hf.commands.main import COMMANDS as NAMES
+
+GPT_KIT = [sys.executable, "-m", "gpt_kit_hf.commands.main"]
 TRAIN = [
     "train", "--text_files", "python-stdlib", "--encoding", "bytes", "--model", "nano-xs", "--n_layer", "4",
     "--n_embd", "128", "--max_steps", "1", "--logging_steps", "1", "--max_eval_samples", "1", "--report_to", "none",
 ]  # fmt: skip
+REFUSED = {
+    "a wrong option": ["train", "--bath_size", "8"],
+    "a missing file": ["train", "--output_dir", "x", "--text_files", "nowhere.txt"],
+    "an unreadable config": ["train", "--config", "nowhere.yaml"],
+    "a missing model": ["generate", "./nowhere"],
+}
 COMMANDS = {
+    "python -c pass": [sys.executable, "-c", "pass"],
     "gpt-kit --help": [*GPT_KIT, "--help"],
-    "gpt-kit train --help": [*GPT_KIT, "train", "--help"],
+    **{f"gpt-kit {name} --help": [*GPT_KIT, name, "--help"] for name in NAMES},
+    **{f"refused: {name}": [*GPT_KIT, *arguments] for name, arguments in REFUSED.items()},
     "import torch": [sys.executable, "-c", "import torch"],
+    "import PreTrainedModel of transformers": [sys.executable, "-c", "from transformers import PreTrainedModel"],
     "import GPT-2 of transformers": [sys.executable, "-c", "from transformers import GPT2LMHeadModel, AutoTokenizer"],
     "import gpt_kit_hf": [sys.executable, "-c", "import gpt_kit_hf"],
+    "import our model": [sys.executable, "-c", "from gpt_kit_hf import GPTKitForCausalLM"],
 }
 
 
@@ -38,18 +51,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     measure.add_options(parser, rounds=5)
     options = parser.parse_args()
-    imported = subprocess.run(
-        [sys.executable, "-X", "importtime", *GPT_KIT[1:], "--help"], capture_output=True, text=True, check=True
-    )
-    assert "torch" not in imported.stderr, "gpt-kit --help imports torch"
-    taken = measure.interleaved(
-        {name: lambda command=command: run(command) for name, command in COMMANDS.items()},
-        options.rounds,
-        "cpu",
-        warm_up=1,
-    )
+    for name, command in COMMANDS.items():  # each ends as it should
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert ended.returncode == (2 if name.startswith("refused") else 0), (name, ended.stderr)
+    taken: dict[str, list[float]] = {name: [] for name in COMMANDS}
+    for turn in range(options.rounds + 1):
+        for name, command in COMMANDS.items():
+            seconds = cpu_seconds(command)
+            if turn:  # the first fills the disk's cache
+                taken[name].append(seconds)
     print(f"machine  {measure.machine('cpu')}; {measure.versions('torch', 'transformers', 'datasets')}")
-    rows = [[name, f"{statistics.median(seconds):.2f} s"] for name, seconds in taken.items()]
+    rows = [[name, f"{statistics.median(seconds):.2f} CPU s"] for name, seconds in taken.items()]
     with tempfile.TemporaryDirectory() as folder:
         for name in ("first", "second"):
             rows.append([f"gpt-kit train to its first step, the {name} time", f"{to_first_step(Path(folder)):.1f} s"])
@@ -57,8 +69,12 @@ def main() -> None:
     measure.keep(options.json, taken)
 
 
-def run(command: Sequence[str]) -> None:
-    subprocess.run(command, capture_output=True, check=True)
+def cpu_seconds(command: Sequence[str]) -> float:
+    """Return the user and system seconds of a process."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, capture_output=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def to_first_step(folder: Path) -> float:

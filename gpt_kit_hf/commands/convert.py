@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gpt_kit_hf.commands.running import write
 from gpt_kit_hf.model.conversion import convert_checkpoint
-from gpt_kit_hf.options.conversion import ConvertOptions
+from gpt_kit_hf.options.model import ConvertOptions
 
 
 def convert(options: ConvertOptions) -> None:

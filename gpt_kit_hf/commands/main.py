@@ -13,11 +13,11 @@ from importlib import import_module
 
 from gpt_kit_hf.commands.running import USAGE_ERROR, quiet_libraries, run_command
 from gpt_kit_hf.errors import UsageError, unknown_name
-from gpt_kit_hf.options.conversion import ConvertOptions
 from gpt_kit_hf.options.evaluation import CheckOptions, EvaluateOptions, InspectOptions, VerifyOptions
 from gpt_kit_hf.options.files import check_named_files
 from gpt_kit_hf.options.generation import ChatCommandOptions, GenerateOptions, ServeOptions
 from gpt_kit_hf.options.hub import CardOptions, PullOptions, PushCommandOptions
+from gpt_kit_hf.options.model import ConvertOptions
 from gpt_kit_hf.options.parser import parse_options
 from gpt_kit_hf.options.run import FinetuneOptions, RunOptions
 

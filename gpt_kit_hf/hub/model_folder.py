@@ -16,7 +16,7 @@ from gpt_kit_hf.hub.client import fetch_model
 from gpt_kit_hf.hub.safety import check_model_folder
 from gpt_kit_hf.hub.template_sandbox import check_templates
 from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
-from gpt_kit_hf.storage.atomic_files import feed_file
+from gpt_kit_hf.storage.atomic_files import update_digest
 from gpt_kit_hf.storage.checkpoints import latest_checkpoint
 from gpt_kit_hf.tokenization.encodings import EOS_TOKEN, check_fingerprint
 from gpt_kit_hf.tokenization.export import load_encoding, save_tokenizer
@@ -73,7 +73,7 @@ def weights_digest(source: str, config: Any) -> str:
         return str(config._commit_hash)
     digest = xxhash.xxh3_64()
     for file in sorted(Path(source).glob("*.safetensors")):
-        feed_file(digest, file)
+        update_digest(digest, file)
     return str(digest.hexdigest())
 
 

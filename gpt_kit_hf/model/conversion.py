@@ -43,8 +43,7 @@ from gpt_kit_hf.model.layouts import (
 from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
 from gpt_kit_hf.model.presets import config_error_message
 from gpt_kit_hf.model.weight_files import PICKLES, SAFETENSORS, read_state_dict, read_weights
-from gpt_kit_hf.options.conversion import Layout
-from gpt_kit_hf.options.model import Activation
+from gpt_kit_hf.options.model import Activation, Layout
 from gpt_kit_hf.storage.atomic_files import load_json
 
 _T = TypeVar("_T")

@@ -1,8 +1,8 @@
-"""The options of every command, each declared once: standard library only.
+"""The options of every command, each declared once, in modules that need only the standard library.
 
-`declare` defines what a declaration holds; `training`, `model`, `data`, `finetuning`, `generation`, `evaluation`,
-`hub` and `conversion` declare the options; `run` puts those of a training run together and has the rules for resuming
-one; `parser` reads a command line and a YAML file, `pages` writes help and documentation, `files` checks named files.
+`declare` defines what a declaration holds; `training`, `model`, `data`, `finetuning`, `generation`, `evaluation` and
+`hub` declare the options. `run` combines those of a training run and has the rules for resuming one. `parser` reads a
+command line, `config_file` a YAML file; `pages` writes help and documentation, `files` checks that named files exist.
 """
 
 import lazy_loader

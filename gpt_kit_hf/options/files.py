@@ -63,7 +63,7 @@ def check_local_model(place: str) -> None:
     # A Hub id has a name and at most an owner before it.
     if not Path(place).exists() and (place.count("/") > 1 or place.startswith((".", "/", "~"))):
         raise UsageError(f"{place!r}: no such folder")
-    if Path(place).exists() and not any((Path(place) / name).exists() for name in ("config.json", "checkpoints")):
+    if Path(place).is_dir() and not any((Path(place) / name).exists() for name in ("config.json", "checkpoints")):
         raise UsageError(f"{place!r} holds no model: neither a config.json nor a checkpoint")
 
 

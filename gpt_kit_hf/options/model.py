@@ -1,16 +1,17 @@
-"""Options of a new model: a preset, and what to change of it."""
+"""Options of a new model, a preset and what to change of it, and of a checkpoint to convert."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 from gpt_kit_hf.errors import UsageError
-from gpt_kit_hf.options.declare import Options, option
+from gpt_kit_hf.options.declare import REQUIRED, Options, option
 
 Activation: TypeAlias = Literal["gelu", "gelu_new", "gelu_pytorch_tanh"]
+Layout: TypeAlias = Literal["gpt2", "nanogpt", "kit", "to-gpt2"]
 
 
 def _shape(n_layer: int, n_embd: int, n_head: int, context: int = 1024, vocab_size: int = 50257) -> dict[str, int]:
@@ -91,3 +92,32 @@ class ModelOptions(Options):
         n_embd, n_head = self.n_embd or preset["n_embd"], self.n_head or preset["n_head"]
         if n_embd % n_head:
             raise UsageError(f"n_embd must be divisible by n_head, got {n_embd} and {n_head}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvertOptions(Options):
+    """A checkpoint to convert."""
+
+    positionals: ClassVar[tuple[str, ...]] = ("source", "destination")
+
+    source: str = option(REQUIRED, "model folder, Hub id, or file of weights", names="model", metavar="SOURCE")
+    destination: str = option(REQUIRED, "folder to write; it must be empty or not exist yet", metavar="DESTINATION")
+    layout: Layout = option(
+        REQUIRED,
+        "gpt2: from a GPT-2 folder or Hub id; nanogpt, kit: from a file of weights (safetensors, or a pickle that "
+        "holds only tensors); to-gpt2: from a folder of this package to GPT-2",
+    )
+    n_head: int | None = option(
+        None, "number of attention heads (nanogpt, kit)", minimum=1, unset="what the file of weights says"
+    )
+    hidden_act: Activation | None = option(None, "activation function (nanogpt, kit)", unset="that of the layout")
+    eos_token_id: int | None = option(
+        None, "token id of the end of text (nanogpt, kit)", minimum=0, unset="what the tokenizer says, if there is one"
+    )
+    zero_missing_biases: bool = option(
+        False,
+        "set the biases of the query, key and value projections to zero if only these are missing (nanogpt, kit)",
+    )
+    tokenizer_folder: str | None = option(
+        None, "folder of a tokenizer to use", unset="the source's", names="folder", metavar="FOLDER"
+    )

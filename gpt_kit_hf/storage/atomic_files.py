@@ -211,7 +211,7 @@ def _jsonl_lines(path: Path, report: Report) -> list[tuple[bytes, dict[str, Any]
     return lines
 
 
-def feed_file(digest: Any, path: Path) -> None:
+def update_digest(digest: Any, path: Path) -> None:
     """Update a hashlib digest with the bytes of a file."""
     with path.open("rb") as file:
         while block := file.read(1 << 20):

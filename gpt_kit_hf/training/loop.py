@@ -167,7 +167,7 @@ class _Loop:
     def run(self) -> RunResult:
         """Train from the first step, or from the checkpoint, to the last."""
         try:
-            with self.stop.granted_between_steps():
+            with self.stop.stop_between_steps():
                 self._prepare()
                 self._train()
                 self.checkpoints.save(must=True)

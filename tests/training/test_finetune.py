@@ -66,8 +66,8 @@ def write_rows(file: Path, n: int = 24) -> Path:
 def options(folder: Path, base: Path, rows: Path, **changes: Any) -> FinetuneOptions:
     training = {
         "batch_size": 4, "per_device_train_batch_size": 3, "max_steps": 8, "eval_steps": 4, "save_steps": 4,
-        "save_total_limit": 9, "logging_steps": 4, "sample_steps": 0, "sample_max_new_tokens": 8, "use_cpu": True,
-        "mixed_precision": "fp32", "report_to": ["none"],
+        "save_total_limit": 9, "logging_steps": 4, "sample_steps": 0, "sample_max_new_tokens": 8,
+        "use_cpu": True, "mixed_precision": "fp32", "report_to": ["none"],
     }  # fmt: skip
     sections: dict[str, Any] = {"supervision": SupervisionOptions(max_length=CONTEXT), "adapter": AdapterOptions()}
     sections |= {name: changes.pop(name) for name in list(changes) if name in sections}

@@ -19,7 +19,7 @@ _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if
 class StopSignals:
     """Context manager that handles the signals that end a process, and restores the handlers of before.
 
-    Inside `granted_between_steps` a signal is only recorded, for `asked`; a second SIGINT raises KeyboardInterrupt
+    Inside `stop_between_steps` a signal is only recorded, for `asked`; a second SIGINT raises KeyboardInterrupt
     there, as every signal does outside. With `launcher`, the pid of the parent, the end of that process counts as a
     request, too, as a launcher that is killed does not end its children. Outside of the main thread, where Python
     handles no signals, only the launcher is watched. A signal that was ignored, as SIGHUP under nohup, stays ignored.
@@ -45,7 +45,7 @@ class StopSignals:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     @contextmanager
-    def granted_between_steps(self) -> Iterator[None]:
+    def stop_between_steps(self) -> Iterator[None]:
         """Record signals instead of raising KeyboardInterrupt."""
         self._noted_only = True
         try:

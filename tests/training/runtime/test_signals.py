@@ -110,7 +110,7 @@ def test_signals_are_noted_only_between_steps(monkeypatch: pytest.MonkeyPatch) -
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)  # SIGINT may be ignored where tests run
     with StopSignals() as stop:
-        with stop.granted_between_steps():
+        with stop.stop_between_steps():
             assert not stop.asked()
             os.kill(os.getpid(), signal.SIGTERM)
             assert stop.asked()
