@@ -21,6 +21,7 @@ from pathlib import Path
 
 import measure
 
+import gpt_kit_hf
 from gpt_kit_hf.commands.main import COMMANDS as NAMES
 
 GPT_KIT = [sys.executable, "-m", "gpt_kit_hf.commands.main"]
@@ -51,12 +52,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     measure.add_options(parser, rounds=5)
     options = parser.parse_args()
-    for name, command in COMMANDS.items():  # each ends as it should
+    with tempfile.TemporaryDirectory() as folder:
+        measure_commands(options, {**COMMANDS, **commands_with_files(Path(folder))})
+
+
+def commands_with_files(folder: Path) -> dict[str, list[str]]:
+    """Return the commands that need files: a row without an answer, and a small model."""
+    row, model = folder / "row.jsonl", str(folder / "model")
+    row.write_text('{"instruction": "Say hello.", "input": ""}\n')
+    config = gpt_kit_hf.create_model_config("nano-xs", vocab_size=257)
+    gpt_kit_hf.GPTModel(config).save_pretrained(model)
+    gpt_kit_hf.save_tokenizer(gpt_kit_hf.get_encoding("bytes"), model)
+    load = f"import gpt_kit_hf; from transformers import AutoModelForCausalLM as M; M.from_pretrained({model!r})"
+    return {
+        "refused: inspect, a row without an answer": [*GPT_KIT, "inspect", str(row)],
+        "load our model": [sys.executable, "-c", load],
+        "gpt-kit generate, its first token": [*GPT_KIT, "generate", model, "--prompt", "a", "--max_new_tokens", "1"],
+    }
+
+
+def measure_commands(options: argparse.Namespace, commands: dict[str, list[str]]) -> None:
+    for name, command in commands.items():  # each ends as it should
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
         assert ended.returncode == (2 if name.startswith("refused") else 0), (name, ended.stderr)
-    taken: dict[str, list[float]] = {name: [] for name in COMMANDS}
+    taken: dict[str, list[float]] = {name: [] for name in commands}
     for turn in range(options.rounds + 1):
-        for name, command in COMMANDS.items():
+        for name, command in commands.items():
             seconds = cpu_seconds(command)
             if turn:  # the first fills the disk's cache
                 taken[name].append(seconds)

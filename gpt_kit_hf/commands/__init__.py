@@ -1,4 +1,9 @@
-"""The command line: one file for each family of commands, each a thin layer over the folders below."""
+"""The command line, a thin layer over the folders below.
+
+`main` is the entry point, with the table of commands and their summaries; `running` runs a command and maps each kind
+of error to an exit code. The commands: `train` (train, finetune, verify), `inspect`, `generate` (generate, chat, serve),
+`evaluate` (evaluate, check), `publish` (push, pull, card) and `convert`. `options_page` writes docs/options.md.
+"""
 
 import lazy_loader
 

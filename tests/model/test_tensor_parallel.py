@@ -36,7 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
 # transformers 5.17, the oldest that is supported, refuses to gather the logits of such a vocabulary.
 if transformers.__version__.startswith("5.17."):
     del CASES["without biases, a vocabulary that two do not divide"]
-CASES: dict[str, dict[str, Any]] = {
+GENERATION: dict[str, dict[str, Any]] = {
     "greedy": {},
     "static cache": {"cache_implementation": "static"},
     "beams": {"num_beams": 3},
@@ -57,7 +57,7 @@ def measured(model: Any) -> dict[str, Any]:
     found: dict[str, Any] = {"mask": mask}
     with torch.no_grad():
         found["logits"] = whole(model(ids, attention_mask=mask).logits)
-    for name, options in CASES.items():
+    for name, options in GENERATION.items():
         found[name] = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, **options)
     loss = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
     loss.backward()
@@ -175,7 +175,7 @@ def test_two_halves_compute_and_train_as_the_whole(case: Path) -> None:
 
 def test_two_halves_generate_as_the_whole(case: Path) -> None:
     expected = measured(AutoModelForCausalLM.from_pretrained(case))
-    for name in CASES:
+    for name in GENERATION:
         assert len(set(expected[name][:, 9:].flatten().tolist())) > 4
         for found in both_ranks(case):
             assert torch.equal(found[name], expected[name]), name

@@ -2,8 +2,8 @@
 
 `sources` finds the files and datasets that the options name. `shards` reads text, JSON Lines and Parquet files in
 shards, `dataset_shards` does so for datasets. `token_cache` encodes shards once and keeps the ids on the disk.
-`corpus` chooses the encoding and puts all together, with a split for evaluation. `windows` cuts stored ids into
-windows; `streaming` cuts text that is tokenized during training.
+`corpus` chooses the encoding and puts all together. `windows` splits off the evaluation documents and cuts stored ids
+into windows; `streaming` cuts text that is tokenized during training.
 """
 
 import lazy_loader
