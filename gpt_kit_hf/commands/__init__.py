@@ -1,7 +1,7 @@
 """The command line, a thin layer over the folders below.
 
 `main` is the entry point, with the table of commands and their summaries; `running` runs a command and maps each kind
-of error to an exit code. The commands: `train` (train, finetune, verify), `inspect`, `generate` (generate, chat, serve),
+of error to an exit code. Families: `train` (train, finetune, verify), `inspect`, `generate` (generate, chat, serve),
 `evaluate` (evaluate, check), `publish` (push, pull, card) and `convert`. `options_page` writes docs/options.md.
 """
 
