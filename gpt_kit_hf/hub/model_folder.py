@@ -121,9 +121,7 @@ def move_to_device(model: Any, device: str) -> None:
         raise UsageError(f"device {device!r} cannot be used: {str(error).strip().splitlines()[0]}") from None
 
 
-def model_length(model: str | None) -> int:
+def model_length(model: str) -> int:
     """Return the context length of a model in tokens, 1,024 if it is unknown."""
-    if model is None:
-        return 1024
     config = load_pretrained(AutoConfig, find_model_folder(model), model)
     return int(config.to_dict().get("max_position_embeddings", 1024))
