@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 from gpt_kit_hf.errors import UsageError, unknown_name
-from gpt_kit_hf.options.declare import Options, option
+from gpt_kit_hf.options.declare import Options, Resume, option
 
 TRAINED_BPE = "bpe"
 KEEP = "keep"
@@ -19,6 +19,8 @@ Truncation: TypeAlias = Literal["error", "drop", "truncate_prompt"]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextOptions(Options):
     """The text: where it comes from and which part of it is for evaluation."""
+
+    resume_by_default: ClassVar[Resume] = "text"
 
     text_files: list[str] | None = option(
         None,

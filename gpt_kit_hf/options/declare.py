@@ -11,14 +11,15 @@ import math
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 from gpt_kit_hf.errors import UsageError, unknown_name
 
 REQUIRED: Any = dataclasses.MISSING
 
-# Whether the option may differ when a run is resumed: never, only if --allow_changes names it, or always.
-Resume: TypeAlias = Literal["fixed", "allowed", "free"]
+# Whether the option may differ when a run is resumed: never, only if --allow_changes names it, only if --allow_changes
+# names the text, or always.
+Resume: TypeAlias = Literal["fixed", "allowed", "text", "free"]
 # How a model card shows the value: as it is, as the last name of a path, as a Hub id or the last name of a path, as a
 # list of weighted sources, or not at all.
 Card: TypeAlias = Literal["value", "path", "path_or_id", "mixture", "hidden"]
@@ -167,6 +168,9 @@ def _number(bound: float) -> str:
 class Options:
     """Base of every option class: checks each value against its declaration."""
 
+    # Of the options whose declaration does not say whether they may differ when a run is resumed.
+    resume_by_default: ClassVar[Resume] = "fixed"
+
     def __post_init__(self) -> None:
         declared = options_of(type(self))
         for name, each in declared.items():
@@ -190,7 +194,9 @@ def options_of(kind: type[Options]) -> Mapping[str, Option]:
         resolved = _resolved(hints[field.name])
         declared = field.metadata["option"]
         choices = declared.choices or resolved.pop("choices")
-        found[field.name] = dataclasses.replace(declared, name=field.name, **{**resolved, "choices": choices})
+        resume = kind.resume_by_default if declared.resume == "fixed" else declared.resume
+        given = {**resolved, "choices": choices, "resume": resume}
+        found[field.name] = dataclasses.replace(declared, name=field.name, **given)
     return types.MappingProxyType(found)
 
 

@@ -11,7 +11,7 @@ from gpt_kit_hf.options.declare import Option, Section, sections_of
 
 _COLUMN = 30
 _TYPES = {int: "integer", float: "number", bool: "true or false", str: "text"}
-_RESUME = {"fixed": "no", "allowed": "with `allow_changes`", "free": "yes"}
+_RESUME = {"fixed": "no", "allowed": "with `allow_changes`", "text": "with `allow_changes text`", "free": "yes"}
 
 
 def placeholder(option: Option) -> str:

@@ -18,6 +18,8 @@ from gpt_kit_hf.options.training import RECIPES, OptimizerOptions, TrainingOptio
 
 T = TypeVar("T")
 
+CHANGED_TEXT = "text"  # in allow_changes: the text may differ, and the options that say where it comes from
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
@@ -32,6 +34,9 @@ class RunOptions:
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     optimizer: OptimizerOptions = dataclasses.field(default_factory=OptimizerOptions)
 
+    def __post_init__(self) -> None:
+        check_allow_changes(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneOptions:
@@ -43,6 +48,9 @@ class FinetuneOptions:
     supervision: SupervisionOptions = dataclasses.field(default_factory=SupervisionOptions)
     adapter: AdapterOptions = dataclasses.field(default_factory=AdapterOptions)
     optimizer: OptimizerOptions = dataclasses.field(default_factory=finetuning_optimizer)
+
+    def __post_init__(self) -> None:
+        check_allow_changes(self)
 
 
 class OptionsOfRun(Protocol):
@@ -69,7 +77,8 @@ def stored_options(kind: type[T], stored: Mapping[str, Any]) -> T:
     Raises CheckpointError for options that this version does not know or allow.
     """
     sections: dict[str, dict[str, Any]] = {}
-    for name, value in stored.items():
+    # What one invocation was allowed to change says nothing about the run.
+    for name, value in {**stored, "training.allow_changes": None}.items():
         section, _, each = name.partition(".")
         sections.setdefault(section, {})[each] = value
     hints = get_type_hints(kind)
@@ -94,21 +103,35 @@ def changed_options(stored: Mapping[str, Any], options: OptionsOfRun, run: Path)
         for name in sorted(before.keys() | given.keys())
         if before.get(name, missing) != given.get(name, missing)
     }
-    allowed = {name.partition(".")[2]: name for name, each in declared.items() if each.resume == "allowed"}
-    for name in options.training.allow_changes or ():
-        if name not in allowed:
-            raise UsageError(f"allow_changes: {unknown_name('changeable option', name, sorted(allowed))}")
-    named = {allowed[name] for name in options.training.allow_changes or ()}
-    fixed = sorted(name for name in changed.keys() - named if declared.get(name, Option()).resume != "free")
+    named = {"", *(options.training.allow_changes or ())}
+    needed = {name: _allowed_by(name, declared.get(name, Option())) for name in changed}
+    fixed = [name for name, allowed_by in needed.items() if allowed_by not in named]
     if fixed:
         listed = "; ".join(f"{name} was {changed[name][0]!r}, is {changed[name][1]!r}" for name in fixed)
+        names = dict.fromkeys([*(options.training.allow_changes or ()), *(needed[name] for name in fixed)])
         remedy = "name another output_dir"
-        if set(fixed) <= set(allowed.values()):
-            remedy = f"allow it by --allow_changes {' '.join(name.partition('.')[2] for name in fixed)}"
+        if None not in names:
+            remedy = f"allow it by --allow_changes {' '.join(map(str, names))}"
         raise UsageError(
             f"cannot resume {str(run)!r} with other options ({listed}): give them as they were, or {remedy}"
         )
     return changed
+
+
+def _allowed_by(name: str, declared: Option) -> str | None:
+    """Return what allow_changes must name for the option to differ; "" if it always may, None if it never may."""
+    return {"free": "", "allowed": name.partition(".")[2], "text": CHANGED_TEXT}.get(declared.resume)
+
+
+def check_allow_changes(options: OptionsOfRun) -> None:
+    """Raise UsageError for a name in allow_changes that allows nothing, and for allow_changes without resume."""
+    names = options.training.allow_changes or ()
+    known = {_allowed_by(name, each) for name, each in flat_declarations(type(options)).items()} - {"", None}
+    for name in names:
+        if name not in known:
+            raise UsageError(f"allow_changes: {unknown_name('changeable option', name, sorted(map(str, known)))}")
+    if names and not options.training.resume:
+        raise UsageError(f"allow_changes={' '.join(names)} is for resuming a run: add --resume, or leave it out")
 
 
 def parse_run_options(arguments: Sequence[str], prog: str = "gpt-kit train") -> RunOptions:

@@ -119,7 +119,7 @@ class TrainingOptions(Options):
     )
     allow_changes: list[str] | None = option(
         None,
-        "options that may differ when the run is resumed, such as learning_rate or max_steps",
+        "options that may differ when the run is resumed, such as learning_rate or max_steps; text allows other text",
         unset="none",
         resume="free",
     )

@@ -3,9 +3,10 @@
 `pretrain`, `finetune` and `lora` build the model and its data, behind the interface in `task`. `loop` begins, resumes
 and finishes a run; `steps` computes its steps; `trainer` has AMPTrainer, one update in mixed precision. `saving`
 decides when checkpoints are written and which are kept; `run_log` writes run.json, metrics.jsonl and to trackers;
-`console` writes log lines and the progress bar; `curve` draws the loss. `verify` checks the files of a run, `replay`
-computes steps again. Folders: `optim` for optimizers and learning rates, `state` for the contents of checkpoints,
-`runtime` for processes, signals, torch.compile and memory.
+`console` writes log lines and the progress bar; `curve` draws the loss. `data_changes` refuses or records data that
+differs from what a run was begun with. `verify` checks the files of a run, `replay` computes steps again. Folders:
+`optim` for optimizers and learning rates, `state` for the contents of checkpoints, `runtime` for processes, signals,
+torch.compile and memory.
 """
 
 import lazy_loader

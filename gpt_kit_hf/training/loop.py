@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType, ProjectConfiguration
 
 from gpt_kit_hf.errors import DataError, NonFiniteError, RunError, StoppedError, UsageError
 from gpt_kit_hf.evaluation.metrics import Evaluation
-from gpt_kit_hf.options.run import OptionsOfRun, changed_options, flat_options
+from gpt_kit_hf.options.run import CHANGED_TEXT, OptionsOfRun, changed_options, flat_options
 from gpt_kit_hf.storage.atomic_files import load_json
 from gpt_kit_hf.storage.checkpoints import checkpoint_step, list_checkpoints
 from gpt_kit_hf.storage.lock import RunLock
@@ -31,13 +31,13 @@ from gpt_kit_hf.storage.run_folder import (
 )
 from gpt_kit_hf.text import duration
 from gpt_kit_hf.training.console import Console, Pace, trackers
+from gpt_kit_hf.training.data_changes import data_change
 from gpt_kit_hf.training.run_log import RunRecord, RunResult, finished_before
 from gpt_kit_hf.training.runtime.compilation import compile_blocks
 from gpt_kit_hf.training.runtime.launch import check_launch, end_processes, launcher_pid
 from gpt_kit_hf.training.runtime.memory import reuse_freed_memory
 from gpt_kit_hf.training.runtime.signals import EXIT_STOPPED, StopSignals
 from gpt_kit_hf.training.saving import RunCheckpoints, checkpoint_to_resume
-from gpt_kit_hf.training.state.training_state import read_position
 from gpt_kit_hf.training.steps import BatchError, StepReport, Steps
 from gpt_kit_hf.training.task import RunContext, Task, decide_on_main
 from gpt_kit_hf.training.trainer import resolve_precision
@@ -81,7 +81,8 @@ def _begin_or_resume(
                 stack.enter_context(RunLock(folder))
             changes = changed_options(load_json(folder / OPTIONS_FILE), options, folder)
             longer = changes.keys() & {"training.max_steps", "training.num_train_epochs"}
-            if not longer and (result := finished_before(folder)) is not None:
+            other_text = CHANGED_TEXT in (chosen.allow_changes or ())
+            if not longer and not other_text and (result := finished_before(folder)) is not None:
                 bits = result.evaluation.bits_per_byte
                 console.log(f"{folder} is complete: {result.steps} steps, {bits:.3f} bits per byte")
                 return result
@@ -91,9 +92,8 @@ def _begin_or_resume(
             options=chosen, accelerator=accelerator, console=console, folder=folder, checkpoint=checkpoint, stop=stop
         )
         task = build_task(context)
-        if checkpoint is not None:
-            check_same_data(task, checkpoint, folder)
-        loop = _Loop(options, context, task, changes)
+        new_data = None if checkpoint is None else data_change(task, checkpoint, folder, chosen.allow_changes)
+        loop = _Loop(options, context, task, changes, new_data)
         if not resumes and accelerator.is_main_process:
             # Only now, as options that do not fit must leave everything as it was.
             moved = make_run_folder(folder, overwrite=chosen.overwrite)
@@ -140,29 +140,35 @@ def _check_options(options: OptionsOfRun, accelerator: Accelerator, folder: Path
         raise UsageError(f"batch_size={chosen.batch_size} must be divisible by the number of processes, {processes}")
 
 
-def check_same_data(task: Task, checkpoint: Path, run: Path) -> None:
-    """Raise UsageError, with what differs, if the task's data is not that of the checkpoint."""
-    before = read_position(checkpoint)["corpus"]
-    if before != task.fingerprint:
-        record, now = load_json(run / RECORD_FILE), task.facts()
-        changed = [f"{name} was {record.get(name)}, is {now[name]}" for name in now if record.get(name) != now[name]]
-        listed = "; ".join(line for line in changed if len(line) < 200) or "same counts, different content"
-        raise UsageError(
-            f"{str(run)!r} was begun with other data ({listed}): its fingerprint was {before}, "
-            f"that of the data now is {task.fingerprint}; restore the data, or name another output_dir"
-        )
-
-
 class _Loop:
     """The loop over the steps, with what they need: trainer, record and checkpoints."""
 
-    def __init__(self, options: OptionsOfRun, context: RunContext, task: Task, changes: Mapping[str, Any]) -> None:
-        self.options, self.chosen, self.task, self.changes = options, options.training, task, changes
+    def __init__(
+        self,
+        options: OptionsOfRun,
+        context: RunContext,
+        task: Task,
+        changes: Mapping[str, Any],
+        new_data: Mapping[str, Any] | None,
+    ) -> None:
+        self.options, self.chosen, self.task = options, options.training, task
+        self.changes, self.new_data = changes, new_data
         self.accelerator, self.console, self.stop = context.accelerator, context.console, context.stop
         self.folder, self.checkpoint = context.folder, context.checkpoint
         self.steps = Steps(options, context, task)
+        self._check_steps_left()
         self.record = RunRecord(self.folder, self.accelerator, self.console.log)
         self.checkpoints = RunCheckpoints(context, task, self.steps, self.record)
+
+    def _check_steps_left(self) -> None:
+        """Refuse new data for a run that has no step left to train on it."""
+        if self.new_data is not None and self.checkpoint is not None:
+            done, total = checkpoint_step(self.checkpoint), self.steps.total
+            if done >= total:
+                raise UsageError(
+                    f"{str(self.folder)!r} has done all its {total} steps, so nothing would be trained on the new "
+                    "text: give more steps, such as --max_steps STEPS --allow_changes text max_steps"
+                )
 
     def run(self) -> RunResult:
         """Train from the first step, or from the checkpoint, to the last."""
@@ -178,7 +184,8 @@ class _Loop:
     def _prepare(self) -> None:
         steps = self.steps
         done = 0 if self.checkpoint is None else checkpoint_step(self.checkpoint)
-        self.record.start(flat_options(self.options), self._facts(), self.changes, done=done, total=steps.total)
+        options, facts = flat_options(self.options), self._facts()
+        self.record.start(options, facts, self.changes, self.new_data, done=done, total=steps.total)
         if self.accelerator.is_main_process:
             self.checkpoints.scores = self.record.scores()
         if self.checkpoint is not None:

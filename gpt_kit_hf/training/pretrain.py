@@ -33,7 +33,7 @@ from gpt_kit_hf.hub.model_folder import write_model_folder
 from gpt_kit_hf.model.losses import Batch
 from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
 from gpt_kit_hf.model.presets import build_config
-from gpt_kit_hf.options.run import RunOptions
+from gpt_kit_hf.options.run import CHANGED_TEXT, RunOptions
 from gpt_kit_hf.text import short
 from gpt_kit_hf.tokenization import encodings
 from gpt_kit_hf.tokenization.export import load_encoding
@@ -72,6 +72,7 @@ class TextTask(Task):
         with context.accelerator.local_main_process_first():
             self.eval_text = self._read_text()
         self._check_eval_text()
+        self._eval_fingerprint = self.eval_text.fingerprint()
         self.byte_lengths = token_byte_lengths(self.encoding)
         self.tokens_per_sample = float(options.windows.max_length)
         self.model = self._build_model()
@@ -123,7 +124,11 @@ class TextTask(Task):
 
     def facts(self) -> dict[str, Any]:
         """Return the entries of run.json about the text."""
-        return {"eval_tokens": len(self.eval_text), "tokenizer_fingerprint": encodings.fingerprint(self.encoding)}
+        return {
+            "eval_tokens": len(self.eval_text),
+            "eval_fingerprint": self._eval_fingerprint,
+            "tokenizer_fingerprint": encodings.fingerprint(self.encoding),
+        }
 
     def baselines(self) -> dict[str, float]:
         """Return what gzip reaches on the evaluation text."""
@@ -182,6 +187,7 @@ class TextTask(Task):
 class PretrainingTask(TextTask):
     """A GPT trained on the windows of a stored corpus."""
 
+    data_name = CHANGED_TEXT
     corpus: Corpus
     collate = staticmethod(collate_windows)
 

@@ -18,8 +18,8 @@ from gpt_kit_hf.storage.atomic_files import load_json, read_jsonl
 from gpt_kit_hf.storage.checkpoints import checkpoint_step, list_checkpoints, verify_checkpoint
 from gpt_kit_hf.storage.run_folder import METRICS_FILE, OPTIONS_FILE, RECORD_FILE
 from gpt_kit_hf.training.console import Console
+from gpt_kit_hf.training.data_changes import check_replayed_data
 from gpt_kit_hf.training.finetune import InstructionTask
-from gpt_kit_hf.training.loop import check_same_data
 from gpt_kit_hf.training.pretrain import text_task
 from gpt_kit_hf.training.runtime.compilation import compile_blocks
 from gpt_kit_hf.training.runtime.signals import StopSignals
@@ -125,8 +125,7 @@ def _prepared_steps(options: RunOptions | FinetuneOptions, context: RunContext, 
         task = InstructionTask(options, context, format_fn)
     else:
         task = text_task(options, context)
-    if context.checkpoint is not None:
-        check_same_data(task, context.checkpoint, context.folder)
+    check_replayed_data(task, context.checkpoint, context.folder)
     steps = Steps(options, context, task)
     if context.checkpoint is not None:
         steps.restore(context.checkpoint)

@@ -27,6 +27,7 @@ from gpt_kit_hf.storage.atomic_files import (
 )
 from gpt_kit_hf.storage.run_folder import CURVE_FILE, METRICS_FILE, OPTIONS_FILE, RECORD_FILE
 from gpt_kit_hf.training.curve import draw_curve
+from gpt_kit_hf.training.data_changes import change_notes, eval_changed_after
 from gpt_kit_hf.training.steps import StepReport
 
 
@@ -56,6 +57,7 @@ class RunRecord:
         options: Mapping[str, Any],
         facts: Mapping[str, Any],
         changes: Mapping[str, Any],
+        new_data: Mapping[str, Any] | None = None,
         *,
         done: int,
         total: int,
@@ -65,6 +67,9 @@ class RunRecord:
             sessions = load_json(self._record).get("sessions", []) if self._record.exists() else []
             session = self._session(done, changes)
             self.notes = _rounding_notes(sessions[-1], session) if sessions else []
+            if new_data is not None:
+                session["data_changed"] = dict(new_data)
+                self.notes += change_notes(new_data, done)
             self._facts = {"options": dict(options), "steps": total, "versions": session["versions"], **facts}
             self._facts["sessions"] = [*sessions, session]
             save_json(self._options, options)
@@ -119,9 +124,10 @@ class RunRecord:
         return draw_curve(read_jsonl(self._metrics), self._curve, f"{self._name}: loss")
 
     def scores(self) -> dict[int, float]:
-        """Return the loss of each evaluation so far, by step; on the main process."""
+        """Return the loss of each evaluation on this evaluation text so far, by step; on the main process."""
         lines = read_jsonl(self._metrics) if self._metrics.exists() else []
-        return {line["step"]: line["loss"] for line in lines if line["kind"] == "eval"}
+        since = eval_changed_after(self._facts)
+        return {line["step"]: line["loss"] for line in lines if line["kind"] == "eval" and line["step"] > since}
 
     def flush(self) -> None:
         """Write all lines to the disk; raise CheckpointError if that fails."""

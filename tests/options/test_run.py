@@ -42,6 +42,8 @@ def test_the_rules_for_resuming_are_this_table(kind: type) -> None:
     declared = flat_declarations(kind)
     assert {name for name, each in declared.items() if each.resume == "free"} == FREE & declared.keys()
     assert {name for name, each in declared.items() if each.resume == "allowed"} == ALLOWED & declared.keys()
+    of_text = {name for name in declared if name.startswith("text.")} - FREE
+    assert {name for name, each in declared.items() if each.resume == "text"} == of_text
     assert {name for name, each in declared.items() if each.card == "hidden"} == FREE & declared.keys()
 
 
@@ -59,12 +61,40 @@ def test_a_change_is_free_or_allowed_or_refused() -> None:
     assert changed_options(stored, run(eval_steps=7), RUN) == {"training.eval_steps": [250, 7]}
     with pytest.raises(UsageError, match=r"_rate was 0\.001, is 0\.1.*allow it by --allow_changes learning_rate$"):
         changed_options(stored, run(learning_rate=0.1), RUN)
-    named = run(learning_rate=0.1, allow_changes="learning_rate")
+    named = run(resume=True, learning_rate=0.1, allow_changes="learning_rate")
     assert changed_options(stored, named, RUN)["optimizer.learning_rate"] == [1e-3, 0.1]
     with pytest.raises(UsageError, match=r"training\.batch_size was 32, is 8.*or name another output_dir$"):
-        changed_options(stored, run(batch_size=8, learning_rate=0.1, allow_changes="learning_rate"), RUN)
-    with pytest.raises(UsageError, match="unknown changeable option 'batch_size'"):
-        changed_options(stored, run(allow_changes="batch_size"), RUN)
+        changed_options(stored, run(batch_size=8, learning_rate=0.1, resume=True, allow_changes="learning_rate"), RUN)
+
+
+def test_other_text_needs_the_name_text_alone() -> None:
+    stored = flat_options(run())
+    with pytest.raises(
+        UsageError, match=r"text\.text_column was 'text', is 'body'.*allow it by --allow_changes text$"
+    ):
+        changed_options(stored, run(text_column="body"), RUN)
+    with pytest.raises(UsageError, match=r"text_column .*allow it by --allow_changes max_steps text$"):
+        changed_options(stored, run(text_column="body", resume=True, allow_changes="max_steps", max_steps=3), RUN)
+    changed = changed_options(stored, run(text_column="body", resume=True, allow_changes="text"), RUN)
+    assert changed["text.text_column"] == ["text", "body"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"allow_changes": "learning_rte", "resume": True}, "did you mean 'learning_rate'"),
+        ({"allow_changes": "learning_rte"}, "unknown changeable option 'learning_rte'"),
+        ({"allow_changes": "batch_size", "resume": True}, "unknown changeable option 'batch_size'"),
+        ({"allow_changes": "text"}, "allow_changes=text is for resuming a run: add --resume"),
+    ],
+)
+def test_allow_changes_names_what_can_change_and_needs_resume(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        run(**changes)
+    with pytest.raises(UsageError, match="unknown changeable option 'text'"):
+        parse_finetune_options(
+            ["--output_dir=x", "--model_name_or_path=m", "--rows=a", "--resume", "--allow_changes=text"]
+        )
 
 
 def test_an_option_that_is_newer_than_the_run_was_at_its_default() -> None:
@@ -86,3 +116,5 @@ def test_stored_options_come_back_or_are_refused() -> None:
         with pytest.raises(CheckpointError, match="not the options of a run of this version"):
             stored_options(RunOptions, {**stored, **change})
     assert stored_options(RunOptions, flat_options(replace(options))) == options
+    # Older versions took the option without resume.
+    assert stored_options(RunOptions, {**stored, "training.allow_changes": ["max_steps"]}) == options

@@ -178,7 +178,7 @@ def _progress(run: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     steps = [line for line in lines if line.get("kind") == "train"]
     results, sessions, total = record.get("results"), record.get("sessions"), _count(record.get("steps"))
     first = next((line for line in lines if line.get("kind") == "eval" and line.get("step") == 0), {})
-    before = _pick(first, ("loss", "bits_per_byte"), _number)
+    before, changes = _pick(first, ("loss", "bits_per_byte"), _number), _text_changes(sessions)
     return _not_none(
         {
             "steps": total,
@@ -190,9 +190,26 @@ def _progress(run: Path, record: Mapping[str, Any]) -> dict[str, Any]:
             "precision": _one_of(_PRECISIONS, record.get("precision")),
             "device": _device(record.get("device")),
             "processes": _count(record.get("processes")),
-            "before": before if len(before) == 2 else None,
+            "before": before if len(before) == 2 and not changes else None,  # it may be on other text
+            "text_changes": changes or None,
         }
     )
+
+
+def _text_changes(sessions: object) -> list[dict[str, Any]]:
+    """Return the step of each change of the text, with the fingerprint and the training tokens before and after."""
+    found = {}
+    for session in sessions if isinstance(sessions, list) else []:
+        change, step = _object(_object(session).get("data_changed")), _count(_object(session).get("after_step"))
+        if change and step is not None:  # a run that was killed soon after has the same change again
+            texts = {name: _object(change.get(name)) for name in ("before", "now")}
+            found[step] = {"step": step} | {
+                name: _not_none(
+                    {"tokens": _count(text.get("train_tokens")), "fingerprint": _digest(text.get("data_fingerprint"))}
+                )
+                for name, text in texts.items()
+            }
+    return list(found.values())
 
 
 # --- the scores
