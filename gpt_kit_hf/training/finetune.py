@@ -69,12 +69,12 @@ class InstructionTask(Task):
         self.model = self._load_model(source)
         self._check_max_length()
         train, self.eval_rows = self._read_rows(format_fn)
-        self.report = report_of(train, self.tokenizer)
+        self.report = report_of(train, self.tokenizer, eval_rows=self.eval_rows)
         self.report.check()
         rows = PackedRows(train) if options.supervision.packing else PaddedRows(train)
         self.dataset, self.collate = rows, rows.collate
         self.order = ShuffledOrder(samples=len(rows), seed=context.options.seed)
-        self.tokens_per_sample = len(train.ids) / len(rows)
+        self.tokens_per_sample = int((train.lengths - 1).sum()) / len(rows)  # what the model reads
         self.fingerprint = f"{train.fingerprint()}-{self.eval_rows.fingerprint()}"
         self.base_commit = self._base_commit(needs_base)
         self.base_digest = None
@@ -111,7 +111,6 @@ class InstructionTask(Task):
         how = f"LoRA of rank {self.options.adapter.lora_r}" if self._lora else "in full"
         return [
             *self.report.text(color=self.context.console.interactive).splitlines(),
-            f"eval      {len(self.eval_rows):,} rows",
             f"model     {self._named}: {short(self.model.num_parameters())} parameters, "
             f"{short(trained)} of them trained ({how})",
         ]
@@ -123,7 +122,7 @@ class InstructionTask(Task):
             "base_commit": self.base_commit,
             "base_digest": self.base_digest,
             "supervision": self.report.to_dict(),
-            "held_out_rows": len(self.eval_rows),
+            "eval_rows": len(self.eval_rows),
         }
 
     def write_model(self, folder: Path, weights: dict[str, Tensor]) -> None:

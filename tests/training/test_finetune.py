@@ -87,7 +87,15 @@ def test_finetuned_model_loads_and_answers(rank: int, base: Path, tmp_path: Path
     result = finetune(asked, stream=output)
     scores = [line["loss"] for line in read_jsonl(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "eval"]
     assert result.evaluation.loss < 0.6 * scores[0]  # the score before the first step is there to compare
-    for part in ("18 used", "eval      6 rows", "trained (", "⟦", "<|endoftext|>⟧", "eval answers"):
+    for part in (
+        "24 read, 24 used",
+        "train     18 rows",
+        "eval      6 rows",
+        "trained (",
+        "⟦",
+        "<|endoftext|>⟧",
+        "eval answers",
+    ):
         assert part in output.getvalue(), part
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run").eval()
@@ -103,7 +111,7 @@ def test_finetuned_model_loads_and_answers(rank: int, base: Path, tmp_path: Path
         assert answered[0, -1] == tokenizer.eos_token_id
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file() == bool(rank)
     report = json.loads((tmp_path / "run" / "supervision.json").read_text())
-    assert report["rows_used"] == 18
+    assert (report["rows_used"], report["rows_trained"], report["rows_eval"]) == (24, 18, 6)
     assert report["tokens_trained"] == sum(len(row["output"]) + 1 for row in trained_rows(rows, tokenizer))
 
 

@@ -2,9 +2,10 @@
 
 `reader`: rows with their places, from JSON, Parquet and datasets. `formats`: the text or messages of a row (Alpaca,
 prompt and completion, chat). `templates`: which chat template writes the prompts. `encoding`: one row as ids and
-answer marks. `tokenized`: all rows as arrays, truncated, split, packed. `batches`: packed or padded rows for torch.
-`dataset`: the kit's `InstructionDataset` and collate function. `report`: what training would see of the rows.
-`inspect`: that report without training. Only `batches` and `dataset` import torch.
+answer marks. `tokenized`: all rows as arrays, truncated, split, packed. `counts`: rows used and left out.
+`batches`: packed or padded rows for torch. `dataset`: the kit's `InstructionDataset` and collate function. `report`:
+what training would see of the rows. `inspect`: that report without training. Only `batches` and `dataset` import
+torch.
 """
 
 import lazy_loader

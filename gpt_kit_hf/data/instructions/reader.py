@@ -54,9 +54,13 @@ class RowError(DataError):
 
 
 class SkippedRows:
-    """Rows that were left out: `counts` by kind of fault, and the first `keep` rows of each kind."""
+    """Rows that were left out: `counts` by kind of fault, and the first `keep` rows of each kind.
+
+    `n_read` is the number of all rows, good and bad, that `read_rows` came across.
+    """
 
     def __init__(self, keep: int = 5) -> None:
+        self.n_read = 0
         self.counts: Counter[str] = Counter()
         self._keep = keep
         self._first: dict[str, list[BadRow]] = {}
@@ -95,6 +99,7 @@ def read_rows(options: RowOptions, skipped: SkippedRows | None = None) -> Iterat
         empty = True
         for item in items:
             empty = False
+            skipped.n_read += 1
             if isinstance(item, PlacedRow):
                 yield item
             else:

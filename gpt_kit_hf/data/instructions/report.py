@@ -6,14 +6,14 @@ import dataclasses
 import json
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gpt_kit_hf.data.instructions.reader import SkippedRows
+from gpt_kit_hf.data.instructions.counts import RowCounts, check_sum
 from gpt_kit_hf.data.instructions.tokenized import SupervisedRows, best_fit_decreasing
 from gpt_kit_hf.errors import DataError
 from gpt_kit_hf.tokenization.encodings import token_ids_to_text
@@ -30,14 +30,6 @@ _SHOWN_CHARACTERS = 700  # of a segment of an example
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """Rows that were left out for one kind of fault: how many, and the first of them, each "place: reason"."""
-
-    rows: int
-    first: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Segment:
     """A run of tokens of an example: its text, and whether it is trained."""
 
@@ -46,31 +38,33 @@ class Segment:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SupervisionReport:
+class SupervisionReport(RowCounts):
     """Counts of rows and tokens. An answer is a run of trained tokens; it is complete if its last token is EOS.
 
+    The counts of `RowCounts` are of the whole input. The rows used are trained on, or are held out for evaluation.
+    All other counts are of the rows trained on.
+
     Attributes:
-        rows_read: rows that were read: `rows_used` of them, and those in `skipped` and `dropped`.
-        skipped: rows that could not be used, by kind of fault; `dropped`: rows that were too long.
-        rows_truncated: rows whose prompt lost its beginning.
-        tokens: ids of the rows used; `tokens_trained` of them are targets, `ends_trained` of these are EOS.
+        rows_trained: rows to train on; `rows_eval`: rows to evaluate on.
+        eval_input: the counts of the evaluation rows, if they have an input of their own.
+        tokens: ids of the rows; `tokens_trained` of them are targets, `ends_trained` of these are EOS.
         rows_without_label: rows in which nothing is trained.
         rows_end_untrained: rows with an incomplete answer; in `rows_end_masked` of them an untrained EOS follows the
             answer, and `rows_cut_off` of them stop with the answer.
         rows_prompt_trained: rows trained from their first token on, so that no prompt is masked.
         padding: padding tokens if each row is padded to the longest of its batch of `batch_size` rows, in order;
             `padding_packed`: if rows are packed to `max_length`, None if that is not known.
-        length_histogram: (most tokens, rows) for each power of two, ascending.
+        length_histogram: (most tokens that the model reads of a row, rows) for each power of two, ascending.
         examples: some rows, as runs of trained and other text.
         trains_everything: whether prompts are meant to be trained.
 
+    Raises DataError if the counts do not add up.
+
     """
 
-    rows_read: int
-    rows_used: int
-    skipped: Mapping[str, LeftOut] = dataclasses.field(default_factory=dict)
-    dropped: Mapping[str, LeftOut] = dataclasses.field(default_factory=dict)
-    rows_truncated: int = 0
+    rows_trained: int
+    rows_eval: int = 0
+    eval_input: RowCounts | None = None
     tokens: int = 0
     tokens_trained: int = 0
     ends_trained: int = 0
@@ -86,6 +80,14 @@ class SupervisionReport:
     length_histogram: tuple[tuple[int, int], ...]
     examples: tuple[tuple[Segment, ...], ...]
     trains_everything: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eval_input is None:
+            check_sum("rows used", self.rows_used, {"trained on": self.rows_trained, "evaluated on": self.rows_eval})
+        else:
+            check_sum("rows used", self.rows_used, {"trained on": self.rows_trained})
+            check_sum("evaluation rows used", self.eval_input.rows_used, {"evaluated on": self.rows_eval})
 
     @property
     def share_trained(self) -> float:
@@ -114,35 +116,31 @@ class SupervisionReport:
             (other, "have an answer that goes on, untrained, without EOS"),
             (prompts, "train from their first token on: the prompt is trained, too"),
         )
-        return [f"{count:,} of {self.rows_used:,} rows {message}" for count, message in messages if count]
+        return [f"{count:,} of {self.rows_trained:,} rows {message}" for count, message in messages if count]
 
     def check(self) -> None:
         """Raise DataError if no row is left, nothing would be trained, or no EOS would be."""
-        if not self.rows_used:
-            left_out = sum(kind.rows for kind in (*self.skipped.values(), *self.dropped.values()))
-            raise DataError(f"no row to train on: {self.rows_read} read, {left_out} of them left out")
+        if not self.rows_trained:
+            raise DataError(f"no row to train on: {self.summary()}")
         if not self.tokens_trained:
             raise DataError(
-                f"nothing would be trained: all labels of {self.rows_used} rows are masked; a chat template needs "
+                f"nothing would be trained: all labels of {self.rows_trained} rows are masked; a chat template needs "
                 "{% generation %} marks around what the assistant says"
             )
         if not self.ends_trained:
             raise DataError(
-                f"no EOS would be trained in {self.rows_used} rows, so the model would not learn to stop; mask labels "
-                "by position, not by the padding's id, and end each answer with EOS"
+                f"no EOS would be trained in {self.rows_trained} rows, so the model would not learn to stop; mask "
+                "labels by position, not by the padding's id, and end each answer with EOS"
             )
 
     def text(self, color: bool = False) -> str:
         """Return the report for a terminal; trained text of the examples is green, or between ⟦ and ⟧."""
-        first_line, lines = f"rows      {self.rows_read:,} read, {self.rows_used:,} used", []
-        for name, kinds in (("skipped", self.skipped), ("dropped", self.dropped)):
-            if kinds:
-                first_line += f", {sum(left_out.rows for left_out in kinds.values()):,} {name}"
-            for kind, left_out in kinds.items():
-                lines.append(f"  {left_out.rows:,} {name}: {kind}")
-                lines += [f"    {_printable(row)}" for row in left_out.first]
-        if self.rows_truncated:
-            lines.append(f"  {self.rows_truncated:,} rows lost the beginning of their prompt")
+        lines = self.lines("rows")
+        if self.eval_input is not None:
+            lines += self.eval_input.lines("eval rows")
+        lines = [_printable(line) for line in lines]
+        if self.rows_eval:
+            lines += [f"eval      {self.rows_eval:,} rows", f"train     {self.rows_trained:,} rows"]
         lines.append(
             f"tokens    {self.tokens:,}, {self.tokens_trained:,} trained ({self.share_trained:.1%}), "
             f"{self.ends_trained:,} of them EOS"
@@ -157,13 +155,22 @@ class SupervisionReport:
         legend = f"{_GREEN}trained{_PLAIN} and {_DIM}not{_PLAIN}:" if color else "⟦trained⟧ and not:"
         for number, example in enumerate(self.examples, start=1):
             lines += [f"example {number}, {legend}", _highlighted(example, color)]
-        return "\n".join([first_line, *lines])
+        return "\n".join(lines)
 
 
 def report_of(
-    rows: SupervisedRows, tokenizer: AnyTokenizer, *, n_examples: int = 3, batch_size: int = 8
+    rows: SupervisedRows,
+    tokenizer: AnyTokenizer,
+    *,
+    eval_rows: SupervisedRows | None = None,
+    n_examples: int = 3,
+    batch_size: int = 8,
 ) -> SupervisionReport:
-    """Return the report of encoded rows; their ids and trained marks are counted again, position by position."""
+    """Return the report of encoded rows; their ids and trained marks are counted again, position by position.
+
+    `rows` are all rows of an input, or those of a split that are trained on. `eval_rows` are evaluated on: another
+    part of that split (by default all the rest of it) or, if `rows` are all, the rows of another input.
+    """
     report = report_of_examples(
         ((row.input_ids, row.trained) for row in (rows[index] for index in range(len(rows)))),
         tokenizer,
@@ -177,10 +184,9 @@ def report_of(
         report,
         # Prompts are known here: a row that is trained from its second token on has a prompt of one token.
         rows_prompt_trained=report.rows_prompt_trained if everything else 0,
-        rows_read=rows.n_read,
-        skipped=_left_out(rows.skipped),
-        dropped=_left_out(rows.dropped),
-        rows_truncated=int(rows.truncated.sum()),
+        **{field.name: getattr(rows.counts, field.name) for field in dataclasses.fields(rows.counts)},
+        rows_eval=rows.counts.rows_used - len(rows) if eval_rows is None else len(eval_rows),
+        eval_input=eval_rows.counts if eval_rows is not None and len(rows) == rows.counts.rows_used else None,
         trains_everything=everything,
     )
 
@@ -214,11 +220,12 @@ def report_of_examples(
     packed = None
     if max_length is not None and len(read) and read.max() <= max_length:
         packed = len(best_fit_decreasing(read, max_length)) * max_length - int(read.sum())
-    bits = Counter(max(length - 1, 0).bit_length() for length in lengths)
+    bits = Counter(max(length - 1, 0).bit_length() for length in read.tolist())
     by_name: dict[str, Any] = dict(counts)
     return SupervisionReport(
         rows_read=len(lengths),
         rows_used=len(lengths),
+        rows_trained=len(lengths),
         batch_size=batch_size,
         padding=sum(int(batch.max() * len(batch) - batch.sum()) for batch in batches),
         padding_packed=packed,
@@ -272,13 +279,6 @@ def _row_counts(ids: Ids, trained: npt.NDArray[np.bool_], eos: int) -> dict[str,
         "rows_cut_off": int(len(incomplete) > 0 and not masked and incomplete[-1] == len(ids)),
         # The first id of a row follows nothing, and is no target whether it is marked or not.
         "rows_prompt_trained": int(len(starts) > 0 and starts[0] <= 1),
-    }
-
-
-def _left_out(rows: SkippedRows) -> dict[str, LeftOut]:
-    return {
-        kind: LeftOut(count, tuple(f"{row.place}: {row.reason}" for row in rows.first(kind)))
-        for kind, count in rows.counts.most_common()
     }
 
 

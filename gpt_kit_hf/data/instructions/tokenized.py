@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from gpt_kit_hf.data.instructions.counts import RowCounts, left_out
 from gpt_kit_hf.data.instructions.encoding import EncodedRow, RowEncoder
 from gpt_kit_hf.data.instructions.formats import FormatFn
 from gpt_kit_hf.data.instructions.reader import BadRow, PlacedRow, RowError, SkippedRows, skip_or_raise
@@ -47,7 +48,7 @@ class SupervisedRows:
         places: (rows,) strings, the place of each row in its file or dataset.
         eos_token_id: EOS.
         options: what the rows were encoded with.
-        skipped: rows that could not be used, by kind of fault; `dropped`: rows that were too long.
+        counts: of the whole input, for a subset, too: the rows read, used, skipped and dropped.
 
     """
 
@@ -58,8 +59,7 @@ class SupervisedRows:
     places: pa.LargeStringArray  # strings of Python would take more memory than the ids of short rows
     eos_token_id: int
     options: SupervisionOptions
-    skipped: SkippedRows = dataclasses.field(default_factory=SkippedRows)
-    dropped: SkippedRows = dataclasses.field(default_factory=SkippedRows)
+    counts: RowCounts
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -69,11 +69,6 @@ class SupervisedRows:
             raise IndexError(f"row {index} of {len(self)}")
         start, stop = self.offsets[index], self.offsets[index + 1]
         return SupervisedRow(self.place(index), self.ids[start:stop].astype(np.int64), self.trained[start:stop])
-
-    @property
-    def n_read(self) -> int:
-        """The number of rows that were read: used, skipped and dropped."""
-        return len(self) + len(self.skipped) + len(self.dropped)
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -93,19 +88,18 @@ class SupervisedRows:
         return digest.hexdigest()[:16]
 
     def select(self, indices: npt.NDArray[np.int64]) -> SupervisedRows:
-        """Return these rows, in this order, without the skipped and dropped ones."""
+        """Return these rows, in this order, with the counts of the whole input."""
         lengths = self.lengths[indices]
         offsets = np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths)))
         # The positions of the rows' ids: each row's start, plus the steps within the row.
         positions = np.repeat(self.offsets[indices] - offsets[:-1], lengths) + np.arange(offsets[-1])
-        return SupervisedRows(
+        return dataclasses.replace(
+            self,
             ids=self.ids[positions],
             trained=self.trained[positions],
             offsets=offsets,
             truncated=self.truncated[indices],
             places=self.places.take(pa.array(indices)),
-            eos_token_id=self.eos_token_id,
-            options=self.options,
         )
 
     def split(self, fractions: Sequence[float], seed: int) -> list[SupervisedRows]:
@@ -118,7 +112,10 @@ class SupervisedRows:
         ends = [round(len(self) * share) for share in np.cumsum(fractions)[:-1]]
         subsets = np.split(np.random.default_rng(seed).permutation(len(self)), ends)
         if any(subset.size == 0 for subset in subsets):
-            raise DataError(f"{len(self)} rows cannot be split by {list(fractions)}: a subset would be empty")
+            raise DataError(
+                f"{len(self)} rows cannot be split by {list(fractions)}: a subset would be empty "
+                f"(rows: {self.counts.summary()}); give more rows, or evaluation rows of their own"
+            )
         return [self.select(np.sort(subset)) for subset in subsets]
 
 
@@ -140,7 +137,7 @@ def encode_rows(
     `rows` come from `read_rows`, or are dicts, whose places are "row 0", "row 1", ... Chat rows need a tokenizer of
     transformers with a chat template. `format_fn` writes a row's text instead of `options.format`, as
     `prompt_and_answer` says. A row with an id of `vocab_size` or more is a bad row. With on_bad_row="skip" bad rows
-    are added to `skipped`: pass the one given to `read_rows`, and the result holds the rows skipped by both.
+    are added to `skipped`: pass the one given to `read_rows`, and the result counts the rows skipped by both.
 
     Raises UsageError if the tokenizer has no EOS, or a chat template that does not mark the answers; DataError for the
     first bad row, with its place, or if no row is left.
@@ -148,6 +145,7 @@ def encode_rows(
     skipped, dropped = SkippedRows() if skipped is None else skipped, SkippedRows()
     encoder = RowEncoder(tokenizer, options.format, format_fn, vocab_size)
     ids, trained, ends, truncated, places = array("i"), bytearray(), array("q", [0]), bytearray(), []
+    number = -1
     for number, item in enumerate(rows):
         place, row = item if isinstance(item, PlacedRow) else (f"row {number}", item)
         try:
@@ -167,8 +165,15 @@ def encode_rows(
         ends.append(len(ids))
         truncated.append(n_cut > 0)
         places.append(place)
+    counts = RowCounts(
+        rows_read=skipped.n_read or number + 1,
+        rows_used=len(places),
+        skipped=left_out(skipped),
+        dropped=left_out(dropped),
+        rows_truncated=sum(truncated),
+    )
     if not places:
-        raise DataError(_nothing_left(skipped, dropped))
+        raise DataError(_nothing_left(counts))
     return SupervisedRows(
         ids=np.frombuffer(ids, np.int32),
         trained=np.frombuffer(trained, np.bool_),
@@ -177,8 +182,7 @@ def encode_rows(
         places=pa.array(places, pa.large_string()),
         eos_token_id=encoder.eos_token_id,
         options=options,
-        skipped=skipped,
-        dropped=dropped,
+        counts=counts,
     )
 
 
@@ -196,10 +200,15 @@ def _tokens_to_cut(row: EncodedRow, options: SupervisionOptions) -> tuple[int, s
     return excess, None
 
 
-def _nothing_left(skipped: SkippedRows, dropped: SkippedRows) -> str:
-    first = next((rows.first(kind)[0] for rows in (skipped, dropped) for kind in rows.counts), None)
-    why = "" if first is None else f"; the first: {first.place}: {first.reason}"
-    return f"no row to train on ({len(skipped)} skipped, {len(dropped)} dropped as {_TOO_LONG}){why}"
+def _nothing_left(counts: RowCounts) -> str:
+    kinds = [*counts.skipped.values(), *counts.dropped.values()]
+    if not kinds:
+        return "no row to train on: 0 read"
+    steps = [step for step, rows in (("correct rows", counts.skipped), ("raise max_length", counts.dropped)) if rows]
+    return (
+        f"no row to train on: {counts.rows_read:,} read, all of them left out ({counts.reasons()}); one of them: "
+        f"{kinds[0].first[0]}; {' or '.join(steps)}"
+    )
 
 
 def best_fit_decreasing(lengths: npt.NDArray[np.int64], capacity: int) -> list[list[int]]:

@@ -42,8 +42,8 @@ _ARCHITECTURE = (
     *("layer_norm_epsilon", "dtype"),
 )
 _COUNTS = (
-    *("rows_read", "rows_used", "rows_truncated", "tokens", "tokens_trained", "ends_trained", "rows_without_label"),
-    *("rows_end_untrained", "rows_prompt_trained"),
+    *("rows_read", "rows_used", "rows_trained", "rows_eval", "rows_truncated", "tokens", "tokens_trained"),
+    *("ends_trained", "rows_without_label", "rows_end_untrained", "rows_prompt_trained"),
 )
 # The texts that a field of a configuration may have; its other values are numbers and truth values.
 _TEXTS: dict[str, Container[object]] = {
@@ -83,7 +83,7 @@ def card_facts(run: Path) -> dict[str, Any]:
         "options": shared,
         "command": command_of(shared, name, tuned=tuned),
         "base": _base(record, options, shared) if tuned else None,
-        "data": _pick(record, ("documents", "train_tokens", "eval_tokens", "held_out_rows"), _count)
+        "data": _pick(_eval_rows(record), ("documents", "train_tokens", "eval_tokens", "eval_rows"), _count)
         | _not_none({"fingerprint": _digest(record.get("data_fingerprint"))}),
         "supervision": _supervision(run, record) if tuned else None,
         "progress": _progress(run, record) if record else None,
@@ -162,6 +162,11 @@ def _supervision(run: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     report = record.get("supervision")
     if not isinstance(report, dict):
         report = _read_object(run / REPORT_FILE)
+    apart = _row_counts(_object(report.get("eval_input")))
+    return _row_counts(report) | ({"eval_input": apart} if apart else {})
+
+
+def _row_counts(report: Mapping[str, Any]) -> dict[str, Any]:
     found = _pick(report, _COUNTS, _count)
     for group in ("skipped", "dropped"):
         reasons = report.get(group)
@@ -169,6 +174,11 @@ def _supervision(run: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         if counts := _pick(rows, rows, _count):
             found[group] = {shareable(reason): count for reason, count in counts.items()}
     return found
+
+
+def _eval_rows(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the record with `eval_rows`, which older runs call `held_out_rows`."""
+    return {"eval_rows": record.get("held_out_rows"), **record}
 
 
 def _progress(run: Path, record: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -196,7 +197,7 @@ def test_a_bad_row_stops_with_its_place_or_is_counted(name: str, tokenizer: PreT
     options = SupervisionOptions(max_length=1000)
     found = encode_rows(rows, tokenizer, options, on_bad_row="skip", skipped=skipped)
     assert [found[index].place for index in range(len(found))] == ["f:1", "f:3"]
-    assert (found.n_read, len(skipped)) == (3, 1)
+    assert (found.counts.rows_read, len(skipped)) == (3, 1)
     (kind,) = skipped.counts
     assert message == f"{skipped.first(kind)[0].place}: {skipped.first(kind)[0].reason}"
 
@@ -228,8 +229,8 @@ def test_rows_skipped_by_both_readers_are_counted_together(tmp_path: Path) -> No
     skipped = SkippedRows()
     options = RowOptions(rows=[str(tmp_path / "rows.jsonl")], on_bad_row="skip")
     rows = encode_rows(read_rows(options, skipped), BYTES, SupervisionOptions(), on_bad_row="skip", skipped=skipped)
-    assert (len(rows), rows.n_read) == (1, 3)
-    assert rows.skipped.counts == {"broken JSON": 1, "missing key": 1}
+    assert (len(rows), rows.counts.rows_read) == (1, 3)
+    assert {kind: left.rows for kind, left in rows.counts.skipped.items()} == {"broken JSON": 1, "missing key": 1}
 
 
 def test_ids_outside_the_models_vocabulary_are_refused() -> None:
@@ -278,11 +279,11 @@ def test_truncation_cuts_the_prompt_from_the_left_and_never_an_answer(
         options = SupervisionOptions(max_length=max_length, truncation="truncate_prompt")
         if max_length < 4:  # a token before the answer, and its three: what the model reads
             with pytest.raises(
-                DataError, match=r"1 dropped as longer than max_length\); the first: row 0: the answers"
+                DataError, match=r"\(1 dropped: longer than max_length\); one of them: row 0: the answers"
             ):
                 encode_rows([row], tokenizer, options)
             rows = encode_rows([row, PAIR], tokenizer, options) if max_length == 3 else None
-            assert rows is None or (len(rows), len(rows.dropped), rows.n_read) == (1, 1, 2)
+            assert rows is None or rows.counts.summary() == "2 read, 1 used, 1 dropped"
             continue
         rows = encode_rows([row], tokenizer, options)
         kept = min(n_ids, max_length + 1)
@@ -310,13 +311,20 @@ def test_too_long_rows_stop_or_are_dropped_and_counted() -> None:
     with pytest.raises(DataError, match=r"f.json:9: 7 tokens \(4 of them before the first answer\)"):
         encode([PAIR, long], max_length=6)
     rows = encode([PAIR, long], max_length=6, truncation="drop")
-    assert (len(rows), rows.n_read, rows.dropped.counts) == (1, 2, {"longer than max_length": 1})
-    assert rows.dropped.first("longer than max_length")[0].place == "f.json:9"
+    assert rows.counts.summary() == "2 read, 1 used, 1 dropped"
+    (left_out,) = rows.counts.dropped["longer than max_length"].first
+    assert left_out.startswith("f.json:9: 7 tokens")
 
 
-def test_the_error_for_no_rows_left_names_the_first_fault() -> None:
-    with pytest.raises(DataError, match=r"no row to train on \(1 skipped, 0 dropped .*; the first: row 0: "):
-        encode_rows([{}], BYTES, SupervisionOptions(), on_bad_row="skip")
+def test_the_error_for_no_rows_left_names_the_reasons_and_a_row() -> None:
+    options = SupervisionOptions(max_length=3, truncation="drop")
+    with pytest.raises(DataError) as raised:
+        encode_rows([{}, {"prompt": "a" * 9, "completion": "b"}, {}], BYTES, options, on_bad_row="skip")
+    assert re.fullmatch(
+        r"no row to train on: 3 read, all of them left out \(2 skipped: [a-z ]+; 1 dropped: longer than max_length\); "
+        r"one of them: row 0: .*; correct rows or raise max_length",
+        str(raised.value),
+    )
     with pytest.raises(DataError, match="no row to train on"):
         encode([])
 
