@@ -19,7 +19,8 @@ from gpt_kit_hf.data.instructions.reader import RowError, read_rows
 from gpt_kit_hf.data.instructions.templates import with_template
 from gpt_kit_hf.data.instructions.tokenized import SupervisedRows, encode_rows
 from gpt_kit_hf.data.text.corpus import prepare_text
-from gpt_kit_hf.data.text.shards import COMPRESSIONS
+from gpt_kit_hf.data.text.formats import ROWS, suffixes_of
+from gpt_kit_hf.data.text.sources import source_notes
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.evaluation.metrics import (
     Evaluation,
@@ -42,14 +43,13 @@ from gpt_kit_hf.tokenization.export import load_encoding
 _UNKNOWN_LENGTH = 1024  # for a model whose configuration states no context length
 _SAMPLE_PROMPT = 32  # tokens of a document that a sample continues
 _SAMPLE_TOKENS = 64
-_ROW_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreReport:
     """A score, its data and its settings; `units` is the number of documents or rows.
 
-    `samples` are pairs of a prompt and the model's continuation.
+    `samples` are pairs of a prompt and the model's continuation; `notes` say what of the data was left out.
     """
 
     name: str
@@ -60,6 +60,7 @@ class ScoreReport:
     stride: int
     data_fingerprint: str
     samples: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON, without the samples."""
@@ -75,6 +76,7 @@ class ScoreReport:
         how = f"windows of {self.max_length} tokens, {self.stride} apart" if is_text else "answers only"
         lines = [
             f"data        {self.name}: {units}, {scored.text_bytes:,} bytes scored ({self.data_fingerprint})",
+            *(f"note        {note}" for note in self.notes),
             f"scored      {scored.tokens:,} tokens, {how}",
             f"loss        {scored.loss:.4f} nats per token",
             f"perplexity  {scored.perplexity:.3f}",
@@ -110,7 +112,10 @@ def score_model(place: str, options: ScoreOptions) -> ScoreReport:
 def _score_text(model: Any, folder: str, place: str, options: ScoreOptions, length: int) -> ScoreReport:
     encoding = load_encoding(folder)
     text = TextOptions(
-        text_files=options.data, text_column=options.text_column, document_separator=options.document_separator
+        text_files=options.data,
+        text_column=options.text_column,
+        document_separator=options.document_separator,
+        encoding_of_files=options.encoding_of_files,
     )
     stream, key = prepare_text(text, encoding)
     end = encoding.encode_single_token(EOS_TOKEN)
@@ -140,6 +145,7 @@ def _score_text(model: Any, folder: str, place: str, options: ScoreOptions, leng
         stride=stride,
         data_fingerprint=key,
         samples=tuple(samples),
+        notes=tuple(source_notes(text)),
     )
 
 
@@ -191,8 +197,7 @@ def _continued(model: Any, prompt: list[int], end: int) -> list[int]:
 
 def _holds_rows(options: ScoreOptions) -> bool:
     """Return whether the first row of the first file has the keys of an instruction; text files have no rows."""
-    suffixes = [suffix for suffix in Path(options.data[0]).suffixes if suffix not in COMPRESSIONS]
-    if not suffixes or suffixes[-1] not in _ROW_SUFFIXES:
+    if suffixes_of(options.data[0])[0] not in ROWS:
         return False
     try:
         row = next(iter(read_rows(RowOptions(rows=options.data[:1])))).row

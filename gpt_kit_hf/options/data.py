@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from encodings.aliases import aliases
 from pathlib import Path
 from typing import ClassVar, Literal, TypeAlias
 
@@ -11,6 +12,8 @@ from gpt_kit_hf.options.declare import Options, Resume, option
 
 TRAINED_BPE = "bpe"
 KEEP = "keep"
+# Codecs of Python that encode no text in files.
+_NO_TEXT = {"hex", "base64", "bz2", "zlib", "rot13", "uu", "quopri", "undefined"}
 RowFormat: TypeAlias = Literal["auto", "alpaca", "chat", "prompt_completion"]
 TrainOn: TypeAlias = Literal["answers", "everything"]
 Truncation: TypeAlias = Literal["error", "drop", "truncate_prompt"]
@@ -24,8 +27,9 @@ class TextOptions(Options):
 
     text_files: list[str] | None = option(
         None,
-        "files or globs: plain UTF-8 text (one document per file), .jsonl or .parquet (one document per row), also "
-        "compressed as .gz or .zst; python-stdlib is the source code of the running Python's standard library",
+        "files, folders or globs, or - for the standard input: plain text (one document per file), .jsonl, .csv, .tsv "
+        "or .parquet (one document per row), also compressed as .gz or .zst, and .tar or .zip archives of these; "
+        "python-stdlib is the source code of the running Python's standard library",
         unset="none",
         excludes=("dataset_name", "mixture"),
         card="path",
@@ -41,6 +45,11 @@ class TextOptions(Options):
     dataset_config: str | None = option(None, "configuration (subset) of the dataset", unset="the dataset's default")
     dataset_train_split: str = option("train", "split of the dataset to train on")
     text_column: str = option("text", "column of the dataset, or key of the rows of files, that holds the text")
+    encoding_of_files: str | None = option(
+        None,
+        "encoding of text, CSV and JSON files without a byte-order mark, such as cp1252: a name of Python's codecs",
+        unset="utf-8",
+    )
     document_separator: str | None = option(
         None,
         "string that separates documents within a plain text file, such as '<|endoftext|>'",
@@ -90,6 +99,7 @@ class TextOptions(Options):
                 "give text: exactly one of text_files, dataset_name and mixture (try text_files python-stdlib)"
             )
         super().__post_init__()
+        check_encoding_of_files(self.encoding_of_files)
         if self.document_separator == "":
             raise UsageError("document_separator must not be empty; leave it out if a file is one document")
         if self.document_separator is not None and self.dataset_name:
@@ -109,6 +119,17 @@ class TextOptions(Options):
         if self.streaming and not (self.eval_files or self.dataset_test_split):
             raise UsageError("streaming needs eval_files or dataset_test_split: a stream has no end to split off")
         weighted_sources(self.mixture or [])
+
+
+def check_encoding_of_files(name: str | None) -> None:
+    """Raise UsageError for a name that is none of Python's codecs of text."""
+    if name is None:
+        return
+    try:
+        "".encode(name)  # a codec that is none of text is a LookupError here
+    except (LookupError, UnicodeError, ValueError):
+        known = {alias.replace("_", "-") for alias in (*aliases, *aliases.values())}
+        raise UsageError(unknown_name("encoding_of_files", name, sorted(known - _NO_TEXT))) from None
 
 
 def weighted_sources(mixture: list[str]) -> list[tuple[float, str, str]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias
 
 from gpt_kit_hf.errors import UsageError
-from gpt_kit_hf.options.data import RowOptions, RowReadingOptions, SupervisionOptions
+from gpt_kit_hf.options.data import RowOptions, RowReadingOptions, SupervisionOptions, check_encoding_of_files
 from gpt_kit_hf.options.declare import REQUIRED, Options, option
 from gpt_kit_hf.options.generation import LoadedModelOptions
 
@@ -21,13 +21,17 @@ class ScoreOptions(Options):
 
     data: list[str] = option(
         [],
-        "files or globs to score: text (one document per file), .jsonl, .json or .parquet (one document or "
-        "instruction row per row), also compressed as .gz or .zst; or python-stdlib",
+        "files, folders or globs to score, or - for the standard input: text (one document per file), .jsonl, .json, "
+        ".csv, .tsv or .parquet (one document or instruction row per row), also compressed as .gz or .zst; .tar or "
+        ".zip archives of these; or python-stdlib",
         names="files",
         metavar="DATA",
     )
     kind: Kind = option("auto", "what the data is; auto is rows if the rows have the keys of instructions")
     text_column: str = option("text", "column or key that holds the text")
+    encoding_of_files: str | None = option(
+        None, "encoding of text, CSV and JSON files without a byte-order mark, such as cp1252", unset="utf-8"
+    )
     document_separator: str | None = option(
         None, "string that separates documents within a plain text file", unset="a file is one document"
     )
@@ -48,6 +52,7 @@ class ScoreOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_encoding_of_files(self.encoding_of_files)
         if not self.data:
             raise UsageError("data: name at least one file")
 

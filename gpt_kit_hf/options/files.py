@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import glob
 import os
+import stat
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -12,20 +14,23 @@ from gpt_kit_hf.options.declare import Option, sections_of
 from gpt_kit_hf.options.training import TrainingOptions
 
 PYTHON_STDLIB = "python-stdlib"
+STANDARD_INPUT = Path("/dev/stdin")
 # Tests repeat themselves and hold files that are not UTF-8 on purpose.
 _STDLIB_WITHOUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib-dynload"}
 
 
 def find_files(patterns: list[str], option: str = "text_files") -> list[Path]:
-    """Return the files that the patterns name, sorted within a pattern; `python-stdlib` names Python's own source.
+    """Return the files that the patterns name, sorted within a pattern.
 
-    Raises DataError for a pattern without a file, for a file that cannot be read and for a pattern without text.
+    A folder names the files in it, at any depth, that are not hidden; `python-stdlib` Python's own source, and "-"
+    the standard input. Raises DataError for a pattern without a file, for a file that cannot be read and for a
+    pattern without text.
     """
     found: list[Path] = []
     for pattern in patterns:
         try:
             files = _stdlib_files() if pattern == PYTHON_STDLIB else _matching_files(pattern, option)
-            filled = [file for file in files if file.stat().st_size]
+            filled = [file for file in files if file.stat().st_size or _is_pipe(file)]
         except OSError as error:
             raise DataError(f"{option} {pattern!r}: {error.strerror}") from None
         if not files:
@@ -39,14 +44,49 @@ def find_files(patterns: list[str], option: str = "text_files") -> list[Path]:
     return list(once.values())
 
 
+def folder_notes(patterns: list[str]) -> list[str]:
+    """Return a line on each folder of which files were left out."""
+    notes = []
+    for pattern in patterns:
+        folder = Path(pattern).expanduser()
+        if pattern and folder.is_dir():
+            files, hidden = _files_in(folder)
+            empty = sum(not file.stat().st_size for file in files)
+            left = [f"{number} {kind}" for number, kind in ((hidden, "hidden"), (empty, "empty")) if number]
+            notes.append(f"{pattern}: {len(files) - empty:,} files read, {' and '.join(left) or 'none'} left out")
+    return notes
+
+
 def _matching_files(pattern: str, option: str) -> list[Path]:
     if not pattern:
         raise DataError(f"{option}: a name is empty")
-    if Path(pattern).is_dir():
-        raise DataError(f"{option} {pattern!r} is a folder: name its files, such as {pattern}/**/*.txt")
+    if pattern == "-" and sys.stdin is not None and sys.stdin.isatty():
+        raise DataError(f"{option} '-': the standard input is a terminal: pipe text into the command")
+    name = str(STANDARD_INPUT) if pattern == "-" else os.path.expanduser(pattern)  # noqa: PTH111 (keeps ./ and globs)
+    if Path(name).is_dir():
+        return _files_in(Path(name))[0]
     # A name that exists is meant as it stands, brackets and stars included.
-    names = [pattern] if Path(pattern).exists() else glob.glob(pattern, recursive=True)  # noqa: PTH207 (absolute patterns, too)
-    return [Path(name) for name in sorted(names) if Path(name).is_file()]
+    names = [name] if Path(name).exists() else glob.glob(name, recursive=True)  # noqa: PTH207 (absolute patterns, too)
+    return [Path(name) for name in sorted(names) if Path(name).is_file() or _is_pipe(Path(name))]
+
+
+def _files_in(folder: Path) -> tuple[list[Path], int]:
+    """Return the files of a folder at any depth, sorted, and the number of hidden ones, which are left out."""
+    found, hidden = [], 0
+    for place, folders, names in os.walk(folder):
+        inside = any(part.startswith(".") for part in Path(place).relative_to(folder).parts)
+        folders.sort()
+        for name in sorted(names):
+            if inside or name.startswith("."):
+                hidden += 1
+            elif (file := Path(place) / name).is_file():
+                found.append(file)
+    return sorted(found), hidden
+
+
+def _is_pipe(file: Path) -> bool:
+    mode = file.stat().st_mode
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
 
 
 def _stdlib_files() -> list[Path]:

@@ -18,7 +18,7 @@ from torch.utils.data import ConcatDataset
 
 from gpt_kit_hf.data.order import BatchPlan, MixtureOrder, ShuffledOrder, StreamOrder
 from gpt_kit_hf.data.text.corpus import Corpus, choose_encoding, prepare_corpus, prepare_eval
-from gpt_kit_hf.data.text.sources import train_sources
+from gpt_kit_hf.data.text.sources import source_notes, train_sources
 from gpt_kit_hf.data.text.streaming import StreamBatches, StreamShard, stream_shard_count
 from gpt_kit_hf.data.text.windows import TokenStream, TokenWindows, collate_windows
 from gpt_kit_hf.errors import DataError, UsageError
@@ -207,7 +207,8 @@ class PretrainingTask(TextTask):
         lines = [
             f"text     {corpus.documents:,} document{'s' * (corpus.documents != 1)}, "
             f"{len(corpus.train):,} training tokens, {len(self.eval_text):,} eval tokens "
-            f"({corpus.encoding.name}, vocabulary of {corpus.encoding.n_vocab:,})"
+            f"({corpus.encoding.name}, vocabulary of {corpus.encoding.n_vocab:,})",
+            *(f"text     {note}" for note in source_notes(self.options.text)),
         ]
         if isinstance(order, MixtureOrder):
             named = zip(self.options.text.mixture or [], order.quotas, corpus.sources, strict=True)
@@ -262,6 +263,7 @@ class StreamingTask(TextTask):
         return [
             f"text     a stream of {shards} shards in {count} stream shard{'s' if count > 1 else ''}, "
             f"{len(self.eval_text):,} eval tokens ({self.encoding.name}, vocabulary of {self.encoding.n_vocab:,})",
+            *(f"text     {note}" for note in source_notes(self.options.text)),
             self.describe_model(),
         ]
 

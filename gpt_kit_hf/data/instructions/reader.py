@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gpt_kit_hf.data.text.dataset_shards import load_split
-from gpt_kit_hf.data.text.shards import COMPRESSIONS
+from gpt_kit_hf.data.text.formats import COMPRESSIONS
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.options.data import RowOptions
 from gpt_kit_hf.options.files import find_files

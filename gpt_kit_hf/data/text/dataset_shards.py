@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt_kit_hf.data.text.shards import SHARD_BYTES, Position, TextChunk
@@ -13,6 +14,8 @@ if TYPE_CHECKING:  # slow to import, and not needed for text in files
     import datasets
 
 _ROWS_AT_ONCE = 256
+# Files in the folder of a dataset and of a DatasetDict.
+_SAVED_BY_DATASETS = ("state.json", "dataset_dict.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,10 @@ class RowsShard:
     def content_key(self) -> str:
         """Return the fingerprint of the rows; `datasets` has it under a private name only."""
         return f"{self.dataset._fingerprint} {self.column} {self.start} {self.stop}"
+
+    def sketch(self) -> str:
+        """Return what stands for the text of a stream."""
+        return self.content_key()
 
     def stamp(self) -> str | None:
         """Return None: the content key costs nothing."""
@@ -87,12 +94,21 @@ class DatasetShard:
 
 
 def load_split(named: str, name: str, config: str | None, split: str, *, streaming: bool = False) -> Any:
-    """Return a split of a dataset on the Hub or in a folder. Raises DataError that begins with `named`."""
+    """Return a split of a dataset on the Hub, in a folder, or saved by `save_to_disk`, which is never streamed.
+
+    Raises DataError that begins with `named`.
+    """
     import datasets
 
+    folder = Path(name).expanduser() if name.startswith("~") else Path(name)
     try:
-        return datasets.load_dataset(name, config, split=split, streaming=streaming)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if any((folder / marker).is_file() for marker in _SAVED_BY_DATASETS):
+            return _saved_split(named, datasets.load_from_disk(str(folder)), config, split)
+        place = str(folder) if name.startswith("~") else name
+        return datasets.load_dataset(place, config, split=split, streaming=streaming)
+    except DataError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, datasets.exceptions.DatasetsError) as error:
         # A DatasetGenerationError says only that an error occurred.
         generation = isinstance(error, datasets.exceptions.DatasetGenerationError)
         cause = error.__cause__ if generation and error.__cause__ else error
@@ -100,10 +116,22 @@ def load_split(named: str, name: str, config: str | None, split: str, *, streami
         raise DataError(f"{named} cannot be loaded: {reason}") from None
 
 
-def rows_shards(dataset: datasets.Dataset, source: str, column: str) -> list[RowsShard]:
-    """Divide a dataset into shards of about SHARD_BYTES, the same ones at each call."""
+def _saved_split(named: str, saved: Any, config: str | None, split: str) -> Any:
+    """Return a split of what `save_to_disk` saved: a DatasetDict, or one dataset, whose split may be known."""
+    if config is not None:
+        raise DataError(f"{named} has no configurations, it was saved by save_to_disk: leave out dataset_config")
+    splits = dict(saved) if isinstance(saved, dict) else {str(saved.split or "train"): saved}
+    if split not in splits:
+        raise DataError(f"{named} is not in the folder, which was saved by save_to_disk with {', '.join(splits)}")
+    return splits[split]
+
+
+def rows_shards(
+    dataset: datasets.Dataset, source: str, column: str, shard_bytes: int | None = None
+) -> list[RowsShard]:
+    """Divide a dataset into shards of about `shard_bytes`, by default SHARD_BYTES; the same ones at each call."""
     total, size = len(dataset), max(1, dataset.data.nbytes)
-    step = max(1, total * SHARD_BYTES // size)
+    step = max(1, total * (shard_bytes or SHARD_BYTES) // size)
     return [
         RowsShard(
             dataset=dataset,

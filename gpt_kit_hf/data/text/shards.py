@@ -6,7 +6,7 @@ import json
 import mmap
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from gpt_kit_hf.data.text.formats import COMPRESSIONS, ROWS, likely_encoding, suffixes_of
 from gpt_kit_hf.errors import DataError
 
 # A shard is read by one worker and cached in one file: large enough that opening it costs little, small enough that
@@ -23,8 +24,6 @@ from gpt_kit_hf.errors import DataError
 SHARD_BYTES = 4 << 20
 CHUNK_BYTES = 1 << 20
 _BLOCK = 1 << 20
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-_FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # Before a blank that follows a character other than white space, every vocabulary of this package begins a new token.
 # In UTF-8, such a character is printable ASCII, or ends in a byte that ends none of Unicode's longer spaces.
@@ -47,22 +46,30 @@ class TextChunk(NamedTuple):
 
 
 class FileSpan(NamedTuple):
-    """Bytes start..stop-1 of a file, a whole compressed file, or row groups start..stop-1 of a Parquet file."""
+    """Bytes start..stop-1 of a file, a whole compressed file, or row groups start..stop-1 of a Parquet file.
+
+    `shown` is the file's name in messages if that is another one.
+    """
 
     file: Path
     start: int
     stop: int
+    shown: str = ""
+
+    @property
+    def label(self) -> str:
+        """The name of the file in messages."""
+        return self.shown or str(self.file)
 
     @property
     def compression(self) -> str | None:
         """The compression of the whole file, if any."""
-        return COMPRESSIONS.get(self.file.suffix.lower())
+        return COMPRESSIONS.get(suffixes_of(self.file.name)[1])
 
     @property
     def form(self) -> str:
         """The format of the file: "text", "jsonl" or "parquet"."""
-        name = Path(self.file.stem) if self.compression else self.file
-        return _FORMATS.get(name.suffix.lower(), "text")
+        return ROWS.get(suffixes_of(self.file.name)[0], "text")
 
     @property
     def is_of_bytes(self) -> bool:
@@ -92,7 +99,7 @@ class FileShard:
     def name(self) -> str:
         """The name in error messages: the first and the last file, with the bounds."""
         first, last = self.spans[0], self.spans[-1]
-        return f"{first.file}:{first.start} to {last.file.name}:{last.stop}"
+        return f"{first.label}:{first.start} to {Path(last.label).name}:{last.stop}"
 
     @property
     def size(self) -> int:
@@ -183,13 +190,13 @@ class FileShard:
                     try:
                         text = _row_text(line.removeprefix(_BYTE_ORDER_MARK) if place == 0 else line, self.column)
                     except ValueError as error:
-                        raise DataError(f"{span.file}:{_line_at(span, place)}: {error}") from None
+                        raise DataError(f"{span.label}:{_line_at(span, place)}: {error}") from None
                     yield text, True, place + len(line) + 1
                 place += len(line) + 1
 
     def _read_rows(self, span: FileSpan, place: int, inside: bool) -> _Read:
         assert not inside  # a row is one chunk
-        file, number = _parquet(span.file, self.column), 0
+        file, number = _parquet(span, self.column), 0
         try:
             for batch in file.iter_batches(256, range(span.start, span.stop), columns=[self.column]):
                 for value in batch.column(0):
@@ -197,20 +204,30 @@ class FileShard:
                         text = value.as_py()
                         if not isinstance(text, str):
                             where = f"row {number} from row group {span.start} on"
-                            raise DataError(f"{span.file}: {where}: {self.column!r} must be text, got {text!r:.60}")
+                            raise DataError(f"{span.label}: {where}: {self.column!r} must be text, got {text!r:.60}")
                         yield text, True, number + 1
                     number += 1
         except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
             where = f"row {number} from row group {span.start} on"
-            raise DataError(f"{span.file}: {where} cannot be read: {str(error).splitlines()[0]}") from None
+            raise DataError(f"{span.label}: {where} cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def file_shards(
-    files: list[Path], *, column: str, separator: str | None, may_cut: bool, shard_bytes: int | None = None
+    files: Sequence[Path],
+    *,
+    column: str,
+    separator: str | None,
+    may_cut: bool,
+    shard_bytes: int | None = None,
+    names: Mapping[Path, str] | None = None,
 ) -> list[FileShard]:
-    """Divide files into shards of about `shard_bytes`, by default SHARD_BYTES; the same ones at each call."""
+    """Divide files into shards of about `shard_bytes`, by default SHARD_BYTES; the same ones at each call.
+
+    `names` has the names in messages of files that are copies of others.
+    """
+    shown = names or {}
     limit = shard_bytes or SHARD_BYTES
-    spans = [span for file in files for span in _spans(file, column, separator, may_cut, limit)]
+    spans = [span for file in files for span in _spans(file, shown.get(file, ""), column, separator, may_cut, limit)]
     return [
         FileShard(spans=tuple(spans[start:stop]), column=column, separator=separator, may_cut=may_cut)
         for start, stop in _groups([span.size for span in spans], limit)
@@ -229,14 +246,14 @@ def _groups(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
     return [*pairwise([*bounds, len(sizes)])]
 
 
-def _spans(file: Path, column: str, separator: str | None, may_cut: bool, limit: int) -> list[FileSpan]:
+def _spans(file: Path, shown: str, column: str, separator: str | None, may_cut: bool, limit: int) -> list[FileSpan]:
     """Divide one file where its format allows."""
     size = file.stat().st_size
-    whole = FileSpan(file, 0, size)
+    whole = FileSpan(file, 0, size, shown)
     if whole.form == "parquet":
-        groups = _parquet(file, column).metadata
+        groups = _parquet(whole, column).metadata
         sizes = [groups.row_group(index).total_byte_size for index in range(groups.num_row_groups)]
-        return [FileSpan(file, *bounds) for bounds in _groups(sizes, limit)]
+        return [FileSpan(file, *bounds, shown) for bounds in _groups(sizes, limit)]
     mark = b"\n" if whole.form == "jsonl" else None if separator is None else separator.encode()
     if whole.compression or size <= limit or (mark is None and not may_cut):
         return [whole]
@@ -246,7 +263,7 @@ def _spans(file: Path, column: str, separator: str | None, may_cut: bool, limit:
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         while (target := cuts[-1] + step) < size and (cut := _cut_after(data, target, mark)) < size:
             cuts.append(cut)
-    return [FileSpan(file, first, last) for first, last in pairwise([*cuts, size])]
+    return [FileSpan(file, first, last, shown) for first, last in pairwise([*cuts, size])]
 
 
 def _safe_cut(data: bytearray | mmap.mmap, searched: int, stop: int) -> int:
@@ -280,7 +297,7 @@ def _blocks(span: FileSpan, place: int) -> Iterator[bytes]:
             while block := stream.read(_BLOCK):
                 yield block
     except OSError as error:
-        raise DataError(f"{span.file}: cannot be decompressed: {error}") from None
+        raise DataError(f"{span.label}: cannot be decompressed: {error}") from None
 
 
 def _raw_blocks(file: Path, start: int, stop: int) -> Iterator[bytes]:
@@ -296,13 +313,16 @@ def _raw_blocks(file: Path, start: int, stop: int) -> Iterator[bytes]:
 
 def _decoded(span: FileSpan, data: bytearray, place: int, after: int, *, ends: bool, whole: bool) -> _Read:
     """Yield the text of bytes, unless they are a whole document of white space."""
+    if (zero := data.find(0)) >= 0:
+        where = f"{span.label}:{_line_at(span, place + zero)}"
+        raise DataError(f"{where}: no text (a NUL byte at offset {place + zero})")
     try:
         text = data.decode("utf-8-sig" if place == 0 else "utf-8")
     except UnicodeDecodeError as error:
         bad = place + error.start + (len(data) - len(error.object))  # the error does not count a byte order mark
         raise DataError(
-            f"{span.file}:{_line_at(span, bad)}: not UTF-8 text (byte 0x{error.object[error.start]:02x} "
-            f"at offset {bad})"
+            f"{span.label}:{_line_at(span, bad)}: not UTF-8 text (byte 0x{error.object[error.start]:02x} "
+            f"at offset {bad}); {likely_encoding(bytes(data))}"
         ) from None
     if text.strip() or not whole:
         yield text, ends, after
@@ -339,14 +359,14 @@ def _line_at(span: FileSpan, place: int) -> int:
     return line
 
 
-def _parquet(file: Path, column: str) -> Any:
+def _parquet(span: FileSpan, column: str) -> Any:
     try:
-        opened = pq.ParquetFile(file)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"{file}: cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+        opened = pq.ParquetFile(span.file)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{span.label}: cannot be read as Parquet: {str(error).splitlines()[0]}") from None
     if column not in opened.schema_arrow.names:
         known = ", ".join(opened.schema_arrow.names)
-        raise DataError(f"{file}: no column {column!r} (text_column); its columns: {known}")
+        raise DataError(f"{span.label}: no column {column!r} (text_column); its columns: {known}")
     return opened
 
 

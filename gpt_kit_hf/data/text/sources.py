@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
+
+from gpt_kit_hf.data.text.conversion import FileReading, plain_files
 from gpt_kit_hf.data.text.dataset_shards import DatasetShard, RowsShard, load_split, rows_shards
+from gpt_kit_hf.data.text.file_cache import PlainFile
 from gpt_kit_hf.data.text.shards import SHARD_BYTES, FileShard, file_shards
 from gpt_kit_hf.errors import DataError
 from gpt_kit_hf.options.data import TextOptions, weighted_sources
-from gpt_kit_hf.options.files import find_files
+from gpt_kit_hf.options.files import find_files, folder_notes
 
 _SMALLEST_SHARD = 1 << 12
 
@@ -35,6 +39,17 @@ def eval_source(options: TextOptions) -> TextSource | None:
     return None
 
 
+def source_notes(options: TextOptions) -> list[str]:
+    """Return lines on what was left out of the folders and archives that the options name."""
+    held_out = eval_source(options)
+    sources = [source for _, source in train_sources(options)] + ([held_out] if held_out is not None else [])
+    return list(dict.fromkeys(note for source in sources for note in source.notes()))
+
+
+def _streamed_size(size: int) -> int:
+    return min(SHARD_BYTES, max(_SMALLEST_SHARD, size // 32))
+
+
 def _source(
     options: TextOptions, files: list[str] | None, dataset: str | None, split: str, option: str = "text_files"
 ) -> TextSource:
@@ -44,6 +59,7 @@ def _source(
         config=options.dataset_config,
         split=split,
         column=options.text_column,
+        encoding=options.encoding_of_files,
         separator=options.document_separator,
         option=option,
     )
@@ -58,6 +74,7 @@ class TextSource:
     config: str | None
     split: str
     column: str
+    encoding: str | None
     separator: str | None
     option: str
 
@@ -70,31 +87,48 @@ class TextSource:
         """Return the absolute paths of the files, with symbolic links resolved."""
         return set() if self.files is None else {file.resolve() for file in find_files(self.files, self.option)}
 
+    def notes(self) -> list[str]:
+        """Return lines on what was left out of folders and archives, and on columns that were chosen."""
+        if self.files is None:
+            return []
+        return [*folder_notes(self.files), *self._plain_files()[1]]
+
     def shards(self, may_cut: bool) -> Sequence[FileShard | RowsShard]:
         """Return the text in shards; `may_cut` says whether a document may be encoded in chunks.
 
-        Raises DataError for files and datasets that are missing, empty or without the column.
+        Raises DataError for files and datasets that are missing, empty, no text or without the column.
         """
         if self.files is not None:
-            return self._file_shards(find_files(self.files, self.option), may_cut, SHARD_BYTES)
+            return self._file_shards(may_cut, SHARD_BYTES)
         rows = self._load(streaming=False)
         return rows_shards(rows, str(self.dataset), self.column)
 
-    def streamed_shards(self, may_cut: bool) -> Sequence[FileShard | DatasetShard]:
+    def streamed_shards(self, may_cut: bool) -> Sequence[FileShard | RowsShard | DatasetShard]:
         """Return shards that are read without being stored: a dataset's own, and at least about 32 of files."""
         if self.files is not None:
-            files = find_files(self.files, self.option)
-            size = sum(file.stat().st_size for file in files)
-            return self._file_shards(files, may_cut, min(SHARD_BYTES, max(_SMALLEST_SHARD, size // 32)))
+            return self._file_shards(may_cut, None)
         rows, source = self._load(streaming=True), str(self.dataset)
+        if isinstance(rows, datasets.Dataset):  # it is on the disk
+            return rows_shards(rows, source, self.column, _streamed_size(rows.data.nbytes))
         return [
             DatasetShard(dataset=rows, source=source, index=index, column=self.column)
             for index in range(rows.num_shards)
         ]
 
-    def _file_shards(self, files: list[Path], may_cut: bool, shard_bytes: int) -> list[FileShard]:
-        column, separator = self.column, self.separator
-        return file_shards(files, column=column, separator=separator, may_cut=may_cut, shard_bytes=shard_bytes)
+    def _plain_files(self) -> tuple[list[PlainFile], list[str]]:
+        reading = FileReading(column=self.column, encoding=self.encoding)
+        return plain_files(find_files(self.files or [], self.option), reading)
+
+    def _file_shards(self, may_cut: bool, shard_bytes: int | None) -> list[FileShard]:
+        found, _ = self._plain_files()
+        return file_shards(
+            [place.file for place in found],
+            column=self.column,
+            separator=self.separator,
+            may_cut=may_cut,
+            shard_bytes=shard_bytes or _streamed_size(sum(place.file.stat().st_size for place in found)),
+            names={file: name for file, name in found if name != str(file)},
+        )
 
     def _load(self, *, streaming: bool) -> Any:
         named = f"dataset_name {self.dataset!r}, split {self.split!r},"

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from gpt_kit_hf.data.order import BatchPlan, shuffled
-from gpt_kit_hf.data.text.dataset_shards import DatasetShard
+from gpt_kit_hf.data.text.dataset_shards import DatasetShard, RowsShard
 from gpt_kit_hf.data.text.shards import FileShard
 from gpt_kit_hf.data.text.windows import collate_windows, window_item
 from gpt_kit_hf.errors import DataError, UsageError
@@ -59,7 +59,7 @@ class StreamShard:
     where the buffer begins and the number of its windows that were used, so that resuming reads one buffer at most.
     """
 
-    shards: tuple[FileShard | DatasetShard, ...]
+    shards: tuple[FileShard | RowsShard | DatasetShard, ...]
     encoding: tiktoken.Encoding
     windows: WindowOptions
     shuffle_windows: int

@@ -112,7 +112,7 @@ def test_the_standard_library_is_text_that_is_always_there() -> None:
         (b"", "a.txt", "empty, there is no text"),
         (b"", "*", "empty, there is no text"),
         (b"fine\nthen \xff\n", "a.txt", r"a\.txt:2: not UTF-8 text \(byte 0xff at offset 10\)"),
-        ("x", "", "is a folder: name its files"),
+        ("", "", "empty, there is no text"),
     ],
 )
 @pytest.mark.parametrize("option", ["text_files", "mixture", "eval_files"])
