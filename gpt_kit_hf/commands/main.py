@@ -10,11 +10,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import version
 
+from gpt_kit_hf.commands.checks import check_options
 from gpt_kit_hf.commands.running import USAGE_ERROR, quiet_libraries, run_command
 from gpt_kit_hf.errors import UsageError, unknown_name
 from gpt_kit_hf.options.evaluation import CheckOptions, EvaluateOptions, InspectOptions, VerifyOptions
-from gpt_kit_hf.options.files import check_named_files
 from gpt_kit_hf.options.generation import ChatCommandOptions, GenerateOptions, ServeOptions
 from gpt_kit_hf.options.hub import CardOptions, PullOptions, PushCommandOptions
 from gpt_kit_hf.options.model import ConvertOptions
@@ -137,6 +138,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or given[0] in ("--help", "-h"):
         sys.stdout.write(_overview())
         return 0 if given else USAGE_ERROR
+    if given[0] == "--version":
+        sys.stdout.write(f"gpt-kit {version('gpt-kit-hf')}\n")
+        return 0
     return run_command(lambda: _run(given[0], given[1:]))
 
 
@@ -145,15 +149,14 @@ def _run(name: str, arguments: Sequence[str]) -> None:
         raise UsageError(unknown_name("command", name, COMMANDS))
     command = COMMANDS[name]
     options: object = parse_options(command.options, arguments, prog=f"gpt-kit {name}", about=command.help())
-    check_named_files(options)
+    check_options(options)
     command.run(options)
 
 
 def _overview() -> str:
     lines = [f"  {command.name:<10}{command.summary}" for command in COMMANDS.values()]
-    return "\n".join(
-        ["usage: gpt-kit COMMAND ...", "", ABOUT, "", *lines, "", "gpt-kit COMMAND --help lists its options.", ""]
-    )
+    end = "gpt-kit COMMAND --help lists its options, gpt-kit --version prints the version."
+    return "\n".join(["usage: gpt-kit COMMAND ...", "", ABOUT, "", *lines, "", end, ""])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 `declare` defines what a declaration holds; `training` (run, optimizer), `model` (presets, shape, conversion), `data`,
 `finetuning`, `generation`, `evaluation` and `hub` declare the options. `run` combines those of a training run and has
 the rules for resuming one. `parser` reads a command line, `config_file` a YAML file; `pages` writes help and
-documentation, `files` checks that named files exist.
+documentation, `files` finds the files that globs name.
 """
 
 import lazy_loader

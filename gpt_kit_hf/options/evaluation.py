@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, TypeAlias
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.options.data import RowOptions, RowReadingOptions, SupervisionOptions, check_encoding_of_files
 from gpt_kit_hf.options.declare import REQUIRED, Options, option
-from gpt_kit_hf.options.generation import LoadedModelOptions
+from gpt_kit_hf.options.generation import LoadedModelOptions, device_option
 
 Kind: TypeAlias = Literal["auto", "text", "rows"]
 PaddingSide: TypeAlias = Literal["left", "right"]
@@ -48,7 +48,7 @@ class ScoreOptions(Options):
         None, "score about this many tokens, sampled from the whole text", minimum=1, unset="all"
     )
     samples: int = option(0, "number of documents or rows whose beginning the model continues, to show", minimum=0)
-    device: str = option("cpu", "device to run on: cpu, cuda, cuda:1 and so on")
+    device: str = device_option()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,7 +108,7 @@ class VerifyOptions(Options):
 
     positionals: ClassVar[tuple[str, ...]] = ("run",)
 
-    run: str = option(REQUIRED, "folder of a run", names="folder", metavar="RUN")
+    run: str = option(REQUIRED, "folder of a run", names="run", metavar="RUN")
     replay: str | None = option(
         None, "compute these steps again and compare them with the run", unset="none", metavar="FROM:TO"
     )

@@ -1,4 +1,4 @@
-"""Files that options name: globs, and checks that need no large library."""
+"""Files that options name: lists, globs, and the source of Python's standard library."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from gpt_kit_hf.errors import DataError, UsageError
-from gpt_kit_hf.options.declare import Option, sections_of
-from gpt_kit_hf.options.training import TrainingOptions
+from gpt_kit_hf.errors import DataError
 
 PYTHON_STDLIB = "python-stdlib"
 STANDARD_INPUT = Path("/dev/stdin")
@@ -96,48 +94,3 @@ def _stdlib_files() -> list[Path]:
         for file in sorted(root.rglob("*.py"))
         if not _STDLIB_WITHOUT.intersection(file.relative_to(root).parts[:-1])
     ]
-
-
-def check_local_model(place: str) -> None:
-    """Raise UsageError for a path that is no model folder or does not exist; a Hub id is not looked up."""
-    # A Hub id has a name and at most an owner before it.
-    if not Path(place).exists() and (place.count("/") > 1 or place.startswith((".", "/", "~"))):
-        raise UsageError(f"{place!r}: no such folder")
-    if Path(place).is_dir() and not any((Path(place) / name).exists() for name in ("config.json", "checkpoints")):
-        raise UsageError(f"{place!r} holds no model: neither a config.json nor a checkpoint")
-
-
-def check_named_files(options: object) -> None:
-    """Raise UsageError for a file or folder that a command's options name and that does not exist or is taken."""
-    if isinstance(training := getattr(options, "training", None), TrainingOptions):
-        _check_output_folder(training)
-    for name, section in sections_of(type(options)).items():
-        holder = getattr(options, name) if name else options
-        for each in section.options.values():
-            if each.names and getattr(holder, each.name) is not None:
-                _check(each, getattr(holder, each.name))
-
-
-def _check_output_folder(training: TrainingOptions) -> None:
-    """Refuse what `check_run_folder` of storage certainly refuses, too, but only once torch is imported."""
-    run = Path(training.output_dir)
-    if run.exists() and not run.is_dir():
-        raise UsageError(f"output_dir {training.output_dir!r} cannot be made: {run.absolute()} is a file")
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"  # another process of this run may have just made the folder
-    if alone and (run / "options.json").is_file() and not (training.resume or training.overwrite):
-        raise UsageError(
-            f"output_dir {training.output_dir!r} already holds a run: use resume, overwrite or another folder"
-        )
-
-
-def _check(option: Option, value: str | list[str]) -> None:
-    for each in value if isinstance(value, list) else [value]:
-        if option.names == "model":
-            check_local_model(each)
-        elif option.names == "folder":
-            if not Path(each).is_dir():
-                raise UsageError(f"{option.name} {each!r}: no such folder")
-        else:
-            pattern = each.partition(":")[2] if option.names == "weighted_files" else each
-            if pattern != PYTHON_STDLIB and not pattern.startswith("dataset:"):
-                find_files([pattern], option.name)

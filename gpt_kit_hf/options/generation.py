@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from gpt_kit_hf.options.declare import REQUIRED, Options, option
 
 DecodingDtype: TypeAlias = Literal["auto", "float16", "int8"]
 Overflow: TypeAlias = Literal["error", "slide"]
+
+
+def device_option() -> Any:
+    """Declare the device that a model runs on."""
+    return option(
+        "cpu",
+        "device to run on, such as cuda for an NVIDIA or AMD GPU; cuda:1 is the second one",
+        choices=("cpu", "cuda", "mps", "xpu"),
+        normalize=lambda device: device.partition(":")[0],
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +41,7 @@ class LoadedModelOptions(Options):
     """The model, and where it runs."""
 
     model_name_or_path: str = option(REQUIRED, "folder of a run or model, or Hub id", names="model", metavar="MODEL")
-    device: str = option("cpu", "device to run on: cpu, cuda, cuda:1 and so on")
+    device: str = device_option()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, TypeAlias
@@ -53,8 +54,8 @@ class PushCommandOptions(PushOptions):
         super().__post_init__()
         if self.verify_only:
             return
-        if self.repo is None:
-            raise UsageError("give REPO, OWNER/NAME on the Hub")
+        if self.repo is None or not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo):
+            raise UsageError(f"give REPO, OWNER/NAME on the Hub{f', got {self.repo!r}' if self.repo else ''}")
         if not Path(self.run).is_dir():
             raise UsageError(f"run {self.run!r}: no such folder")
 
@@ -66,7 +67,9 @@ class PullOptions(Options):
     positionals: ClassVar[tuple[str, ...]] = ("repo", "folder")
 
     repo: str = option(REQUIRED, "repository on the Hub, OWNER/NAME", metavar="REPO")
-    folder: str = option(REQUIRED, "folder to write; it must be empty or not exist yet", metavar="FOLDER")
+    folder: str = option(
+        REQUIRED, "folder to write; it must be empty or not exist yet", names="new_folder", metavar="FOLDER"
+    )
     revision: str | None = option(None, "branch, tag or commit", unset="main")
 
 

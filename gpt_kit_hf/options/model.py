@@ -88,10 +88,18 @@ class ModelOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        preset = next(shape for full, shape in PRESETS.items() if full.split(" ")[0] == preset_key(self.model))
-        n_embd, n_head = self.n_embd or preset["n_embd"], self.n_head or preset["n_head"]
+        n_embd, n_head = self.n_embd or self._preset["n_embd"], self.n_head or self._preset["n_head"]
         if n_embd % n_head:
             raise UsageError(f"n_embd must be divisible by n_head, got {n_embd} and {n_head}")
+
+    @property
+    def context(self) -> int:
+        """The size of the position table, in tokens."""
+        return self.max_position_embeddings or self._preset["max_position_embeddings"]
+
+    @property
+    def _preset(self) -> Mapping[str, int]:
+        return next(shape for full, shape in PRESETS.items() if full.split(" ")[0] == preset_key(self.model))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,7 +109,9 @@ class ConvertOptions(Options):
     positionals: ClassVar[tuple[str, ...]] = ("source", "destination")
 
     source: str = option(REQUIRED, "model folder, Hub id, or file of weights", names="model", metavar="SOURCE")
-    destination: str = option(REQUIRED, "folder to write; it must be empty or not exist yet", metavar="DESTINATION")
+    destination: str = option(
+        REQUIRED, "folder to write; it must be empty or not exist yet", names="new_folder", metavar="DESTINATION"
+    )
     layout: Layout = option(
         REQUIRED,
         "gpt2: from a GPT-2 folder or Hub id; nanogpt, kit: from a file of weights (safetensors, or a pickle that "

@@ -36,6 +36,11 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         check_allow_changes(self)
+        if self.windows.max_length > self.model.context:
+            raise UsageError(
+                f"max_length={self.windows.max_length} is above the position table, "
+                f"max_position_embeddings={self.model.context}: raise that, or lower max_length"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

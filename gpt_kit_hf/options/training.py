@@ -11,6 +11,11 @@ from gpt_kit_hf.errors import UsageError, unknown_name
 from gpt_kit_hf.options.declare import REQUIRED, Options, option
 
 OptimizerName: TypeAlias = Literal["adamw", "muon"]
+# The trackers of Accelerate; a test compares them with the installed version's.
+TRACKERS = (
+    *("auto", "none", "tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive"),
+    "swanlab",
+)
 Schedule: TypeAlias = Literal["cosine", "linear", "constant_with_warmup", "warmup_stable_decay"]
 
 
@@ -87,8 +92,8 @@ class TrainingOptions(Options):
     sample_max_new_tokens: int = option(80, "tokens per text sample", minimum=1, resume="free")
     report_to: list[str] = option(
         ["auto"],
-        "experiment trackers that Accelerate supports, such as tensorboard or wandb; auto is TensorBoard if it is "
-        "installed, none disables tracking",
+        "experiment trackers; auto is TensorBoard if it is installed, none disables tracking",
+        choices=TRACKERS,
         resume="free",
     )
     dataloader_num_workers: int = option(

@@ -13,13 +13,14 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from gpt_kit_hf.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
 
 # Far more than the largest preset needs, and still quick to read.
 _MAX_JSON_BYTES = 64 << 20
@@ -127,6 +128,9 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
     Raises CheckpointError for sparse, meta and sharded tensors.
     """
+    import torch  # here, so that a folder can be looked at without it
+    from safetensors.torch import save_file
+
     ready: dict[str, torch.Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
@@ -147,6 +151,8 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a safetensors file on the CPU; a header over 16 MiB is refused before it is read."""
+    from safetensors.torch import load_file
+
     try:
         with path.open("rb") as file:
             header = int.from_bytes(file.read(8), "little")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from gpt_kit_hf.errors import CheckpointError, UsageError
-from gpt_kit_hf.storage.atomic_files import sync_path
+from gpt_kit_hf.storage.atomic_files import read_jsonl, sync_path
 from gpt_kit_hf.storage.checkpoints import list_checkpoints
 from gpt_kit_hf.storage.lock import move_aside
 
@@ -60,6 +61,16 @@ def make_run_folder(run: Path, *, overwrite: bool) -> str | None:
 def holds_run(run: Path) -> bool:
     """Return whether the folder contains a run."""
     return (run / OPTIONS_FILE).is_file() or bool(list_checkpoints(run))
+
+
+def recorded_steps(run: Path, first: int, last: int) -> dict[int, dict[str, Any]]:
+    """Return the records of the steps of a run by number. Raises UsageError unless first..last are among them."""
+    metrics = run / METRICS_FILE
+    records = read_jsonl(metrics) if metrics.is_file() else []
+    steps = {record["step"]: record for record in records if record.get("kind") == "train"}
+    if not 1 <= first <= last or last not in steps:
+        raise UsageError(f"replay {first}:{last}: the run has the steps 1 to {max(steps, default=0)}")
+    return steps
 
 
 def publish_in_run(run: Path, source: Path) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.util
 from typing import Any, TextIO
 
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.tracking import get_available_trackers
 from tqdm import tqdm
 
-from gpt_kit_hf.errors import UsageError, unknown_name
+from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.text import duration, short
 
 
@@ -74,15 +74,13 @@ class Pace:
 
 
 def trackers(names: list[str]) -> list[str]:
-    """Return the trackers for a `report_to` option. Raises UsageError for one that is unknown or not installed."""
+    """Return the trackers for a `report_to` option. Raises UsageError for one that is not installed."""
     if names == ["none"]:
         return []
     if names == ["auto"]:
         return ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
     installed = [str(tracker.value) for tracker in get_available_trackers()]
     for name in names:
-        if name not in LOGGER_TYPE_TO_CLASS:
-            raise UsageError(unknown_name("report_to", name, ["auto", "none", *LOGGER_TYPE_TO_CLASS]))
         if name not in installed:
             raise UsageError(f"report_to {name!r} is not installed: pip install {name}, or use auto or none")
     return names

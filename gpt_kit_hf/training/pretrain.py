@@ -65,7 +65,6 @@ class TextTask(Task):
 
     def __init__(self, options: RunOptions, context: RunContext) -> None:
         self.options, self.context = options, context
-        self._check_max_length()
         self.encoding = decide_on_main(context.accelerator, self._choose_encoding)
         self._eos = self.encoding.encode_single_token(encodings.EOS_TOKEN)
         # One process of a machine tokenises; the others read what it stored.
@@ -143,18 +142,6 @@ class TextTask(Task):
         return ["gpt-kit", "generate", str(run), "--prompt", self.context.options.sample_prompt or "The"]
 
     # --- preparation
-
-    def _check_max_length(self) -> None:
-        """Refuse windows that are longer than the model's context, before the text is read."""
-        positions = build_config(
-            self.options.model, vocab_size=self.options.encoding.vocab_size
-        ).max_position_embeddings
-        max_length = self.options.windows.max_length
-        if max_length > positions:
-            raise UsageError(
-                f"max_length={max_length} is above the position table, max_position_embeddings={positions}: "
-                "raise that, or lower max_length"
-            )
 
     def _choose_encoding(self) -> tiktoken.Encoding:
         if self.context.checkpoint is not None:

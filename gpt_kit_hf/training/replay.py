@@ -12,11 +12,10 @@ import torch
 from accelerate import Accelerator
 
 from gpt_kit_hf.data.instructions.formats import FormatFn
-from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.options.run import FinetuneOptions, RunOptions, stored_options
-from gpt_kit_hf.storage.atomic_files import load_json, read_jsonl
+from gpt_kit_hf.storage.atomic_files import load_json
 from gpt_kit_hf.storage.checkpoints import checkpoint_step, list_checkpoints, verify_checkpoint
-from gpt_kit_hf.storage.run_folder import METRICS_FILE, OPTIONS_FILE, RECORD_FILE
+from gpt_kit_hf.storage.run_folder import OPTIONS_FILE, RECORD_FILE, recorded_steps
 from gpt_kit_hf.training.console import Console
 from gpt_kit_hf.training.data_changes import check_replayed_data
 from gpt_kit_hf.training.finetune import InstructionTask
@@ -56,9 +55,7 @@ def replay_steps(
     device and the same version of torch, else nearly. Nothing is written. Raises UsageError for steps that the run
     does not have, and for data that has changed.
     """
-    lines = {line["step"]: line for line in read_jsonl(run / METRICS_FILE) if line["kind"] == "train"}
-    if not 1 <= first <= last or last not in lines:
-        raise UsageError(f"replay {first}:{last}: the run has the steps 1 to {max(lines, default=0)}")
+    lines = recorded_steps(run, first, last)
     options = _options(run)
     accelerator = Accelerator(cpu=options.training.use_cpu, mixed_precision="no")
     with StopSignals() as stop:

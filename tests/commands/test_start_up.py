@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from gpt_kit_hf.commands.main import COMMANDS
 from gpt_kit_hf.commands.options_page import options_page
+from gpt_kit_hf.options.training import TRACKERS
 
 ROOT = Path(__file__).resolve().parents[2]
 # Run one after another in a process: a command line in each argument.
@@ -62,6 +65,14 @@ REFUSED = {
     "push . a/b --revision x --create_pr": "revision and create_pr: a pull request has a branch of its own",
     "pull a/b": "folder is missing: give FOLDER",
     "convert a b": "layout is missing: give --layout",
+    "convert a docs --layout gpt2": "destination 'docs' exists and is not an empty folder; nothing is overwritten",
+    "pull a/b docs": "folder 'docs' exists and is not an empty folder; nothing is overwritten",
+    "push . name": "give REPO, OWNER/NAME on the Hub, got 'name'",
+    "verify docs": "run 'docs' holds no run",
+    "generate m --device gpu": "unknown device 'gpu'; did you mean 'xpu' or 'cpu'",
+    "train --output_dir x --text_files python-stdlib --report_to tensorbord": "did you mean 'tensorboard'?",
+    "train --output_dir docs --text_files python-stdlib": "output_dir 'docs' holds other files",
+    "train --output_dir x --text_files python-stdlib --max_length 999": "max_length=999 is above the position table",
 }
 
 
@@ -91,6 +102,23 @@ def test_a_folder_that_holds_a_run_is_refused_without_a_large_library(tmp_path: 
     line = f"train --output_dir {tmp_path} --text_files python-stdlib"
     message = f"error: output_dir '{tmp_path}' already holds a run: use resume, overwrite or another folder"
     assert answers(line) == {line: ("2", message)}
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    command = [sys.executable, "-m", "gpt_kit_hf.commands.main", "--version"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert shown == f"gpt-kit {version('gpt-kit-hf')}\n"
+
+
+def test_steps_that_a_run_does_not_have_are_refused_without_a_large_library(tmp_path: Path) -> None:
+    (tmp_path / "options.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n{"kind": "eval", "step": 1}\n')
+    line = f"verify {tmp_path} --replay 1:2"
+    assert answers(line) == {line: ("2", "error: replay 1:2: the run has the steps 1 to 1")}
+
+
+def test_the_known_trackers_are_those_of_accelerate() -> None:
+    assert set(TRACKERS) == {"auto", "none", *LOGGER_TYPE_TO_CLASS}
 
 
 def test_the_overview_names_every_command() -> None:

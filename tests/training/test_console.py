@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from gpt_kit_hf.errors import UsageError
+from gpt_kit_hf.options.training import TrainingOptions
 from gpt_kit_hf.text import duration, printable, short
 from gpt_kit_hf.training.console import Console, Pace, trackers
 from gpt_kit_hf.training.curve import draw_curve
@@ -93,6 +94,6 @@ def test_trackers_refuse_unknown_and_missing_ones() -> None:
     assert trackers(["none"]) == []
     assert trackers(["auto"]) in ([], ["tensorboard"])
     with pytest.raises(UsageError, match="unknown report_to 'tensorbord'; did you mean 'tensorboard'"):
-        trackers(["tensorbord"])
+        TrainingOptions(output_dir="x", report_to=["tensorbord"])
     with pytest.raises(UsageError, match="report_to 'comet_ml' is not installed"):
         trackers(["comet_ml"])

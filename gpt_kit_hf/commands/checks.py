@@ -1,0 +1,58 @@
+"""Checks of a command's options against the disk that need no large library: they come before torch is imported."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from gpt_kit_hf.errors import UsageError
+from gpt_kit_hf.options.declare import Option, sections_of
+from gpt_kit_hf.options.evaluation import VerifyOptions
+from gpt_kit_hf.options.files import PYTHON_STDLIB, find_files
+from gpt_kit_hf.options.training import TrainingOptions
+from gpt_kit_hf.storage.run_folder import check_run_folder, holds_run, recorded_steps
+
+
+def check_options(options: object) -> None:
+    """Raise UsageError or DataError for files, folders, models and runs that the options name and cannot be used."""
+    training = getattr(options, "training", None)
+    # Another process of this run may have just made the folder.
+    if isinstance(training, TrainingOptions) and os.environ.get("WORLD_SIZE", "1") == "1":
+        check_run_folder(Path(training.output_dir), resume=training.resume, overwrite=training.overwrite)
+    for name, section in sections_of(type(options)).items():
+        holder = getattr(options, name) if name else options
+        for each in section.options.values():
+            value = getattr(holder, each.name)
+            for named in value if isinstance(value, list) else [value]:
+                if each.names and named is not None:
+                    _check(each, named)
+    if isinstance(options, VerifyOptions) and options.steps is not None:
+        recorded_steps(Path(options.run), *options.steps)
+
+
+def _check(option: Option, named: str) -> None:
+    place = Path(named)
+    if option.names == "model":
+        _check_model(named)
+    elif option.names in ("folder", "run"):
+        if not place.is_dir():
+            raise UsageError(f"{option.name} {named!r}: no such folder")
+        if option.names == "run" and not holds_run(place):
+            raise UsageError(f"{option.name} {named!r} holds no run")
+    elif option.names == "new_folder":
+        if place.exists() and not (place.is_dir() and not any(place.iterdir())):
+            raise UsageError(f"{option.name} {named!r} exists and is not an empty folder; nothing is overwritten")
+    else:
+        pattern = named.partition(":")[2] if option.names == "weighted_files" else named
+        if pattern != PYTHON_STDLIB and not pattern.startswith("dataset:"):
+            find_files([pattern], option.name)
+
+
+def _check_model(named: str) -> None:
+    """Refuse a path that is no model folder or does not exist; a Hub id is not looked up."""
+    place = Path(named)
+    # A Hub id has a name and at most an owner before it.
+    if not place.exists() and (named.count("/") > 1 or named.startswith((".", "/", "~"))):
+        raise UsageError(f"{named!r}: no such folder")
+    if place.is_dir() and not any((place / name).exists() for name in ("config.json", "checkpoints")):
+        raise UsageError(f"{named!r} holds no model: neither a config.json nor a checkpoint")
