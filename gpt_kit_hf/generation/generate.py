@@ -17,6 +17,7 @@ from gpt_kit_hf.errors import UsageError, unknown_name
 from gpt_kit_hf.generation.fast_decoder import Decoder, pays, why_not
 from gpt_kit_hf.model.losses import evaluation_mode
 from gpt_kit_hf.options.generation import DecodingDtype, Overflow
+from gpt_kit_hf.tokenization.encodings import text_to_token_ids
 
 AnyTokenizer: TypeAlias = tiktoken.Encoding | PreTrainedTokenizerBase
 
@@ -88,14 +89,12 @@ def stream_text(
     of the text. "<|endoftext|>" in the prompt is the EOS token, and no special token is added, as in
     ``text_to_token_ids``. The other arguments and the errors are those of ``generate_text_autoregressive``.
     """
-    if isinstance(tokenizer, tiktoken.Encoding):
-        special = tokenizer.special_tokens_set & {"<|endoftext|>"}
-        ids = tokenizer.encode(prompt, allowed_special=special, disallowed_special=())
-    else:
-        ids = tokenizer.encode(prompt, add_special_tokens=False)
-    prompt_ids = _checked_prompt(model, torch.tensor(ids, dtype=torch.long))
+    ids = text_to_token_ids(prompt, tokenizer)[0]
+    prompt_ids = _checked_prompt(model, ids)
     decoding = _decoding(model, temperature, top_k, eos_token_id)
-    streamer = _TextStreamer(_decode_function(tokenizer), ids[-_CONTEXT_TOKENS:], decoding.eos_token_id or [], on_text)
+    streamer = _TextStreamer(
+        _decode_function(tokenizer), ids[-_CONTEXT_TOKENS:].tolist(), decoding.eos_token_id or [], on_text
+    )
     _extend(model, prompt_ids, max_new_tokens, decoding, overflow, dtype, streamer=streamer)
     return streamer.finish()
 

@@ -1,8 +1,8 @@
 """Tokenizers. Imports no torch.
 
-`encodings`: tiktoken encodings (gpt2, bytes, a BPE trained on a corpus), and text to ids and back. `export`: an
-encoding as the `tokenizer.json` that `AutoTokenizer` loads, and back. `chat_templates`: chat templates with generation
-marks, and the check of a template.
+`encodings`: tiktoken encodings (gpt2, bytes, a BPE trained on a corpus), and text to ids and back. `bpe_training`:
+the trainer of a BPE, in a process of its own. `export`: an encoding as the `tokenizer.json` that `AutoTokenizer`
+loads, and back. `chat_templates`: chat templates with generation marks, and the check of a template.
 """
 
 import lazy_loader

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,14 +13,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import tiktoken
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from gpt_kit_hf.errors import DataError, UsageError, unknown_name
+from gpt_kit_hf.tokenization.bpe_training import learn_tokens
 from gpt_kit_hf.tokenization.export import (
     EOS_TOKEN,
     GPT2_PATTERN,
-    byte_characters,
-    byte_level_split,
     load_encoding,
     save_tokenizer,
 )
@@ -40,6 +39,13 @@ _TRAINED_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}{1,3}| ?[^\s\p{L}\p{N
 # Nothing merges, so any split gives the same ids. 64 characters encode three times as fast as one, and the bound keeps
 # the memory for a long text small.
 _BYTES_PATTERN = r"[\s\S]{1,64}"
+
+# White space as tiktoken's patterns define it, in a run that their backtracking should not see: at a million
+# characters, it gives up.
+_BLANK = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+_HALF = 1 << 15
+_LONG_BLANK = re.compile(f"{_BLANK}{{{2 * _HALF},}}")
+_HALF_BLANK = re.compile(f"{_BLANK}{{{_HALF}}}")
 
 _MIN_VOCAB_SIZE = 258  # 256 bytes, one merge, EOS
 _MAX_VOCAB_SIZE = 1 << 20  # four times the largest vocabularies in use; more is a typing error
@@ -76,21 +82,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
             f"vocab_size is {vocab_size}; it must be from {_MIN_VOCAB_SIZE} (256 bytes, one merge, EOS) "
             f"to {_MAX_VOCAB_SIZE}"
         )
-    learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = byte_level_split(_TRAINED_PATTERN)
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,  # EOS is added below
-        min_frequency=2,  # a pair that occurs once says nothing about other text
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    learner.train_from_iterator(_checked_corpus(texts), trainer)
-    learned: dict[str, int] = learner.get_vocab()
-    byte_of = {character: byte for byte, character in enumerate(byte_characters())}
     ranks = {bytes([byte]): byte for byte in range(256)}
-    for token in sorted(learned, key=lambda token: learned[token]):
+    for token in learn_tokens(_checked_corpus(texts), vocab_size - 1):  # EOS is added below
         # Single bytes are in `ranks` already, with their own value.
-        ranks.setdefault(bytes(byte_of[character] for character in token), len(ranks))
+        ranks.setdefault(token, len(ranks))
     return _encoding("bpe", _TRAINED_PATTERN, ranks)
 
 
@@ -268,12 +263,44 @@ def _encode(
     encoding: tiktoken.Encoding, text: str, where: str, *, allowed_special: set[str] | frozenset[str]
 ) -> npt.NDArray[np.uint32]:
     check_text(text, where)
+    # A long run holds a half from a multiple of `_HALF` on: a full search would take a fifth of the time.
+    has_long = any(_HALF_BLANK.match(text, place) for place in range(0, len(text), _HALF))
+    parts = _without_long_blanks(text, allowed_special) if has_long and may_cut(encoding) else [text]
     try:
-        return encoding.encode_to_numpy(text, allowed_special=allowed_special, disallowed_special=())
+        encoded = [
+            encoding.encode_to_numpy(part, allowed_special=allowed_special, disallowed_special=()) for part in parts
+        ]
     except ValueError as error:
         # Raised for a million whitespace characters in a row. tiktoken's other methods panic there, with an exception
         # that `except Exception` does not catch.
-        raise DataError(f"{where} of {len(text)} characters cannot be split by tiktoken: {error}") from error
+        raise DataError(
+            f"{where} of {len(text):,} characters cannot be split by tiktoken ({error}){_longest_blank(text)}"
+        ) from error
+    return encoded[0] if len(encoded) == 1 else np.concatenate(encoded)
+
+
+def _longest_blank(text: str) -> str:
+    """Return the place of a text's longest run of white space, for a message; "" if none is long."""
+    run = max(_LONG_BLANK.finditer(text), key=lambda run: run.end() - run.start(), default=None)
+    if run is None:
+        return ""
+    before = text[max(0, run.start() - 30) : run.start()]
+    return f": its {run.end() - run.start():,} white-space characters after {before!r} are too many, shorten them"
+
+
+def _without_long_blanks(text: str, specials: set[str] | frozenset[str]) -> list[str]:
+    """Return a text in parts that have the same ids, none with a long run of white space before another character.
+
+    Before a character other than white space or a special token, the patterns of this package make one pre-token of a
+    run without its last character. At the end of a text, they make one of the whole run.
+    """
+    parts, start = [], 0
+    for run in _LONG_BLANK.finditer(text):
+        ends = run.end() == len(text) or any(text.startswith(special, run.end()) for special in specials)
+        cut = run.end() if ends else run.end() - 1
+        parts += [text[start : run.start()], text[run.start() : cut]]
+        start = cut
+    return [*parts, text[start:]]
 
 
 def _check_tokenizer(tokenizer: AnyTokenizer) -> None:

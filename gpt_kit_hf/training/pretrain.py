@@ -33,6 +33,7 @@ from gpt_kit_hf.hub.model_folder import write_model_folder
 from gpt_kit_hf.model.losses import Batch
 from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
 from gpt_kit_hf.model.presets import build_config
+from gpt_kit_hf.options.data import TRAINED_BPE
 from gpt_kit_hf.options.run import CHANGED_TEXT, RunOptions
 from gpt_kit_hf.text import short
 from gpt_kit_hf.tokenization import encodings
@@ -102,7 +103,9 @@ class TextTask(Task):
     def sample(self) -> str:
         """Return the model's continuation of the sample prompt, after an EOS."""
         chosen = self.context.options
-        prompt = torch.tensor([[self._eos, *self.encoding.encode_ordinary(chosen.sample_prompt)]])
+        prompt = torch.tensor(
+            [[self._eos, *encodings.encode_ordinary(self.encoding, chosen.sample_prompt, "sample_prompt")]]
+        )
         return generate_sample(
             self.model,
             prompt,
@@ -146,6 +149,8 @@ class TextTask(Task):
     def _choose_encoding(self) -> tiktoken.Encoding:
         if self.context.checkpoint is not None:
             return load_encoding(self.context.checkpoint)
+        if self.options.encoding.encoding == TRAINED_BPE:
+            self.context.console.log(f"training a bpe of {self.options.encoding.vocab_size:,} tokens on the text")
         return choose_encoding(self.options.text, self.options.encoding)
 
     def _check_eval_text(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
@@ -426,6 +427,54 @@ def test_other_names(tmp_path: Path) -> None:
         get_encoding(str(tmp_path))
 
 
+# Long runs of white space
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_runs_of_white_space_have_the_ids_of_the_whole_text(
+    kind: str, encoding: tiktoken.Encoding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a bound of 8 characters instead of 65,536, tiktoken can encode the text as a whole, too."""
+    monkeypatch.setattr(encodings, "_HALF", 4)
+    monkeypatch.setattr(encodings, "_LONG_BLANK", re.compile(encodings._BLANK + "{8,}"))
+    monkeypatch.setattr(encodings, "_HALF_BLANK", re.compile(encodings._BLANK + "{4}"))
+    rng, split = random.Random(kind), 0
+    blanks = ["\t", "\n", "\x0b", "\x0c", "\r", "\x1c", "\x1f", " ", " ", "\x85", "\xa0", "\u1680", "\u2003", "\u200b"]
+    blanks += ["\u2028", "\u2029", "\u202f", "\u205f", "\u3000", "\ufeff", "\u180e"]
+    others = ["a", "'s", "word", "7", "=", "é", "<|endoftext", EOS_TOKEN, "\0"]
+    for _ in range(3000):
+        parts = ["".join(rng.choices(blanks, k=rng.choice([0, 1, 7, 8, 9, 30]))) for _ in range(4)]
+        text = "".join(part + rng.choice(["", *others]) for part in parts)
+        for special in (frozenset[str](), frozenset({EOS_TOKEN})):
+            expected = encoding.encode(text, allowed_special=special, disallowed_special=())
+            assert encodings._encode(encoding, text, "text", allowed_special=special).tolist() == expected, text
+            split += len(encodings._without_long_blanks(text, special)) > 1
+    assert split > 1000
+
+
+def test_two_million_blanks_are_encoded_as_by_transformers(gpt2_encoding: tiktoken.Encoding, tmp_path: Path) -> None:
+    save_tokenizer(gpt2_encoding, tmp_path)
+    text = "a" + " " * 2_000_000 + "b" + "\n" * 1_100_000 + EOS_TOKEN + "\t" * 1_100_000
+    expected = AutoTokenizer.from_pretrained(tmp_path)(text, verbose=False)["input_ids"]
+    assert text_to_token_ids(text, gpt2_encoding)[0].tolist() == expected
+    documents = [("a" + " " * 2_000_000, True), ("b" + "\n" * 1_100_000, True)]
+    found = encode_documents(gpt2_encoding, documents, "here").tolist()
+    end = gpt2_encoding.eot_token
+    assert found == [id for text, _ in documents for id in (*text_to_token_ids(text, gpt2_encoding)[0].tolist(), end)]
+
+
+def test_a_foreign_pattern_that_cannot_split_a_text_names_the_place(trained_encoding: tiktoken.Encoding) -> None:
+    pattern = trained_encoding._pat_str + r"|(?!)x"
+    foreign = tiktoken.Encoding(
+        "f", pat_str=pattern, mergeable_ranks=trained_encoding._mergeable_ranks, special_tokens={EOS_TOKEN: 399}
+    )
+    place = (
+        r"book\.txt of 1,100,012 characters .*: its 1,100,000 white-space characters after 'the heading' are too many"
+    )
+    with pytest.raises(DataError, match=place):
+        encodings.encode_ordinary(foreign, "the heading" + " " * 1_100_000 + "x", "book.txt")
+
+
 # Training
 
 
@@ -555,8 +604,12 @@ def test_encode_ordinary_batch_names_the_text_it_cannot_encode(trained_encoding:
     with pytest.raises(UsageError, match=r"texts\[0\] is bytes"):
         encode_ordinary_batch(trained_encoding, [b"a"])  # type: ignore[list-item]
     # Beyond tiktoken's limit on backtracking; the text would otherwise end the process's work with no name.
-    with pytest.raises(DataError, match=r"texts\[1\] of 1100001 characters cannot be split"):
-        encode_ordinary_batch(trained_encoding, ["a", " " * 1_100_000 + "a"])
+    base = trained_encoding
+    other = tiktoken.Encoding(
+        "other", pat_str=rf"{base._pat_str}|(?!)", mergeable_ranks=base._mergeable_ranks, special_tokens={}
+    )
+    with pytest.raises(DataError, match=r"texts\[1\] of 1,100,001 characters cannot be split"):
+        encode_ordinary_batch(other, ["a", " " * 1_100_000 + "a"])
 
 
 # The kit's functions
