@@ -54,6 +54,9 @@ from .model.losses import compute_loader_loss as compute_loader_loss
 from .model.losses import train_step_with_gradient_clipping as train_step_with_gradient_clipping
 from .model.modeling_gpt_kit import FeedForward as FeedForward
 from .model.modeling_gpt_kit import GPTKitForCausalLM as GPTKitForCausalLM
+from .model.modeling_gpt_kit import GPTKitForQuestionAnswering as GPTKitForQuestionAnswering
+from .model.modeling_gpt_kit import GPTKitForSequenceClassification as GPTKitForSequenceClassification
+from .model.modeling_gpt_kit import GPTKitForTokenClassification as GPTKitForTokenClassification
 from .model.modeling_gpt_kit import GPTKitModel as GPTKitModel
 from .model.modeling_gpt_kit import GPTKitPreTrainedModel as GPTKitPreTrainedModel
 from .model.modeling_gpt_kit import MultiHeadAttention as MultiHeadAttention

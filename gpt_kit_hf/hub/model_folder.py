@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from gpt_kit_hf.hub.client import fetch_model
 from gpt_kit_hf.hub.safety import check_model_folder
 from gpt_kit_hf.hub.template_sandbox import check_templates
 from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
-from gpt_kit_hf.storage.atomic_files import update_digest
+from gpt_kit_hf.storage.atomic_files import load_json, update_digest
 from gpt_kit_hf.storage.checkpoints import latest_checkpoint
 from gpt_kit_hf.tokenization.encodings import EOS_TOKEN, check_fingerprint
 from gpt_kit_hf.tokenization.export import load_encoding, save_tokenizer
@@ -26,8 +27,8 @@ def find_model_folder(place: str) -> str:
     """Return the folder that `from_pretrained` loads for a run folder, a model folder or a Hub id.
 
     For an unfinished run this is the newest intact checkpoint. A Hub id is downloaded into the Hub's cache with the
-    digest of every file checked. Raises UsageError for a folder without a model, HubError for a failed download,
-    CheckpointError for a folder that is not safe to load (`check_model_folder`).
+    digest of every file checked. Raises UsageError for a folder without a model and for a classifier, HubError for a
+    failed download, CheckpointError for a folder that is not safe to load (`check_model_folder`).
     """
     folder = Path(place)
     if not folder.exists():
@@ -40,6 +41,7 @@ def find_model_folder(place: str) -> str:
             raise HubError(f"{place!r} is no local folder, and {error}") from None
         check_model_folder(folder)
         check_templates(folder)
+        _refuse_classifier(folder, place)
         return str(folder)
     if not (folder / "config.json").is_file():
         checkpoint = latest_checkpoint(folder)
@@ -47,7 +49,19 @@ def find_model_folder(place: str) -> str:
             raise UsageError(f"{place!r} holds no model: neither a config.json nor a checkpoint")
         folder = checkpoint
     check_model_folder(folder)
+    _refuse_classifier(folder, place)
     return str(folder)
+
+
+def _refuse_classifier(folder: Path, place: str) -> None:
+    """Raise UsageError for a model without an output projection: transformers would make one up."""
+    path = folder / "config.json"
+    for name in (load_json(path).get("architectures") or ()) if path.is_file() else ():
+        if found := re.search(r"For(SequenceClassification|TokenClassification|QuestionAnswering)$", str(name)):
+            raise UsageError(
+                f"{place!r} holds a {name}, which labels text and writes none; load it with AutoModel{found[0]} of "
+                "transformers"
+            )
 
 
 def find_base(model: str, *, permanent: bool) -> str:

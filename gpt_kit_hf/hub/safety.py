@@ -287,6 +287,8 @@ def _check_gpt_kit(path: Path, config: Mapping[str, Any], shapes: Shapes) -> Non
     expected = {name: tuple(shape) for name, shape in stored_shapes(described).items()}
     if HEAD in shapes:  # a tied head may be stored, too
         expected[HEAD] = (described.vocab_size, described.n_embd)
+    elif shapes.keys() & {"score.weight", "qa_outputs.weight"}:  # a classifier
+        expected.pop(HEAD, None)
     prefix = "" if "embed_tokens.weight" in shapes else "model."  # a model without its head is saved without a prefix
     expected = {name if name == HEAD else prefix + name.removeprefix("model."): expected[name] for name in expected}
     for name, shape in expected.items():

@@ -1,12 +1,12 @@
 """The causal GPT: configuration, modules, losses, presets, registration, and conversion of other checkpoints.
 
-`modeling_gpt_kit` holds the modules and the complete model, `configuration_gpt_kit` its configuration, `chunked_loss`
-the cross entropy without full logits, `packed_documents` the attention masks of packed rows. These four files are
-copied into saved model folders as remote code, so they import nothing else of this package. `presets` builds
-configurations by name (the table of named sizes is in `options/model.py`), `registration` adds the model to the Auto
-classes of transformers, `losses` computes batch and step losses. `conversion` converts GPT-2, nanoGPT and kit
-checkpoints: `layouts` maps the names of tensors and `weight_files` reads files of weights. `kit_names` holds the kit's
-names for parts of the model.
+`modeling_gpt_kit` holds the modules, the complete model and its classification heads, `configuration_gpt_kit` the
+configuration, `chunked_loss` the cross entropy without full logits, `packed_documents` positions and the attention
+masks of packed rows. These four files are copied into saved model folders as remote code, so they import nothing else
+of this package. `presets` builds configurations by name (the table of named sizes is in `options/model.py`),
+`registration` adds the model to the Auto classes of transformers, `losses` computes batch and step losses.
+`conversion` converts GPT-2, nanoGPT and kit checkpoints: `layouts` maps the names of tensors and `weight_files` reads
+files of weights. `kit_names` holds the kit's names for parts of the model.
 """
 
 import lazy_loader
@@ -22,6 +22,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "modeling_gpt_kit": [
             "FeedForward",
             "GPTKitForCausalLM",
+            "GPTKitForQuestionAnswering",
+            "GPTKitForSequenceClassification",
+            "GPTKitForTokenClassification",
             "GPTKitModel",
             "GPTKitPreTrainedModel",
             "MultiHeadAttention",

@@ -10,11 +10,14 @@ from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-# Saving a model adds only the entry of its own class; a repository needs all three to load with every Auto class.
+# Saving a model adds only the entry of its own class; a repository needs all to load with every Auto class.
 _AUTO_MAP = {
     "AutoConfig": "configuration_gpt_kit.GPTKitConfig",
     "AutoModel": "modeling_gpt_kit.GPTKitModel",
     "AutoModelForCausalLM": "modeling_gpt_kit.GPTKitForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_gpt_kit.GPTKitForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_gpt_kit.GPTKitForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_gpt_kit.GPTKitForQuestionAnswering",
 }
 
 
@@ -24,7 +27,8 @@ class GPTKitConfig(PreTrainedConfig):
 
     The names of the transformers library (`hidden_size`, `num_hidden_layers`, `num_attention_heads`,
     `intermediate_size`) and of GPT-2 (`n_positions`, `n_ctx`, `activation_function`) read and write the same values.
-    `n_inner` is 4 * `n_embd` by default. Dropout is applied in training only.
+    `n_inner` is 4 * `n_embd` by default. Dropout is applied in training only. `score_bias` adds a bias to the head of
+    sequence classification.
 
     A wrong type or value raises huggingface_hub's StrictDataclassError with field, value and rule. An unknown field,
     and a field given under two names with different values, raise ValueError.
@@ -75,6 +79,7 @@ class GPTKitConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+    score_bias: bool = False
     tokenizer_fingerprint: str | None = None
 
     def __new__(cls, **kwargs: Any) -> "GPTKitConfig":

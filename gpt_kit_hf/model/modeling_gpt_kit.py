@@ -1,4 +1,4 @@
-"""The causal GPT and its building blocks. This file is copied into saved model folders as remote code.
+"""The GPT, its building blocks and its heads. This file is copied into saved model folders as remote code.
 
 Shapes: B batch size, T input tokens, S tokens that attention sees (input and cache), D model width (`n_embd`),
 H heads, Dh head width, F feed-forward width (`n_inner`), V vocabulary size.
@@ -16,18 +16,34 @@ from torch.nn import GELU, LayerNorm
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
-from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .chunked_loss import can_skip_logits, causal_loss
 from .configuration_gpt_kit import GPTKitConfig
-from .packed_documents import count_positions, document_lengths, document_mask
+from .packed_documents import (
+    SinusoidalPositions,
+    check_ids,
+    constants_device,
+    count_positions,
+    document_lengths,
+    document_mask,
+    last_tokens,
+    select_positions,
+)
 
 
 def eager_attention_forward(
@@ -154,30 +170,6 @@ class TransformerBlock(GradientCheckpointingLayer):
         return hidden_states
 
 
-class SinusoidalPositions(nn.Module):
-    """A fixed position embedding: position ids (B, T) -> (B, T, D).
-
-    Entry (p, 2i) is sin(p / 10000^(2i/D)), entry (p, 2i+1) is cos(p / 10000^(2i/D)): Vaswani et al. 2017, sec. 3.5.
-    """
-
-    def __init__(self, positions: int, width: int) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.empty(positions, width), persistent=False)
-        self.weight: Tensor
-        self.weight.copy_(self.table())
-
-    def table(self) -> Tensor:
-        """Return the values of the table (positions, D), computed on the CPU."""
-        positions, width = self.weight.shape
-        rates = torch.exp(torch.arange(0, width, 2, device="cpu") * (-math.log(10_000.0) / width))
-        angles = torch.arange(positions, device="cpu")[:, None] * rates  # (positions, D/2)
-        return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)  # -> (positions, D)
-
-    def forward(self, position_ids: Tensor) -> Tensor:
-        """Return the embedding of each position."""
-        return nn.functional.embedding(position_ids, self.weight)
-
-
 class GPTKitPreTrainedModel(PreTrainedModel):
     """The properties of the GPT that the transformers library reads."""
 
@@ -212,7 +204,8 @@ class GPTKitModel(GPTKitPreTrainedModel):
         self.dropout = nn.Dropout(config.embd_pdrop)
         self.layers = nn.ModuleList(TransformerBlock(config, index) for index in range(config.n_layer))
         self.norm = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.use_bias)
-        self.register_buffer("position_ids", torch.arange(config.max_position_embeddings)[None], persistent=False)
+        positions = torch.arange(config.max_position_embeddings, device=constants_device())
+        self.register_buffer("position_ids", positions[None], persistent=False)
         self.position_ids: Tensor  # (1, max_position_embeddings)
         self.gradient_checkpointing = False
         self.post_init()
@@ -258,7 +251,7 @@ class GPTKitModel(GPTKitPreTrainedModel):
         first_layer = self._first_local_layer()
         past = past_key_values.get_seq_length(first_layer) if past_key_values is not None else 0
         if input_ids is not None:
-            _check_ids(input_ids, self.config.vocab_size, "input_ids", "vocab_size")
+            check_ids(input_ids, self.config.vocab_size, "input_ids", "vocab_size")
             inputs_embeds = self.embed_tokens(input_ids)  # (B, T) -> (B, T, D)
         assert inputs_embeds is not None
 
@@ -271,9 +264,10 @@ class GPTKitModel(GPTKitPreTrainedModel):
             causal_mask = None if lengths else causal_mask  # the lengths also separate padding
             kwargs.update(lengths)
         if position_ids is None:
-            position_ids = count_positions(self.position_ids, inputs_embeds.shape[1], attention_mask, past)
+            table = self.position_ids.to(inputs_embeds.device)  # the same device, unless the model is on "meta"
+            position_ids = count_positions(table, inputs_embeds.shape[1], attention_mask, past)
         else:
-            _check_ids(position_ids, self.config.max_position_embeddings, "position_ids", "max_position_embeddings")
+            check_ids(position_ids, self.config.max_position_embeddings, "position_ids", "max_position_embeddings")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
@@ -349,12 +343,10 @@ class GPTKitForCausalLM(GPTKitPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states = _select_positions(outputs.last_hidden_state, logits_to_keep)
+        hidden_states = select_positions(outputs.last_hidden_state, logits_to_keep)
         logits, loss, has_labels = None, None, labels is not None or shift_labels is not None
         if shift_labels is not None:
-            shift_labels = (
-                shift_labels.contiguous()
-            )  # the loss calls view(-1), which a slice of a batch does not allow
+            shift_labels = shift_labels.contiguous()  # the loss calls view(-1), which slices of batches do not allow
         if has_labels and skip_logits and can_skip_logits(self.lm_head, hidden_states):
             loss = causal_loss(hidden_states, self.lm_head.weight, labels, shift_labels, **kwargs)
         else:
@@ -372,30 +364,74 @@ class GPTKitForCausalLM(GPTKitPreTrainedModel, GenerationMixin):
         )
 
 
-def _select_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """Return the hidden states of the positions whose logits are needed.
+class GPTKitForSequenceClassification(GPTKitPreTrainedModel):
+    """The GPT with an answer a row: token ids (B, T) -> `.logits` (B, num_labels) of the last token before padding."""
 
-    An int keeps that many last positions, 0 all; a tensor (K,) keeps these positions of every row, integers (B, K)
-    positions row by row, booleans (B, T) the true positions as (N, D).
-    """
-    # transformers has a function for this since 5.21; the model also supports earlier versions.
-    if isinstance(logits_to_keep, int):
-        return hidden_states[:, -logits_to_keep:, :]
-    if logits_to_keep.dim() == 1:
-        return hidden_states[:, logits_to_keep, :]
-    if logits_to_keep.dtype == torch.bool:
-        return hidden_states[logits_to_keep]
-    return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
+    def __init__(self, config: GPTKitConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = GPTKitModel(config)
+        self.score = nn.Linear(config.n_embd, config.num_labels, bias=config.score_bias)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutputWithPast:
+        """Return the logits and, with labels (B,) or (B, num_labels), the loss that `config.problem_type` names.
+
+        Padding, on either side, is what `attention_mask` hides; without a mask, the ids `config.pad_token_id`.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
+        last = last_tokens(outputs.last_hidden_state, input_ids, attention_mask, self.config.pad_token_id)
+        logits = self.score(select_positions(outputs.last_hidden_state, last).squeeze(1))  # (B, 1, D) -> (B, L)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
 
-def _check_ids(ids: Tensor, size: int, name: str, limit: str) -> None:
-    """Raise ValueError unless all ids are in 0..size-1; accelerators and traces are not checked."""
-    if ids.device.type != "cpu" or ids.numel() == 0 or is_tracing(ids):
-        return
-    low, high = (int(bound) for bound in torch.aminmax(ids))
-    if low < 0 or high >= size:
-        outside = low if low < 0 else high
-        raise ValueError(f"{name} must lie between 0 and {size - 1} ({limit}={size}), got {outside}")
+class GPTKitForTokenClassification(GenericForTokenClassification, GPTKitPreTrainedModel):
+    """The GPT with an answer a token: token ids (B, T) -> `.logits` (B, T, num_labels)."""
+
+    # Not the generic constructor, here and below: it asks AutoModel, which may not know code that came with a folder.
+    def __init__(self, config: GPTKitConfig) -> None:
+        GPTKitPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = GPTKitModel(config)
+        self.dropout = nn.Dropout(config.resid_pdrop)
+        self.score = nn.Linear(config.n_embd, config.num_labels)
+        self.post_init()
 
 
-__all__ = ["GPTKitForCausalLM", "GPTKitModel", "GPTKitPreTrainedModel"]
+class GPTKitForQuestionAnswering(GenericForQuestionAnswering, GPTKitPreTrainedModel):
+    """The GPT that marks an answer in its input: token ids (B, T) -> `.start_logits`, `.end_logits` (B, T)."""
+
+    def __init__(self, config: GPTKitConfig) -> None:
+        GPTKitPreTrainedModel.__init__(self, config)
+        self.model = GPTKitModel(config)
+        self.qa_outputs = nn.Linear(config.n_embd, 2)
+        self.post_init()
+
+
+__all__ = [
+    "GPTKitForCausalLM",
+    "GPTKitForQuestionAnswering",
+    "GPTKitForSequenceClassification",
+    "GPTKitForTokenClassification",
+    "GPTKitModel",
+    "GPTKitPreTrainedModel",
+]

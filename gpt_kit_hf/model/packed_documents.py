@@ -4,6 +4,7 @@ Shapes: B batch size, T tokens of a row, S tokens with the cached ones, D model 
 marked by `position_ids` (B, T) that restart at 0. `past` is the number of cached tokens.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,34 @@ from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
 from transformers.utils.import_utils import is_tracing
+
+
+class SinusoidalPositions(nn.Module):
+    """A fixed position embedding: position ids (B, T) -> (B, T, D).
+
+    Entry (p, 2i) is sin(p / 10000^(2i/D)), entry (p, 2i+1) is cos(p / 10000^(2i/D)): Vaswani et al. 2017, sec. 3.5.
+    """
+
+    def __init__(self, positions: int, width: int) -> None:
+        super().__init__()
+        self.positions, self.width = positions, width
+        self.register_buffer("weight", self.table().to(constants_device()), persistent=False)
+        self.weight: Tensor
+
+    def table(self) -> Tensor:
+        """Return the values of the table (positions, D), computed on the CPU."""
+        rates = torch.exp(torch.arange(0, self.width, 2, device="cpu") * (-math.log(10_000.0) / self.width))
+        angles = torch.arange(self.positions, device="cpu")[:, None] * rates  # (positions, D/2)
+        return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)  # -> (positions, D)
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        """Return the embedding of each position."""
+        return nn.functional.embedding(position_ids, self.weight.to(position_ids.device))
+
+
+def constants_device() -> torch.device:
+    """Return torch's default device, or the CPU for the meta device: no checkpoint holds what is computed here."""
+    return torch.device("cpu") if torch.get_default_device().type == "meta" else torch.get_default_device()
 
 
 def count_positions(table: Tensor, length: int, attention_mask: Tensor | None, past: int | Tensor) -> Tensor:
@@ -34,6 +63,54 @@ def count_positions(table: Tensor, length: int, attention_mask: Tensor | None, p
     # Padding does not advance the position. The value at a padding token does not matter: nothing attends to it.
     positions = (padding.long().cumsum(dim=-1) - 1).clamp(min=0)  # (B, S)
     return positions.gather(1, position_ids.expand(positions.shape[0], -1))  # (B, S) -> (B, T)
+
+
+def last_tokens(
+    hidden_states: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None, pad_token_id: int | None
+) -> Tensor:
+    """Return the position of the last token of each row that is no padding: (B, T, D), ... -> (B, 1).
+
+    `attention_mask` (B, S) tells, else the ids (B, T) that are `pad_token_id`. Raises ValueError for several rows
+    with neither.
+    """
+    rows, length = hidden_states.shape[:2]
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        real = attention_mask[:, -length:].to(hidden_states.device)
+    elif input_ids is not None and pad_token_id is not None:
+        real = (input_ids != pad_token_id).to(hidden_states.device)
+    elif rows == 1:
+        real = hidden_states.new_ones(1, length)
+    else:
+        raise ValueError(
+            f"where do these {rows} rows end? Give attention_mask (B, T), or set pad_token_id in the configuration"
+        )
+    return (torch.arange(length, device=real.device) * real.bool()).argmax(dim=-1, keepdim=True)
+
+
+def select_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """Return the hidden states of the positions that are needed.
+
+    An int keeps that many last positions, 0 all; a tensor (K,) keeps these positions of every row, integers (B, K)
+    positions row by row, booleans (B, T) the true positions as (N, D).
+    """
+    # transformers has a function for this since 5.21; the model also supports earlier versions.
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:, :]
+    if logits_to_keep.dim() == 1:
+        return hidden_states[:, logits_to_keep, :]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
+
+
+def check_ids(ids: Tensor, size: int, name: str, limit: str) -> None:
+    """Raise ValueError unless all ids are in 0..size-1; accelerators and traces are not checked."""
+    if ids.device.type != "cpu" or ids.numel() == 0 or is_tracing(ids):
+        return
+    low, high = (int(bound) for bound in torch.aminmax(ids))
+    if low < 0 or high >= size:
+        outside = low if low < 0 else high
+        raise ValueError(f"{name} must lie between 0 and {size - 1} ({limit}={size}), got {outside}")
 
 
 def document_mask(

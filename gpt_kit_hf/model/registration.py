@@ -12,6 +12,20 @@ from typing import Any
 
 _AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 _AUTO_MODEL = "transformers.models.auto.modeling_auto"
+# Auto class: this package's class for it, and transformers' table of class names.
+_CLASSES = {
+    "AutoModel": ("GPTKitModel", "MODEL_MAPPING_NAMES"),
+    "AutoModelForCausalLM": ("GPTKitForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
+    "AutoModelForSequenceClassification": (
+        "GPTKitForSequenceClassification",
+        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    ),
+    "AutoModelForTokenClassification": (
+        "GPTKitForTokenClassification",
+        "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    ),
+    "AutoModelForQuestionAnswering": ("GPTKitForQuestionAnswering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES"),
+}
 
 
 def register() -> None:
@@ -93,21 +107,19 @@ def _register_config() -> None:
 
 
 def _register_models() -> None:
-    from transformers import AutoModel, AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+    import transformers
+    from transformers.models.auto import modeling_auto
 
+    from gpt_kit_hf.model import modeling_gpt_kit
     from gpt_kit_hf.model.configuration_gpt_kit import GPTKitConfig
-    from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM, GPTKitModel
 
-    AutoModel.register(GPTKitConfig, GPTKitModel, exist_ok=True)
-    AutoModelForCausalLM.register(GPTKitConfig, GPTKitForCausalLM, exist_ok=True)
-    GPTKitModel.register_for_auto_class("AutoModel")
-    GPTKitForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-
-    # `register` does not add to these static tables. Trainer's label smoothing and the text-generation pipeline look
-    # class names up here, and the common model tests use them to find the classes without a loss.
-    MODEL_MAPPING_NAMES[GPTKitConfig.model_type] = GPTKitModel.__name__
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[GPTKitConfig.model_type] = GPTKitForCausalLM.__name__
+    # Registration does not add to the static tables. Trainer's label smoothing and the pipelines look class names up
+    # there, and the common model tests use them to find the classes without a loss.
+    for auto_class, (name, table) in _CLASSES.items():
+        auto, model = getattr(transformers, auto_class), getattr(modeling_gpt_kit, name)
+        auto.register(GPTKitConfig, model, exist_ok=True)
+        model.register_for_auto_class(auto_class)
+        getattr(modeling_auto, table)[GPTKitConfig.model_type] = name
 
 
 def add_to_transformers_namespace() -> None:
@@ -118,11 +130,11 @@ def add_to_transformers_namespace() -> None:
     """
     import transformers
 
+    from gpt_kit_hf.model import modeling_gpt_kit
     from gpt_kit_hf.model.configuration_gpt_kit import GPTKitConfig
-    from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM, GPTKitModel
 
     # transformers replaces its own module object while it is imported, so other modules may hold another object than
     # this one. All of these objects share their class.
     owner = transformers if type(transformers) is ModuleType else type(transformers)
-    for cls in (GPTKitConfig, GPTKitModel, GPTKitForCausalLM):
+    for cls in (GPTKitConfig, *(getattr(modeling_gpt_kit, name) for name, _ in _CLASSES.values())):
         setattr(owner, cls.__name__, cls)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import re
 import subprocess
 import sys
@@ -12,9 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from gpt_kit_hf import format_alpaca, generate_text_autoregressive, parse_finetune_options, parse_run_options
+from gpt_kit_hf import (
+    GPTKitConfig,
+    GPTKitForCausalLM,
+    format_alpaca,
+    generate_text_autoregressive,
+    get_encoding,
+    parse_finetune_options,
+    parse_run_options,
+    save_tokenizer,
+)
 from gpt_kit_hf.storage.atomic_files import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,6 +78,30 @@ def test_the_loop_that_is_written_out_learns(shared_data: Path, tmp_path: Path) 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert model.config.vocab_size == len(tokenizer) == 257
+
+
+def test_the_classifier_tells_spam_from_other_messages(tmp_path: Path) -> None:
+    """Messages of words that both kinds have and words that one has; always the same answer would be right in half."""
+    rng, shared = random.Random(0), ["call", "now", "text", "you"]
+    words = {"spam": ["free", "prize", "cash", "urgent", *shared], "ham": ["lunch", "home", "mum", "later", *shared]}
+    rows = [f"{kind}\t{' '.join(rng.choices(words[kind], k=rng.randint(4, 8)))}" for kind in words for _ in range(250)]
+    (tmp_path / "messages.tsv").write_text("\n".join([*rows, *rows[250:300]]) + "\n")  # more of one kind
+    base = tmp_path / "base"
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 2, "max_position_embeddings": 64, "eos_token_id": 256}
+    GPTKitForCausalLM(GPTKitConfig(vocab_size=257, **shape)).save_pretrained(base)
+    save_tokenizer(get_encoding("bytes"), base, model_max_length=64)
+    command = [sys.executable, "examples/classify_spam.py", str(base), str(tmp_path / "messages.tsv")]
+    command += [str(tmp_path / "spam"), "--learning_rate", "5e-3", "--num_train_epochs", "3"]
+    ended = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    accuracies = dict(re.findall(r"(train|validation|test): ([\d.]+)% of \d+ messages", ended.stdout))
+    assert float(accuracies["test"]) >= 90, ended.stdout
+    assert "test: " + accuracies["test"] + "% of 100 messages" in ended.stdout  # 2 x 250, a fifth of them
+    classify = pipeline("text-classification", model=str(tmp_path / "spam"), device="cpu")
+    answers = classify(["free cash prize urgent", "mum home later lunch"], batch_size=2)
+    assert [answer["label"] for answer in answers] == ["spam", "ham"]
 
 
 @pytest.fixture(scope="module")

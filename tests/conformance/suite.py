@@ -16,9 +16,25 @@ from tests.test_configuration_common import ConfigTester
 from tests.test_modeling_common import ModelTesterMixin, ids_tensor
 from tests.test_training_mixin import TrainingTesterMixin
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2ForQuestionAnswering,
+    GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
+    GPT2LMHeadModel,
+    GPT2Model,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
-from gpt_kit_hf import GPTKitConfig, GPTKitForCausalLM, GPTKitModel
+from gpt_kit_hf import (
+    GPTKitConfig,
+    GPTKitForCausalLM,
+    GPTKitForQuestionAnswering,
+    GPTKitForSequenceClassification,
+    GPTKitForTokenClassification,
+    GPTKitModel,
+)
 from tests import test_executorch, test_fsdp_mixin, test_tensor_parallel_mixin
 
 # A rank that imports everything itself takes longer than its test: fork the ranks from a process that has done so.
@@ -64,7 +80,7 @@ class ModelTester:
 
     def __init__(self, test: CommonTests) -> None:
         self.get_config = test.tiny_config
-        self.base_model_class, self.causal_lm_class = test.all_model_classes
+        self.base_model_class, self.causal_lm_class, *_ = test.all_model_classes
 
     def prepare_config_and_inputs_for_common(self) -> tuple[PreTrainedConfig, dict[str, Tensor]]:
         input_ids = ids_tensor([self.batch_size, self.seq_length], SIZES["vocab_size"])
@@ -82,7 +98,7 @@ class CommonTests(
     """Every common test that a decoder of text can take."""
 
     test_can_init_all_missing_weights_before_2023 = True
-    all_model_classes: tuple[type[PreTrainedModel], type[PreTrainedModel]]
+    all_model_classes: tuple[type[PreTrainedModel], ...]
     tiny_config: Any
     model_tester: Any = None
 
@@ -108,7 +124,13 @@ class ExportTests(test_executorch.ExecutorchTest):
 
 
 class GPTKitTest(CommonTests, unittest.TestCase):
-    all_model_classes = (GPTKitModel, GPTKitForCausalLM)
+    all_model_classes = (
+        GPTKitModel,
+        GPTKitForCausalLM,
+        GPTKitForSequenceClassification,
+        GPTKitForTokenClassification,
+        GPTKitForQuestionAnswering,
+    )
     tiny_config = staticmethod(tiny_gpt_kit)
 
 
@@ -119,7 +141,13 @@ class GPTKitExportTest(ExportTests):
 
 
 class GPT2Test(CommonTests, unittest.TestCase):
-    all_model_classes = (GPT2Model, GPT2LMHeadModel)
+    all_model_classes = (
+        GPT2Model,
+        GPT2LMHeadModel,
+        GPT2ForSequenceClassification,
+        GPT2ForTokenClassification,
+        GPT2ForQuestionAnswering,
+    )
     tiny_config = staticmethod(tiny_gpt2)
 
 

@@ -198,7 +198,8 @@ def test_a_commit_holds_the_model_its_code_and_its_card_and_nothing_else(
     assert files.keys() - {".gitattributes"} == expected == set(result.sent)
     assert result.commit == hub.head(REPO)
     config = json.loads(files["config.json"])
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    kinds = ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering")
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", *(f"AutoModelFor{kind}" for kind in kinds)}
     assert b"model-index" in files["README.md"]
     assert files["model.safetensors"] == (run / "model.safetensors").read_bytes()
 

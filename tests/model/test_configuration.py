@@ -29,6 +29,9 @@ AUTO_MAP = {
     "AutoConfig": "configuration_gpt_kit.GPTKitConfig",
     "AutoModel": "modeling_gpt_kit.GPTKitModel",
     "AutoModelForCausalLM": "modeling_gpt_kit.GPTKitForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_gpt_kit.GPTKitForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_gpt_kit.GPTKitForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_gpt_kit.GPTKitForQuestionAnswering",
 }
 
 
@@ -253,13 +256,13 @@ def test_overrides_at_loading_keep_the_rules(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model_class", [GPTKitForCausalLM, GPTKitModel])
-def test_every_saved_folder_names_all_three_classes(model_class: type, tmp_path: Path) -> None:
+def test_every_saved_folder_names_all_classes(model_class: type, tmp_path: Path) -> None:
     model_class(GPTKitConfig(**SMALL)).save_pretrained(tmp_path)
     assert stored(tmp_path)["auto_map"] == AUTO_MAP
 
 
 def test_a_users_auto_map_entry_is_kept(tmp_path: Path) -> None:
-    own = {"AutoModelForSequenceClassification": "mine.Mine"}
+    own = {"AutoModelForMaskedLM": "mine.Mine", "AutoModelForSequenceClassification": "mine.Labels"}
     config = GPTKitConfig(**SMALL, auto_map=own)
     assert config.auto_map == {**AUTO_MAP, **own}
     other = GPTKitConfig(**SMALL)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedModel, StaticCache
@@ -316,6 +317,35 @@ def test_positions_survive_the_meta_device(position_embedding: str, tmp_path: Pa
     ids = random_ids(2, 9)
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("include_buffers", [False, True])
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+@pytest.mark.parametrize("position_embedding", ["learned", "sinusoidal"])
+def test_accelerate_fills_an_empty_model(
+    position_embedding: str, place: str, include_buffers: bool, tmp_path: Path
+) -> None:
+    model = tiny_model(position_embedding=position_embedding)
+    model.save_pretrained(tmp_path)
+    with init_empty_weights(include_buffers=include_buffers):
+        empty = GPTKitForCausalLM(model.config)
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    empty.tie_weights()
+    devices = {"": "cpu"} if place == "cpu" else {"model.embed_tokens": "cpu", "model.embed_positions": "cpu"}
+    if place == "disk":
+        devices |= {"model.layers": "disk", "model.norm": "disk", "model.dropout": "cpu", "lm_head": "cpu"}
+    filled = load_checkpoint_and_dispatch(
+        empty, str(tmp_path / "model.safetensors"), device_map=devices, offload_folder=str(tmp_path / "offload")
+    )
+    ids = random_ids(2, 9)
+    assert torch.equal(filled.eval()(ids).logits, model(ids).logits)
+
+
+def test_an_empty_model_computes_shapes() -> None:
+    for position_embedding in ("learned", "sinusoidal"):
+        with torch.device("meta"):
+            model = GPTKitForCausalLM(tiny_model(position_embedding=position_embedding).config)
+            assert model(torch.zeros(2, 5, dtype=torch.long)).logits.shape == (2, 5, model.config.vocab_size)
 
 
 @pytest.mark.parametrize("position_embedding", ["learned", "sinusoidal"])

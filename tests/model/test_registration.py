@@ -21,9 +21,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.import_utils import direct_transformers_import
 
 import gpt_kit_hf
-from gpt_kit_hf import GPTKitConfig, GPTKitForCausalLM, GPTKitModel
+from gpt_kit_hf import (
+    GPTKitConfig,
+    GPTKitForCausalLM,
+    GPTKitForQuestionAnswering,
+    GPTKitForSequenceClassification,
+    GPTKitForTokenClassification,
+    GPTKitModel,
+)
 from gpt_kit_hf.model.registration import add_to_transformers_namespace, register
 
+HEADS = (GPTKitForSequenceClassification, GPTKitForTokenClassification, GPTKitForQuestionAnswering)
 SHAPE: dict[str, Any] = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "max_position_embeddings": 16}
 CODE = {"configuration_gpt_kit.py", "modeling_gpt_kit.py", "chunked_loss.py", "packed_documents.py"}
 
@@ -84,12 +92,12 @@ def _in_namespace() -> Iterator[None]:
     """Run with the classes as attributes of transformers, and remove them afterwards."""
     add_to_transformers_namespace()
     yield
-    for cls in (GPTKitConfig, GPTKitModel, GPTKitForCausalLM):
+    for cls in (GPTKitConfig, GPTKitModel, GPTKitForCausalLM, *HEADS):
         delattr(type(transformers), cls.__name__)
 
 
 def test_importing_the_package_adds_no_attribute_to_transformers() -> None:
-    for cls in (GPTKitConfig, GPTKitModel, GPTKitForCausalLM):
+    for cls in (GPTKitConfig, GPTKitModel, GPTKitForCausalLM, *HEADS):
         assert not hasattr(transformers, cls.__name__)
 
 
@@ -101,7 +109,7 @@ def test_servers_find_the_stored_architecture_in_transformers(tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("_in_namespace")
-@pytest.mark.parametrize("cls", [GPTKitConfig, GPTKitModel, GPTKitForCausalLM])
+@pytest.mark.parametrize("cls", [GPTKitConfig, GPTKitModel, GPTKitForCausalLM, *HEADS])
 def test_the_classes_are_found_in_every_copy_of_the_module(cls: type, monkeypatch: pytest.MonkeyPatch) -> None:
     # transformers does this to itself while it is imported: what was imported first is then another object.
     monkeypatch.setitem(sys.modules, "transformers", transformers)
@@ -192,7 +200,8 @@ else:
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForQuestionAnswering
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 torch.set_num_threads(1)
 ids = load_file("ids.safetensors")["ids"]
@@ -208,6 +217,12 @@ for folder in sys.argv[1:]:
     std = torch.cat([layer.self_attn.o_proj.weight.flatten() for layer in fresh.model.layers]).std().item()
     facts[folder] = {"std": std, "modules": sorted({type(it).__module__ for it in (config, base, causal)})}
     causal.save_pretrained(folder + "_again")
+    # A head that the folder does not hold is new; its class and the rest of the model come from the folder.
+    for auto in (AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoModelForQuestionAnswering):
+        model = auto.from_pretrained(folder, trust_remote_code=True).eval()
+        with torch.no_grad():
+            same = torch.equal(model.model(ids).last_hidden_state, results[folder + ".hidden"])
+        facts[folder][auto.__name__] = [type(model).__name__, type(model).__module__.partition(".")[0], same]
 save_file(results, "results.safetensors")
 with open("facts.json", "w") as file:
     json.dump(facts, file)
@@ -254,6 +269,9 @@ def test_a_process_without_the_package_loads_it_as_remote_code(tmp_path: Path) -
         assert all(module.startswith("transformers_modules.") for module in facts[kind]["modules"])
         # 0.02 / sqrt(2 x 2 layers); 2,048 numbers know their spread to 2 percent.
         assert facts[kind]["std"] == pytest.approx(0.01, rel=0.08)
+        for head in HEADS:
+            found = facts[kind][head.__name__.replace("GPTKit", "AutoModel")]
+            assert found == [head.__name__, "transformers_modules", True]
         # What a stranger saves, the next one loads.
         assert names_in(tmp_path / f"{kind}_again") >= CODE
         again = AutoModelForCausalLM.from_pretrained(tmp_path / f"{kind}_again")

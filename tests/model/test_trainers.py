@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorForLanguageModeling,
     DataCollatorWithFlattening,
@@ -28,11 +29,19 @@ from trl import (  # type: ignore[attr-defined]
     DPOTrainer,
     GRPOConfig,
     GRPOTrainer,
+    RewardConfig,
+    RewardTrainer,
     SFTConfig,
     SFTTrainer,
 )
 
-from gpt_kit_hf import GPTKitConfig, GPTKitForCausalLM, get_encoding, save_tokenizer
+from gpt_kit_hf import (
+    GPTKitConfig,
+    GPTKitForCausalLM,
+    GPTKitForSequenceClassification,
+    get_encoding,
+    save_tokenizer,
+)
 
 # Bytes, the end of text and a token for padding; with the end of text as padding a collator would not train it.
 END, PAD, VOCAB, CONTEXT = 256, 257, 258, 128
@@ -453,3 +462,35 @@ def test_grpo_learns_from_what_the_model_generates(folder: Path, tmp_path: Path)
     trainer.train()
     rewards = logged_losses(trainer, "reward")
     assert sum(rewards[-2:]) - sum(rewards[:2]) > 0.4
+
+
+def test_a_reward_model_learns_to_prefer(folder: Path, tmp_path: Path, logged: list[str]) -> None:
+    chosen, rejected = [" yes, gladly", " fine"], [" no", " go away at once"]
+    data = Dataset.from_dict({"prompt": PROMPTS, "chosen": chosen, "rejected": rejected})
+    args = RewardConfig(output_dir=str(tmp_path), **TRL_SETTINGS)
+    trainer: Any = RewardTrainer(str(folder), args=args, train_dataset=data)
+    assert type(trainer.model) is GPTKitForSequenceClassification
+    (report,) = logged
+    assert [line.split()[0] for line in report.splitlines() if line.endswith("MISSING | ")] == ["score.weight"]
+    logged.clear()
+
+    def reward(model: Any, text: str) -> Tensor:
+        result: Tensor = model(torch.tensor([[*text.encode(), END]])).logits[0, 0]
+        return result
+
+    def loss(model: Any) -> Tensor:
+        """Ouyang et al. 2022, eq. 1, with each text alone in its batch."""
+        margins = [
+            reward(model, prompt + good) - reward(model, prompt + bad)
+            for prompt, good, bad in zip(PROMPTS, chosen, rejected, strict=True)
+        ]
+        return -logsigmoid(torch.stack(margins)).mean()
+
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, one_batch(trainer)), loss(trainer.model))
+    trainer.train()
+    losses = logged_losses(trainer)
+    assert losses[0] > losses[-1]
+    trainer.save_model(str(tmp_path / "reward"))
+    saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward")
+    torch.testing.assert_close(loss(saved), loss(trainer.model))
+    assert loss(saved) < losses[0]
