@@ -409,7 +409,7 @@ class GPTKitForTokenClassification(GenericForTokenClassification, GPTKitPreTrain
 
     # Not the generic constructor, here and below: it asks AutoModel, which may not know code that came with a folder.
     def __init__(self, config: GPTKitConfig) -> None:
-        GPTKitPreTrainedModel.__init__(self, config)
+        super(GenericForTokenClassification, self).__init__(config)
         self.num_labels = config.num_labels
         self.model = GPTKitModel(config)
         self.dropout = nn.Dropout(config.resid_pdrop)
@@ -421,7 +421,7 @@ class GPTKitForQuestionAnswering(GenericForQuestionAnswering, GPTKitPreTrainedMo
     """The GPT that marks an answer in its input: token ids (B, T) -> `.start_logits`, `.end_logits` (B, T)."""
 
     def __init__(self, config: GPTKitConfig) -> None:
-        GPTKitPreTrainedModel.__init__(self, config)
+        super(GenericForQuestionAnswering, self).__init__(config)
         self.model = GPTKitModel(config)
         self.qa_outputs = nn.Linear(config.n_embd, 2)
         self.post_init()
