@@ -185,7 +185,9 @@ class InstructionTask(Task):
             shared = set.intersection(*({file.resolve() for file in found} for found in files))
             if shared:
                 raise UsageError(f"eval_rows: {min(shared)} is trained on as well; evaluate on a file of its own")
-            apart = RowOptions(rows=base.eval_rows, on_bad_row=options.on_bad_row)
+            apart = dataclasses.replace(
+                options, rows=base.eval_rows, dataset_name=None, dataset_config=None, dataset_train_split=None
+            )
             return rows, self._encode(apart, answers, format_fn)
         shares, seed = [1.0 - base.eval_fraction, base.eval_fraction], self.context.options.seed
         train, eval_rows = rows.split(shares, seed)

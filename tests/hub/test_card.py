@@ -247,6 +247,26 @@ def test_invariance_supervision_and_curve_are_shown_where_recorded(runs: Path, c
     assert "tuned on the instruction rows of `rows.json`" in tuned
 
 
+def test_counts_of_an_older_run_are_shown_as_it_recorded_them(copied: Callable[..., Path]) -> None:
+    """It called the evaluation rows held_out_rows, and counted the rows trained on alone."""
+    run = copied("tuned")
+    record = json.loads((run / "run.json").read_text())
+    new = render_card(card_facts(run))
+    assert table(new, "data")["rows held out"] == table(new, "supervision")["rows held out"] == "2"
+    assert [table(new, "supervision")[f"rows {name}"] for name in ("read", "used", "trained on")] == ["20", "20", "18"]
+    record["held_out_rows"] = record.pop("eval_rows")
+    for name in ("rows_trained", "rows_eval", "eval_input"):
+        del record["supervision"][name]
+    record["supervision"] |= {"rows_read": 18, "rows_used": 18}
+    (run / "run.json").write_text(json.dumps(record))
+    old = render_card(card_facts(run))
+    assert table(old, "data")["rows held out"] == "2"
+    assert [table(old, "supervision")[f"rows {name}"] for name in ("read", "used")] == ["18", "18"]
+    assert not {"rows trained on", "rows held out"} & table(old, "supervision").keys()
+    assert "training text: 18 rows of `rows.json`" in old
+    assert "training text: 18 rows of `rows.json`" in new
+
+
 def test_sections_without_facts_are_left_out(runs: Path, copied: Callable[..., Path], tmp_path: Path) -> None:
     run = copied("first")
     (run / "loss.png").unlink()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_model import write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--max_position_embeddings=32", "--max_length=32"]
@@ -108,3 +109,23 @@ def test_resume_on_another_number_of_processes_keeps_the_batches(tmp_path: Path,
     sessions = json.loads((tmp_path / "moved" / "run.json").read_text())["sessions"]
     assert [session["processes"] for session in sessions] == [1, 2, 1]
     assert "note     processes was 2, is 1: the same batches" in ended.stdout
+
+
+def test_two_processes_count_each_row_once(tmp_path: Path) -> None:
+    """Each process reads all rows; the counts are those of the input, as with one process."""
+    write_tiny_model(tmp_path / "base")
+    rows = [{"prompt": "q", "completion": None if number % 3 else "a" * 8} for number in range(30)]
+    rows += [{"prompt": "q" * 50, "completion": "a"}] * 5
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    command += ["--nproc-per-node=2", "examples/finetune_instructions.py", f"--output_dir={tmp_path / 'run'}"]
+    command += [f"--model_name_or_path={tmp_path / 'base'}", f"--rows={tmp_path / 'rows.jsonl'}", "--batch_size=2"]
+    command += ["--max_length=40", "--on_bad_row=skip", "--truncation=drop", "--max_steps=1", *QUIET]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("rows      35 read, 10 used, 20 skipped, 5 dropped\n") == 1
+    assert ended.stdout.count("eval      1 rows\ntrain     9 rows\n") == 1
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    report = record["supervision"]
+    assert (record["processes"], record["eval_rows"]) == (2, 1)
+    assert [report[f"rows_{name}"] for name in ("read", "used", "trained", "eval")] == [35, 10, 9, 1]

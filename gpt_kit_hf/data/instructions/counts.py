@@ -76,7 +76,8 @@ def check_sum(name: str, total: int, parts: Mapping[str, int]) -> None:
     if total != sum(parts.values()):
         shown = " + ".join(f"{number:,} {part}" for part, number in parts.items())
         raise DataError(
-            f"{name}: {total:,} is not {shown}, so the counts are wrong; this is a fault of gpt-kit, please report it"
+            f"{name}: {total:,} is not {shown}, but each row must be counted once; unless code of yours split the "
+            "rows, this is a fault of gpt-kit: please report it"
         )
 
 

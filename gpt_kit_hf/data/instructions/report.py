@@ -168,8 +168,8 @@ def report_of(
 ) -> SupervisionReport:
     """Return the report of encoded rows; their ids and trained marks are counted again, position by position.
 
-    `rows` are all rows of an input, or those of a split that are trained on. `eval_rows` are evaluated on: another
-    part of that split (by default all the rest of it) or, if `rows` are all, the rows of another input.
+    `rows` are all rows of an input, or those of a split that are trained on. `eval_rows` are evaluated on: the rest
+    of that split, as without this argument, or, if `rows` are all, the rows of another input.
     """
     report = report_of_examples(
         ((row.input_ids, row.trained) for row in (rows[index] for index in range(len(rows)))),
