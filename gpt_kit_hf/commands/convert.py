@@ -16,7 +16,8 @@ def convert(options: ConvertOptions) -> None:
         n_head=options.n_head,
         hidden_act=options.hidden_act,
         eos_token_id=options.eos_token_id,
-        zero_missing_biases=options.zero_missing_biases,
+        lora_scaling=options.lora_scaling,
+        drop_classifier=options.drop_classifier,
         tokenizer_folder=options.tokenizer_folder,
     )
     write(f"the model was written to {options.destination}\n")

@@ -9,11 +9,11 @@ import copy
 import functools
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar, get_args
+from typing import TypeVar, get_args
 
 import torch
 from huggingface_hub import snapshot_download
@@ -25,24 +25,32 @@ from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHead
 from gpt_kit_hf.errors import CheckpointError, UsageError, one_line, unknown_name
 from gpt_kit_hf.model.configuration_gpt_kit import GPTKitConfig
 from gpt_kit_hf.model.layouts import (
+    CLASSIFIERS,
     GPT2_NAMES,
     HEAD,
-    KIT_NAMES,
-    NANOGPT_NAMES,
     POSITIONS,
     TOKENS,
-    add_zero_biases,
     build_model,
     check_tensors,
+    choose_class,
     equal_tensors,
     expand_braces,
+    name_of_positions,
     refuse_names,
     rename_tensors,
     stored_shapes,
 )
-from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
+from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM, GPTKitPreTrainedModel
 from gpt_kit_hf.model.presets import config_error_message
-from gpt_kit_hf.model.weight_files import PICKLES, SAFETENSORS, read_state_dict, read_weights
+from gpt_kit_hf.model.state_dicts import load_state_dict
+from gpt_kit_hf.model.weight_files import (
+    PICKLES,
+    SAFETENSORS,
+    is_weight_file,
+    read_weights,
+    strip_prefix,
+    tensorflow_hint,
+)
 from gpt_kit_hf.options.model import Activation, Layout
 from gpt_kit_hf.storage.atomic_files import load_json
 
@@ -56,7 +64,7 @@ _TOKENIZER_FILES = (
 _GPT2_FIELDS = (
     *("vocab_size", "n_embd", "n_layer", "n_head", "n_inner", "n_positions", "activation_function"),
     *("embd_pdrop", "attn_pdrop", "resid_pdrop", "layer_norm_epsilon", "initializer_range", "use_cache"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "id2label", "label2id", "problem_type"),
 )
 # Switches of transformers' GPT-2 that this model lacks, with the values that it computes.
 _GPT2_SWITCHES = MappingProxyType(
@@ -67,25 +75,28 @@ _GPT2_SWITCHES = MappingProxyType(
         "add_cross_attention": False,
     }
 )
-# The `model_args` that nanoGPT stores beside the weights, and the fields of GPTKitConfig.
-_NANOGPT_ARGS = MappingProxyType(
-    {name: name for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
-    | {"block_size": "max_position_embeddings", "bias": "use_bias", "dropout": "resid_pdrop"}
-)
 
 
-def load_gpt2_checkpoint(path_or_id: str | Path, *, dtype: torch.dtype = torch.float32) -> GPTKitForCausalLM:
+def load_gpt2_checkpoint(
+    path_or_id: str | Path, *, dtype: torch.dtype = torch.float32, drop_classifier: bool = False
+) -> GPTKitForCausalLM:
     """Return the model of a GPT-2 checkpoint, a folder or a repository on the Hub, in eval mode.
 
     Weights are read from safetensors, else from a pickle that holds tensors only; in one file or in shards, with or
     without the prefix "transformer.", stored causal masks and output projection. An output projection that differs
-    from the token embedding stays separate (`tie_word_embeddings=False`). Raises UsageError for settings that this
-    model does not support, missing or unexpected tensors, and a checkpoint that cannot be found; CheckpointError for a
-    damaged file.
+    from the token embedding stays separate (`tie_word_embeddings=False`). `drop_classifier` leaves out a head for
+    classification. Raises UsageError for a classifier without it, settings that this model does not support, missing
+    or unexpected tensors, and a checkpoint that cannot be found; CheckpointError for a damaged file.
     """
     if not dtype.is_floating_point:
         raise UsageError(f"dtype is {dtype}; it must be a floating-point type")
-    return _load_gpt2(_find_folder(path_or_id), dtype)
+    model = _load_gpt2(_find_folder(path_or_id), dtype, drop_classifier)
+    if not isinstance(model, GPTKitForCausalLM):
+        raise UsageError(
+            f"{str(path_or_id)!r} holds a classifier: convert_checkpoint makes a {type(model).__name__} of it, "
+            "drop_classifier=True leaves the head out"
+        )
+    return model
 
 
 def save_as_gpt2(model: GPTKitForCausalLM, path: str | Path, *, tokenizer_folder: str | Path | None = None) -> None:
@@ -110,61 +121,68 @@ def convert_checkpoint(
     n_head: int | None = None,
     hidden_act: Activation | None = None,
     eos_token_id: int | None = None,
-    zero_missing_biases: bool = False,
+    lora_scaling: float | None = None,
+    drop_classifier: bool = False,
     tokenizer_folder: str | Path | None = None,
 ) -> None:
     """Write the model in `source` to `destination`, a folder that is empty or does not exist.
 
     - "gpt2": from a GPT-2 folder or Hub id to a folder of this package, with the tokenizer;
     - "to-gpt2": from a folder of this package or Hub id to a GPT-2 folder, with the tokenizer;
-    - "nanogpt", "kit": from a file of weights (safetensors, or a pickle of tensors only) to a folder of this package.
+    - "nanogpt", "kit", "gpt-kit", or "gpt2": from a file of weights (safetensors, or a pickle of tensors only) with
+      these names to a folder of this package; "gpt-kit" are the names of this package's own state dicts.
 
-    For the last two, the configuration is inferred from the shapes. `n_head` must be given, unless the file holds
-    nanoGPT's `model_args`. `hidden_act` is by default exact GELU for nanoGPT and the tanh approximation for the kit.
-    `tokenizer_folder` replaces the source's tokenizer. Raises UsageError and CheckpointError as the functions above.
+    For a file the configuration is inferred from the shapes. `n_head` must be given, unless the file holds nanoGPT's
+    `model_args`. `hidden_act` is by default exact GELU for nanoGPT and the tanh approximation for the others. LoRA
+    matrices are merged; `lora_scaling` is the factor of their product. Prefixes of wrappers are removed. Query, key
+    and value projections without biases get zeros if the other layers have biases. A classifier becomes the class for
+    its head; `drop_classifier` leaves the head out. `tokenizer_folder` replaces the source's tokenizer. Raises
+    UsageError and CheckpointError as the functions above.
     """
     if layout not in get_args(Layout):
         raise UsageError(unknown_name("layout", layout, get_args(Layout)))
     chosen = {"n_head": n_head, "hidden_act": hidden_act, "eos_token_id": eos_token_id}
     with _new_folder(destination) as stage:
         model: PreTrainedModel
-        if layout in ("nanogpt", "kit"):
-            model = _load_file(Path(source), layout, zero_missing_biases, chosen)
+        file = Path(source)
+        if layout in ("nanogpt", "kit", "gpt-kit") or (layout == "gpt2" and is_weight_file(file)):
+            model = load_state_dict(file, layout, chosen, lora_scaling, drop_classifier)
         else:
-            given = [name for name, value in chosen.items() if value is not None]
-            given += ["zero_missing_biases"] if zero_missing_biases else []
+            given = [name for name, value in {**chosen, "lora_scaling": lora_scaling}.items() if value is not None]
             if given:
-                raise UsageError(f"{', '.join(given)}: for the layouts nanogpt and kit only; a config.json tells it")
+                raise UsageError(f"{', '.join(given)}: for a file of weights only; a folder has a config.json")
             folder = _find_folder(source)
             if tokenizer_folder is None and any((folder / name).is_file() for name in _TOKENIZER_FILES):
                 tokenizer_folder = folder
-            model = _load_gpt2(folder, torch.float32) if layout == "gpt2" else _as_gpt2(_load_gpt_kit(folder))
+            if layout == "gpt2":
+                model = _load_gpt2(folder, torch.float32, drop_classifier)
+            else:
+                model = _as_gpt2(_load_gpt_kit(folder))
         _write_folder(model, stage, tokenizer_folder)
 
 
 # --- reading
 
 
-def _load_gpt2(folder: Path, dtype: torch.dtype) -> GPTKitForCausalLM:
+def _load_gpt2(folder: Path, dtype: torch.dtype, drop_classifier: bool) -> GPTKitPreTrainedModel:
     config = _read_gpt2_config(folder / "config.json")
-    stored = read_weights(folder)
-    names = GPT2_NAMES
-    if not any(name.startswith("transformer.") for name in stored):
-        names = {theirs.removeprefix("transformer."): ours for theirs, ours in names.items()}
-    tensors = rename_tensors(stored, names, str(folder))
+    stored = strip_prefix(read_weights(folder), name_of_positions(GPT2_NAMES), str(folder))
+    tensors = rename_tensors(stored, GPT2_NAMES, str(folder))
     del stored  # otherwise it would keep the memory that `build_model` releases
+    kind = choose_class(tensors, config, str(folder), drop=drop_classifier)
     if HEAD in tensors and TOKENS in tensors and not equal_tensors(tensors[HEAD], tensors[TOKENS]):
         config.tie_word_embeddings = False
     generation_config = _read_generation_config(folder, config)
-    model = build_model(config, tensors, dtype, str(folder))
-    model.generation_config = generation_config
+    model = build_model(config, tensors, dtype, str(folder), kind)
+    if model.can_generate():
+        model.generation_config = generation_config
     return model
 
 
 def _read_gpt2_config(path: Path) -> GPTKitConfig:
     """Return the configuration for a GPT-2's config.json."""
     if not path.is_file():
-        raise UsageError(f"{str(path.parent)!r} holds no config.json")
+        raise UsageError(f"{str(path.parent)!r} holds no config.json{tensorflow_hint(path.parent)}")
     stored = load_json(path)
     # The first GPT-2 configurations had no model_type.
     if stored.get("model_type", "gpt2" if "n_embd" in stored else None) != "gpt2":
@@ -208,7 +226,7 @@ def _find_folder(path_or_id: str | Path) -> Path:
         return folder
     # A Hub id is a name with at most an owner before it.
     if isinstance(path_or_id, Path) or folder.exists() or text.count("/") > 1 or text.startswith((".", "/", "~")):
-        raise UsageError(f"{text!r} is no folder")
+        raise UsageError(f"{text!r} is no folder{tensorflow_hint(folder)}")
     patterns = ["config.json", "generation_config.json", *_TOKENIZER_FILES]
     try:
         fetched = snapshot_download(text, allow_patterns=[*patterns, *SAFETENSORS, "model-*.safetensors"])
@@ -226,8 +244,11 @@ def _find_folder(path_or_id: str | Path) -> Path:
 
 
 def _load_gpt_kit(folder: Path) -> GPTKitForCausalLM:
-    if not (folder / "config.json").is_file() or load_json(folder / "config.json").get("model_type") != "gpt_kit":
+    config = load_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if config.get("model_type") != "gpt_kit":
         raise UsageError(f"{str(folder)!r} is no model folder of this package: its config.json must say 'gpt_kit'")
+    if heads := {kind.__name__ for kind in CLASSIFIERS.values()} & set(config.get("architectures") or ()):
+        raise UsageError(f"{str(folder)!r} holds a {min(heads)}; only language models are converted to GPT-2")
     try:
         model, report = GPTKitForCausalLM.from_pretrained(folder, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
@@ -239,54 +260,6 @@ def _load_gpt_kit(folder: Path) -> GPTKitForCausalLM:
     return model
 
 
-def _load_file(path: Path, layout: Layout, zero_missing_biases: bool, chosen: Mapping[str, Any]) -> GPTKitForCausalLM:
-    names, default_act = {"nanogpt": (NANOGPT_NAMES, "gelu"), "kit": (KIT_NAMES, "gelu_pytorch_tanh")}[layout]
-    stored, checkpoint = read_state_dict(path)
-    tensors = rename_tensors(stored, names, str(path))
-    del stored
-    arguments = checkpoint.get("model_args", {})
-    if not isinstance(arguments, Mapping):
-        raise UsageError(f"{path}: model_args is a {type(arguments).__name__}; it must be a mapping")
-    chosen = {**chosen, "hidden_act": chosen["hidden_act"] or default_act}
-    config = _infer_config(tensors, arguments, chosen, str(path))
-    if zero_missing_biases:
-        add_zero_biases(tensors, config)
-    return build_model(config, tensors, torch.float32, str(path))
-
-
-def _infer_config(
-    tensors: Mapping[str, Tensor], arguments: Mapping[str, Any], chosen: Mapping[str, Any], source: str
-) -> GPTKitConfig:
-    """Return the configuration inferred from shapes, nanoGPT's `arguments` and `chosen` fields, which must agree."""
-    up = "model.layers.0.mlp.up_proj.weight"
-    tokens = tensors.get(TOKENS, tensors.get(HEAD, torch.empty(0)))
-    matrices = {TOKENS: tokens, **{name: tensors.get(name, torch.empty(0)) for name in (POSITIONS, up)}}
-    refuse_names(f"{source} lacks matrices of the layout", [n for n, matrix in matrices.items() if matrix.dim() != 2])
-    n_head = arguments.get("n_head") if chosen["n_head"] is None else chosen["n_head"]
-    if n_head is None:
-        raise UsageError(f"{source}: n_head must be given; it cannot be inferred from shapes")
-    inferred = {
-        "vocab_size": tokens.shape[0],
-        "n_embd": tokens.shape[1],
-        "n_inner": matrices[up].shape[0],
-        "max_position_embeddings": matrices[POSITIONS].shape[0],
-        "n_layer": len({name.split(".")[2] for name in tensors if name.startswith("model.layers.")}),
-        "use_bias": any(name.endswith(".bias") for name in tensors),
-        "tie_word_embeddings": equal_tensors(tokens, tensors.get(HEAD, tokens)),
-    }
-    dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), arguments.get("dropout", 0.0))
-    config = _checked(lambda: GPTKitConfig(**{**chosen, **inferred, **dropout, "n_head": n_head}), source)
-    for name, value in arguments.items():
-        if name not in _NANOGPT_ARGS:
-            raise UsageError(
-                f"{source}: model_args holds {name!r}, which nanoGPT does not have: its effect is unknown"
-            )
-        found = getattr(config, _NANOGPT_ARGS[name])
-        if found != value:
-            raise UsageError(f"{source}: model_args says {name}={value!r}, the tensors or arguments say {found!r}")
-    return config
-
-
 # --- writing
 
 
@@ -296,7 +269,7 @@ def _as_gpt2(model: GPTKitForCausalLM) -> GPT2LMHeadModel:
     ours = _tensors_for_gpt2(model)
     stored: dict[str, Tensor] = {}
     for theirs, target in GPT2_NAMES.items():
-        if target == "" or (target == HEAD and target not in ours):
+        if target == "" or (not target.startswith("model.") and target not in ours):
             continue
         for layer in range(config.n_layer if "{layer}" in target else 1):
             parts = expand_braces(target.removesuffix(".T").replace("{layer}", str(layer)))

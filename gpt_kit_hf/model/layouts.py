@@ -20,15 +20,37 @@ from torch import Tensor
 
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.model.configuration_gpt_kit import GPTKitConfig
-from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
+from gpt_kit_hf.model.modeling_gpt_kit import (
+    GPTKitForCausalLM,
+    GPTKitForQuestionAnswering,
+    GPTKitForSequenceClassification,
+    GPTKitForTokenClassification,
+    GPTKitPreTrainedModel,
+)
 
 TOKENS, POSITIONS, HEAD = "model.embed_tokens.weight", "model.embed_positions.weight", "lm_head.weight"
+
+
+# Heads of classifiers, in the names of transformers' GPT-2, and this package's classes with such a head.
+CLASSIFIERS: Mapping[str, type[GPTKitPreTrainedModel]] = MappingProxyType(
+    {
+        "score": GPTKitForSequenceClassification,
+        "classifier": GPTKitForTokenClassification,
+        "qa_outputs": GPTKitForQuestionAnswering,
+    }
+)
 
 
 def _with_biases(weights: Mapping[str, str]) -> dict[str, str]:
     """Return the table with an entry for the bias of each weight; a bias is never transposed."""
     biases = {f"{theirs[:-6]}bias": f"{ours.removesuffix('.T')[:-6]}bias" for theirs, ours in weights.items()}
     return {**weights, **biases}
+
+
+def expand_braces(target: str) -> list[str]:
+    """Return the names that "a.{q,k,v}_proj" stands for; a name without braces stands for itself."""
+    braces = re.search(r"\{([^{}]*,[^{}]*)\}", target)
+    return [target.replace(braces[0], choice, 1) for choice in braces[1].split(",")] if braces else [target]
 
 
 # GPT-2 in the transformers library. Its Conv1D stores a weight as (in, out), nn.Linear as (out, in).
@@ -48,15 +70,28 @@ GPT2_NAMES: Mapping[str, str] = MappingProxyType(
                 "transformer.ln_f.weight": "model.norm.weight",
             }
         ),
+        "lm_head.bias": f"{HEAD[:-6]}bias",
+        **{f"{head}.{part}": f"{head}.{part}" for head in CLASSIFIERS for part in ("weight", "bias")},
         # Not biases: old versions stored the causal mask and the score of masked tokens under these names.
         "transformer.h.{layer}.attn.bias": "",
         "transformer.h.{layer}.attn.masked_bias": "",
     }
 )
 
+
+def _projections(attention: str) -> dict[str, str]:
+    """Return the names by which others call the projections of a module: in one matrix (q, k, v) or three."""
+    ours = "model.layers.{layer}.self_attn."
+    fused = {f"{attention}.{name}.weight": f"{ours}{{q,k,v}}_proj.weight" for name in ("c_attn", "qkv", "Wqkv")}
+    single = {f"{attention}.{name}_proj.weight": f"{ours}{name}_proj.weight" for name in "qkv"}
+    output = {f"{attention}.{name}.weight": f"{ours}o_proj.weight" for name in ("c_proj", "proj", "out_proj")}
+    return _with_biases({**fused, **single, **output})
+
+
 # nanoGPT: GPT-2's names with nn.Linear, exact GELU, LayerNorm with epsilon 1e-5.
 NANOGPT_NAMES: Mapping[str, str] = MappingProxyType(
     {theirs: ours.removesuffix(".T") for theirs, ours in GPT2_NAMES.items()}
+    | _projections("transformer.h.{layer}.attn")
 )
 
 # Raschka 2024, "Build a Large Language Model (From Scratch)", chapters 3 and 4: GELU with the tanh approximation,
@@ -66,12 +101,13 @@ KIT_NAMES: Mapping[str, str] = MappingProxyType(
         "tok_emb.weight": TOKENS,
         "pos_emb.weight": POSITIONS,
         "out_head.weight": HEAD,
+        "out_head.bias": f"{HEAD[:-6]}bias",
+        **_projections("trf_blocks.{layer}.att"),
         **_with_biases(
             {
                 "trf_blocks.{layer}.att.W_query.weight": "model.layers.{layer}.self_attn.q_proj.weight",
                 "trf_blocks.{layer}.att.W_key.weight": "model.layers.{layer}.self_attn.k_proj.weight",
                 "trf_blocks.{layer}.att.W_value.weight": "model.layers.{layer}.self_attn.v_proj.weight",
-                "trf_blocks.{layer}.att.out_proj.weight": "model.layers.{layer}.self_attn.o_proj.weight",
                 "trf_blocks.{layer}.ff.layers.0.weight": "model.layers.{layer}.mlp.up_proj.weight",
                 "trf_blocks.{layer}.ff.layers.2.weight": "model.layers.{layer}.mlp.down_proj.weight",
             }
@@ -85,6 +121,18 @@ KIT_NAMES: Mapping[str, str] = MappingProxyType(
         "final_norm.shift": "model.norm.bias",
     }
 )
+
+
+# The state dict of this package's own models.
+OWN_NAMES: Mapping[str, str] = MappingProxyType(
+    {name: name for target in KIT_NAMES.values() for name in expand_braces(target) if name}
+    | {f"{head}.{part}": f"{head}.{part}" for head in CLASSIFIERS for part in ("weight", "bias")}
+)
+
+
+def name_of_positions(names: Mapping[str, str]) -> str:
+    """Return how a table calls the position embedding, which every model has under one name."""
+    return next(theirs for theirs, ours in names.items() if ours == POSITIONS)
 
 
 def rename_tensors(state_dict: Mapping[str, Tensor], names: Mapping[str, str], source: str) -> dict[str, Tensor]:
@@ -128,42 +176,77 @@ def _split(tensor: Tensor, target: str, source: str) -> list[tuple[str, Tensor]]
     return list(zip(ours, tensor.tensor_split(len(ours)), strict=True))  # (3D, D) -> 3 of (D, D)
 
 
-def expand_braces(target: str) -> list[str]:
-    """Return the names that "a.{q,k,v}_proj" stands for; a name without braces stands for itself."""
-    braces = re.search(r"\{([^{}]*)\}", target)
-    return [target.replace(braces[0], choice, 1) for choice in braces[1].split(",")] if braces else [target]
-
-
 def add_zero_biases(tensors: dict[str, Tensor], config: GPTKitConfig) -> None:
-    """Add zero biases (D,) for query, key and value projections without biases, if the model has biases."""
-    for layer in range(config.n_layer if config.use_bias else 0):
-        for name in expand_braces(f"model.layers.{layer}.self_attn.{{q,k,v}}_proj.bias"):
-            tensors.setdefault(name, torch.zeros(config.n_embd))
+    """Add zero biases (D,), which change nothing, to query, key or value projections that have none in any block."""
+    for name in "qkv" if config.use_bias else ():
+        biases = [f"model.layers.{layer}.self_attn.{name}_proj.bias" for layer in range(config.n_layer)]
+        if not any(bias in tensors for bias in biases):
+            tensors |= {bias: torch.zeros(config.n_embd) for bias in biases}
+
+
+def choose_class(
+    tensors: dict[str, Tensor], config: GPTKitConfig, source: str, *, drop: bool
+) -> type[GPTKitPreTrainedModel]:
+    """Return the class for the head in `tensors`; give the head the names of that class, and set the fields for it.
+
+    An output projection with fewer rows than the vocabulary is the head of a hand-written classifier. With `drop` a
+    head for classification is left out. Raises UsageError if there is none, or nothing to predict tokens with then.
+    """
+    own = HEAD in tensors and len(tensors[HEAD]) < config.vocab_size
+    head = "lm_head" if own else next((name for name in CLASSIFIERS if f"{name}.weight" in tensors), None)
+    if drop and (head is None or own):
+        lacks = (
+            "an output projection: its head is a classifier" if own else "a classification head that could be dropped"
+        )
+        raise UsageError(f"{source} lacks {lacks}; leave drop_classifier out")
+    if head is None:
+        return GPTKitForCausalLM
+    parts = {part: tensors.pop(f"{head}.{part}") for part in ("weight", "bias") if f"{head}.{part}" in tensors}
+    if drop:
+        return GPTKitForCausalLM
+    kind = CLASSIFIERS["score" if own else head]
+    ours = "qa_outputs" if kind is GPTKitForQuestionAnswering else "score"
+    tensors |= {f"{ours}.{part}": tensor for part, tensor in parts.items()}
+    tensors.pop(HEAD, None)
+    config.tie_word_embeddings = True
+    config.score_bias = kind is GPTKitForSequenceClassification and "bias" in parts
+    if ours == "score" and config.num_labels != len(parts["weight"]):
+        config.num_labels = len(parts["weight"])
+    return kind
 
 
 def build_model(
-    config: GPTKitConfig, tensors: dict[str, Tensor], dtype: torch.dtype, source: str
-) -> GPTKitForCausalLM:
+    config: GPTKitConfig,
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+    source: str,
+    kind: type[GPTKitPreTrainedModel] = GPTKitForCausalLM,
+) -> GPTKitPreTrainedModel:
     """Return a model with copies of the tensors; `tensors` is emptied on the way, so that memory holds one copy."""
-    if config.tie_word_embeddings:
+    bias = tensors.pop(f"{HEAD[:-6]}bias", None)
+    if bias is not None and bias.any():
+        raise UsageError(f"{source}: the output projection has a bias, which this model lacks")
+    if config.tie_word_embeddings and kind is GPTKitForCausalLM:
         # A file may hold a tied tensor under either name or under both.
         head = tensors.pop(HEAD, tensors.get(TOKENS))
         if head is not None and not equal_tensors(tensors.setdefault(TOKENS, head), head):
             raise UsageError(f"{source}: {HEAD} is not {TOKENS}; the config needs tie_word_embeddings=False")
-    check_tensors(tensors, stored_shapes(config), source)
+    check_tensors(tensors, stored_shapes(config, kind), source)
     ready: dict[str, Tensor] = {}
     while tensors:
         name, tensor = tensors.popitem()
         ready[name] = tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format).to(dtype)
-    model = GPTKitForCausalLM.from_pretrained(None, config=config, state_dict=ready, dtype=dtype)
-    assert isinstance(model, GPTKitForCausalLM)
+    model = kind.from_pretrained(None, config=config, state_dict=ready, dtype=dtype)
+    assert isinstance(model, kind)
     return model
 
 
-def stored_shapes(config: GPTKitConfig) -> dict[str, torch.Size]:
+def stored_shapes(
+    config: GPTKitConfig, kind: type[GPTKitPreTrainedModel] = GPTKitForCausalLM
+) -> dict[str, torch.Size]:
     """Return names and shapes of the tensors that a saved model holds."""
     with torch.device("meta"):
-        stored = GPTKitForCausalLM(copy.deepcopy(config)).state_dict()
+        stored = kind(copy.deepcopy(config)).state_dict()
     return {name: t.shape for name, t in stored.items() if not (config.tie_word_embeddings and name == HEAD)}
 
 

@@ -11,7 +11,7 @@ from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.options.declare import REQUIRED, Options, option
 
 Activation: TypeAlias = Literal["gelu", "gelu_new", "gelu_pytorch_tanh"]
-Layout: TypeAlias = Literal["gpt2", "nanogpt", "kit", "to-gpt2"]
+Layout: TypeAlias = Literal["gpt2", "nanogpt", "kit", "gpt-kit", "to-gpt2"]
 
 
 def _shape(n_layer: int, n_embd: int, n_head: int, context: int = 1024, vocab_size: int = 50257) -> dict[str, int]:
@@ -114,19 +114,28 @@ class ConvertOptions(Options):
     )
     layout: Layout = option(
         REQUIRED,
-        "gpt2: from a GPT-2 folder or Hub id; nanogpt, kit: from a file of weights (safetensors, or a pickle that "
-        "holds only tensors); to-gpt2: from a folder of this package to GPT-2",
+        "gpt2: from a GPT-2 folder or Hub id; gpt2, nanogpt, kit (hand-written), gpt-kit (this package): from a file "
+        "of weights with these names (safetensors, or a pickle that holds only tensors); to-gpt2: from a folder of "
+        "this package to GPT-2",
     )
     n_head: int | None = option(
-        None, "number of attention heads (nanogpt, kit)", minimum=1, unset="what the file of weights says"
+        None, "number of attention heads (files of weights)", minimum=1, unset="what the file of weights says"
     )
-    hidden_act: Activation | None = option(None, "activation function (nanogpt, kit)", unset="that of the layout")
+    hidden_act: Activation | None = option(None, "activation function (files of weights)", unset="that of the layout")
     eos_token_id: int | None = option(
-        None, "token id of the end of text (nanogpt, kit)", minimum=0, unset="what the tokenizer says, if there is one"
+        None,
+        "token id of the end of text (files of weights)",
+        minimum=0,
+        unset="what the tokenizer says, if there is one",
     )
-    zero_missing_biases: bool = option(
-        False,
-        "set the biases of the query, key and value projections to zero if only these are missing (nanogpt, kit)",
+    lora_scaling: float | None = option(
+        None,
+        "factor of the product of LoRA matrices, which are then merged (files of weights): lora_alpha / r for PEFT, "
+        "often alpha for a hand-written layer",
+        unset="LoRA matrices are refused",
+    )
+    drop_classifier: bool = option(
+        False, "leave out a classification head, for a language model; without it the model becomes a classifier"
     )
     tokenizer_folder: str | None = option(
         None, "folder of a tokenizer to use", unset="the source's", names="folder", metavar="FOLDER"

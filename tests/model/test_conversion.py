@@ -329,8 +329,8 @@ def test_damaged_json_is_refused(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (
-            lambda t: t.update({"score.weight": torch.ones(2, 2)}),
-            "tensors that the layout does not have: score.weight",
+            lambda t: t.update({"rate.weight": torch.ones(2, 2)}),
+            "tensors that the layout does not have: rate.weight",
         ),
         (lambda t: t.update({f"z.{i}": torch.ones(1) for i in range(5)}), "have: z.0, z.1, z.2 and 2 more"),
         (
@@ -827,7 +827,7 @@ def test_kit_files_need_the_number_of_heads(wrapper: str | None, qkv_bias: bool,
     torch.save({wrapper: state, "optimizer_state_dict": {}} if wrapper else state, file)
     with pytest.raises(UsageError, match="n_head must be given; it cannot be inferred from shapes"):
         convert_checkpoint(file, tmp_path / "ours", "kit")
-    convert_checkpoint(file, tmp_path / "ours", "kit", n_head=HEADS, zero_missing_biases=not qkv_bias)
+    convert_checkpoint(file, tmp_path / "ours", "kit", n_head=HEADS)
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert difference(kit, ours) <= 1e-5
     assert not is_tied(ours)
@@ -915,8 +915,8 @@ def test_layouts_and_options_that_do_not_go_together(tmp_path: Path) -> None:
     target = tmp_path / "target"
     with pytest.raises(UsageError, match=r"unknown layout 'gpt3'; did you mean 'gpt2'"):
         convert_checkpoint(tmp_path, target, "gpt3")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="n_head, zero_missing_biases: for the layouts nanogpt and kit only"):
-        convert_checkpoint(tmp_path, target, "gpt2", n_head=2, zero_missing_biases=True)
+    with pytest.raises(UsageError, match="n_head, lora_scaling: for a file of weights only; a folder has a config"):
+        convert_checkpoint(tmp_path, target, "gpt2", n_head=2, lora_scaling=2.0)
     tiny_gpt2().save_pretrained(tmp_path / "gpt2")
     with pytest.raises(UsageError, match="is no model folder of this package"):
         convert_checkpoint(tmp_path / "gpt2", target, "to-gpt2")

@@ -36,19 +36,22 @@ def test_nanogpt_state_dicts_convert(bias: bool) -> None:
 def test_kit_state_dicts_convert(qkv_bias: bool) -> None:
     kit = randomize(KitModel(qkv_bias))
     config = config_for(tie_word_embeddings=False)
-    ours = convert_state_dict(kit.state_dict(), KIT_NAMES, config, zero_missing_biases=not qkv_bias)
+    ours = convert_state_dict(kit.state_dict(), KIT_NAMES, config)
     assert difference(kit, ours) <= 1e-5
     assert not is_tied(ours)
-    if not qkv_bias:
-        with pytest.raises(UsageError, match=r"lacks .*: model\.layers\.0\.self_attn\.k_proj\.bias, .* and 3 more"):
-            convert_state_dict(kit.state_dict(), KIT_NAMES, config)
+    assert qkv_bias is any(bool(layer.self_attn.q_proj.bias.any()) for layer in ours.model.layers)
 
 
 def test_only_biases_of_query_key_and_value_are_zeroed() -> None:
     stored = randomize(KitModel()).state_dict()
     del stored["trf_blocks.0.att.out_proj.bias"]
     with pytest.raises(UsageError, match=r"lacks tensors of the model: model\.layers\.0\.self_attn\.o_proj\.bias$"):
-        convert_state_dict(stored, KIT_NAMES, config_for(tie_word_embeddings=False), zero_missing_biases=True)
+        convert_state_dict(stored, KIT_NAMES, config_for(tie_word_embeddings=False))
+    # A bias that other blocks have was lost.
+    stored = randomize(KitModel(True)).state_dict()
+    del stored["trf_blocks.0.att.W_key.bias"]
+    with pytest.raises(UsageError, match=r"lacks tensors of the model: model\.layers\.0\.self_attn\.k_proj\.bias$"):
+        convert_state_dict(stored, KIT_NAMES, config_for(tie_word_embeddings=False))
 
 
 def test_a_head_that_differs_needs_an_untied_configuration() -> None:

@@ -35,17 +35,10 @@ def tiny_gpt_kit(**options: Any) -> Any:
     return randomize(GPTKitForCausalLM(GPTKitConfig(**{**SHAPE, "max_position_embeddings": CONTEXT, **options})))
 
 
-def convert_state_dict(
-    state_dict: Mapping[str, Tensor],
-    names: Mapping[str, str],
-    config: GPTKitConfig,
-    *,
-    zero_missing_biases: bool = False,
-) -> GPTKitForCausalLM:
+def convert_state_dict(state_dict: Mapping[str, Tensor], names: Mapping[str, str], config: GPTKitConfig) -> Any:
     """Return a float32 model in eval mode with copies of another model's tensors, renamed by a table."""
     tensors = rename_tensors(state_dict, names, "state_dict")
-    if zero_missing_biases:
-        add_zero_biases(tensors, config)
+    add_zero_biases(tensors, config)
     return build_model(config, tensors, torch.float32, "state_dict")
 
 
