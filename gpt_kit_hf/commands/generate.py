@@ -16,6 +16,7 @@ from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.generation.chat import Conversation, converse
 from gpt_kit_hf.generation.fast_decoder import Decoder
 from gpt_kit_hf.generation.generate import stream_text
+from gpt_kit_hf.generation.server import serve as serve_model
 from gpt_kit_hf.hub.model_folder import check_tokenizer, find_model_folder, load_pretrained, move_to_device
 from gpt_kit_hf.options.generation import ChatCommandOptions, GenerateOptions, ServeOptions
 from gpt_kit_hf.tokenization.encodings import text_to_token_ids
@@ -79,11 +80,12 @@ def chat(options: ChatCommandOptions) -> None:
 
 def serve(options: ServeOptions) -> None:
     """Serve a model over an OpenAI-compatible API until interrupted."""
-    # Not at the top: it imports the command line of transformers, which nothing else here needs.
-    from gpt_kit_hf.generation import server
-
-    server.serve(
-        options.model_name_or_path, host=options.host, port=options.port, announce=lambda line: write(f"{line}\n")
+    serve_model(
+        options.model_name_or_path,
+        host=options.host,
+        port=options.port,
+        cors_allow_origins=options.cors_allow_origins,
+        announce=lambda line: write(f"{line}\n"),
     )
 
 

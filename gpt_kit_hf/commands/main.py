@@ -80,9 +80,9 @@ COMMANDS = {
         Command(
             name="serve",
             summary="Serve a model over an OpenAI-compatible HTTP API.",
-            about="The server is that of transformers and needs the extra serve. Requests are sampled at temperature "
-            "1 unless they set one; 0 always takes the most likely token. For a model without a chat template use "
-            "/v1/completions; /v1/chat/completions continues the messages as one text.",
+            about="Needs the extra serve. Requests are sampled at temperature 1 unless they or the model's "
+            "generation_config.json set one; 0 always takes the most likely token. A parameter that is not supported "
+            "is refused. For a model without a chat template use /v1/completions.",
             options=ServeOptions,
             module="generate",
         ),

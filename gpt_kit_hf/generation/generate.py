@@ -23,7 +23,7 @@ AnyTokenizer: TypeAlias = tiktoken.Encoding | PreTrainedTokenizerBase
 
 # Prompt tokens that are decoded together with the first new token: some tokenizers decode a token differently at the
 # start of a text (SentencePiece drops its space).
-_CONTEXT_TOKENS = 8
+CONTEXT_TOKENS = 8
 
 
 def generate_text_autoregressive(
@@ -92,14 +92,14 @@ def stream_text(
     ids = text_to_token_ids(prompt, tokenizer)[0]
     prompt_ids = _checked_prompt(model, ids)
     decoding = _decoding(model, temperature, top_k, eos_token_id)
-    streamer = _TextStreamer(
-        _decode_function(tokenizer), ids[-_CONTEXT_TOKENS:].tolist(), decoding.eos_token_id or [], on_text
+    streamer = TextStreamer(
+        decode_function(tokenizer), ids[-CONTEXT_TOKENS:].tolist(), decoding.eos_token_id or [], on_text
     )
     _extend(model, prompt_ids, max_new_tokens, decoding, overflow, dtype, streamer=streamer)
     return streamer.finish()
 
 
-class _TextStreamer(BaseStreamer):  # type: ignore[misc]
+class TextStreamer(BaseStreamer):  # type: ignore[misc]
     """Convert token ids to chunks of text that end between characters."""
 
     def __init__(
@@ -119,6 +119,7 @@ class _TextStreamer(BaseStreamer):  # type: ignore[misc]
         self._chunks: list[str] = []
 
     def put(self, value: Tensor) -> None:
+        """Add the prompt, which is ignored, or the next token."""
         # First comes the prompt as (1, T), then each new token as (1,).
         if value.ndim > 1 or (token_id := int(value)) in self._eos_token_ids:
             return
@@ -148,7 +149,7 @@ class _TextStreamer(BaseStreamer):  # type: ignore[misc]
         self._shown = self._decode(self._ids)
 
 
-def _decode_function(tokenizer: AnyTokenizer) -> Callable[[list[int]], str]:
+def decode_function(tokenizer: AnyTokenizer) -> Callable[[list[int]], str]:
     """Return the function from ids to text; bytes that are not UTF-8 become U+FFFD."""
     if not isinstance(tokenizer, tiktoken.Encoding):
         # Without clean-up, which would remove spaces from text that was already emitted.
@@ -285,7 +286,7 @@ def _decoding(
     model: PreTrainedModel, temperature: float, top_k: int | None, eos_token_id: int | None
 ) -> GenerationConfig:
     """Return the generation config of exactly these arguments; its ``eos_token_id`` is a list or None."""
-    vocab_size = _vocab_size(model)
+    vocab_size = vocabulary_size(model)
     if not (math.isfinite(temperature) and temperature >= 0):
         raise UsageError(f"temperature={temperature}: finite and 0 or more; 0 takes the most likely token")
     if top_k is not None and not 1 <= top_k <= vocab_size:
@@ -331,7 +332,7 @@ def _checked_prompt(model: PreTrainedModel, token_ids: Tensor) -> Tensor:
         raise UsageError(
             f"token_ids is {token_ids.dtype} {tuple(token_ids.shape)}; it must be integers (B, T) or (T,)"
         )
-    vocab_size = _vocab_size(model)
+    vocab_size = vocabulary_size(model)
     for extreme in (int(token_ids.min()), int(token_ids.max())):
         if not 0 <= extreme < vocab_size:
             raise UsageError(f"token_ids holds {extreme}; ids are from 0 to below vocab_size={vocab_size}")
@@ -339,7 +340,8 @@ def _checked_prompt(model: PreTrainedModel, token_ids: Tensor) -> Tensor:
     return ids.to(model.device, torch.long)
 
 
-def _vocab_size(model: PreTrainedModel) -> int:
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Return the number of logits of the model, which may be more than its tokenizer has tokens."""
     return int(model.config.get_text_config(decoder=True).vocab_size)
 
 

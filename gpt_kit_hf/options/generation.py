@@ -93,3 +93,6 @@ class ServeOptions(Options):
         "address to listen on; there is no authentication, so anyone who can reach another address can use the server",
     )
     port: int = option(8000, "port to listen on; 0 takes a free one", minimum=0, maximum=65535)
+    cors_allow_origins: list[str] = option(
+        [], "origins whose web pages may use the server from a browser, such as http://localhost:3000; * for all"
+    )
