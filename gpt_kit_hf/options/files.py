@@ -51,7 +51,9 @@ def folder_notes(patterns: list[str]) -> list[str]:
             files, hidden = _files_in(folder)
             empty = sum(not file.stat().st_size for file in files)
             left = [f"{number} {kind}" for number, kind in ((hidden, "hidden"), (empty, "empty")) if number]
-            notes.append(f"{pattern}: {len(files) - empty:,} files read, {' and '.join(left) or 'none'} left out")
+            read = len(files) - empty
+            counted = f"{read:,} file{'s' * (read != 1)} read"
+            notes.append(f"{pattern}: {counted}, {' and '.join(left) or 'none'} left out")
     return notes
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TextIO
 
 from gpt_kit_hf.data.text.archives import READ_ERRORS, Member, is_hidden, open_file, tar_members, zip_members
-from gpt_kit_hf.data.text.file_cache import Index, PlainFile, converted, head_of, is_pipe, spooled, unreadable
+from gpt_kit_hf.data.text.file_cache import Index, PlainFile, converted, head_of, spooled, unreadable
 from gpt_kit_hf.data.text.formats import (
     COMPRESSED,
     HEAD_BYTES,
@@ -36,6 +36,7 @@ _MOST_UNPACKED = 64 << 20
 _MOST_RATIO = 200
 _UTF8 = ("utf-8", "utf-8-sig", "ascii")
 _NAMES_SHOWN = 3
+_LONGEST_NAME = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,9 @@ def plain_files(files: list[Path], reading: FileReading) -> tuple[list[PlainFile
     found: list[PlainFile] = []
     notes: list[str] = []
     for file in files:
-        place = spooled(file) if is_pipe(file) else PlainFile(file, str(file))
+        # A shell's "< rows.jsonl" makes /dev/stdin the file itself, whose name tells its form.
+        named = file.resolve() if file.is_relative_to("/dev") else file
+        place = PlainFile(named, str(named)) if named.is_file() else spooled(file)
         found += _plain(place, reading, notes, 0)
     return found, notes
 
@@ -88,7 +91,10 @@ def _conversion(
     file, label = place
     form, compression = suffixes_of(file.name)
     head = head_of(place, "")
-    if (container := container_of(head)) in COMPRESSED:
+    container = container_of(head)
+    if compression == ".gz" and container != "gzip":
+        raise DataError(f"{label}: its name ends in .gz, but it is not compressed by gzip: rename it to what it is")
+    if container in COMPRESSED:
         _check_compression(label, compression, container)
         head = head_of(place, compression)
         container = container_of(head)
@@ -257,7 +263,11 @@ def _counts(index: Index) -> str:
     """Return what was read of an archive and what was left out."""
     read, left = len(index.files), sum(map(len, index.left_out.values()))
     kinds = [
-        f"{reason} {', '.join(names[:_NAMES_SHOWN])}{', ...' * (len(names) > _NAMES_SHOWN)}"
+        f"{reason} {', '.join(map(_short, names[:_NAMES_SHOWN]))}{', ...' * (len(names) > _NAMES_SHOWN)}"
         for reason, names in index.left_out.items()
     ]
     return f"{read} member{'s' * (read != 1)} read, {left} left out" + (f" ({'; '.join(kinds)})" if kinds else "")
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else f"...{name[3 - _LONGEST_NAME :]}"

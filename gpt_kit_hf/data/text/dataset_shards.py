@@ -119,10 +119,12 @@ def load_split(named: str, name: str, config: str | None, split: str, *, streami
 def _saved_split(named: str, saved: Any, config: str | None, split: str) -> Any:
     """Return a split of what `save_to_disk` saved: a DatasetDict, or one dataset, whose split may be known."""
     if config is not None:
-        raise DataError(f"{named} has no configurations, it was saved by save_to_disk: leave out dataset_config")
+        raise DataError(f"{named} cannot be loaded: save_to_disk saves no configurations, leave out dataset_config")
     splits = dict(saved) if isinstance(saved, dict) else {str(saved.split or "train"): saved}
     if split not in splits:
-        raise DataError(f"{named} is not in the folder, which was saved by save_to_disk with {', '.join(splits)}")
+        raise DataError(
+            f"{named} cannot be loaded: save_to_disk saved no split {split!r} there; its splits: {', '.join(splits)}"
+        )
     return splits[split]
 
 

@@ -7,9 +7,9 @@ import functools
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
-import stat
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -29,6 +29,7 @@ _LAYOUT = "files-1"
 _INDEX = "index.json"
 _BLOCK = 1 << 20
 _SECONDS_A_DAY = 24 * 60 * 60
+_JSON_ROW = re.compile(rb'(?:\xef\xbb\xbf)?\s*\{\s*"(?:[^"\\]|\\.)*"\s*:')
 
 
 class PlainFile(NamedTuple):
@@ -80,7 +81,8 @@ def converted(place: PlainFile, how: tuple[object, ...], write: Callable[[Path],
         index = write(stage)
         sizes = {name: (stage / name).stat().st_size for name, _ in index.files}
         (stage / _INDEX).write_text(json.dumps({"index": asdict(index), "sizes": sizes}))
-        _publish(stage, folder)
+        if _read_index(folder) is None:  # another process may have made it meanwhile
+            _publish(stage, folder)
     return folder, index
 
 
@@ -107,7 +109,8 @@ def _stage() -> Iterator[Path]:
     for left in _cache().glob(".stage-*"):
         if time.time() - left.stat().st_mtime > _SECONDS_A_DAY:
             shutil.rmtree(left, ignore_errors=True)
-    stage = Path(tempfile.mkdtemp(prefix=".stage-", dir=_cache()))
+    stage = _cache() / f".stage-{secrets.token_hex(8)}"
+    stage.mkdir()
     try:
         yield stage
     finally:
@@ -115,8 +118,8 @@ def _stage() -> Iterator[Path]:
 
 
 def _publish(stage: Path, folder: Path) -> None:
-    """Give a written folder its name; another process may have done so meanwhile."""
-    shutil.rmtree(folder, ignore_errors=True)  # if it is there, it is damaged
+    """Give a written folder its name; one that has it is damaged."""
+    shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):
         stage.rename(folder)
     if not folder.is_dir():
@@ -146,15 +149,6 @@ def _digest_of(file: Path, *stamp: int) -> str:
 _SPOOLED: dict[tuple[int, int], PlainFile] = {}  # pipes that this process has read, by device and inode
 
 
-def is_pipe(file: Path) -> bool:
-    """Return whether a file can be read once only."""
-    try:
-        mode = file.stat().st_mode
-    except OSError:
-        return False
-    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
-
-
 def spooled(file: Path) -> PlainFile:
     """Return a copy of what a pipe gives, which can be read once only; its name is that of its form."""
     label = "standard input" if file == STANDARD_INPUT else str(file)
@@ -169,7 +163,8 @@ def spooled(file: Path) -> PlainFile:
             name = f"text{_suffix_by_content(PlainFile(stage / 'all', label))}"
             (stage / "all").rename(stage / name)
             folder = _cache() / f"pipe-{_digest(PlainFile(stage / name, label))}"
-            _publish(stage, folder)
+            if not (folder / name).is_file():
+                _publish(stage, folder)
         _SPOOLED[key] = PlainFile(folder / name, label)
     copy = _SPOOLED[key]
     if not copy.file.stat().st_size:
@@ -187,8 +182,4 @@ def _suffix_by_content(place: PlainFile) -> str:
         return f".{container}{compression}"
     if head.startswith(b"PAR1"):
         return ".parquet"
-    try:
-        rows = isinstance(json.loads(head.split(b"\n", 1)[0]), dict)
-    except ValueError:
-        rows = False
-    return f"{'.jsonl' if rows else '.txt'}{compression}"
+    return f"{'.jsonl' if _JSON_ROW.match(head) else '.txt'}{compression}"

@@ -8,11 +8,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
+from gpt_kit_hf.data.instructions.reader import read_rows
 from gpt_kit_hf.data.text.sources import TextSource, eval_source, train_sources
 from gpt_kit_hf.errors import DataError, UsageError
-from gpt_kit_hf.options.data import TextOptions
+from gpt_kit_hf.options.data import RowOptions, TextOptions
 from gpt_kit_hf.options.files import find_files
 from gpt_kit_hf.tokenization.encodings import EOS_TOKEN
 
@@ -183,6 +185,44 @@ def test_a_changed_dataset_folder_is_read_again(tmp_path: Path) -> None:
     for text in ("before", "after all"):
         (tmp_path / "rows.jsonl").write_text(f'{{"text": "{text}"}}\n')
         assert documents(source(dataset_name=str(tmp_path))) == [text]
+
+
+def test_a_folder_that_save_to_disk_wrote_is_read_stored_and_streamed(tmp_path: Path) -> None:
+    texts = [f"row {number}" for number in range(3000)]
+    rows = datasets.Dataset.from_dict({"text": texts, "n": list(range(3000))})
+    rows.save_to_disk(tmp_path / "one")
+    held_out = datasets.Dataset.from_dict({"text": ["held out"], "n": [0]})
+    datasets.DatasetDict(train=rows, test=held_out).save_to_disk(tmp_path / "both")
+    for streamed in (False, True):
+        assert documents(source(dataset_name=str(tmp_path / "one")), streamed=streamed) == texts
+        options = TextOptions(dataset_name=str(tmp_path / "both"), dataset_test_split="test")
+        assert documents(train_sources(options)[0][1], streamed=streamed) == texts
+        evaluated = eval_source(options)
+        assert evaluated is not None
+        assert documents(evaluated, streamed=streamed) == ["held out"]
+        for name, split in (("one", "test"), ("both", "validation")):
+            with pytest.raises(
+                DataError, match=f"split '{split}', is not in the folder, which was saved by save_to_di"
+            ):
+                documents(source(dataset_name=str(tmp_path / name), dataset_train_split=split), streamed=streamed)
+        with pytest.raises(DataError, match="saves no configurations"):
+            documents(source(dataset_name=str(tmp_path / "one"), dataset_config="en"), streamed=streamed)
+        with pytest.raises(DataError, match=r"'body' is not in .*; its columns: text, n"):
+            documents(source(dataset_name=str(tmp_path / "one"), text_column="body"), streamed=streamed)
+    shards = source(dataset_name=str(tmp_path / "one")).streamed_shards(True)
+    assert len(shards) >= 8
+    for shard in (shards[0], shards[-1]):
+        chunks = list(shard.chunks())
+        assert list(shard.chunks(chunks[2].next)) == chunks[3:]
+
+
+def test_rows_to_finetune_on_are_read_from_a_folder_that_save_to_disk_wrote(tmp_path: Path) -> None:
+    rows = [{"instruction": "a", "input": "", "output": "b"}]
+    datasets.DatasetDict(train=datasets.Dataset.from_list(rows)).save_to_disk(tmp_path / "rows")
+    found = read_rows(RowOptions(dataset_name=str(tmp_path / "rows")))
+    assert [placed.row for placed in found] == rows
+    with pytest.raises(DataError, match="no split 'test' there; its splits: train"):
+        next(iter(read_rows(RowOptions(dataset_name=str(tmp_path / "rows"), dataset_train_split="test"))))
 
 
 # --- options
