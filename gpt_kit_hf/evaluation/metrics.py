@@ -77,6 +77,7 @@ def evaluate_stream(
     byte_lengths: _Ints,
     *,
     end_of_text: int,
+    begin_of_text: int | None = None,
     max_length: int,
     stride: int,
     batch_size: int,
@@ -88,15 +89,18 @@ def evaluate_stream(
 ) -> Evaluation:
     """Score each token of a stream's documents once, in windows of `max_length` tokens that start `stride` apart.
 
-    A document is scored by itself, after an EOS token. With a stride below max_length, a token has at least
-    max_length - stride tokens of context, where its document has them (`DocumentWindows`). The result does not depend
-    on `batch_size` or `padding_side`. `max_tokens` limits the score to about that many tokens, from the whole text.
+    A document is scored by itself, after an EOS token, or after the `begin_of_text` that it starts with. With a stride
+    below max_length, a token has at least max_length - stride tokens of context, where its document has them
+    (`DocumentWindows`). The result does not depend on `batch_size` or `padding_side`. `max_tokens` limits the score to
+    about that many tokens, from the whole text.
     Processes share the windows, and all return the result. The model's mode and torch's random state do not change.
 
     Raises DataError for a stream without text, and StoppedError where `stop()`, called before each batch, returned
     true in any process.
     """
-    windows = DocumentWindows(stream, end_of_text=end_of_text, max_length=max_length, stride=stride)
+    windows = DocumentWindows(
+        stream, end_of_text=end_of_text, begin_of_text=begin_of_text, max_length=max_length, stride=stride
+    )
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     loader = DataLoader(
         Subset(windows, windows.spread(max_tokens)[rank::world].tolist()),

@@ -31,14 +31,20 @@ from gpt_kit_hf.evaluation.metrics import (
 )
 from gpt_kit_hf.evaluation.windows import pad_windows
 from gpt_kit_hf.generation.generate import context_length, generate_text_autoregressive
-from gpt_kit_hf.hub.model_folder import check_tokenizer, find_model_folder, load_pretrained, move_to_device
+from gpt_kit_hf.hub.model_folder import (
+    check_tokenizer,
+    find_model_folder,
+    load_pretrained,
+    load_text_encoding,
+    move_to_device,
+)
 from gpt_kit_hf.options.data import KEEP, RowOptions, SupervisionOptions, TextOptions
 from gpt_kit_hf.options.evaluation import ScoreOptions
 from gpt_kit_hf.storage.atomic_files import load_json, save_json
 from gpt_kit_hf.storage.run_folder import EVALUATIONS_FILE, holds_run
 from gpt_kit_hf.text import printable
+from gpt_kit_hf.tokenization import encodings
 from gpt_kit_hf.tokenization.encodings import EOS_TOKEN
-from gpt_kit_hf.tokenization.export import load_encoding
 
 _UNKNOWN_LENGTH = 1024  # for a model whose configuration states no context length
 _SAMPLE_PROMPT = 32  # tokens of a document that a sample continues
@@ -110,7 +116,7 @@ def score_model(place: str, options: ScoreOptions) -> ScoreReport:
 
 
 def _score_text(model: Any, folder: str, place: str, options: ScoreOptions, length: int) -> ScoreReport:
-    encoding = load_encoding(folder)
+    encoding = load_text_encoding(folder, place)
     text = TextOptions(
         text_files=options.data,
         text_column=options.text_column,
@@ -118,13 +124,14 @@ def _score_text(model: Any, folder: str, place: str, options: ScoreOptions, leng
         encoding_of_files=options.encoding_of_files,
     )
     stream, key = prepare_text(text, encoding)
-    end = encoding.encode_single_token(EOS_TOKEN)
+    end, begin = encoding.encode_single_token(EOS_TOKEN), encodings.begin_of_text(encoding)
     stride = options.stride or length
     scored = evaluate_stream(
         model,
         stream,
         token_byte_lengths(encoding),
         end_of_text=end,
+        begin_of_text=begin,
         max_length=length,
         stride=stride,
         batch_size=options.batch_size,
@@ -134,8 +141,10 @@ def _score_text(model: Any, folder: str, place: str, options: ScoreOptions, leng
     samples = []
     bounds = [*stream.document_starts.tolist(), len(stream)]
     for start, stop in list(pairwise(bounds))[: options.samples]:
-        ids = [token for token in stream.read(start, min(stop, start + _SAMPLE_PROMPT)).tolist() if token != end]
-        samples.append((encoding.decode(ids), encoding.decode(_continued(model, [end, *ids], end))))
+        read = stream.read(start, min(stop, start + _SAMPLE_PROMPT)).tolist()
+        ids = [token for token in read if token not in (end, begin)]
+        continued = _continued(model, [end if begin is None else begin, *ids], end)
+        samples.append((encoding.decode(ids), encoding.decode(continued)))
     return ScoreReport(
         name=_name(options.data),
         kind="text",

@@ -25,7 +25,8 @@ class DocumentWindows(Dataset["tuple[Tensor, Tensor]"]):
     """Windows of a stream's documents: (input, target), both (T,) int64 with T at most max_length.
 
     Each document stands alone, after one EOS token that predicts its first token, so that every token of text is
-    scored once; the EOS token after it spells nothing and is not scored. The first window of a document scores all
+    scored once; the EOS token after it spells nothing and is not scored. If documents start with `begin_of_text`, that
+    takes the place of the EOS token before. The first window of a document scores all
     that it reads. The others start `stride` apart and score what no earlier one did; the last ends with the document.
     So a token has at least max_length - stride tokens of context, where its document has them. At
     stride = max_length these are the windows of lm-evaluation-harness' rolling log-likelihood.
@@ -33,14 +34,25 @@ class DocumentWindows(Dataset["tuple[Tensor, Tensor]"]):
     Raises UsageError for a stride that skips tokens, DataError for a stream without text.
     """
 
-    def __init__(self, stream: TokenStream, *, end_of_text: int, max_length: int, stride: int) -> None:
+    def __init__(
+        self,
+        stream: TokenStream,
+        *,
+        end_of_text: int,
+        max_length: int,
+        stride: int,
+        begin_of_text: int | None = None,
+    ) -> None:
         check_stride(stride, max_length)
-        self.stream, self.end_of_text, self.max_length, self.stride = stream, end_of_text, max_length, stride
+        self.stream, self.max_length, self.stride = stream, max_length, stride
+        self._before = end_of_text if begin_of_text is None else begin_of_text
         starts = stream.document_starts
         stops = np.append(starts[1:], len(stream))
         filled = starts < stops
         starts, stops = starts[filled], stops[filled]
         stops = stops - _holds(stream, stops - 1, end_of_text)
+        if begin_of_text is not None:
+            starts = starts + _holds(stream, starts, begin_of_text)
         self._starts, self._tokens = starts[starts < stops], (stops - starts)[starts < stops]
         if not self._tokens.size:
             raise DataError("there is no text to score")
@@ -73,7 +85,7 @@ class DocumentWindows(Dataset["tuple[Tensor, Tensor]"]):
         first = max(0, last - self.max_length)
         ids = self.stream.read(begin + max(first - 1, 0), begin + last)
         if first == 0:
-            ids = np.concatenate(([self.end_of_text], ids))
+            ids = np.concatenate(([self._before], ids))
         target = torch.from_numpy(ids[1:].copy())
         scored_before = (turn - 1) * self.stride + self.max_length if turn else 0
         target[: scored_before - first] = IGNORED

@@ -1,6 +1,7 @@
 """Model folders and the Hugging Face Hub: find, check, publish, verify and download a model.
 
 - `model_folder`: find the folder of a run, a model or a Hub id, load from it, write one.
+- `base_model`: the model that a training run starts from.
 - `safety` (folders and checkpoints), `untrusted_files` (JSON and safetensors headers) and `template_sandbox` (chat
   templates) check a model of unknown origin before it is loaded.
 - `push` publishes a model as one commit and pulls one; `manifest` selects and lists the published files; `secret_scan`

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import tiktoken
 import torch
 import xxhash
 from safetensors import SafetensorError
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from gpt_kit_hf.errors import HubError, UsageError
 from gpt_kit_hf.hub.client import fetch_model
@@ -21,6 +22,7 @@ from gpt_kit_hf.storage.atomic_files import load_json, update_digest
 from gpt_kit_hf.storage.checkpoints import latest_checkpoint
 from gpt_kit_hf.tokenization.encodings import EOS_TOKEN, check_fingerprint
 from gpt_kit_hf.tokenization.export import load_encoding, save_tokenizer
+from gpt_kit_hf.tokenization.model_encoding import encoding_of
 
 
 def find_model_folder(place: str) -> str:
@@ -99,6 +101,15 @@ def check_tokenizer(folder: str, config: PreTrainedConfig) -> None:
     expected = config.to_dict().get("tokenizer_fingerprint")
     if expected is not None and Path(folder).is_dir():
         check_fingerprint(load_encoding(folder), expected, folder)
+
+
+def load_text_encoding(folder: str, named: str) -> tiktoken.Encoding:
+    """Return the tokenizer of a model folder as an encoding of text; `named` is the model's name in a message."""
+    with suppress(UsageError):
+        found = load_encoding(folder)
+        if EOS_TOKEN in found.special_tokens_set:
+            return found
+    return encoding_of(load_pretrained(AutoTokenizer, folder, named), Path(named).name)
 
 
 def write_model_folder(

@@ -44,5 +44,6 @@ def config_error_message(error: Exception) -> str:
 
 def build_config(options: ModelOptions, **from_data: Any) -> GPTKitConfig:
     """Return the configuration that the options ask for; `from_data` are fields that data and encoding decide."""
-    overrides = {k: v for k, v in dataclasses.asdict(options).items() if v is not None and k != "model"}
+    given = {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
+    overrides = {name: value for name, value in given.items() if name not in ("model", "model_name_or_path")}
     return create_model_config(options.model, **{**from_data, **overrides})

@@ -12,6 +12,7 @@ from gpt_kit_hf.options.declare import Options, Resume, option
 
 TRAINED_BPE = "bpe"
 KEEP = "keep"
+DEFAULT_MAX_LENGTH = 256
 # Codecs of Python that encode no text in files.
 _NO_TEXT = {"hex", "base64", "bz2", "zlib", "rot13", "uu", "quopri", "undefined"}
 RowFormat: TypeAlias = Literal["auto", "alpaca", "chat", "prompt_completion"]
@@ -179,7 +180,9 @@ class EncodingOptions(Options):
 class WindowOptions(Options):
     """The windows of tokens that a model is trained on."""
 
-    max_length: int = option(256, "tokens per window", minimum=1)
+    max_length: int | None = option(
+        None, "tokens per window", minimum=1, unset="256, at most the positions of model_name_or_path"
+    )
     stride: int | None = option(None, "tokens between the starts of two windows", unset="max_length")
     packing: bool = option(
         False, "mask attention between the documents of a window, and do not train on the token after a document"
@@ -187,12 +190,17 @@ class WindowOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_stride(self.step, self.max_length)
+        check_stride(self.step, self.length)
+
+    @property
+    def length(self) -> int:
+        """max_length, or its default."""
+        return DEFAULT_MAX_LENGTH if self.max_length is None else self.max_length
 
     @property
     def step(self) -> int:
-        """The stride, or max_length if none is given."""
-        return self.max_length if self.stride is None else self.stride
+        """The stride, or the length if none is given."""
+        return self.length if self.stride is None else self.stride
 
 
 def check_stride(stride: int, max_length: int) -> None:

@@ -58,8 +58,17 @@ def preset_key(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelOptions(Options):
-    """The model: a preset and changes to it. The vocabulary size is that of the encoding."""
+    """The model: a preset and changes to it, with the vocabulary size of the encoding, or a model to train further."""
 
+    model_name_or_path: str | None = option(
+        None,
+        "model to train further, with its tokenizer: folder of a run or model, or Hub id; dropout is the only option "
+        "of the model that may be given with it",
+        unset="none, a new model",
+        card="path_or_id",
+        names="model",
+        metavar="MODEL",
+    )
     model: str = option(
         "nano-s", "preset to start from", choices=PRESET_KEYS, normalize=preset_key, noun="model preset"
     )
@@ -71,7 +80,9 @@ class ModelOptions(Options):
         None, "size of the position table: the longest context in tokens", minimum=1, unset="the preset's"
     )
     dropout: float | None = option(
-        None, "dropout probability of embeddings, attention and residual connections", unset="0"
+        None,
+        "dropout probability of embeddings, attention and residual connections",
+        unset="0, or that of model_name_or_path",
     )
     hidden_act: Activation | None = option(
         None, "activation function: exact GELU or one of its tanh approximations", unset="gelu_pytorch_tanh"
@@ -88,6 +99,9 @@ class ModelOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.model_name_or_path is not None:
+            changed = [name for name in SHAPE if getattr(self, name) != getattr(type(self), name)]
+            check_no_shape(self.model_name_or_path, {name: getattr(self, name) for name in changed})
         n_embd, n_head = self.n_embd or self._preset["n_embd"], self.n_head or self._preset["n_head"]
         if n_embd % n_head:
             raise UsageError(f"n_embd must be divisible by n_head, got {n_embd} and {n_head}")
@@ -100,6 +114,22 @@ class ModelOptions(Options):
     @property
     def _preset(self) -> Mapping[str, int]:
         return next(shape for full, shape in PRESETS.items() if full.split(" ")[0] == preset_key(self.model))
+
+
+# The options that say what a new model is.
+SHAPE = tuple(
+    field.name for field in dataclasses.fields(ModelOptions) if field.name not in ("model_name_or_path", "dropout")
+)
+
+
+def check_no_shape(model: str, given: Mapping[str, object]) -> None:
+    """Raise UsageError if an option of a new model is given together with the model to train further."""
+    for name in SHAPE:
+        if given.get(name) is not None:
+            raise UsageError(
+                f"{name}={given[name]} is for a new model, and model_name_or_path={model!r} has a shape of its own: "
+                "give one of them"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -54,6 +54,8 @@ def parse_options(kind: type[T], arguments: Sequence[str], *, prog: str, about: 
         sys.stdout.write(config_page(prog, sections, {}))
         raise SystemExit(0)
     options = _build(kind, sections, values, positionals)
+    if (check := getattr(kind, "check_given", None)) is not None:
+        check(given, values)
     if values.get("print_config"):
         sys.stdout.write(config_page(prog, sections, values))
         raise SystemExit(0)

@@ -9,10 +9,18 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints
 
 from gpt_kit_hf.errors import CheckpointError, UsageError, unknown_name
-from gpt_kit_hf.options.data import EncodingOptions, RowOptions, SupervisionOptions, TextOptions, WindowOptions
+from gpt_kit_hf.options.data import (
+    DEFAULT_MAX_LENGTH,
+    TRAINED_BPE,
+    EncodingOptions,
+    RowOptions,
+    SupervisionOptions,
+    TextOptions,
+    WindowOptions,
+)
 from gpt_kit_hf.options.declare import Option, flat_declarations
 from gpt_kit_hf.options.finetuning import AdapterOptions, BaseOptions
-from gpt_kit_hf.options.model import ModelOptions
+from gpt_kit_hf.options.model import ModelOptions, check_no_shape
 from gpt_kit_hf.options.parser import parse_options
 from gpt_kit_hf.options.training import RECIPES, OptimizerOptions, TrainingOptions, finetuning_optimizer
 
@@ -36,11 +44,25 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         check_allow_changes(self)
-        if self.windows.max_length > self.model.context:
+        base = self.model.model_name_or_path
+        if base is not None:
+            _check_base(base, self)
+            return
+        if self.windows.max_length is None:
+            object.__setattr__(self, "windows", dataclasses.replace(self.windows, max_length=DEFAULT_MAX_LENGTH))
+        if self.windows.length > self.model.context:
             raise UsageError(
-                f"max_length={self.windows.max_length} is above the position table, "
+                f"max_length={self.windows.length} is above the position table, "
                 f"max_position_embeddings={self.model.context}: raise that, or lower max_length"
             )
+
+    @staticmethod
+    def check_given(given: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+        """Raise UsageError for an option on the command line that does not fit the others, also at its default."""
+        base = values.get("model_name_or_path")
+        if base is not None:
+            check_no_shape(base, given)
+            _check_own_tokenizer(base, given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +143,30 @@ def changed_options(stored: Mapping[str, Any], options: OptionsOfRun, run: Path)
             f"cannot resume {str(run)!r} with other options ({listed}): give them as they were, or {remedy}"
         )
     return changed
+
+
+def _check_base(base: str, options: RunOptions) -> None:
+    """Raise UsageError for options that do not fit the model to train further."""
+    defaults, chosen = EncodingOptions(), dataclasses.asdict(options.encoding)
+    changed = {name: value for name, value in chosen.items() if value != getattr(defaults, name)}
+    _check_own_tokenizer(base, changed)
+    if Path(base).resolve() == Path(options.training.output_dir).resolve():
+        raise UsageError(
+            f"output_dir={options.training.output_dir!r} is the model to train further: name another folder, or "
+            "continue that run by --resume, without model_name_or_path"
+        )
+
+
+def _check_own_tokenizer(base: str, given: Mapping[str, Any]) -> None:
+    """Raise UsageError for options of a new vocabulary; whether an encoding is the model's is seen later."""
+    new = {name: given[name] for name in ("vocab_size", "vocab_text_mb") if given.get(name) is not None}
+    if given.get("encoding") == TRAINED_BPE:
+        new["encoding"] = TRAINED_BPE
+    for name, value in new.items():
+        raise UsageError(
+            f"{name}={value} is for a new vocabulary, and model_name_or_path={base!r} has a tokenizer of its own: "
+            f"leave {name} out"
+        )
 
 
 def _allowed_by(name: str, declared: Option) -> str | None:

@@ -22,6 +22,7 @@ from gpt_kit_hf.tokenization.export import (
     load_encoding,
     save_tokenizer,
 )
+from gpt_kit_hf.tokenization.model_encoding import TokenizerEncoding
 
 if TYPE_CHECKING:
     import torch
@@ -94,6 +95,8 @@ def fingerprint(encoding: tiktoken.Encoding) -> str:
 
     Encodings with the same fingerprint give the same ids for every string. The name does not count.
     """
+    if isinstance(encoding, TokenizerEncoding):
+        return encoding.fingerprint()
     ranks = sorted((rank, token.hex()) for token, rank in encoding._mergeable_ranks.items())
     content = [encoding._pat_str, ranks, sorted(encoding._special_tokens.items())]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
@@ -139,6 +142,8 @@ def encode_documents(
     A chunk is a text and whether a document ends with it. EOS spelled out in a text is ordinary text. Raises
     DataError, with `where`, as `encode_ordinary` does.
     """
+    if isinstance(encoding, TokenizerEncoding):
+        return _encode_whole_documents(encoding, chunks, where)
     # One call encodes many documents: tiktoken encodes what stands between two special tokens separately.
     joined: list[str] = []
     encoded: list[npt.NDArray[np.uint32]] = []
@@ -159,6 +164,22 @@ def encode_documents(
     flush()
     dtype = id_dtype(encoding.n_vocab)
     return np.concatenate(encoded).astype(dtype) if encoded else np.empty(0, dtype)
+
+
+def _encode_whole_documents(
+    encoding: TokenizerEncoding, chunks: Sequence[tuple[str, bool]], where: str
+) -> npt.NDArray[np.unsignedinteger[Any]]:
+    """Return the ids of documents, each one chunk (`may_cut`), end to end, each followed by EOS."""
+    for text, _ in chunks:
+        check_text(text, where)
+    encoded = encoding.encode_document_batch([text for text, _ in chunks])
+    ids = [token for document in encoded for token in [*document, encoding.end_of_text]]
+    return np.array(ids, id_dtype(encoding.n_vocab))
+
+
+def begin_of_text(encoding: tiktoken.Encoding) -> int | None:
+    """Return the id that stands at the start of each document, None if there is none."""
+    return encoding.begin_of_text if isinstance(encoding, TokenizerEncoding) else None
 
 
 def may_cut(encoding: tiktoken.Encoding | None) -> bool:

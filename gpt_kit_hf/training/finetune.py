@@ -14,7 +14,6 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpt_kit_hf.data.instructions.batches import PackedRows, PaddedRows
 from gpt_kit_hf.data.instructions.formats import FormatFn
@@ -25,19 +24,18 @@ from gpt_kit_hf.data.instructions.tokenized import SupervisedRows, encode_rows
 from gpt_kit_hf.data.order import ShuffledOrder
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.evaluation.metrics import Evaluation, evaluate_batches, tokenizer_byte_lengths
-from gpt_kit_hf.generation.generate import context_length
-from gpt_kit_hf.hub.model_folder import find_base, load_pretrained, weights_digest
+from gpt_kit_hf.hub.base_model import BaseModel
 from gpt_kit_hf.options.data import RowOptions, SupervisionOptions
 from gpt_kit_hf.options.files import find_files
 from gpt_kit_hf.options.run import FinetuneOptions
-from gpt_kit_hf.storage.atomic_files import load_json, save_json
-from gpt_kit_hf.storage.run_folder import ADAPTER_FOLDER, RECORD_FILE, REPORT_FILE, publish_in_run
+from gpt_kit_hf.storage.atomic_files import save_json
+from gpt_kit_hf.storage.run_folder import ADAPTER_FOLDER, REPORT_FILE, publish_in_run
 from gpt_kit_hf.text import short
 from gpt_kit_hf.training.loop import run_training
 from gpt_kit_hf.training.lora import add_adapter, load_adapter
 from gpt_kit_hf.training.run_log import RunResult
 from gpt_kit_hf.training.state.sharded_state import unsharded_model
-from gpt_kit_hf.training.task import RunContext, Task, generate_sample
+from gpt_kit_hf.training.task import RunContext, Task, check_max_length, generate_sample
 
 
 def finetune(
@@ -62,12 +60,11 @@ class InstructionTask(Task):
     def __init__(self, options: FinetuneOptions, context: RunContext, format_fn: FormatFn | None) -> None:
         self.options, self.context = options, context
         self._lora, self._named = options.adapter.lora_r > 0, options.base.model_name_or_path
-        # A checkpoint of full finetuning replaces the base model.
-        needs_base = context.checkpoint is None or self._lora
-        source = find_base(self._named, permanent=self._lora) if needs_base else str(context.checkpoint)
-        self.tokenizer = load_pretrained(AutoTokenizer, str(context.checkpoint or source), self._named)
-        self.model = self._load_model(source)
-        self._check_max_length()
+        self.base = BaseModel(
+            self._named, context.folder, context.checkpoint, dropout=options.base.dropout, adapter=self._lora
+        )
+        self.tokenizer, self.model = self.base.tokenizer, self._with_adapter(self.base.model)
+        check_max_length(self.model, options.supervision.max_length)
         train, self.eval_rows = self._read_rows(format_fn)
         self.report = report_of(train, self.tokenizer, eval_rows=self.eval_rows)
         self.report.check()
@@ -76,11 +73,8 @@ class InstructionTask(Task):
         self.order = ShuffledOrder(samples=len(rows), seed=context.options.seed)
         self.tokens_per_sample = int((train.lengths - 1).sum()) / len(rows)  # what the model reads
         self.fingerprint = f"{train.fingerprint()}-{self.eval_rows.fingerprint()}"
-        self.base_commit = self._base_commit(needs_base)
-        self.base_digest = None
         if self._lora:  # an adapter must not be resumed on another base
-            self.base_digest = weights_digest(source, self.model.config)
-            self.fingerprint += f"-{self.base_digest}"
+            self.fingerprint += f"-{self.base.digest}"
         self.byte_lengths = tokenizer_byte_lengths(self.tokenizer, self.model.config.vocab_size)
 
     def evaluate(
@@ -118,9 +112,7 @@ class InstructionTask(Task):
     def facts(self) -> dict[str, Any]:
         """Return the entries of run.json about base model and rows."""
         return {
-            "base_model": self._named,
-            "base_commit": self.base_commit,
-            "base_digest": self.base_digest,
+            **self.base.facts(),
             "supervision": self.report.to_dict(),
             "eval_rows": len(self.eval_rows),
         }
@@ -146,34 +138,13 @@ class InstructionTask(Task):
 
     # --- preparation
 
-    def _load_model(self, source: str) -> Any:
-        checkpoint, dropout = self.context.checkpoint, self.options.base.dropout
-        # GPT-2's names, and this package's; a model with other names refuses them, and load_pretrained reports that.
-        changed = {} if dropout is None else dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), dropout)
-        place = source if self._lora else str(checkpoint or source)
-        model = load_pretrained(AutoModelForCausalLM, place, self._named, dtype=torch.float32, **changed)
+    def _with_adapter(self, model: Any) -> Any:
         if not self._lora:
             return model
-        if checkpoint is not None:
-            return load_adapter(model, checkpoint)
+        if self.context.checkpoint is not None:
+            return load_adapter(model, self.context.checkpoint)
         torch.manual_seed(self.context.options.seed)
         return add_adapter(model, self.options.adapter)
-
-    def _base_commit(self, loaded: bool) -> str | None:
-        """Return the base model's commit on the Hub, None for a folder; if it is not loaded, from run.json."""
-        if Path(self._named).exists():
-            return None
-        if loaded:
-            return str(self.model.config._commit_hash)
-        record = self.context.folder / RECORD_FILE
-        return load_json(record).get("base_commit") if record.is_file() else None
-
-    def _check_max_length(self) -> None:
-        context, wanted = context_length(self.model), self.options.supervision.max_length
-        if context is not None and wanted > context:
-            raise UsageError(
-                f"max_length={wanted} is above the model's context, max_position_embeddings={context}: lower it"
-            )
 
     def _read_rows(self, format_fn: FormatFn | None) -> tuple[SupervisedRows, SupervisedRows]:
         """Return the training rows and the evaluation rows, of which only the answers are scored."""

@@ -369,9 +369,12 @@ class _Loop:
             f"{score.bits_per_byte:.3f} bits per byte",
             *(f"{name} {bits:.3f}" for name, bits in baselines.items()),
         ]
+        before = self.record.scores().get(0)  # on all of it, as the last
+        shown = before is not None and self.task.eval_before_training
+        brought = f"; it was {before:.4f} before training" if shown else ""
         return [
             f"\n{self.task.eval_name} ({score.text_bytes:,} bytes): {'; '.join(bits)}",
-            f"loss {score.loss:.4f} nats per token, perplexity {score.perplexity:.1f}",
+            f"loss {score.loss:.4f} nats per token, perplexity {score.perplexity:.1f}{brought}",
             sample,
             f"model    {self.folder} (from_pretrained loads it)",
             *(f"best     checkpoints/step-{step:08d}, eval loss {scores[step]:.3f} in the run" for step in best[:1]),

@@ -7,6 +7,7 @@ import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -29,19 +30,22 @@ from gpt_kit_hf.evaluation.metrics import (
     token_byte_lengths,
     unigram_bits_per_byte,
 )
-from gpt_kit_hf.hub.model_folder import write_model_folder
+from gpt_kit_hf.generation.generate import context_length
+from gpt_kit_hf.hub.base_model import BaseModel
+from gpt_kit_hf.hub.model_folder import load_text_encoding, write_model_folder
 from gpt_kit_hf.model.losses import Batch
 from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
 from gpt_kit_hf.model.presets import build_config
-from gpt_kit_hf.options.data import TRAINED_BPE
+from gpt_kit_hf.options.data import TRAINED_BPE, WindowOptions
 from gpt_kit_hf.options.run import CHANGED_TEXT, RunOptions
 from gpt_kit_hf.text import short
 from gpt_kit_hf.tokenization import encodings
 from gpt_kit_hf.tokenization.export import load_encoding
+from gpt_kit_hf.tokenization.model_encoding import encoding_of
 from gpt_kit_hf.training.loop import run_training
 from gpt_kit_hf.training.run_log import RunResult
 from gpt_kit_hf.training.state.sharded_state import unsharded_model
-from gpt_kit_hf.training.task import RunContext, Task, decide_on_main, generate_sample
+from gpt_kit_hf.training.task import RunContext, Task, check_max_length, decide_on_main, generate_sample
 
 
 def train(options: RunOptions, *, stream: TextIO | None = sys.stdout) -> RunResult:
@@ -59,23 +63,26 @@ def text_task(options: RunOptions, context: RunContext) -> TextTask:
 
 
 class TextTask(Task):
-    """A GPT and its evaluation text; subclasses add the training text."""
+    """A new GPT, or a model to train further, and its evaluation text; subclasses add the training text."""
 
     eval_name = "eval text"
-    model: GPTKitForCausalLM
 
     def __init__(self, options: RunOptions, context: RunContext) -> None:
         self.options, self.context = options, context
+        self.base = self._load_base()
+        self.windows = self._choose_windows()
         self.encoding = decide_on_main(context.accelerator, self._choose_encoding)
         self._eos = self.encoding.encode_single_token(encodings.EOS_TOKEN)
+        self._begin = encodings.begin_of_text(self.encoding)
         # One process of a machine tokenises; the others read what it stored.
         with context.accelerator.local_main_process_first():
             self.eval_text = self._read_text()
         self._check_eval_text()
         self._eval_fingerprint = self.eval_text.fingerprint()
         self.byte_lengths = token_byte_lengths(self.encoding)
-        self.tokens_per_sample = float(options.windows.max_length)
-        self.model = self._build_model()
+        self.tokens_per_sample = float(self.windows.length)
+        self.model = self._build_model() if self.base is None else self.base.model
+        self.eval_before_training = self.base is not None
 
     @abstractmethod
     def _read_text(self) -> TokenStream:
@@ -85,12 +92,13 @@ class TextTask(Task):
         self, max_samples: int | None, batch_size: int, autocast: Callable[[], AbstractContextManager[object]]
     ) -> Evaluation:
         """Score the evaluation text, each token once."""
-        max_length = self.options.windows.max_length
+        max_length = self.windows.length
         return evaluate_stream(
             self.model,  # not the wrapped one: processes may have different numbers of windows
             self.eval_text,
             self.byte_lengths,
             end_of_text=self._eos,
+            begin_of_text=self._begin,
             max_length=max_length,
             stride=max_length,
             batch_size=batch_size,
@@ -101,32 +109,35 @@ class TextTask(Task):
         )
 
     def sample(self) -> str:
-        """Return the model's continuation of the sample prompt, after an EOS."""
-        chosen = self.context.options
+        """Return the model's continuation of the sample prompt, after what a document starts with."""
+        chosen, begin = self.context.options, self._eos if self._begin is None else self._begin
         prompt = torch.tensor(
-            [[self._eos, *encodings.encode_ordinary(self.encoding, chosen.sample_prompt, "sample_prompt")]]
+            [[begin, *encodings.encode_ordinary(self.encoding, chosen.sample_prompt, "sample_prompt")]]
         )
         return generate_sample(
             self.model,
             prompt,
             chosen.sample_max_new_tokens,
-            lambda ids: self.encoding.decode([token for token in ids if token != self._eos]),
+            lambda ids: self.encoding.decode([token for token in ids if token not in (self._eos, begin)]),
             temperature=0.8,
             top_k=50,
         )
 
     def describe_model(self) -> str:
         """Return a log line with the model's name and size."""
-        config = self.model.config
+        config, preset = self.model.config.get_text_config(decoder=True), self.options.model.model
+        layers, heads, width = config.num_hidden_layers, config.num_attention_heads, config.hidden_size
         return (
-            f"model    {self.options.model.model}: {short(self.model.num_parameters())} parameters, "
-            f"{config.n_layer} layer{'s' * (config.n_layer != 1)}, {config.n_head} "
-            f"head{'s' * (config.n_head != 1)}, {config.n_embd} wide"
+            f"model    {preset if self.base is None else self.base.named}: {short(self.model.num_parameters())} "
+            f"parameters, {layers} layer{'s' * (layers != 1)}, {heads} head{'s' * (heads != 1)}, {width} wide"
+            + ("" if self.base is None else ", trained further")
         )
 
     def facts(self) -> dict[str, Any]:
         """Return the entries of run.json about the text."""
         return {
+            **({} if self.base is None else self.base.facts()),
+            "max_length": self.windows.length,
             "eval_tokens": len(self.eval_text),
             "eval_fingerprint": self._eval_fingerprint,
             "tokenizer_fingerprint": encodings.fingerprint(self.encoding),
@@ -138,7 +149,12 @@ class TextTask(Task):
 
     def write_model(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write a folder for `from_pretrained`."""
-        write_model_folder(folder, unsharded_model(self.model), self.encoding, weights)
+        model: Any = unsharded_model(self.model)
+        if self.base is None:
+            write_model_folder(folder, model, self.encoding, weights)
+        else:  # with what else the tokenizer and the generation defaults hold, such as a chat template
+            model.save_pretrained(str(folder), state_dict=weights)
+            self.base.tokenizer.save_pretrained(str(folder))
 
     def next_command(self, run: Path) -> list[str]:
         """Return the command that generates text."""
@@ -146,15 +162,54 @@ class TextTask(Task):
 
     # --- preparation
 
+    def _load_base(self) -> BaseModel | None:
+        """Load the model to train further, or what a checkpoint has made of it."""
+        chosen = self.options.model
+        if chosen.model_name_or_path is None:
+            return None
+        folder, checkpoint = self.context.folder, self.context.checkpoint
+        return BaseModel(chosen.model_name_or_path, folder, checkpoint, dropout=chosen.dropout)
+
+    def _choose_windows(self) -> WindowOptions:
+        """Return the windows; refuse longer ones than the model's context, before the text is read."""
+        chosen = self.options.windows
+        if self.base is not None:
+            if chosen.max_length is None:
+                length = min(chosen.length, context_length(self.base.model) or chosen.length)
+                return replace(chosen, max_length=length)
+            check_max_length(self.base.model, chosen.length)
+            return chosen
+        return chosen
+
     def _choose_encoding(self) -> tiktoken.Encoding:
+        if self.base is not None:
+            found = encoding_of(self.base.tokenizer, Path(self.base.named).name)
+            self._check_vocabulary(self.base, found)
+            return found
         if self.context.checkpoint is not None:
             return load_encoding(self.context.checkpoint)
         if self.options.encoding.encoding == TRAINED_BPE:
             self.context.console.log(f"training a bpe of {self.options.encoding.vocab_size:,} tokens on the text")
         return choose_encoding(self.options.text, self.options.encoding)
 
+    def _check_vocabulary(self, base: BaseModel, encoding: tiktoken.Encoding) -> None:
+        """Refuse a tokenizer that is not the model's, and an option that names another."""
+        size, asked = base.model.config.get_text_config().vocab_size, self.options.encoding.encoding
+        if encoding.n_vocab > size:
+            raise UsageError(f"{base.named!r} has embeddings for {size} ids, and its tokenizer {encoding.n_vocab}")
+        expected = base.model.config.to_dict().get("tokenizer_fingerprint")
+        if expected is not None:
+            encodings.check_fingerprint(encoding, expected, base.named)
+        if asked != TRAINED_BPE:
+            own = load_text_encoding(asked, asked) if Path(asked).is_dir() else encodings.get_encoding(asked)
+            if encodings.fingerprint(own) != encodings.fingerprint(encoding):
+                raise UsageError(
+                    f"encoding={asked!r} is not the tokenizer of model_name_or_path={base.named!r}, with which it is "
+                    "trained further: leave encoding out"
+                )
+
     def _check_eval_text(self) -> None:
-        tokens, window = len(self.eval_text), self.options.windows.max_length + 1
+        tokens, window = len(self.eval_text), self.windows.length + 1
         if tokens < window:
             raise DataError(
                 f"the evaluation text has {tokens} tokens, fewer than one window of max_length + 1 = {window}: "
@@ -187,11 +242,11 @@ class PretrainingTask(TextTask):
         super().__init__(options, context)
         seed = context.options.seed
         self.fingerprint = self.corpus.fingerprint
-        if len(self.windows) == 1:
-            self.dataset, self.order = self.windows[0], ShuffledOrder(samples=len(self.windows[0]), seed=seed)
+        if len(self.cut) == 1:
+            self.dataset, self.order = self.cut[0], ShuffledOrder(samples=len(self.cut[0]), seed=seed)
         else:
-            self.dataset = ConcatDataset(self.windows)
-            self.order = MixtureOrder(sizes=tuple(map(len, self.windows)), weights=self.corpus.weights, seed=seed)
+            self.dataset = ConcatDataset(self.cut)
+            self.order = MixtureOrder(sizes=tuple(map(len, self.cut)), weights=self.corpus.weights, seed=seed)
 
     def describe(self) -> list[str]:
         """Return log lines that describe the text, the mixture and the model."""
@@ -219,10 +274,8 @@ class PretrainingTask(TextTask):
 
     def _read_text(self) -> TokenStream:
         self.corpus = prepare_corpus(self.options.text, self.encoding, seed=self.context.options.seed)
-        cut = self.options.windows
-        self.windows = [
-            TokenWindows(text, cut.max_length, cut.step, packing=cut.packing) for text in self.corpus.sources
-        ]
+        cut = self.windows
+        self.cut = [TokenWindows(text, cut.length, cut.step, packing=cut.packing) for text in self.corpus.sources]
         return self.corpus.eval
 
 
@@ -269,7 +322,7 @@ class StreamingTask(TextTask):
             StreamShard(
                 shards=tuple(shards[bounds[index] : bounds[index + 1]]),
                 encoding=self.encoding,
-                windows=self.options.windows,
+                windows=self.windows,
                 shuffle_windows=text.shuffle_windows,
                 seed=chosen.seed * count + index,
             )

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
 from gpt_kit_hf.data.order import BatchPlan, Order, PlannedBatches
-from gpt_kit_hf.errors import GPTKitError
+from gpt_kit_hf.errors import GPTKitError, UsageError
 from gpt_kit_hf.evaluation.metrics import Evaluation
 from gpt_kit_hf.generation.generate import context_length, generate_text_autoregressive
 from gpt_kit_hf.model.losses import Batch
@@ -121,6 +121,15 @@ class Task(ABC):
     @abstractmethod
     def next_command(self, run: Path) -> list[str]:
         """Return the command to suggest after the run."""
+
+
+def check_max_length(model: PreTrainedModel, max_length: int) -> None:
+    """Raise UsageError if sequences of `max_length` tokens are longer than the model's context."""
+    context = context_length(model)
+    if context is not None and max_length > context:
+        raise UsageError(
+            f"max_length={max_length} is above the model's context, max_position_embeddings={context}: lower it"
+        )
 
 
 def map_batches(

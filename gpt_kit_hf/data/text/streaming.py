@@ -84,7 +84,7 @@ class StreamShard:
 
     def _windows_in_order(self, place: Place, skip: int) -> Iterator[_WindowIds]:
         """Yield windows in the order of the text."""
-        length = self.windows.max_length + 1
+        length = self.windows.length + 1
         held: deque[_TokenChunk] = deque()
         total = 0
         for chunk in self._token_chunks(place):

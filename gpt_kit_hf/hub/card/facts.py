@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from gpt_kit_hf.errors import CheckpointError, UsageError
-from gpt_kit_hf.hub.card.options import as_id, command_of, shareable, shared_options
+from gpt_kit_hf.hub.card.options import BASE_OPTIONS, as_id, command_of, kind_of, shareable, shared_options
 from gpt_kit_hf.hub.secret_scan import hide_secrets
 from gpt_kit_hf.hub.untrusted_files import count_elements, read_header
 from gpt_kit_hf.model.configuration_gpt_kit import GPTKitConfig
@@ -72,17 +72,20 @@ def card_facts(run: Path) -> dict[str, Any]:
     config = _read_object(folder / "config.json")
     if not options and not config:
         raise UsageError(f"{str(run)!r} holds neither a run nor a model: no {OPTIONS_FILE} and no config.json")
-    tuned, name = "base.model_name_or_path" in options, shareable(run.resolve().name)
+    kind, name = kind_of(options), shareable(run.resolve().name)
+    tuned = kind == "tuned"
     shared = shared_options(options, run)
+    if kind == "continued" and (length := _count(record.get("max_length"))):  # by default what the model allows
+        shared["windows.max_length"] = length
     facts = {
         "name": name,
-        "kind": "tuned" if tuned else "pretrained" if options else "model",
+        "kind": kind,
         "parameters": _parameters(folder) or _count(record.get("parameters")),
         "architecture": _architecture(config),
         "tokenizer": _tokenizer(folder, config, record),
         "options": shared,
         "command": command_of(shared, name, tuned=tuned),
-        "base": _base(record, options, shared) if tuned else None,
+        "base": _base(record, options, shared, BASE_OPTIONS[kind]) if kind in BASE_OPTIONS else None,
         "data": _pick(_eval_rows(record), ("documents", "train_tokens", "eval_tokens", "eval_rows"), _count)
         | _not_none({"fingerprint": _digest(record.get("data_fingerprint"))}),
         "supervision": _supervision(run, record) if tuned else None,
@@ -144,14 +147,17 @@ def _tokenizer(folder: Path, config: Mapping[str, Any], record: Mapping[str, Any
     }
 
 
-def _base(record: Mapping[str, Any], options: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the model that was tuned: its name, whether it is on the Hub, and its commit there."""
+def _base(
+    record: Mapping[str, Any], options: Mapping[str, Any], shared: Mapping[str, Any], option: str
+) -> dict[str, Any]:
+    """Return the model that the run started from: its name, whether it is on the Hub, and its commit or digest."""
     commit = _commit(record.get("base_commit") or record.get("base_digest"))
     if commit:
-        return {"name": as_id(options["base.model_name_or_path"]), "hub": True, "commit": commit}
-    place = shared.get("base.model_name_or_path", {})
+        return {"name": as_id(options[option]), "hub": True, "commit": commit}
+    place = shared.get(option, {})
     is_folder = "base_commit" in record or record.get("base_digest") is not None
-    return {"name": place.get("hub") or place.get("name"), "hub": "hub" in place and not is_folder, "commit": None}
+    name, digest = place.get("hub") or place.get("name"), _digest(record.get("base_digest"))
+    return {"name": name, "hub": "hub" in place and not is_folder, "commit": None, "digest": digest}
 
 
 # --- the run

@@ -16,7 +16,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from gpt_kit_hf.errors import UsageError, one_line
 from gpt_kit_hf.hub.card.markdown import sources
 
-_TAGS = ("gpt-kit-hf", "instruction-tuned", "lora")
+_TAGS = ("gpt-kit-hf", "instruction-tuned", "lora", "continued-pretraining")
 _GENERATED_KEYS = ("library_name", "pipeline_tag", "base_model")
 _INDEX = "model-index"
 # Marks generated results, to tell them from those that a person adds.
@@ -28,7 +28,7 @@ def card_data(facts: Mapping[str, Any]) -> ModelCardData:
     """Return the metadata of the facts; unknown ones, such as a license, are left out."""
     base, options = facts.get("base", {}), facts.get("options", {})
     results = list(_results(facts))
-    conditions = (True, facts["kind"] == "tuned", options.get("adapter.lora_r"))
+    conditions = (True, facts["kind"] == "tuned", options.get("adapter.lora_r"), facts["kind"] == "continued")
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",

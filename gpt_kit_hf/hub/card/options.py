@@ -20,6 +20,9 @@ _PATH = re.compile(r"^(?:[A-Za-z]:)?[\\/~]|(?:^|(?<=[\s'\"=:(,]))(?:[A-Za-z]:[\\
 
 _DATASET = "dataset:"
 
+# The option that names the model that was trained further, by the kind of the run.
+BASE_OPTIONS = {"tuned": "base.model_name_or_path", "continued": "model.model_name_or_path"}
+
 
 def shareable(text: str) -> str:
     """Return a text, or the last name of a path: printable, of at most 120 characters, without secrets."""
@@ -38,13 +41,22 @@ def as_id(text: object) -> str | None:
     return text
 
 
+def kind_of(options: Mapping[str, Any]) -> str:
+    """Return what a run with these options made: a "tuned", "continued" or "pretrained" model; "model" for none."""
+    if BASE_OPTIONS["tuned"] in options:
+        return "tuned"
+    if options.get(BASE_OPTIONS["continued"]) is not None:
+        return "continued"
+    return "pretrained" if options else "model"
+
+
 def shared_options(options: Mapping[str, Any], run: Path) -> dict[str, Any]:
     """Return the options, "group.name": value, that a card may show, each valid and without a path.
 
     A dataset or model is {"hub": id} or {"name": last name of a folder}.
     """
     shown: dict[str, Any] = {}
-    for name, declared in _known_options(tuned="base.model_name_or_path" in options).items():
+    for name, declared in _known_options(tuned=kind_of(options) == "tuned").items():
         value = options.get(name)
         if value is None or declared.card == "hidden" or not declared.fits(value):
             continue

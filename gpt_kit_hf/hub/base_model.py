@@ -1,0 +1,43 @@
+"""The model that a training run starts from: its weights and tokenizer, and how run.json names it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gpt_kit_hf.hub.model_folder import find_base, load_pretrained, weights_digest
+from gpt_kit_hf.storage.atomic_files import load_json
+from gpt_kit_hf.storage.run_folder import RECORD_FILE
+
+
+class BaseModel:
+    """A pretrained causal model in fp32, or what a run's checkpoint has made of it, and its tokenizer.
+
+    `named` is the folder of a run or model, or the Hub id. An `adapter` is trained beside the model and needs it again
+    when the run is resumed; otherwise the checkpoint replaces it. `dropout` replaces the model's own probabilities.
+    `commit` is the one on the Hub, None for a folder; `digest` identifies the weights. Raises UsageError, and what
+    `find_model_folder` raises.
+    """
+
+    def __init__(
+        self, named: str, run: Path, checkpoint: Path | None, *, dropout: float | None, adapter: bool = False
+    ) -> None:
+        needed = checkpoint is None or adapter
+        source = find_base(named, permanent=adapter) if needed else str(checkpoint)
+        self.named = named
+        self.tokenizer: Any = load_pretrained(AutoTokenizer, str(checkpoint or source), named)
+        # GPT-2's names, and this package's; a model with other names refuses them, and load_pretrained reports that.
+        changed = {} if dropout is None else dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), dropout)
+        self.model: Any = load_pretrained(AutoModelForCausalLM, source, named, dtype=torch.float32, **changed)
+        record = {} if needed or not (run / RECORD_FILE).is_file() else load_json(run / RECORD_FILE)
+        self.commit, self.digest = record.get("base_commit"), record.get("base_digest")
+        if needed:
+            self.digest = weights_digest(source, self.model.config)
+            self.commit = None if Path(named).exists() else str(self.model.config._commit_hash)
+
+    def facts(self) -> dict[str, Any]:
+        """Return the entries of run.json about the model."""
+        return {"base_model": self.named, "base_commit": self.commit, "base_digest": self.digest}
