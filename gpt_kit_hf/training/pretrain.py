@@ -111,9 +111,8 @@ class TextTask(Task):
     def sample(self) -> str:
         """Return the model's continuation of the sample prompt, after what a document starts with."""
         chosen, begin = self.context.options, self._eos if self._begin is None else self._begin
-        prompt = torch.tensor(
-            [[begin, *encodings.encode_ordinary(self.encoding, chosen.sample_prompt, "sample_prompt")]]
-        )
+        written = encodings.encode_ordinary(self.encoding, chosen.sample_prompt, "sample_prompt").tolist()
+        prompt = torch.tensor([[begin, *written]])
         return generate_sample(
             self.model,
             prompt,
