@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpt_kit_hf.data.instructions.batches import PaddedRows
 from gpt_kit_hf.data.instructions.formats import format_of
-from gpt_kit_hf.data.instructions.reader import RowError, read_rows
+from gpt_kit_hf.data.instructions.reader import ROW_SUFFIXES, read_rows
+from gpt_kit_hf.data.instructions.rows import RowError
 from gpt_kit_hf.data.instructions.templates import with_template
 from gpt_kit_hf.data.instructions.tokenized import SupervisedRows, encode_rows
 from gpt_kit_hf.data.text.corpus import prepare_text
-from gpt_kit_hf.data.text.formats import ROWS, suffixes_of
+from gpt_kit_hf.data.text.formats import suffixes_of
 from gpt_kit_hf.data.text.sources import source_notes
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.evaluation.metrics import (
@@ -164,7 +165,8 @@ def _score_rows(model: Any, folder: str, place: str, options: ScoreOptions, leng
             raise UsageError(f"{name}={value} is for text: rows are scored whole, and all of them")
     tokenizer = load_pretrained(AutoTokenizer, folder, place)
     supervision = SupervisionOptions(max_length=length)
-    rows = with_template(read_rows(RowOptions(rows=options.data)), tokenizer, KEEP, supervision.format)
+    read = read_rows(RowOptions(rows=options.data, columns=options.columns))
+    rows = with_template(read, tokenizer, KEEP, supervision.format)
     encoded = encode_rows(rows, tokenizer, supervision, vocab_size=model.config.vocab_size)
     loader = DataLoader(
         PaddedRows(encoded),
@@ -206,11 +208,13 @@ def _continued(model: Any, prompt: list[int], end: int) -> list[int]:
 
 def _holds_rows(options: ScoreOptions) -> bool:
     """Return whether the first row of the first file has the keys of an instruction; text files have no rows."""
-    if suffixes_of(options.data[0])[0] not in ROWS:
+    if options.columns:
+        return True
+    if suffixes_of(options.data[0])[0] not in ROW_SUFFIXES:
         return False
     try:
-        row = next(iter(read_rows(RowOptions(rows=options.data[:1])))).row
-        return options.text_column not in row and bool(format_of(row))
+        row = next(read_rows(RowOptions(rows=options.data[:1], columns=options.columns))).row
+        return options.text_column not in row and format_of(row) != "text"
     except (RowError, StopIteration, DataError):
         return False  # reading it as text reports the error
 

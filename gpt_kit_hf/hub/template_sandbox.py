@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gpt_kit_hf.errors import CheckpointError
-from gpt_kit_hf.tokenization.chat_templates import CHAT_TEMPLATES
+from gpt_kit_hf.tokenization.chat_templates import template_name
 
 _MAX_CHARACTERS = 1 << 20  # of a template, and of its output for a short conversation
 _SECONDS, _MEGABYTES = 5, 1024  # of processor time and of memory, after all imports
@@ -53,7 +53,7 @@ def check_templates(folder: Path) -> None:
     Templates of this package are known and not tried. A template may still behave otherwise on other messages.
     """
     for name, template in _templates(folder):
-        fault = None if template in CHAT_TEMPLATES.values() else _fault(template)
+        fault = None if template_name(template) else _fault(template)
         if fault is not None:
             raise CheckpointError(f"{folder / name}: the chat template is not used: {fault}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from encodings.aliases import aliases
 from pathlib import Path
 from typing import ClassVar, Literal, TypeAlias
@@ -15,9 +16,16 @@ KEEP = "keep"
 DEFAULT_MAX_LENGTH = 256
 # Codecs of Python that encode no text in files.
 _NO_TEXT = {"hex", "base64", "bz2", "zlib", "rot13", "uu", "quopri", "undefined"}
-RowFormat: TypeAlias = Literal["auto", "alpaca", "chat", "prompt_completion"]
+RowFormat: TypeAlias = Literal["auto", "alpaca", "chat", "prompt_completion", "text"]
 TrainOn: TypeAlias = Literal["answers", "everything"]
 Truncation: TypeAlias = Literal["error", "drop", "truncate_prompt"]
+Thinking: TypeAlias = Literal["drop", "train"]
+UnknownKeys: TypeAlias = Literal["report", "error"]
+# The fields of rows, to which columns of other names can be mapped.
+ROW_FIELDS = (
+    *("instruction", "input", "output", "system", "history"),
+    *("prompt", "completion", "messages", "text"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,12 +218,48 @@ def check_stride(stride: int, max_length: int) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RowOptions(Options):
+class ColumnOptions(Options):
+    """The columns of instruction rows."""
+
+    columns: list[str] | None = option(
+        None,
+        "columns to read the fields of a row from, as FIELD=COLUMN, such as instruction=question,output=answer; the "
+        f"fields are {', '.join(ROW_FIELDS)}",
+        unset="recognized by their names",
+        metavar="FIELD=COLUMN",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.column_of
+
+    @property
+    def column_of(self) -> dict[str, str]:
+        """The column of each field that `columns` names."""
+        found: dict[str, str] = {}
+        for pair in (pair for words in self.columns or () for pair in _NEXT_FIELD.split(words)):
+            field, equals, column = pair.partition("=")
+            if not (equals and column):
+                raise UsageError(f"columns: {pair!r} must be FIELD=COLUMN, such as instruction=question")
+            if field not in ROW_FIELDS:
+                raise UsageError(f"columns {pair!r}: {unknown_name('field', field, ROW_FIELDS)}")
+            if field in found or column in found.values():
+                raise UsageError(f"columns {pair!r}: the field or the column is named twice; name each once")
+            found[field] = column
+        return found
+
+
+# A comma that a field follows; a column's name may hold others.
+_NEXT_FIELD = re.compile(r",\s*(?=\w*=)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowOptions(ColumnOptions):
     """The instruction rows: where they come from, and what happens to an invalid one."""
 
     rows: list[str] | None = option(
         None,
-        "files or globs of rows: .json, .jsonl, .ndjson (also compressed as .gz or .zst) and .parquet",
+        "files or globs of rows: .json, .jsonl, .ndjson, .csv, .tsv (also compressed as .gz or .zst) and .parquet",
         unset="none",
         excludes=("dataset_name",),
         card="path",
@@ -233,6 +277,12 @@ class RowOptions(Options):
     on_bad_row: Literal["stop", "skip"] = option(
         "stop", "what to do at an invalid row: stop with an error, or skip and count it"
     )
+    unknown_keys: UnknownKeys = option(
+        "report",
+        "what to do with keys of rows and turns that are not read: list them in the report, or treat the row as "
+        "invalid",
+        resume="free",
+    )
 
     def __post_init__(self) -> None:
         if bool(self.rows) == bool(self.dataset_name):
@@ -248,12 +298,19 @@ class RowReadingOptions(Options):
 
     format: RowFormat = option("auto", "format of the rows; auto decides by the keys of each row")
     train_on: TrainOn = option(
-        "answers", "tokens that are trained: the answers and the end of text after each, or everything"
+        "answers",
+        "tokens that are trained: the answers and the end of text after each, or everything; rows of text need "
+        "everything",
     )
     truncation: Truncation = option(
         "error",
         "what to do with a row longer than max_length: stop with an error, drop it, or cut off the start of its "
         "prompt",
+    )
+    thinking: Thinking = option(
+        "drop",
+        "what to do with the thinking or reasoning_content of an answer: leave it out and count it, or train it, in "
+        "the form of the chat template",
     )
 
 

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias
 
 from gpt_kit_hf.errors import UsageError
-from gpt_kit_hf.options.data import RowOptions, RowReadingOptions, SupervisionOptions, check_encoding_of_files
+from gpt_kit_hf.options.data import (
+    ColumnOptions,
+    RowOptions,
+    RowReadingOptions,
+    SupervisionOptions,
+    check_encoding_of_files,
+)
 from gpt_kit_hf.options.declare import REQUIRED, Options, option
 from gpt_kit_hf.options.generation import LoadedModelOptions, device_option
 
@@ -16,7 +22,7 @@ PaddingSide: TypeAlias = Literal["left", "right"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreOptions(Options):
+class ScoreOptions(ColumnOptions):
     """The data to score, and how."""
 
     data: list[str] = option(
@@ -148,9 +154,8 @@ class InspectOptions(RowOptions, RowReadingOptions):
 
     def supervision(self, max_length: int) -> SupervisionOptions:
         """Return the options that finetuning would read the rows with."""
-        return SupervisionOptions(
-            format=self.format, train_on=self.train_on, truncation=self.truncation, max_length=max_length
-        )
+        names = (field.name for field in dataclasses.fields(RowReadingOptions))
+        return SupervisionOptions(**{name: getattr(self, name) for name in names}, max_length=max_length)
 
     def row_options(self) -> RowOptions:
         """Return where the rows come from."""

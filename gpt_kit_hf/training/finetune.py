@@ -25,7 +25,7 @@ from gpt_kit_hf.data.order import ShuffledOrder
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.evaluation.metrics import Evaluation, evaluate_batches, tokenizer_byte_lengths
 from gpt_kit_hf.hub.base_model import BaseModel
-from gpt_kit_hf.options.data import RowOptions, SupervisionOptions
+from gpt_kit_hf.options.data import KEEP, RowOptions, SupervisionOptions
 from gpt_kit_hf.options.files import find_files
 from gpt_kit_hf.options.run import FinetuneOptions
 from gpt_kit_hf.storage.atomic_files import save_json
@@ -172,7 +172,9 @@ class InstructionTask(Task):
         skipped = SkippedRows()
         rows = read_rows(options, skipped)
         if format_fn is None:
-            rows = with_template(rows, self.tokenizer, self.options.base.chat_template, supervision.format)
+            # A checkpoint's own template is what its run was trained with.
+            choice = KEEP if self.context.checkpoint else self.options.base.chat_template
+            rows = with_template(rows, self.tokenizer, choice, supervision.format)
         return encode_rows(
             rows,
             self.tokenizer,
@@ -181,6 +183,8 @@ class InstructionTask(Task):
             vocab_size=self.model.config.vocab_size,
             on_bad_row=options.on_bad_row,
             skipped=skipped,
+            unknown_keys=options.unknown_keys,
+            text_rows=self.options.supervision.train_on == "everything",
         )
 
     def _write(self, model: Any, folder: Path, weights: dict[str, Tensor] | None = None) -> None:

@@ -17,6 +17,7 @@ from gpt_kit_hf.tokenization.chat_templates import (
     check_chat_template,
     get_chat_template,
     render_chat,
+    template_name,
     trained_spans,
 )
 from gpt_kit_hf.tokenization.encodings import get_encoding, save_tokenizer, train_bpe
@@ -86,9 +87,12 @@ def test_the_prompt_is_a_prefix_of_the_conversation_at_every_answer(
                 messages[:number], add_generation_prompt=True, tokenize=True, return_dict=True
             )["input_ids"]
             start, stop = next(spans)
-            assert ids[:start] == prompt
-            # The answer is trained with one end, and as it would be encoded alone.
-            alone = tokenizer.encode(message["content"].strip(), add_special_tokens=False)
+            assert tokenizer.decode(ids[:start]) == tokenizer.decode(prompt)
+            # An earlier answer that begins with white space is encoded apart from its header.
+            earlier = [turn["content"][:1] for turn in messages[:number] if turn["role"] == "assistant"]
+            assert ids[:start] == prompt or any(first.isspace() for first in earlier)
+            # The answer is trained with one end, as it stands, and as it would be encoded alone.
+            alone = tokenizer.encode(message["content"], add_special_tokens=False)
             assert ids[start:stop] == [*alone, tokenizer.eos_token_id]
         assert next(spans, None) is None
 
@@ -129,7 +133,10 @@ def test_a_saved_template_is_loaded_with_its_tokenizer(tmp_path: Path) -> None:
         ([{"role": None, "content": "x"}], "unknown role"),
         ([{"role": "user", "content": "x"}, {"role": "system", "content": "x"}], "must be the first"),
         ([{"role": "user", "content": None}], "must be a text"),
-        ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], "must be a text"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "a part of type image_url; only"),
+        ([{"role": "user", "content": ["x"]}], "only parts of type text can be read"),
+        ([{"role": "user", "content": {"type": "text", "text": "x"}}], "must be a text"),
+        ([{"role": "assistant", "content": None}], "must be a text"),
         ([{"role": "user"}], "must be a text"),
     ],
 )
@@ -176,6 +183,44 @@ def test_a_template_that_does_not_tell_what_is_trained_is_refused(
     assert "\n" not in str(refused.value)
     if template is not None and "never" not in reason:
         assert "{% generation %} before and {% endgeneration %} after" in str(refused.value)
+
+
+def test_templates_of_earlier_versions_are_known_by_name() -> None:
+    assert [template_name(get_chat_template(name)) for name in CHAT_TEMPLATES] == [*CHAT_TEMPLATES]
+    assert template_name(ASSISTANT) is template_name(None) is None
+    # The default template as it was saved before it knew other roles than these three.
+    earlier = (
+        "{% for message in messages %}{% if message['content'] is not string %}"
+        "{{ raise_exception('the content of a message must be a text') }}{% endif %}"
+        "{% if message['role'] == 'system' %}"
+        "{% if not loop.first %}{{ raise_exception('a system message must be the first') }}{% endif %}"
+        r"{{ '### System:\n' + message['content'] + '\n\n' }}{% elif message['role'] == 'user' %}"
+        r"{{ '### User:\n' + message['content'] + '\n\n' }}{% elif message['role'] == 'assistant' %}"
+        r"{{ '### Assistant:\n' }}{% generation %}{{ message['content'] | trim + eos_token }}{% endgeneration %}"
+        "{% else %}{{ raise_exception('unknown role ' + (message['role'] | string) + "
+        "'; known: system, user, assistant') }}{% endif %}{% endfor %}"
+        r"{% if add_generation_prompt %}{{ '### Assistant:\n' }}{% endif %}"
+    )
+    assert template_name(earlier) == "default"
+
+
+def test_the_template_takes_what_files_hold(tmp_path: Path) -> None:
+    tokenizer = exported(get_encoding("bytes"), tmp_path, get_chat_template("default"))
+    call = {"function": {"name": "add", "arguments": {"a": 2}}}
+    written = tokenizer.apply_chat_template(
+        [
+            {"role": "developer", "content": [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]},
+            {"role": "assistant", "content": None, "tool_calls": [call, call], "reasoning_content": "hm"},
+            {"role": "function", "content": "4"},
+            {"role": "assistant", "content": "  four ", "tool_calls": None},
+        ],
+        tokenize=False,
+    )
+    called = '<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call>'
+    assert written == (
+        f"### System:\nx\ny\n\n### Assistant:\n<think>\nhm\n</think>\n\n{called}\n{called}<|endoftext|>"
+        "### Tool:\n4\n\n### Assistant:\n  four <|endoftext|>"
+    )
 
 
 def test_an_unknown_template_is_named() -> None:

@@ -14,7 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from gpt_kit_hf.data.instructions.encoding import encode_text_row
-from gpt_kit_hf.data.instructions.formats import FormatFn, Row, format_alpaca
+from gpt_kit_hf.data.instructions.formats import FormatFn, Row, alpaca_fields, format_alpaca
+from gpt_kit_hf.data.instructions.rows import RowError, check_is_object, listed
 from gpt_kit_hf.errors import DataError, UsageError, unknown_name
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ class InstructionDataset(Dataset[InstructionItem]):
     special token spelled out in a text is that token; with a tiktoken encoding it is plain text.
 
     Args:
-        data: rows, dicts with the strings instruction, input and output; other keys are for ``format_fn``.
+        data: rows, dicts with the strings instruction, output and, if there is one, input, or with other names that
+            are known; other keys are for ``format_fn``.
         tokenizer: a tiktoken encoding or a tokenizer of transformers (no special tokens are added).
         format_fn: writes a row's text; see ``prompt_and_answer`` for what it may return.
         max_length: the most tokens of prompt and answer; the EOS that the collate function appends is not counted, as
@@ -66,7 +68,8 @@ class InstructionDataset(Dataset[InstructionItem]):
         self.dropped: list[int] = []
         for number, entry in enumerate(data):
             try:
-                prompt_ids, answer_ids = encode_text_row(entry, format_fn, tokenizer, split_special_tokens=False)
+                row = _alpaca_row(entry) if format_fn is format_alpaca else entry
+                prompt_ids, answer_ids = encode_text_row(row, format_fn, tokenizer, split_special_tokens=False)
             except DataError as error:
                 raise DataError(f"data[{number}]: {error}") from error
             length = len(prompt_ids) + len(answer_ids)
@@ -97,6 +100,17 @@ class InstructionDataset(Dataset[InstructionItem]):
             raise IndexError(f"index {index} in a dataset of {len(self)} rows")
         ids = self._ids[self._ends[position] : self._ends[position + 1]]
         return InstructionItem(ids.tolist(), self._prompt_lengths[position])
+
+
+def _alpaca_row(entry: Row) -> Row:
+    """Return a row's fields under Alpaca's names; raises RowError for those that one prompt does not write."""
+    check_is_object(entry)
+    fields, _ = alpaca_fields(entry)
+    if unwritten := [name for name in ("system", "history") if fields[name]]:
+        raise RowError(
+            "format", f"{listed(unwritten, 'is', 'are')} not written by format_alpaca; pass a format_fn that writes it"
+        )
+    return fields
 
 
 @dataclass(frozen=True)

@@ -1,29 +1,30 @@
-"""Formats of instruction rows: which one a row has, and its text or messages."""
+"""Formats of instruction rows: which one a row has, and its fields and text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from gpt_kit_hf.data.instructions.reader import RowError, shown
-from gpt_kit_hf.errors import DataError
-from gpt_kit_hf.tokenization.encodings import check_text
+from gpt_kit_hf.data.instructions.rows import (
+    CONVERSATIONS,
+    INPUTS,
+    INSTRUCTIONS,
+    OUTPUTS,
+    SYSTEMS,
+    RowError,
+    holds,
+    keys_of,
+    listed,
+    shown,
+    text_field,
+)
 
 Row = Mapping[str, Any]
 FormatFn = Callable[[Row], "str | tuple[str, str]"]
 Message = dict[str, Any]
 
-# The keys that identify a format; an Alpaca row's "input" may be "", but must be there, as in the kit.
-FORMAT_KEYS = {
-    "alpaca": ("instruction", "output"),
-    "chat": ("messages",),
-    "prompt_completion": ("prompt", "completion"),
-}
-# ShareGPT's spelling of chat: {"from": ..., "value": ...} under the key conversations.
-_SHAREGPT = "conversations"
-_SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-# These change the conversation or what is trained, so they must not be ignored.
-_UNSUPPORTED = ("tool_calls", "function_call", "weight", "train")
+# The keys that identify a format.
+_FORMAT_KEYS = {"alpaca": ("instruction", "output"), "prompt_completion": ("prompt", "completion")}
 
 _RESPONSE_HEADER = "### Response:"
 # Replaces the output to find out where a format function writes it: no text of a row contains it, and neither
@@ -32,41 +33,109 @@ _PROBE = "\ue6a1\ue6a2\ue6a3"
 
 
 def format_of(row: Row) -> str:
-    """Return the format of a row by its keys: "alpaca", "chat" or "prompt_completion".
+    """Return the format of a row by its keys: "alpaca", "chat", "prompt_completion" or "text".
 
-    A row with all keys of exactly one format has that format, whatever single key of another it has too. Raises
-    RowError for a row of several formats or of none.
+    A row with all keys of exactly one format has that format, whatever single key of another it has too. The names of
+    questions and answers in well-known data sets count as Alpaca's. Raises RowError for a row of several formats or of
+    none.
     """
-    keys = {**FORMAT_KEYS, _SHAREGPT: (_SHAREGPT,)}
-    complete = [name for name, needed in keys.items() if all(key in row for key in needed)]
-    partial = [name for name, needed in keys.items() if any(key in row for key in needed)]
-    found = complete or partial  # a partial one: the encoder then names the key that is missing
+    filled = {key for key, value in row.items() if holds(value)}
+    # A null, as in a table of rows of several formats, decides only if nothing else does.
+    found = _formats_of(filled) or _formats_of(row.keys())
     if len(found) == 1:
-        return "chat" if found[0] == _SHAREGPT else found[0]
+        return next(iter(found))
     if found:
-        seen = ", ".join(repr(key) for name in found for key in keys[name] if key in row)
-        raise RowError("several formats", f"the keys {seen} are of several formats; say which by format")
-    have = shown(", ".join(map(str, row))) if row else "none"
+        raise RowError(
+            "several formats",
+            f"the keys {', '.join(repr(key) for keys in found.values() for key in keys)} are of several formats; say "
+            "which by format, or name the columns by columns, such as instruction=question,output=answer",
+        )
     raise RowError(
         "unknown format",
-        "the row has neither 'messages', nor 'prompt' and 'completion', nor 'instruction', 'input' and 'output'; "
-        f"its keys: {have}",
+        "the row has neither 'messages', nor 'prompt' and 'completion', nor 'instruction' and 'output', nor other "
+        f"names that are known; name them by columns, such as instruction=question,output=answer; {keys_of(row)}",
     )
+
+
+def _formats_of(keys: Collection[str]) -> dict[str, list[str]]:
+    """Return the formats that keys may mean, and for each the keys that say so."""
+    chat = [key for key in CONVERSATIONS if key in keys]
+    complete = {name: [*needed] for name, needed in _FORMAT_KEYS.items() if all(key in keys for key in needed)}
+    if len(chat) > 1:
+        return complete | dict.fromkeys(chat, chat)
+    if complete or chat:
+        return complete | ({"chat": chat} if chat else {})
+    questions, answers = ([key for key in names if key in keys] for names in (INSTRUCTIONS, OUTPUTS))
+    if questions and answers:
+        one = len(questions) == len(answers) == 1
+        return {"alpaca": [*questions, *answers]} if one else {"alpaca": questions, "other": answers}
+    # The reader of a format names the key that is missing.
+    partial = {name: [key for key in needed if key in keys] for name, needed in _FORMAT_KEYS.items()}
+    partial["text"] = ["text"] if "text" in keys else []
+    return {name: found for name, found in partial.items() if found}
+
+
+def alpaca_fields(row: Row) -> tuple[dict[str, Any], set[str]]:
+    """Return the fields of an Alpaca row under Alpaca's names, and the keys that were read; raises RowError.
+
+    input, system and history are "" or [] if the row has none. The row may have the names of well-known data sets.
+    """
+    found: dict[str, Any] = {}
+    read = {"history"}
+    own = holds(row.get("instruction")) and holds(row.get("output"))
+    for field, names in (("instruction", INSTRUCTIONS), ("output", OUTPUTS)):
+        filled = [name for name in names if holds(row.get(name))]
+        if len(filled) > 1 and not own:
+            raise RowError("several formats", f"the keys {listed(filled)} may be the {field}; say which by columns")
+        key = field if field in row and (field in filled or not filled) else next(iter(filled), None)
+        if key is not None:
+            found[field] = row[key]
+            read.add(key)
+    if missing := [field for field in ("instruction", "output") if field not in found]:
+        raise RowError("missing key", f"{listed(missing, 'is', 'are')} missing; {keys_of(row)}")
+    for field, other_names in (("input", INPUTS), ("system", SYSTEMS)):
+        key = next((name for name in other_names if holds(row.get(name))), field)
+        found[field] = text_field(row, key, blank=True) if holds(row.get(key)) else ""
+        read.add(key)
+    found["history"] = row.get("history") or []
+    return found, read
+
+
+def as_messages(fields: Mapping[str, Any], *, headed_input: bool) -> list[Message]:
+    """Return the fields of an Alpaca row as messages: the system text, the history as turns, question and answer.
+
+    `headed_input` writes Alpaca's header before an input. Raises RowError.
+    """
+    messages = [{"role": "system", "content": fields["system"]}] if fields["system"].strip() else []
+    if not isinstance(fields["history"], list):
+        raise RowError("wrong type", f"'history' is {shown(fields['history'])}; it must be a list of pairs")
+    for number, pair in enumerate(fields["history"]):
+        if not isinstance(pair, list | tuple) or [*map(type, pair)] != [str, str]:
+            raise RowError(
+                "wrong type", f"history[{number}] is {shown(pair)}; it must be [question, answer], two strings"
+            )
+        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    question, context = text_field(fields, "instruction"), fields["input"]
+    if context.strip():
+        question += f"\n\n### Input:\n{context}" if headed_input else f"\n\n{context}"
+    answer = text_field(fields, "output")
+    return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def format_alpaca(entry: Row) -> str:
     r"""Return the Alpaca prompt of a row, up to and including "### Response:\n", without the answer.
 
-    The section "### Input:" is written if the row's input is not blank. The row needs the keys instruction and input
-    ("" for none), so it also gives the prompt for generation.
+    The section "### Input:" is written if the row's input is not blank. The row needs the key instruction only, so it
+    also gives the prompt for generation.
 
     Source: the prompt of Stanford Alpaca, https://github.com/tatsu-lab/stanford_alpaca.
 
     Raises:
-        DataError: a field is missing or not a string, or the instruction is blank.
+        DataError: the instruction is missing or blank, or a field is not a string.
 
     """
-    instruction, context = text_field(entry, "instruction"), text_field(entry, "input", blank=True)
+    instruction = text_field(entry, "instruction")
+    context = text_field(entry, "input", blank=True) if entry.get("input") is not None else ""
     task, section = "describes a task.", ""
     if context.strip():
         task = "describes a task, paired with an input that provides further context."
@@ -77,9 +146,24 @@ def format_alpaca(entry: Row) -> str:
     )
 
 
+def prompt_completion_fields(row: Row) -> tuple[dict[str, Any], set[str]]:
+    """Return the fields of a row of prompt and completion under Alpaca's names, and the keys that were read."""
+    if missing := [name for name in ("prompt", "completion") if name not in row]:
+        raise RowError("missing key", f"{listed(missing, 'is', 'are')} missing; {keys_of(row)}")
+    key = next((name for name in SYSTEMS if holds(row.get(name))), "system")
+    fields = {"instruction": text_field(row, "prompt"), "output": text_field(row, "completion")}
+    system = text_field(row, key, blank=True) if holds(row.get(key)) else ""
+    return {**fields, "input": "", "system": system, "history": []}, {"prompt", "completion", key}
+
+
 def format_prompt_completion(row: Row) -> tuple[str, str]:
     """Return the prompt and the completion of a row; raises RowError."""
-    return text_field(row, "prompt"), text_field(row, "completion")
+    fields, _ = prompt_completion_fields(row)
+    if fields["system"].strip():
+        raise RowError(
+            "system", "a system text has no place before a prompt that is used as it is; set chat_template to default"
+        )
+    return fields["instruction"], fields["output"]
 
 
 def prompt_and_answer(entry: Row, format_fn: FormatFn = format_alpaca) -> tuple[str, str]:
@@ -94,13 +178,14 @@ def prompt_and_answer(entry: Row, format_fn: FormatFn = format_alpaca) -> tuple[
       "\n\n### Response:\n" if the prompt does not end in that header, and on a new line if it does.
 
     Raises:
-        DataError: one of the fields instruction, input and output is present and not a string (None, a number, NaN);
+        DataError: one of the fields instruction, input and output is present and not a string (a number, NaN, or None
+            for another field than input);
             the function asks for a key that the row lacks; the output is missing, blank, or written twice; the text
             changes elsewhere than at the output; the prompt is empty.
 
     """
     for name in ("instruction", "input", "output"):
-        if name in entry:
+        if name in entry and (name != "input" or entry[name] is not None):
             text_field(entry, name, blank=True)
     formatted = _formatted(entry, format_fn)
     prompt, answer = formatted if isinstance(formatted, tuple) else _split(formatted, entry, format_fn)
@@ -146,87 +231,3 @@ def _split(text: str, entry: Row, format_fn: FormatFn) -> tuple[str, str]:
     if len(text) <= len(prompt) + len(tail) or not (text.startswith(prompt) and text.endswith(tail)):
         raise RowError("format", "format_fn changes more than the answer with the output; return (prompt, answer)")
     return prompt, text[len(prompt) :]
-
-
-def text_field(row: Row, name: str, *, blank: bool = False) -> str:
-    """Return a string of the row; raises RowError if it is missing, not a string, or blank and must not be."""
-    value = required_field(row, name)
-    if not isinstance(value, str):
-        raise RowError("wrong type", f"{name!r} is {shown(value)} ({type(value).__name__}); it must be a string")
-    if not blank and not value.strip():
-        raise RowError("blank", f"{name!r} is blank")
-    return value
-
-
-def required_field(row: Row, name: str) -> Any:
-    """Return a value of the row; raises RowError if it is missing, null or NaN."""
-    if name not in row:
-        hint = ' ("" for a row without one)' if name == "input" else ""
-        raise RowError("missing key", f"{name!r} is missing{hint}")
-    value = row[name]
-    if value is None:
-        raise RowError("null", f"{name!r} is null; it must have a value")
-    if isinstance(value, float) and value != value:
-        raise RowError("NaN or infinity", f"{name!r} is NaN; it must be a string")
-    return value
-
-
-def check_is_object(row: Any) -> None:
-    """Raise RowError unless the row is a dict."""
-    if not isinstance(row, Mapping):
-        raise RowError("not an object", f"a row is a dict, got {shown(row)}")
-
-
-def check_row_text(text: str, name: str) -> None:
-    """Raise RowError for a lone surrogate, which Python's JSON accepts and no tokenizer can encode."""
-    try:
-        check_text(text, f"the {name}")
-    except DataError as error:
-        raise RowError("lone surrogate", str(error)) from None
-
-
-def messages_of(row: Row) -> list[Message]:
-    """Return the messages of a chat row, with ShareGPT's spelling translated; raises RowError."""
-    if row.get("tools") is not None:
-        raise RowError("wrong type", "'tools' is not supported; leave them out, or write the row by format_fn")
-    if "messages" in row or _SHAREGPT not in row:
-        return checked_messages(required_field(row, "messages"), "messages")
-    turns = required_field(row, _SHAREGPT)
-    if not isinstance(turns, list):
-        raise RowError("wrong type", f"{_SHAREGPT!r} is {shown(turns)}; it must be a list")
-    messages = []
-    for number, turn in enumerate(turns):
-        where = f"{_SHAREGPT}[{number}]"
-        if not isinstance(turn, Mapping) or not {"from", "value"} <= turn.keys():
-            raise RowError("wrong type", f"{where} must be an object with 'from' and 'value', got {shown(turn)}")
-        if not isinstance(turn["from"], str) or turn["from"] not in _SHAREGPT_ROLES:
-            known = ", ".join(_SHAREGPT_ROLES)
-            raise RowError("unknown role", f"{where}: unknown 'from' {shown(turn['from'])}; known: {known}")
-        messages.append({"role": _SHAREGPT_ROLES[turn["from"]], "content": turn["value"]})
-    return checked_messages(messages, _SHAREGPT)
-
-
-def checked_messages(messages: Any, name: str) -> list[Message]:
-    """Return messages with role and content only; raises RowError. The chat template checks the roles."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str):
-        raise RowError("wrong type", f"{name!r} is {shown(messages)}; it must be a list of messages")
-    if not messages:
-        raise RowError("blank", f"{name!r} is an empty list")
-    checked = []
-    for number, message in enumerate(messages):
-        where = f"{name}[{number}]"
-        if not isinstance(message, Mapping):
-            raise RowError("wrong type", f"{where} is {shown(message)}; it must be an object with role and content")
-        unsupported = next((key for key in _UNSUPPORTED if message.get(key) is not None), None)
-        if unsupported is not None:
-            raise RowError("wrong type", f"{where} has {unsupported!r}, which is not supported")
-        try:
-            role, content = text_field(message, "role"), text_field(message, "content", blank=True)
-            check_row_text(role, "role")
-            check_row_text(content, "content")
-        except RowError as error:
-            raise RowError(error.kind, f"{where}: {error}") from None
-        if role == "assistant" and not content.strip():
-            raise RowError("blank", f"{where}: the answer is blank")
-        checked.append({"role": role, "content": content})
-    return checked

@@ -36,6 +36,7 @@ def inspect_rows(
         vocab_size=vocab_size,
         on_bad_row=rows.on_bad_row,
         skipped=skipped,
+        unknown_keys=rows.unknown_keys,
     )
     return report_of(encoded, tokenizer, n_examples=examples)
 

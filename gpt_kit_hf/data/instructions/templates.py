@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
-from gpt_kit_hf.data.instructions.formats import format_of
-from gpt_kit_hf.data.instructions.reader import PlacedRow, RowError
+from gpt_kit_hf.data.instructions.conversations import CHAT_KEYS
+from gpt_kit_hf.data.instructions.formats import alpaca_fields, as_messages, format_of, prompt_completion_fields
+from gpt_kit_hf.data.instructions.rows import PlacedRow, RowError, set_aside
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.options.data import KEEP, RowFormat
-from gpt_kit_hf.tokenization.chat_templates import ALPACA_TEMPLATE, DEFAULT_TEMPLATE, get_chat_template
+from gpt_kit_hf.tokenization.chat_templates import get_chat_template, template_name
 
-_TEMPLATE_OF = {"alpaca": ALPACA_TEMPLATE, "chat": DEFAULT_TEMPLATE, "prompt_completion": None}
+# The names of the chat templates that write the prompts of a format.
+_TEMPLATE_OF = {"alpaca": "alpaca", "chat": "default", "prompt_completion": None, "text": None}
 
 
 def with_template(
@@ -29,20 +31,25 @@ def with_template(
     if choice != KEEP:
         tokenizer.chat_template = get_chat_template(choice)
     elif tokenizer.chat_template is None and first is not None:
-        tokenizer.chat_template = _TEMPLATE_OF[_format(first.row, row_format)]
+        name = _TEMPLATE_OF[_format(first.row, row_format)]
+        tokenizer.chat_template = None if name is None else get_chat_template(name)
     return (_as_prompted(placed, tokenizer, row_format) for placed in chain([] if first is None else [first], rows))
 
 
 def _as_prompted(placed: PlacedRow, tokenizer: Any, row_format: RowFormat) -> PlacedRow:
     known = _format(placed.row, row_format)
-    if known == "chat" or tokenizer.chat_template == _TEMPLATE_OF[known]:
+    template = tokenizer.chat_template
+    if known in ("chat", "text") or (template and template_name(template)) == _TEMPLATE_OF[known]:
         return placed
     if row_format != "auto":
         raise UsageError(
             f"format={row_format!r} writes other prompts than the chat template that is saved with the model: leave "
             "format out, and rows become messages of the template, or set chat_template to one that writes them"
         )
-    return PlacedRow(placed.place, _as_messages(placed.row, known))
+    try:
+        return PlacedRow(placed.place, _as_messages(placed.row, known, template))
+    except RowError:
+        return placed  # the encoder reports what is wrong with the row
 
 
 def _format(row: dict[str, Any], row_format: RowFormat) -> str:
@@ -55,12 +62,9 @@ def _format(row: dict[str, Any], row_format: RowFormat) -> str:
     return "chat" if found == "prompt_completion" and isinstance(row.get("prompt"), list) else found
 
 
-def _as_messages(row: dict[str, Any], row_format: str) -> dict[str, Any]:
-    """Return the row as a question and an answer, or unchanged if a text is missing, for the encoder to report."""
-    names = ("instruction", "output") if row_format == "alpaca" else ("prompt", "completion")
-    question, answer = (row.get(name) for name in names)
-    context = row.get("input", "") if row_format == "alpaca" else ""
-    if not all(isinstance(text, str) for text in (question, answer, context)) or not str(answer).strip():
-        return row
-    content = f"{question}\n\n{context}" if context.strip() else question
-    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]}
+def _as_messages(row: dict[str, Any], row_format: str, template: Any) -> dict[str, Any]:
+    """Return the row as messages, with the keys that were not read; raises RowError."""
+    fields, read = alpaca_fields(row) if row_format == "alpaca" else prompt_completion_fields(row)
+    messages = as_messages(fields, headed_input=template_name(template) == "alpaca")
+    others = {key: value for key, value in row.items() if key not in read}
+    return {"messages": messages} | {set_aside(key) if key in CHAT_KEYS else key: each for key, each in others.items()}

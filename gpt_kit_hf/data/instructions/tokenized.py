@@ -18,9 +18,10 @@ import pyarrow as pa
 from gpt_kit_hf.data.instructions.counts import RowCounts, left_out
 from gpt_kit_hf.data.instructions.encoding import EncodedRow, RowEncoder
 from gpt_kit_hf.data.instructions.formats import FormatFn
-from gpt_kit_hf.data.instructions.reader import BadRow, PlacedRow, RowError, SkippedRows, skip_or_raise
+from gpt_kit_hf.data.instructions.reader import SkippedRows, skip_or_raise
+from gpt_kit_hf.data.instructions.rows import BadRow, PlacedRow, RowError
 from gpt_kit_hf.errors import DataError, UsageError
-from gpt_kit_hf.options.data import SupervisionOptions
+from gpt_kit_hf.options.data import SupervisionOptions, UnknownKeys
 
 if TYPE_CHECKING:
     from gpt_kit_hf.tokenization.encodings import AnyTokenizer
@@ -49,6 +50,8 @@ class SupervisedRows:
         eos_token_id: EOS.
         options: what the rows were encoded with.
         counts: of the whole input, for a subset, too: the rows read, used, skipped and dropped.
+        unread_keys: the keys that were not read, in the whole input, and how many rows or turns had each.
+        thinking_left_out: answers of the whole input whose thinking was left out.
 
     """
 
@@ -60,6 +63,8 @@ class SupervisedRows:
     eos_token_id: int
     options: SupervisionOptions
     counts: RowCounts
+    unread_keys: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    thinking_left_out: int = 0
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -128,6 +133,8 @@ def encode_rows(
     vocab_size: int | None = None,
     on_bad_row: Literal["stop", "skip"] = "stop",
     skipped: SkippedRows | None = None,
+    unknown_keys: UnknownKeys = "report",
+    text_rows: bool = False,
 ) -> SupervisedRows:
     """Return all rows as ids, with their answers and the EOS after each marked as trained.
 
@@ -139,11 +146,14 @@ def encode_rows(
     `prompt_and_answer` says. A row with an id of `vocab_size` or more is a bad row. With on_bad_row="skip" bad rows
     are added to `skipped`: pass the one given to `read_rows`, and the result counts the rows skipped by both.
 
+    Keys that are not read are counted, or make a row a bad row with unknown_keys="error". A row of `text` alone needs
+    train_on="everything", or `text_rows`.
+
     Raises UsageError if the tokenizer has no EOS, or a chat template that does not mark the answers; DataError for the
     first bad row, with its place, or if no row is left.
     """
     skipped, dropped = SkippedRows() if skipped is None else skipped, SkippedRows()
-    encoder = RowEncoder(tokenizer, options.format, format_fn, vocab_size)
+    encoder = RowEncoder(tokenizer, options, format_fn, vocab_size, unknown_keys, text_rows=text_rows)
     ids, trained, ends, truncated, places = array("i"), bytearray(), array("q", [0]), bytearray(), []
     number = -1
     for number, item in enumerate(rows):
@@ -183,6 +193,8 @@ def encode_rows(
         eos_token_id=encoder.eos_token_id,
         options=options,
         counts=counts,
+        unread_keys=dict(encoder.unread.most_common()),
+        thinking_left_out=encoder.thinking_left_out,
     )
 
 

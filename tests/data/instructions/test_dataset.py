@@ -144,10 +144,11 @@ def test_format_functions_that_hide_the_answer_are_named(
     ("row", "message"),
     [
         ({"instruction": "Translate", "input": "Hello"}, "'output' is missing"),
-        ({"instruction": "Translate", "output": "x"}, r"'input' is missing \(\"\" for"),
-        ({"input": "", "output": "x"}, "'instruction' is missing"),
+        ({"input": "", "output": "x"}, "'instruction' is missing; its keys: 'input, output'"),
+        ({"input": ""}, "'instruction' and 'output' are missing"),
+        (ROW | {"history": [["a", "b"]]}, "'history' is not written by format_alpaca"),
+        (ROW | {"system": "Be kind."}, "'system' is not written by format_alpaca"),
         (ROW | {"output": None}, "'output' is null"),
-        (ROW | {"input": None}, "'input' is null"),
         (ROW | {"input": math.nan}, "'input' is NaN"),
         (ROW | {"output": 3}, r"'output' is 3 \(int\)"),
         (ROW | {"output": ""}, "'output' is blank"),
@@ -164,8 +165,15 @@ def test_unusable_rows_are_named_with_their_number(row: Any, message: str, encod
 
 
 def test_a_null_never_becomes_the_text_none(encoding: tiktoken.Encoding) -> None:
-    with pytest.raises(DataError, match=r"data\[1\]: 'input' is null"):
-        InstructionDataset([ROW, ROW | {"input": None}], encoding, whole_text)
+    with pytest.raises(DataError, match=r"data\[1\]: 'output' is null"):
+        InstructionDataset([ROW, ROW | {"output": None}], encoding, whole_text)
+
+
+def test_a_missing_or_null_input_is_empty_and_other_names_are_known(encoding: tiktoken.Encoding) -> None:
+    pair = {"instruction": "Sing", "output": "la"}
+    rows = [pair | {"input": ""}, pair, pair | {"input": None}, {"question": "Sing", "response": "la"}]
+    dataset = InstructionDataset(rows, encoding)
+    assert all(dataset[index] == dataset[0] for index in range(len(rows)))
 
 
 def test_items_are_prompt_ids_then_answer_ids(encoding: tiktoken.Encoding) -> None:

@@ -27,7 +27,8 @@ ALPACA = {"instruction": "Say so", "input": "", "output": "so"}
 
 
 @pytest.mark.parametrize(
-    ("row", "expected"), [(CHAT, "1 3"), (ALPACA, "1 3"), ({"prompt": "a"}, "rows.jsonl:1: 'completion' is missing")]
+    ("row", "expected"),
+    [(CHAT, "1 3"), (ALPACA, "1 3"), ({"prompt": "a"}, "rows.jsonl:1: 'completion' is missing; its keys: 'prompt'")],
 )
 def test_inspect_without_a_model_imports_no_torch(row: object, expected: str, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import random
 from pathlib import Path
@@ -119,7 +121,23 @@ BAD_FILES = {
     "empty gzip": ("rows.jsonl.gz", gzip.compress(b""), "empty"),
     "no zstd": ("rows.json.zst", GOOD, "cannot be read"),
     "no Parquet": ("rows.parquet", b"PAR1 and then nothing", "cannot be read as Parquet"),
-    "unknown ending": ("rows.csv", GOOD, "must end in"),
+    "unknown ending": ("rows.xlsx", GOOD, "must end in"),
+    "several lists": (
+        "rows.json",
+        b'{"train": [' + GOOD + b'], "data": [' + GOOD + b"]}",
+        "holds several lists of rows, 'train' and 'data'",
+    ),
+    "a fault in a list of an object": (
+        "rows.json",
+        b'{"v": 1,\n"data": [' + GOOD + b",\n{]}",
+        ":3:2: broken JSON",
+    ),
+    "an empty list in an object": ("rows.json", b'{"data": []}', "holds no row"),
+    "no header": ("rows.csv", b"\n,,\n1,2,3\n", ":2: there is no header"),
+    "a column twice": ("rows.csv", b"a,b,a\n1,2,3\n", ":1: the column 'a' occurs more than once"),
+    "a header alone": ("rows.tsv", b"a\tb\n", "holds no row"),
+    "a quote without an end": ("rows.csv", b'a,b\n1,2\n"3,4\n5,6\n', ":3: not a row of CSV: "),
+    "text after a quote": ("rows.csv", b'a,b\n1,2\n"3"x,4\n', ":3: not a row of CSV: "),
     "Parquet in gzip": ("rows.parquet.gz", GOOD, "must end in"),
 }
 
@@ -172,8 +190,54 @@ def test_array_elements_are_placed_where_they_begin(indent: int | None, name: st
 
 
 def write(file: Path, content: bytes) -> None:
-    with pa.output_stream(str(file), compression={".gz": "gzip", ".zst": "zstd"}.get(file.suffix)) as stream:
+    with pa.output_stream(str(file), compression={".gz": "gzip", ".zst": "zstd"}.get(file.suffix.lower())) as stream:
         stream.write(content)
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.csv.gz", "rows.TSV", "rows.CSV.ZST"])
+def test_a_table_is_read_as_the_standard_library_reads_it(name: str, tmp_path: Path) -> None:
+    rows = [{"a": "é, 日", "b": "two\nlines"}, {"a": "", "b": 'say "x"\t'}, {"a": " 1.50 ", "b": "NA"}]
+    delimiter = "\t" if "tsv" in name.lower() else ","
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, ["a", "b"], delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    write(tmp_path / name, b"\xef\xbb\xbf" + text.getvalue().encode())
+    found = read(tmp_path / name)
+    assert [row.row for row in found] == rows
+    assert places(found) == [f"{name}:{line}" for line in (2, 4, 5)]
+
+
+def test_a_row_of_another_width_or_not_utf8_is_a_fault_of_its_row(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_bytes(b"a,b\n1,2\n\n1,2,3\n\xff,2\n1\n3,4\n")
+    with pytest.raises(DataError, match=r"rows\.csv:4: a row of 3 cells under 2 columns: "):
+        read(file)
+    skipped = SkippedRows()
+    assert places(read(file, "skip", skipped)) == ["rows.csv:2", "rows.csv:7"]
+    assert skipped.counts == {"number of cells": 2, "not UTF-8": 1}
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_list_of_rows_in_an_object_is_read_with_places(indent: int | None, name: str, tmp_path: Path) -> None:
+    rows = [{"a": "x", "data": [1]}, {"a": "]}"}]
+    text = json.dumps({"version": [1], "rows": rows, "licence": {"data": []}}, indent=indent)
+    (tmp_path / name).write_text(text)
+    found = read(tmp_path / name)
+    assert [row.row for row in found] == rows
+    opening = [number for number, line in enumerate(text.split("\n"), start=1) if line == "  {"]
+    assert places(found) == [f"{name}:{line}" for line in (opening or [1, 1])]
+
+
+def test_rows_that_hold_a_list_are_rows(tmp_path: Path) -> None:
+    rows = [{"instruction": "a", "data": [{"b": 1}]}, {"instruction": "a", "data": [{"b": 1}]}]
+    for number in (1, 2):
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:number]))
+        assert [row.row for row in read(tmp_path / "rows.jsonl")] == rows[:number]
+    others = [{"data": [{"b": 1}]}, {"data": [{"b": 1}]}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in others))
+    assert [row.row for row in read(tmp_path / "rows.jsonl")] == others
 
 
 def test_real_rows_equal_what_the_standard_library_reads(shared_data: Path) -> None:

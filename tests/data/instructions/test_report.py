@@ -234,7 +234,9 @@ def test_what_was_left_out_is_counted_and_placed(tmp_path: Path) -> None:
     }
     assert {kind: left.rows for kind, left in report.dropped.items()} == {"longer than max_length": 1}
     name = tmp_path / "rows.jsonl"
-    assert report.skipped["missing key"].first == tuple(f"{name}:{n}: 'completion' is missing" for n in (3, 5))
+    assert report.skipped["missing key"].first == tuple(
+        f"{name}:{n}: 'completion' is missing; its keys: 'prompt'" for n in (3, 5)
+    )
     assert report.skipped["broken JSON"].first[0].startswith(f"{name}:2:2: broken JSON")
     assert report.dropped["longer than max_length"].first[0].startswith(f"{name}:7: the answers alone need 31")
     text = report.text()
