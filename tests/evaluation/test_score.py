@@ -176,6 +176,21 @@ def test_answers_score_as_at_the_end_of_the_run(tuned: tuple[RunResult, Path]) -
     assert scored.loss == pytest.approx(result.evaluation.loss, abs=1e-5)
 
 
+def test_answers_in_other_columns_and_tables_score_alike(tuned: tuple[RunResult, Path], tmp_path: Path) -> None:
+    result, _ = tuned
+    one = {"prompt": "Say yes.", "completion": "yes"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(one))
+    (tmp_path / "ROWS.CSV").write_text("prompt,completion\nSay yes.,yes\n")
+    (tmp_path / "named.jsonl").write_text(json.dumps({"q": "Say yes.", "a": "yes", "text": "other"}))
+    asked = [("rows.jsonl", None), ("ROWS.CSV", None), ("named.jsonl", ["prompt=q,completion=a"])]
+    scores = [
+        score_model(str(result.folder), ScoreOptions(data=[str(tmp_path / name)], columns=columns))
+        for name, columns in asked
+    ]
+    assert [score.kind for score in scores] == ["rows"] * 3
+    assert len({score.evaluation.loss for score in scores}) == len({score.data_fingerprint for score in scores}) == 1
+
+
 @pytest.mark.parametrize("padding_side", ["right", "left"])
 @pytest.mark.parametrize("batch_size", [1, 4, 16])
 def test_answers_score_as_by_hand(trained: RunResult, tmp_path: Path, batch_size: int, padding_side: Any) -> None:

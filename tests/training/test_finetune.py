@@ -42,7 +42,7 @@ from gpt_kit_hf.evaluation.metrics import tokenizer_byte_lengths
 from gpt_kit_hf.generation.chat import CONTINUATION_TEMPLATE
 from gpt_kit_hf.storage.atomic_files import read_jsonl
 from gpt_kit_hf.storage.checkpoints import list_checkpoints
-from gpt_kit_hf.tokenization.chat_templates import ALPACA_TEMPLATE
+from gpt_kit_hf.tokenization.chat_templates import ALPACA_TEMPLATE, DEFAULT_TEMPLATE
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT = 256
@@ -166,6 +166,37 @@ def test_evaluation_scores_answers_only_for_every_train_on(base: Path, tmp_path:
         first = next(r for r in read_jsonl(tmp_path / train_on / "metrics.jsonl") if r["kind"] == "eval")
         losses.append((first["loss"], first["tokens"]))
     assert losses[0] == losses[1]
+
+
+def test_rows_of_text_are_trained_and_scored_whole(base: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"Is {i} even?", "id": i}) + "\n" for i in range(8)))
+    everything = SupervisionOptions(max_length=CONTEXT, train_on="everything")
+    result = finetune(options(tmp_path / "run", base, rows, max_steps=2, supervision=everything), stream=None)
+    assert result.evaluation.tokens == 2 * len("s 0 even?" + "$")  # all but the first, and EOS
+    stored = json.loads((tmp_path / "run" / "supervision.json").read_text())
+    assert stored["unread_keys"] == {"id": 8}
+    assert AutoTokenizer.from_pretrained(tmp_path / "run").chat_template is None
+
+
+def test_a_resumed_run_keeps_the_template_of_its_checkpoint(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "  y\n"}]}
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((json.dumps(chat) + "\n") * 8)
+    asked = options(tmp_path / "run", base, rows)
+    default = replace(asked.base, chat_template="default")
+    # As an earlier version wrote it, which stripped answers.
+    earlier = DEFAULT_TEMPLATE.replace("{{ text_of(message['content']) }}", "{{ message['content'] | trim }}")
+    assert earlier != DEFAULT_TEMPLATE
+    with monkeypatch.context() as patched:
+        patched.setattr("gpt_kit_hf.data.instructions.templates.get_chat_template", lambda name: earlier)
+        finetune(replace(asked, base=default), stream=None)
+    killed = killed_copy(tmp_path / "run", tmp_path / "again", "step-00000008")
+    finetune(replace(options(killed, base, rows, resume=True), base=default), stream=None)
+    assert update_lines(tmp_path / "run") == update_lines(killed)
+    assert AutoTokenizer.from_pretrained(killed).chat_template == earlier
 
 
 def test_dropout_option_changes_the_model(base: Path, tmp_path: Path) -> None:

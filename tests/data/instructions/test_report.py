@@ -289,3 +289,21 @@ def test_rows_beyond_a_sequence_leave_the_padding_of_packing_unknown() -> None:
 def test_gpt2_shows_text_of_any_language(gpt2_encoding: tiktoken.Encoding) -> None:
     rows = encode_rows([{"prompt": "日本", "completion": "語"}], gpt2_encoding, SupervisionOptions())
     assert "日本⟦語<|endoftext|>⟧" in report_of(rows, gpt2_encoding).text()
+
+
+def test_keys_that_are_not_read_and_thinking_left_out_are_listed_once(tmp_path: Path) -> None:
+    turns = [
+        {"role": "user", "content": "hi", "mood": "good"},
+        {"role": "assistant", "content": "ho", "thinking": "h"},
+    ]
+    rows = [{"messages": turns, "id\x1b[2J": 1}, {"messages": turns, "id\x1b[2J": 2, "source": None}]
+    encoded = encode_rows(rows, byte_tokenizer(tmp_path), SupervisionOptions())
+    for part in (encoded, encoded.split([0.5, 0.5], 0)[0]):  # of the whole input
+        report = report_of(part, BYTES)
+        lines = report.text().splitlines()
+        assert "keys      not read: messages[].mood (2), id\\x1b[2J (2)" in lines
+        assert "thinking  left out of 2 answers; --thinking train trains it" in lines
+        assert report.to_dict()["unread_keys"] == {"messages[].mood": 2, "id\x1b[2J": 2}
+    plain = report_of(encode_rows([ROW], BYTES, SupervisionOptions()), BYTES).text()
+    assert "not read" not in plain
+    assert "thinking" not in plain
