@@ -36,7 +36,7 @@ from gpt_kit_hf import (
     read_rows,
 )
 from gpt_kit_hf.commands.main import main
-from gpt_kit_hf.data.instructions.reader import PlacedRow
+from gpt_kit_hf.data.instructions.rows import PlacedRow
 from gpt_kit_hf.data.instructions.templates import with_template
 from gpt_kit_hf.evaluation.metrics import tokenizer_byte_lengths
 from gpt_kit_hf.generation.chat import CONTINUATION_TEMPLATE

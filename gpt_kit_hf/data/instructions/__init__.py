@@ -4,8 +4,8 @@
 names of its fields. `formats`: the fields and text of a row (Alpaca, prompt and completion). `conversations`: turns of
 a chat row, and which are trained. `templates`: which chat template writes the prompts. `encoding`: one row as ids and
 answer marks. `tokenized`: all rows as arrays, truncated, split, packed. `counts`: rows used and left out. `batches`:
-packed or padded rows for torch. `dataset`: the kit's `InstructionDataset` and collate function. `report`: what training
-would see of the rows. `inspect`: that report without training. Only `batches` and `dataset` import torch.
+packed or padded rows for torch. `dataset`: the kit's `InstructionDataset` and collate function. `report`: what
+training would see of the rows. `inspect`: that report without training. Only `batches` and `dataset` import torch.
 """
 
 import lazy_loader

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gpt_kit_hf.data.instructions.reader import PlacedRow, SkippedRows, read_rows
+from gpt_kit_hf.data.instructions.reader import SkippedRows, read_rows
+from gpt_kit_hf.data.instructions.rows import PlacedRow
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.options.data import RowOptions
 

@@ -9,7 +9,7 @@ from tiny_model import byte_tokenizer, write_tiny_model
 from transformers import PreTrainedTokenizerBase
 
 from gpt_kit_hf.data.instructions.inspect import inspect_rows
-from gpt_kit_hf.data.instructions.reader import PlacedRow
+from gpt_kit_hf.data.instructions.rows import PlacedRow
 from gpt_kit_hf.data.instructions.templates import with_template
 from gpt_kit_hf.data.instructions.tokenized import encode_rows
 from gpt_kit_hf.errors import DataError, UsageError
