@@ -319,7 +319,7 @@ def test_white_space_that_tiktoken_cannot_split_is_a_fault_of_the_row(gpt2_encod
         mergeable_ranks=gpt2_encoding._mergeable_ranks,
         special_tokens=gpt2_encoding._special_tokens,
     )
-    with pytest.raises(DataError, match="row 0: the answer of 2000001 characters cannot be split"):
+    with pytest.raises(DataError, match="row 0: the answer of 2,000,001 characters cannot be split"):
         encode([{"prompt": "p", "completion": " " * 2_000_000 + "x"}], other)
 
 
