@@ -277,7 +277,7 @@ class _Rows:
 def _extend(model: PreTrainedModel, ids: Tensor, max_new_tokens: int, rows: _Rows) -> None:
     """Predict from (B, T) token by token: with a ``Decoder`` if it supports the model, else by ``generate``."""
     if why_not(model) is None:
-        decoder = Decoder(model)
+        decoder = Decoder(model, keep_packed=True)  # one copy for all requests, however large
         with torch.inference_mode(), torch.autocast(ids.device.type, enabled=False):
             tokens = rows.add_tokens(decoder.start(ids, ids.shape[1] + max_new_tokens))
             if pays(max_new_tokens) and not rows.are_finished():

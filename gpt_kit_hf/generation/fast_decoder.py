@@ -5,6 +5,7 @@ Shapes: B batch size, T input tokens, S cache size in tokens, D model width, H h
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -50,6 +51,7 @@ class _Matrices(NamedTuple):
 
 # Packed weights by model and dtype, with the address and version of each parameter at the time of packing.
 _kept: WeakKeyDictionary[nn.Module, dict[str, tuple[list[tuple[int, int]], _Matrices]]] = WeakKeyDictionary()
+_packing = threading.Lock()
 
 
 class Decoder:
@@ -61,7 +63,7 @@ class Decoder:
     that the decoder does not support, and for a dtype without products on this machine.
     """
 
-    def __init__(self, model: GPTKitForCausalLM, dtype: DecodingDtype = "auto") -> None:
+    def __init__(self, model: GPTKitForCausalLM, dtype: DecodingDtype = "auto", *, keep_packed: bool = False) -> None:
         if dtype not in get_args(DecodingDtype):
             raise UsageError(unknown_name("dtype", str(dtype), get_args(DecodingDtype)))
         if (reason := why_not(model)) is not None:
@@ -71,7 +73,7 @@ class Decoder:
             raise UsageError(f"dtype={dtype}: only on a CPU, and the model is on {self._device}; use auto")
         if dtype != "auto" and not _has_packed_products(dtype):
             raise UsageError(f"dtype={dtype}: this CPU's torch has no such products; use auto")
-        self._model, self._dtype = model, dtype
+        self._model, self._dtype, self._keep_packed = model, dtype, keep_packed
         self._compute_dtype = torch.float32 if self._device.type == "cpu" else model.dtype
         self._unpacked = _unpacked_matrices(model, self._compute_dtype)
         self._packed: _Matrices | None = None
@@ -84,11 +86,15 @@ class Decoder:
         """Copy the weights into a layout that is fast for single tokens.
 
         The copy is cached for later decoders as long as the model lives and its weights do not change; not for a model
-        in training mode, whose weights will change, and with "auto" not for a large model.
+        in training mode, whose weights will change, and with "auto" not for a large model, unless `keep_packed` asks
+        for it. Threads share one copy.
         """
         layout = _layout(self._dtype, self._model.dtype, self._device)
-        if self._packed is not None or layout is None:
-            return
+        if self._packed is None and layout is not None:
+            with _packing:
+                self._pack(layout)
+
+    def _pack(self, layout: _Layout) -> None:
         state = [(p.data_ptr(), p._version) for p in self._model.parameters()]
         kept = _kept.setdefault(self._model, {})
         if self._dtype in kept and kept[self._dtype][0] == state:
@@ -97,7 +103,7 @@ class Decoder:
         kept.pop(self._dtype, None)
         self._packed = _packed_matrices(self._model, layout, self._compute_dtype)
         is_small = sum(p.nbytes for p in self._model.parameters()) <= _MAX_CACHED_BYTES
-        if not self._model.training and (is_small or self._dtype != "auto"):
+        if not self._model.training and (is_small or self._dtype != "auto" or self._keep_packed):
             kept[self._dtype] = state, self._packed
 
     def start(self, prompt: Tensor, length: int) -> Tensor:

@@ -64,7 +64,7 @@ def _joined_text(content: Any) -> str | None:
             raise ValueError(f"has a part of type {kind!r}; only text is supported")
         if not isinstance(part.get("text"), str):
             raise ValueError("has a part without a text")
-    return "".join(part["text"] for part in content)
+    return "\n".join(part["text"] for part in content)
 
 
 class Strict(BaseModel):

@@ -19,9 +19,19 @@ from gpt_kit_hf.hub.model_folder import check_tokenizer, find_model_folder, load
 
 _PACKAGES = ("pydantic", "starlette", "uvicorn")  # of the extra "serve"
 
-# Fields of a generation config that the server uses, or that change no answer.
-_USED = {"temperature", "top_k", "top_p", "do_sample", "eos_token_id", "bos_token_id", "pad_token_id"}
-_WITHOUT_EFFECT = {"max_length", "max_new_tokens", "use_cache", "cache_implementation", "transformers_version"}
+# Fields of a generation config that change answers, and that no request can set here.
+_NOT_APPLIED = {
+    *(
+        "repetition_penalty",
+        "no_repeat_ngram_size",
+        "exponential_decay_length_penalty",
+        "min_length",
+        "min_new_tokens",
+    ),
+    *("min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "penalty_alpha", "guidance_scale", "num_beams"),
+    *("bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens", "min_new_tokens"),
+    *("stop_strings", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "watermarking_config"),
+}
 
 _CHAT_EXAMPLE = """/chat/completions -H 'Content-Type: application/json' \
 -d '{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 50}'"""
@@ -64,8 +74,8 @@ def serve(
         announce(f"{name} is served at {url} (Ctrl-C stops). Try: curl {url}{example}")
         if not has_template:
             announce(f"{name} has no chat template: it is a completion model, and chat requests are refused.")
-        if unused := sorted(config.to_diff_dict().keys() - _USED - _WITHOUT_EFFECT):
-            announce(f"{name}: these fields of its generation config are not used: {', '.join(unused)}.")
+        if not_applied := sorted(config.to_diff_dict().keys() & _NOT_APPLIED):
+            announce(f"{name}: the server does not apply {', '.join(not_applied)} of generation_config.json.")
         with suppress(KeyboardInterrupt), _sigterm_as_sigint():
             server.run(listener, cors_allow_origins)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 import tiktoken
 import torch
-from tiny_model import byte_tokenizer
+from tiny_model import byte_tokenizer, write_tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
@@ -21,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from gpt_kit_hf.generation import fast_decoder
 from gpt_kit_hf.generation.completion import Chunk, CompletionModel, Sampling
 from gpt_kit_hf.generation.token_bytes import TokenBytes
 from gpt_kit_hf.tokenization.export import save_tokenizer
@@ -119,3 +122,30 @@ def test_the_bytes_of_sentencepieces_tokens_joined_are_the_text() -> None:
     assert tokenizer.decode(ids) == text
     assert b"".join(token_bytes(token, ids[:i]) for i, token in enumerate(ids)) == text.encode()
     assert token_bytes(1, [4]) == b"\xe2"
+
+
+def test_packed_weights_are_kept_for_all_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny_model(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    monkeypatch.setattr(fast_decoder, "_MAX_CACHED_BYTES", 0)  # as a large model
+    packed: list[object] = []
+    monkeypatch.setattr(
+        fast_decoder,
+        "_packed_matrices",
+        lambda *arguments: packed.append(arguments) or fast_decoder._unpacked_matrices(model, torch.float32),
+    )
+    monkeypatch.setattr(fast_decoder, "_layout", lambda *_: fast_decoder._row_by_row)
+    ready = CompletionModel(model, AutoTokenizer.from_pretrained(tmp_path))
+    answers: list[list[Chunk]] = [[] for _ in range(6)]
+    threads = [
+        threading.Thread(
+            target=ready.complete, args=(PROMPT, 1, Sampling(max_new_tokens=40, temperature=0), answer.append)
+        )
+        for answer in answers
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(packed) == 1
+    assert len({"".join(chunk.text for chunk in answer) for answer in answers}) == 1

@@ -352,9 +352,9 @@ def test_chat_logprobs(served: Served) -> None:
 
 
 def test_content_may_be_a_list_of_text_parts(served: Served) -> None:
-    parts = [{"type": "text", "text": "fo"}, {"type": "text", "text": "x"}]
+    parts = [{"type": "text", "text": "fox"}, {"type": "text", "text": "dog"}]
     answer = chat(served, {"role": "user", "content": parts})
-    assert answer.choices[0].message.content == continuation(served, "[u]fox[a]")
+    assert answer.choices[0].message.content == continuation(served, "[u]fox\ndog[a]")
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
     with pytest.raises(openai.BadRequestError, match="a part of type 'image_url'; only text is supported") as refused:
         chat(served, {"role": "user", "content": [*parts, image]})

@@ -101,7 +101,11 @@ def test_the_command_serves_until_interrupted(folder: Path) -> None:
 
 def test_the_command_stops_at_sigterm_in_the_middle_of_an_answer(tmp_path: Path) -> None:
     write_tiny_model(tmp_path, context=500_000)
+    config = tmp_path / "generation_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "repetition_penalty": 1.2}))
     with started(tmp_path) as (process, client, _):
+        assert process.stdout is not None
+        assert "does not apply repetition_penalty of generation_config.json" in process.stdout.readline()
         name = client.models.list().data[0].id
         stream = client.completions.create(model=name, prompt="fox", temperature=0, stream=True)
         chunks = iter(stream)
