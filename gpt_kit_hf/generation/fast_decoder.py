@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from gpt_kit_hf.errors import UsageError, unknown_name
 from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM, TransformerBlock
+from gpt_kit_hf.model.own_class import is_gpt_kit, own_model
 from gpt_kit_hf.options.generation import DecodingDtype
 
 Linear: TypeAlias = Callable[[Tensor], Tensor]
@@ -68,6 +69,7 @@ class Decoder:
             raise UsageError(unknown_name("dtype", str(dtype), get_args(DecodingDtype)))
         if (reason := why_not(model)) is not None:
             raise UsageError(f"dtype={dtype}: {reason}")
+        model = own_model(model) or model  # `why_not` has checked that there is one
         self._device: torch.device = model.device
         if dtype != "auto" and self._device.type != "cpu":
             raise UsageError(f"dtype={dtype}: only on a CPU, and the model is on {self._device}; use auto")
@@ -165,9 +167,11 @@ class Decoder:
 
 def why_not(model: nn.Module) -> str | None:
     """Return why a `Decoder` does not support a model, or None if it does."""
-    if type(model) is not GPTKitForCausalLM:
-        return f"{type(model).__name__} is no plain GPTKitForCausalLM"
-    device = model.device
+    own = own_model(model)
+    if own is None or type(own) is not GPTKitForCausalLM:
+        computes = ", as its code computes something else" if own is None and is_gpt_kit(model) else ""
+        return f"{type(model).__name__} is no plain GPTKitForCausalLM{computes}"
+    device = own.device
     if device.type not in ("cpu", "cuda"):
         return f"the model is on {device}, and only a CPU or a CUDA GPU is supported"
     for name, parameter in model.named_parameters():

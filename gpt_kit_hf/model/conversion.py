@@ -41,6 +41,7 @@ from gpt_kit_hf.model.layouts import (
     stored_shapes,
 )
 from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM, GPTKitPreTrainedModel
+from gpt_kit_hf.model.own_class import is_gpt_kit, own_model
 from gpt_kit_hf.model.presets import config_error_message
 from gpt_kit_hf.model.state_dicts import load_state_dict
 from gpt_kit_hf.model.weight_files import (
@@ -107,10 +108,12 @@ def save_as_gpt2(model: GPTKitForCausalLM, path: str | Path, *, tokenizer_folder
     a model with replaced layers (merge adapters first), and a tokenizer with more ids than the model; CheckpointError
     if writing fails.
     """
-    if not isinstance(model, GPTKitForCausalLM):
-        raise UsageError(f"model is a {type(model).__name__}; it must be a GPTKitForCausalLM")
+    own = own_model(model)
+    if own is None:
+        computes = ", and its code computes something else than this package's" if is_gpt_kit(model) else ""
+        raise UsageError(f"model is a {type(model).__name__}{computes}; it must be a GPTKitForCausalLM")
     with _new_folder(path) as stage:
-        _write_folder(_as_gpt2(model), stage, tokenizer_folder)
+        _write_folder(_as_gpt2(own), stage, tokenizer_folder)
 
 
 def convert_checkpoint(

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from gpt_kit_hf.errors import NonFiniteError, UsageError
-from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
+from gpt_kit_hf.model.own_class import is_gpt_kit
 
 
 class Batch(NamedTuple):
@@ -87,8 +87,9 @@ def summed_batch_loss(
     # No attention mask: rows are padded on the right, where causal attention never looks, and padding is not trained.
     packing = {} if position_ids is None else {"position_ids": position_ids.to(device)}
     inner = _unwrap(model)
-    if isinstance(inner, GPTKitForCausalLM):
-        _check_targets(target_batch, inner.config.vocab_size, ignore_index)
+    if is_gpt_kit(inner) and "skip_logits" in inspect.signature(inner.forward).parameters:
+        config: Any = inner.config
+        _check_targets(target_batch, config.vocab_size, ignore_index)
         targets = target_batch.to(device)
         # The model divides the sum by the number of items.
         asked = {"shift_labels": targets, "num_items_in_batch": 1, "ignore_index": ignore_index, "skip_logits": True}
