@@ -35,16 +35,29 @@ _DEEPEST = 3  # archives within archives
 _MOST_UNPACKED = 64 << 20
 _MOST_RATIO = 200
 _UTF8 = ("utf-8", "utf-8-sig", "ascii")
+_ANOTHER = "name its encoding by --encoding_of_files"
+_BAD_BYTES = "gpt-kit-bad-bytes"
+codecs.register_error(_BAD_BYTES, lambda error: ("\udcff", getattr(error, "end", 0)))  # no byte 0xff is in UTF-8
 _NAMES_SHOWN = 3
 _LONGEST_NAME = 60
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileReading:
-    """How files are read: the column of tables, and the codec of text without a byte-order mark (None: UTF-8)."""
+    """How files are read: the column of tables, and the codec of text without a byte-order mark (None: UTF-8).
+
+    With `keep_bad`, bytes that are none of the codec become bytes that are not UTF-8, so that the readers of shards
+    find them; otherwise they are an error.
+    """
 
     column: str
     encoding: str | None = None
+    keep_bad: bool = False
+
+    @property
+    def errors(self) -> str:
+        """The error handler of decoding."""
+        return _BAD_BYTES if self.keep_bad else "strict"
 
     def codec(self, head: bytes) -> str:
         """Return the codec of a file that begins with `head`."""
@@ -111,11 +124,12 @@ def _conversion(
         return (), None
     codec = _check_head(head, label, reading)
     if form in (".csv", ".tsv"):
-        how = (form, compression, codec, reading.column)
-        return how, partial(_tabulate, place, form, compression, codec, reading.column)
+        how = (form, compression, codec, reading.errors, reading.column)
+        return how, partial(_tabulate, place, form, compression, codec, reading)
     if codec in _UTF8:
         return (), None
-    return (form, compression, codec), partial(_transcode, place, form, compression, codec)
+    errors = reading.errors
+    return (form, compression, codec, errors), partial(_transcode, place, form, compression, codec, errors)
 
 
 def _check_compression(label: str, compression: str, container: str) -> None:
@@ -191,25 +205,26 @@ def _write_member(member: Member, file: Path, archive: str, reading: FileReading
     return size
 
 
-def _tabulate(place: PlainFile, form: str, compression: str, codec: str, column: str, stage: Path) -> Index:
+def _tabulate(place: PlainFile, form: str, compression: str, codec: str, reading: FileReading, stage: Path) -> Index:
     """Write a column of a table as JSON Lines, each row on the line on which it begins in the table."""
 
     def opened() -> TextIO:
-        errors = "surrogateescape" if codec in _UTF8 else "strict"
+        errors = "surrogateescape" if codec in _UTF8 else reading.errors
         stream = io.BufferedReader(open_file(place.file, compression), _BLOCK)
         return io.TextIOWrapper(stream, "utf-8-sig" if codec in _UTF8 else codec, errors, newline="")
 
-    found, line = "", 1
+    column, line = reading.column, 1
+    found: str | None = None
     with (stage / "rows.jsonl").open("wb") as target, _reported(place, codec):
         for row in table_rows(opened, place.name, tabs=form == ".tsv", wanted=column):
-            found = found or _column_of(row.cells, column, place.name)
+            found = _column_of(row.cells, column, place.name) if found is None else found
             text = row.cells[found]
             if "\0" in text:
                 raise DataError(f"{place.name}:{row.line}: a NUL character, so it is no text")
             written = json.dumps({column: text}, ensure_ascii=False).encode("utf-8", "surrogateescape")
             target.write(b"\n" * (row.line - line) + written)
             line = row.line
-    if not found:
+    if found is None:
         raise DataError(f"{place.name}: holds no row below its header")
     return Index(
         files=[("rows.jsonl", "")],
@@ -225,22 +240,22 @@ def _column_of(cells: dict[str, str], column: str, label: str) -> str:
     raise DataError(f"{label}: no column {column!r} (text_column); its columns: {', '.join(cells)}")
 
 
-def _transcode(place: PlainFile, form: str, compression: str, codec: str, stage: Path) -> Index:
+def _transcode(place: PlainFile, form: str, compression: str, codec: str, errors: str, stage: Path) -> Index:
     """Write a file in UTF-8."""
     made = f"text{form}"
-    decoder = codecs.getincrementaldecoder(codec)()
+    decoder = codecs.getincrementaldecoder(codec)(errors)
     before = 0
-    with (stage / made).open("wb") as target, open_file(place.file, compression) as stream:
+    with (stage / made).open("wb") as target, _reported(place, codec):
+        stream = open_file(place.file, compression)
         while True:
             block = stream.read(_BLOCK)
             held = len(decoder.getstate()[0])
             try:
-                target.write(decoder.decode(block, final=not block).encode())
-            except UnicodeError as error:
-                at = f", the byte at offset {before - held + error.start}" if hasattr(error, "start") else ""
-                raise DataError(
-                    f"{place.name}: not text in {codec}{at}: name its encoding by --encoding_of_files"
-                ) from None
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                at = before - held + error.start
+                raise DataError(f"{place.name}: not text in {codec} at byte {at:,}; {_ANOTHER}") from None
+            target.write(text.encode("utf-8", "surrogateescape"))
             before += len(block)
             if not block:
                 return Index(files=[(made, "")])
@@ -252,7 +267,7 @@ def _reported(place: PlainFile, codec: str) -> Iterator[None]:
     try:
         yield
     except UnicodeError:
-        raise DataError(f"{place.name}: not text in {codec}: name its encoding by --encoding_of_files") from None
+        raise DataError(f"{place.name}: not text in {codec}; {_ANOTHER}") from None
     except READ_ERRORS as error:
         if isinstance(error, DataError):
             raise

@@ -300,9 +300,16 @@ def test_bytes_that_are_not_of_the_named_encoding_are_refused_with_their_place(t
     data = b"x" * (3 << 20) + b"\x81" + b"y"
     (tmp_path / "a.txt").write_bytes(data)
     message = refusal(tmp_path / "a.txt", encoding_of_files="cp1252")
-    assert f"not text in cp1252, the byte at offset {3 << 20}" in message
+    assert f"not text in cp1252 at byte {3 << 20:,}; name its encoding" in message
     (tmp_path / "b.txt").write_bytes("\ufeffab".encode("utf-16-le") + b"\x00")
-    assert "not text in utf-16, the byte at offset 6" in refusal(tmp_path / "b.txt")
+    assert "not text in utf-16 at byte 6; name" in refusal(tmp_path / "b.txt")
+
+
+def test_a_compressed_file_in_another_encoding_that_is_cut_is_refused(tmp_path: Path) -> None:
+    data = gzip.compress(random.Random(1).randbytes(200_000).hex().encode("utf-16"))
+    for name in ("a.txt.gz", "a.csv.gz"):
+        (tmp_path / name).write_bytes(data[:-200])
+        assert refusal(tmp_path / name).startswith(f"{tmp_path / name}: cannot be read: ")
 
 
 @pytest.mark.parametrize("name", ["cp1525", "latin-11", "hex", "rot13", "", "no such\0name"])
