@@ -215,10 +215,10 @@ def _tokens_to_cut(row: EncodedRow, options: SupervisionOptions) -> tuple[int, s
 def _nothing_left(counts: RowCounts) -> str:
     kinds = [*counts.skipped.values(), *counts.dropped.values()]
     if not kinds:
-        return "no row to train on: 0 read"
+        return "no row is left: 0 read"
     steps = [step for step, rows in (("correct rows", counts.skipped), ("raise max_length", counts.dropped)) if rows]
     return (
-        f"no row to train on: {counts.rows_read:,} read, all of them left out ({counts.reasons()}); one of them: "
+        f"no row is left: {counts.rows_read:,} read, all of them left out ({counts.reasons()}); one of them: "
         f"{kinds[0].first[0]}; {' or '.join(steps)}"
     )
 

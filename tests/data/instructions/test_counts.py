@@ -454,7 +454,7 @@ def test_a_run_without_rows_is_refused_in_one_line(
     bad = [Made(FAULTS["null"](draw), None, None, "null")] * 3 + [long_prompt(draw)] * 2
     skip = ["--on_bad_row=skip", "--truncation=drop"]
     for rows, expected in (
-        (bad, "no row to train on: 5 read, all of them left out (3 skipped: null; 2 dropped: longer than max_length)"),
+        (bad, "no row is left: 5 read, all of them left out (3 skipped: null; 2 dropped: longer than max_length)"),
         ([*bad, good(draw)], "(rows: 6 read, 1 used, 3 skipped, 2 dropped); give more rows"),
     ):
         write(draw, file, rows)
@@ -462,6 +462,13 @@ def test_a_run_without_rows_is_refused_in_one_line(
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
         assert expected in line
         assert not (tmp_path / "run").exists()
+    write(draw, tmp_path / "eval.jsonl", bad)
+    write(draw, file, [good(draw)] * 4)
+    apart = [f"--eval_rows={tmp_path / 'eval.jsonl'}", *skip]
+    assert main(["finetune", *arguments(base, tmp_path / "run", [str(file)], *apart)]) == 2
+    error = capsys.readouterr().err
+    assert "no row is left: 5 read, all of them left out (3 skipped: null; 2 dropped" in error
+    assert "eval.jsonl:" in error
 
 
 def test_lengths_are_those_that_max_length_limits(base: Path, tmp_path: Path) -> None:

@@ -378,11 +378,11 @@ def test_the_error_for_no_rows_left_names_the_reasons_and_a_row() -> None:
     with pytest.raises(DataError) as raised:
         encode_rows([{}, {"prompt": "a" * 9, "completion": "b"}, {}], BYTES, options, on_bad_row="skip")
     assert re.fullmatch(
-        r"no row to train on: 3 read, all of them left out \(2 skipped: [a-z ]+; 1 dropped: longer than max_length\); "
+        r"no row is left: 3 read, all of them left out \(2 skipped: [a-z ]+; 1 dropped: longer than max_length\); "
         r"one of them: row 0: .*; correct rows or raise max_length",
         str(raised.value),
     )
-    with pytest.raises(DataError, match="no row to train on"):
+    with pytest.raises(DataError, match="no row is left: 0 read"):
         encode([])
 
 
