@@ -10,6 +10,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
+def escaped(text: str) -> str:
+    """Return text on one line, with control characters as they are written in Python's strings."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def short(number: float) -> str:
     """Return a count in at most four characters and a unit: 950, 12.3k, 124M, 1.56B."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):

@@ -56,7 +56,8 @@ _SAMPLE_TOKENS = 64
 class ScoreReport:
     """A score, its data and its settings; `units` is the number of documents or rows.
 
-    `samples` are pairs of a prompt and the model's continuation; `notes` say what of the data was left out.
+    `samples` are pairs of a prompt and the model's continuation. `reading` counts the documents of a text that were
+    read, used and left out; `notes` say what of the data was left out or is doubtful.
     """
 
     name: str
@@ -67,6 +68,7 @@ class ScoreReport:
     stride: int
     data_fingerprint: str
     samples: tuple[tuple[str, str], ...] = ()
+    reading: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,7 +76,8 @@ class ScoreReport:
         scored = self.evaluation
         score = asdict(scored) | {"perplexity": scored.perplexity, "bits_per_byte": scored.bits_per_byte}
         settings = {"max_length": self.max_length, "stride": self.stride, "data_fingerprint": self.data_fingerprint}
-        return {"name": self.name, "kind": self.kind, "units": self.units} | score | settings
+        reading = {} if self.reading is None else {"reading": self.reading}
+        return {"name": self.name, "kind": self.kind, "units": self.units} | score | settings | reading
 
     def text(self) -> str:
         """Return the report as lines of text."""
@@ -123,8 +126,10 @@ def _score_text(model: Any, folder: str, place: str, options: ScoreOptions, leng
         text_column=options.text_column,
         document_separator=options.document_separator,
         encoding_of_files=options.encoding_of_files,
+        eos_in_text=options.eos_in_text,
+        on_bad_text=options.on_bad_text,
     )
-    stream, key = prepare_text(text, encoding)
+    stream, key, reading = prepare_text(text, encoding)
     end, begin = encoding.encode_single_token(EOS_TOKEN), encodings.begin_of_text(encoding)
     stride = options.stride or length
     scored = evaluate_stream(
@@ -155,7 +160,8 @@ def _score_text(model: Any, folder: str, place: str, options: ScoreOptions, leng
         stride=stride,
         data_fingerprint=key,
         samples=tuple(samples),
-        notes=tuple(source_notes(text)),
+        reading=reading.facts(),
+        notes=(*source_notes(text), *(" ".join(line.split()) for line in reading.lines(text))),
     )
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from encodings.aliases import aliases
 from pathlib import Path
-from typing import ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from gpt_kit_hf.errors import UsageError, unknown_name
 from gpt_kit_hf.options.declare import Options, Resume, option
@@ -18,6 +18,8 @@ DEFAULT_MAX_LENGTH = 256
 _NO_TEXT = {"hex", "base64", "bz2", "zlib", "rot13", "uu", "quopri", "undefined"}
 RowFormat: TypeAlias = Literal["auto", "alpaca", "chat", "prompt_completion", "text"]
 TrainOn: TypeAlias = Literal["answers", "everything"]
+EosInText: TypeAlias = Literal["split", "keep", "error"]
+OnBadText: TypeAlias = Literal["stop", "skip", "replace"]
 Truncation: TypeAlias = Literal["error", "drop", "truncate_prompt"]
 Thinking: TypeAlias = Literal["drop", "train"]
 UnknownKeys: TypeAlias = Literal["report", "error"]
@@ -26,6 +28,46 @@ ROW_FIELDS = (
     *("instruction", "input", "output", "system", "history"),
     *("prompt", "completion", "messages", "text"),
 )
+
+
+_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|([ntr\\]))")
+
+
+def separator_option() -> Any:
+    """Declare `document_separator`."""
+    return option(
+        None,
+        "string that separates documents within a plain text file, such as '<|endoftext|>' or '\\n\\n'; the escapes "
+        "\\n, \\t, \\r, \\\\, \\xNN and \\uNNNN are read",
+        unset="a file is one document",
+    )
+
+
+def eos_option() -> Any:
+    """Declare `eos_in_text`."""
+    return option(
+        "split",
+        "how <|endoftext|> that is written in the text is read: split ends a document where it stands at the end of a "
+        "line, and is text elsewhere; keep is text everywhere; error refuses it",
+    )
+
+
+def bad_text_option() -> Any:
+    """Declare `on_bad_text`."""
+    return option(
+        "stop",
+        "what to do at text that is null, no string, not UTF-8 or holds half a surrogate: stop with an error, skip "
+        "the document and count it, or replace bad characters by U+FFFD (and skip what has no text)",
+    )
+
+
+def read_escapes(separator: str) -> str:
+    """Return a document separator with its escapes read; a backslash before another character stays."""
+    simple = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+    found = _ESCAPE.sub(lambda match: simple.get(match[3]) or chr(int(match[1] or match[2], 16)), separator)
+    if not found.isascii() and any("\ud800" <= character <= "\udfff" for character in found):
+        raise UsageError(f"document_separator {separator!r} holds half a surrogate, which no text does")
+    return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,11 +101,9 @@ class TextOptions(Options):
         "encoding of text, CSV and JSON files without a byte-order mark, such as cp1252: a name of Python's codecs",
         unset="utf-8",
     )
-    document_separator: str | None = option(
-        None,
-        "string that separates documents within a plain text file, such as '<|endoftext|>'",
-        unset="a file is one document",
-    )
+    document_separator: str | None = separator_option()
+    eos_in_text: EosInText = eos_option()
+    on_bad_text: OnBadText = bad_text_option()
     mixture: list[str] | None = option(
         None,
         "weighted sources, as WEIGHT:FILES or WEIGHT:dataset:NAME, such as 0.7:web/*.jsonl 0.3:books/*.txt",
@@ -128,6 +168,12 @@ class TextOptions(Options):
         if self.streaming and not (self.eval_files or self.dataset_test_split):
             raise UsageError("streaming needs eval_files or dataset_test_split: a stream has no end to split off")
         weighted_sources(self.mixture or [])
+        _ = self.separator
+
+    @property
+    def separator(self) -> str | None:
+        """The document separator, its escapes read."""
+        return None if self.document_separator is None else read_escapes(self.document_separator)
 
 
 def check_encoding_of_files(name: str | None) -> None:

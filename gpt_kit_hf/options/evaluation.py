@@ -9,10 +9,15 @@ from typing import ClassVar, Literal, TypeAlias
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.options.data import (
     ColumnOptions,
+    EosInText,
+    OnBadText,
     RowOptions,
     RowReadingOptions,
     SupervisionOptions,
+    bad_text_option,
     check_encoding_of_files,
+    eos_option,
+    separator_option,
 )
 from gpt_kit_hf.options.declare import REQUIRED, Options, option
 from gpt_kit_hf.options.generation import LoadedModelOptions, device_option
@@ -38,9 +43,9 @@ class ScoreOptions(ColumnOptions):
     encoding_of_files: str | None = option(
         None, "encoding of text, CSV and JSON files without a byte-order mark, such as cp1252", unset="utf-8"
     )
-    document_separator: str | None = option(
-        None, "string that separates documents within a plain text file", unset="a file is one document"
-    )
+    document_separator: str | None = separator_option()
+    eos_in_text: EosInText = eos_option()
+    on_bad_text: OnBadText = bad_text_option()
     max_length: int | None = option(None, "tokens per window or row", minimum=1, unset="the model's context")
     stride: int | None = option(
         None,

@@ -208,6 +208,18 @@ def text_to_token_ids(text: str, tokenizer: AnyTokenizer) -> torch.Tensor:
     return torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]], dtype=torch.long)
 
 
+def document_ids(text: str, tokenizer: AnyTokenizer) -> npt.NDArray[np.int64]:
+    """Return the ids of a document, (T,), for a tiktoken encoding or a transformers tokenizer.
+
+    As `text_to_token_ids`, except that "<|endoftext|>" in the text is ordinary text.
+    """
+    if isinstance(tokenizer, tiktoken.Encoding):
+        return _encode(tokenizer, text, "text", allowed_special=frozenset()).astype(np.int64)
+    _check_tokenizer(tokenizer)
+    ordinary = {"split_special_tokens": True} if EOS_TOKEN in text else {}
+    return np.array(tokenizer(text, add_special_tokens=False, **ordinary)["input_ids"], np.int64)
+
+
 def token_ids_to_text(
     token_ids: torch.Tensor | npt.NDArray[np.integer[Any]] | Sequence[int], tokenizer: AnyTokenizer
 ) -> str:

@@ -295,13 +295,13 @@ class _Loop:
     def _finish(self) -> RunResult:
         """Score all evaluation data, publish the model in the run's root folder, and log the results."""
         score = self._evaluate(None)
-        sample = self._sample()
+        sample, facts = self._sample(), self.task.final_facts()
         if self.accelerator.is_main_process:
             checkpoint = self.checkpoints.writer.last
             assert checkpoint is not None
             self.task.publish(self.folder, checkpoint)
             baselines = self.task.baselines()
-            drawn = self.record.finish(self.steps.step, score, baselines)
+            drawn = self.record.finish(self.steps.step, score, baselines, facts)
             self.console.close()
             for line in self._results(score, baselines, sample, drawn):
                 self.console.log(line)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import sys
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -19,6 +21,8 @@ from torch.utils.data import ConcatDataset
 
 from gpt_kit_hf.data.order import BatchPlan, MixtureOrder, ShuffledOrder, StreamOrder
 from gpt_kit_hf.data.text.corpus import Corpus, choose_encoding, prepare_corpus, prepare_eval
+from gpt_kit_hf.data.text.documents import READ
+from gpt_kit_hf.data.text.report import Reading, describe_documents, describe_stream
 from gpt_kit_hf.data.text.sources import source_notes, train_sources
 from gpt_kit_hf.data.text.streaming import StreamBatches, StreamShard, stream_shard_count
 from gpt_kit_hf.data.text.windows import TokenStream, TokenWindows, collate_windows
@@ -260,11 +264,21 @@ class PretrainingTask(TextTask):
             named = zip(self.options.text.mixture or [], order.quotas, corpus.sources, strict=True)
             total = sum(order.quotas)
             lines += [f"mixture  {quota / total:.1%} {name}: {len(text):,} tokens" for name, quota, text in named]
+        if self.context.accelerator.is_main_process:
+            lines += describe_documents(corpus.text, corpus.encoding)
+        lines += corpus.reading.lines(self.options.text)
+        if corpus.eval_reading is not None:
+            lines += corpus.eval_reading.lines(self.options.text, "eval text")
         return [*lines, self.describe_model()]
 
     def facts(self) -> dict[str, Any]:
         """Return the entries of run.json about the text."""
-        return {"documents": self.corpus.documents, "train_tokens": len(self.corpus.train), **super().facts()}
+        corpus = self.corpus
+        counts: dict[str, Any] = {"documents": corpus.documents, "train_tokens": len(corpus.train)}
+        counts["text_read"] = corpus.reading.facts()
+        if corpus.eval_reading is not None:
+            counts["eval_text_read"] = corpus.eval_reading.facts()
+        return {**counts, **super().facts()}
 
     def baselines(self) -> dict[str, float]:
         """Return what gzip and the frequencies of bytes reach on the evaluation text."""
@@ -303,13 +317,30 @@ class StreamingTask(TextTask):
 
     def describe(self) -> list[str]:
         """Return log lines that describe the stream and the model."""
-        shards, count = sum(len(each.shards) for each in self.stream_shards), len(self.stream_shards)
+        texts, count = [shard for each in self.stream_shards for shard in each.shards], len(self.stream_shards)
         return [
-            f"text     a stream of {shards} shards in {count} stream shard{'s' if count > 1 else ''}, "
+            f"text     a stream of {len(texts)} shards in {count} stream shard{'s' if count > 1 else ''}, "
             f"{len(self.eval_text):,} eval tokens ({self.encoding.name}, vocabulary of {self.encoding.n_vocab:,})",
             *(f"text     {note}" for note in source_notes(self.options.text)),
+            *(describe_stream(texts, self.encoding) if self.context.accelerator.is_main_process else []),
+            *self.eval_reading.lines(self.options.text, "eval text"),
             self.describe_model(),
         ]
+
+    def facts(self) -> dict[str, Any]:
+        """Return the entries of run.json about the text."""
+        return {"eval_text_read": self.eval_reading.facts(), **super().facts()}
+
+    def final_facts(self) -> dict[str, Any]:
+        """Return what was read of the stream, also as log lines."""
+        tally = Counter[str]()
+        for state in self.position().values():
+            tally.update(state.get("seen", {}))
+        reading = Reading(tally=tally, used=0)
+        reading = dataclasses.replace(reading, used=tally[READ] - sum(reading.left_out.values()))
+        for line in reading.lines(self.options.text, "stream"):
+            self.context.console.log(line)
+        return {"text_read": reading.facts()}
 
     def _read_text(self) -> TokenStream:
         text, chosen = self.options.text, self.context.options
@@ -327,7 +358,7 @@ class StreamingTask(TextTask):
             )
             for index in range(count)
         ]
-        eval_text, key = prepare_eval(text, self.encoding)
+        eval_text, key, self.eval_reading = prepare_eval(text, self.encoding)
         # The text itself is not read in advance: the names and sizes of the shards stand for it.
         seen = (key, [shard.sketch() for shard in shards], count, encodings.fingerprint(self.encoding))
         self.fingerprint = hashlib.sha256(repr(seen).encode()).hexdigest()[:16]

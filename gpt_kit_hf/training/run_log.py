@@ -115,10 +115,11 @@ class RunRecord:
                 self._tracking = False
                 self._log(f"trackers are no longer updated: {error}")
 
-    def finish(self, step: int, score: Evaluation, baselines: Mapping[str, float]) -> bool:
+    def finish(self, step: int, score: Evaluation, baselines: Mapping[str, float], facts: Mapping[str, Any]) -> bool:
         """Write the results and draw the curve, on the main process; return whether it could be drawn."""
         results = {"loss": score.loss, "bits_per_byte": score.bits_per_byte, "tokens": score.tokens}
         results |= {"text_bytes": score.text_bytes, "steps": step}
+        self._facts |= facts
         self._facts["results"] = {**results, "beside_bits_per_byte": dict(baselines)}
         save_json(self._record, self._facts)
         return draw_curve(read_jsonl(self._metrics), self._curve, f"{self._name}: loss")

@@ -103,6 +103,10 @@ class Task(ABC):
     def facts(self) -> dict[str, Any]:
         """Return the entries of run.json about model and data, as JSON."""
 
+    def final_facts(self) -> dict[str, Any]:
+        """Return the entries of run.json that are known after the last step, as JSON; every process calls."""
+        return {}
+
     def baselines(self) -> Mapping[str, float]:
         """Return the bits per byte of simple methods on the evaluation text, by name."""
         return {}

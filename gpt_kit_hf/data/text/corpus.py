@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import tiktoken
 
 from gpt_kit_hf.data.text.dataset_shards import DatasetShard, RowsShard
+from gpt_kit_hf.data.text.documents import READ
+from gpt_kit_hf.data.text.report import Reading, separator_warnings
 from gpt_kit_hf.data.text.shards import CHUNK_BYTES, FileShard
 from gpt_kit_hf.data.text.sources import TextSource, eval_source, train_sources
 from gpt_kit_hf.data.text.token_cache import store_tokens
@@ -23,7 +27,8 @@ from gpt_kit_hf.tokenization import encodings
 class Corpus:
     """Tokens to train on and to evaluate on, and the encoding that made them.
 
-    `train` holds the `sources` in order; a mixture weighs them by `weights`.
+    `train` holds the `sources` in order; a mixture weighs them by `weights`. `text` is all of it, before the end of a
+    document was split off for evaluation. `eval_reading` is None if the evaluation text is a part of the same text.
     """
 
     encoding: tiktoken.Encoding
@@ -31,8 +36,23 @@ class Corpus:
     eval: TokenStream
     sources: tuple[TokenStream, ...]
     weights: tuple[float, ...]
-    documents: int
+    text: TokenStream
+    reading: Reading
+    eval_reading: Reading | None
     fingerprint: str
+
+    @property
+    def documents(self) -> int:
+        """The number of documents."""
+        return self.reading.used
+
+
+class ReadText(NamedTuple):
+    """The tokens of a text, their fingerprint, and what was found."""
+
+    stream: TokenStream
+    key: str
+    reading: Reading
 
 
 def choose_encoding(text: TextOptions, options: EncodingOptions) -> tiktoken.Encoding:
@@ -52,10 +72,10 @@ def choose_encoding(text: TextOptions, options: EncodingOptions) -> tiktoken.Enc
 def prepare_corpus(text: TextOptions, encoding: tiktoken.Encoding, *, seed: int) -> Corpus:
     """Read, tokenize and split the text; shards in the token cache are not tokenized again."""
     weights, sources = zip(*train_sources(text), strict=True)
-    streams, keys = zip(*(_tokenized(source, encoding, text.num_proc) for source in sources), strict=True)
-    documents = sum(len(stream.document_starts) for stream in streams)
+    streams, keys, readings = zip(*(_tokenized(source, encoding, text.num_proc) for source in sources), strict=True)
+    whole, eval_reading = join_streams(streams), None
     if eval_source(text) is not None:
-        eval_stream, key = prepare_eval(text, encoding)
+        eval_stream, key, eval_reading = prepare_eval(text, encoding)
         split: tuple[object, ...] = (key,)
     else:
         # From each source, so that the evaluation text has the proportions of the mixture's sources.
@@ -69,21 +89,23 @@ def prepare_corpus(text: TextOptions, encoding: tiktoken.Encoding, *, seed: int)
         eval=eval_stream,
         sources=streams,
         weights=weights,
-        documents=documents,
+        text=whole,
+        reading=join_readings(readings),
+        eval_reading=eval_reading,
         fingerprint=hashlib.sha256(repr((list(keys), weights, split)).encode()).hexdigest()[:16],
     )
 
 
-def prepare_text(text: TextOptions, encoding: tiktoken.Encoding) -> tuple[TokenStream, str]:
-    """Return all tokens of the text and their fingerprint."""
-    streams, keys = zip(
-        *(_tokenized(source, encoding, text.num_proc) for _, source in train_sources(text)), strict=True
-    )
-    return join_streams(streams), hashlib.sha256(repr(list(keys)).encode()).hexdigest()[:16]
+def prepare_text(text: TextOptions, encoding: tiktoken.Encoding) -> ReadText:
+    """Return all tokens of the text, their fingerprint, and what was found."""
+    read = [_tokenized(source, encoding, text.num_proc) for _, source in train_sources(text)]
+    streams, keys, readings = zip(*read, strict=True)
+    key = hashlib.sha256(repr(list(keys)).encode()).hexdigest()[:16]
+    return ReadText(join_streams(streams), key, join_readings(readings))
 
 
-def prepare_eval(text: TextOptions, encoding: tiktoken.Encoding) -> tuple[TokenStream, str]:
-    """Return the tokens of the evaluation files or split, and their fingerprint.
+def prepare_eval(text: TextOptions, encoding: tiktoken.Encoding) -> ReadText:
+    """Return the tokens of the evaluation files or split, their fingerprint, and what was found.
 
     Raises UsageError if one of the files is a training file as well.
     """
@@ -97,25 +119,41 @@ def prepare_eval(text: TextOptions, encoding: tiktoken.Encoding) -> tuple[TokenS
     return _tokenized(source, encoding, text.num_proc)
 
 
-def _streamed_head(source: TextSource, encoding: tiktoken.Encoding, max_tokens: int) -> tuple[TokenStream, str]:
+def _streamed_head(source: TextSource, encoding: tiktoken.Encoding, max_tokens: int) -> ReadText:
     """Return the first tokens of a streamed dataset, in memory: whole documents, `max_tokens` or a few more."""
-    arrays, size = [], 0
+    arrays, size, tally = [], 0, Counter[str]()
     shards = source.streamed_shards(encodings.may_cut(encoding))
-    for name, chunk in ((shard.name, chunk) for shard in shards for chunk in shard.chunks()):
+    for name, chunk in ((shard.name, chunk) for shard in shards for chunk in shard.chunks(None, tally)):
         arrays.append(encodings.encode_documents(encoding, [chunk[:2]], name))
         size += arrays[-1].size
         if size >= max_tokens:
             break
     starts = np.cumsum([0, *(array.size for array in arrays)])[:-1]
     stream = TokenStream(arrays, starts.astype(np.int64))
-    return stream, stream.fingerprint()
+    reading = Reading(tally=tally, used=len(arrays))
+    tally[READ] = len(arrays) + sum(reading.left_out.values())  # the last row may hold more documents
+    return ReadText(stream, stream.fingerprint(), reading)
 
 
-def _tokenized(source: TextSource, encoding: tiktoken.Encoding, num_proc: int) -> tuple[TokenStream, str]:
-    stored = store_tokens(source.shards(encodings.may_cut(encoding)), encoding, num_proc)
-    if not stored.document_starts.size:
-        raise DataError(f"{source.name}: only white space, there is no text to train on")
-    return TokenStream(stored.chunks, stored.document_starts), stored.key
+def _tokenized(source: TextSource, encoding: tiktoken.Encoding, num_proc: int) -> ReadText:
+    shards = source.shards(encodings.may_cut(encoding))
+    stored = store_tokens(shards, encoding, num_proc)
+    warnings = separator_warnings(source.separator, stored.tally, shards)
+    reading = Reading(tally=stored.tally, used=stored.document_starts.size, warnings=tuple(warnings))
+    if not reading.used:
+        gone = ", ".join(f"{n:,} {kind}" for kind, n in reading.left_out.items())
+        found = f"all documents were left out ({gone})" if gone else "only white space"
+        raise DataError(f"{source.name}: {found}, there is no text to train on")
+    return ReadText(TokenStream(stored.chunks, stored.document_starts), stored.key, reading)
+
+
+def join_readings(readings: Sequence[Reading]) -> Reading:
+    """Return what was found in several texts together."""
+    return Reading(
+        tally=sum((each.tally for each in readings), Counter[str]()),
+        used=sum(each.used for each in readings),
+        warnings=tuple(dict.fromkeys(warning for each in readings for warning in each.warnings)),
+    )
 
 
 def _vocabulary_text(text: TextOptions, limit: int) -> Iterator[str]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt_kit_hf.data.text.shards import SHARD_BYTES, Position, TextChunk
+from gpt_kit_hf.data.text.documents import AS_IT_IS, Policy, arrow_values, check_value
+from gpt_kit_hf.data.text.shards import SHARD_BYTES, Position, Tally, TextChunk
 from gpt_kit_hf.errors import DataError
 
 if TYPE_CHECKING:  # slow to import, and not needed for text in files
@@ -28,6 +31,7 @@ class RowsShard:
     stop: int
     column: str
     bytes_per_row: float
+    policy: Policy = AS_IT_IS
 
     @property
     def name(self) -> str:
@@ -51,12 +55,22 @@ class RowsShard:
         """Return None: the content key costs nothing."""
         return None
 
-    def chunks(self, position: Position | None = None) -> Iterator[TextChunk]:
-        """Yield the text of each row; a position is a row number. Raises DataError with the row."""
-        for first in range(self.start if position is None else position, self.stop, _ROWS_AT_ONCE):
-            texts = self.dataset[first : min(first + _ROWS_AT_ONCE, self.stop)][self.column]
-            for row, text in enumerate(texts, start=first):
-                yield TextChunk(_checked(text, f"{self.source} row {row}"), True, row + 1)
+    def chunks(self, position: Position | None = None, tally: Tally | None = None) -> Iterator[TextChunk]:
+        """Yield the text of each row; a position is a row number, or [row, documents read of it].
+
+        Raises DataError with the row.
+        """
+        tally = Counter() if tally is None else tally
+        begin, inside = position if isinstance(position, list) else (self.start if position is None else position, 0)
+        rows = self.dataset.select_columns([self.column]).with_format("arrow")
+        for first in range(begin, self.stop, _ROWS_AT_ONCE):
+            values = arrow_values(rows[first : min(first + _ROWS_AT_ONCE, self.stop)][self.column])
+            for row, value in enumerate(values, start=first):
+                read = partial(check_value, value, repr(self.column))
+                where = partial("{} row {}".format, self.source, row)
+                skip = inside if row == begin else 0
+                for text, done in self.policy.row_documents(read, tally, where, skip):
+                    yield TextChunk(text, True, [row, done] if done else row + 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +81,7 @@ class DatasetShard:
     source: str
     index: int
     column: str
+    policy: Policy = AS_IT_IS
 
     @property
     def name(self) -> str:
@@ -79,18 +94,30 @@ class DatasetShard:
         known = (info.builder_name, info.config_name, str(self.dataset.split), info.download_checksums, info.splits)
         return repr((self.name, self.column, self.dataset.num_shards, *known))
 
-    def chunks(self, position: Position | None = None) -> Iterator[TextChunk]:
-        """Yield the text of each row; a position is a state of `datasets`. Raises DataError with the row."""
+    def chunks(self, position: Position | None = None, tally: Tally | None = None) -> Iterator[TextChunk]:
+        """Yield the text of each row; a position is a state of `datasets`, or [state, documents read of the row].
+
+        Raises DataError with the row.
+        """
+        tally = Counter() if tally is None else tally
         shard = self.dataset.shard(num_shards=self.dataset.num_shards, index=self.index)
-        if position is not None:
-            shard.load_state_dict(position)
+        state, inside = position if isinstance(position, list) else (position, 0)
+        if state is not None:
+            shard.load_state_dict(state)
+        before = shard.state_dict()
         # By `iter`: iterating over the dataset itself would divide its rows among a loader's workers once more.
         for number, rows in enumerate(shard.iter(batch_size=1)):
             if self.column not in rows:
                 raise DataError(f"{self.name}: no column {self.column!r} (text_column); it has {', '.join(rows)}")
             # Counted from where reading began: a state of the library does not tell the number of rows before it.
-            where = f"{self.name}, row {number}" + ("" if position is None else " after the place it resumed from")
-            yield TextChunk(_checked(rows[self.column][0], where), True, shard.state_dict())
+            resumed = "" if position is None else " after the place it resumed from"
+            where = partial("{}, row {}{}".format, self.name, number, resumed)
+            read = partial(check_value, rows[self.column][0], repr(self.column))
+            skip = inside if number == 0 else 0
+            after = shard.state_dict()
+            for text, done in self.policy.row_documents(read, tally, where, skip):
+                yield TextChunk(text, True, [before, done] if done else after)
+            before = after
 
 
 def load_split(named: str, name: str, config: str | None, split: str, *, streaming: bool = False) -> Any:
@@ -129,7 +156,12 @@ def _saved_split(named: str, saved: Any, config: str | None, split: str) -> Any:
 
 
 def rows_shards(
-    dataset: datasets.Dataset, source: str, column: str, shard_bytes: int | None = None
+    dataset: datasets.Dataset,
+    source: str,
+    column: str,
+    policy: Policy = AS_IT_IS,
+    *,
+    shard_bytes: int | None = None,
 ) -> list[RowsShard]:
     """Divide a dataset into shards of about `shard_bytes`, by default SHARD_BYTES; the same ones at each call."""
     total, size = len(dataset), max(1, dataset.data.nbytes)
@@ -142,12 +174,7 @@ def rows_shards(
             stop=min(first + step, total),
             column=column,
             bytes_per_row=size / total,
+            policy=policy,
         )
         for first in range(0, total, step)
     ]
-
-
-def _checked(text: Any, where: str) -> str:
-    if not isinstance(text, str):
-        raise DataError(f"{where} must hold text, got {text!r:.60}")
-    return text

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import mmap
-import re
+import sys
 import time
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -16,6 +20,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from gpt_kit_hf.data.text.documents import (
+    AS_IT_IS,
+    NO_COLUMN,
+    NOT_A_ROW,
+    NOT_UTF8,
+    READ,
+    SEPARATORS_WITH_CRLF,
+    BadTextError,
+    DocumentEnds,
+    Piece,
+    Policy,
+    arrow_values,
+    check_value,
+    document_ends,
+    left_out,
+    undecodable,
+)
 from gpt_kit_hf.data.text.formats import COMPRESSIONS, ROWS, likely_encoding, suffixes_of
 from gpt_kit_hf.errors import DataError
 
@@ -25,16 +46,14 @@ SHARD_BYTES = 4 << 20
 CHUNK_BYTES = 1 << 20
 _BLOCK = 1 << 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# Before a blank that follows a character other than white space, every vocabulary of this package begins a new token.
-# In UTF-8, such a character is printable ASCII, or ends in a byte that ends none of Unicode's longer spaces.
-_SAFE_CUT = re.compile(
-    rb"(?:[!-~]|[\x80-\xbf](?<!\xc2\x85)(?<!\xc2\xa0)(?<!\xe1\x9a\x80)(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf])"
-    rb"(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80))(?=[ \n])"
-)
 
+# A count of each thing found, by the names of `documents`.
+Tally: TypeAlias = Counter[str]
 # A position in a shard, as JSON.
 Position: TypeAlias = Any
-_Read: TypeAlias = Iterator[tuple[str, bool, int]]  # text, whether it ends a document, the place after it
+# Text, whether it ends a document, and the place after it: the bytes or rows read, and 1 inside a document or the
+# number of documents that were read of the row there.
+_Read: TypeAlias = Iterator[tuple[str, bool, int, int]]
 
 
 class TextChunk(NamedTuple):
@@ -77,6 +96,13 @@ class FileSpan(NamedTuple):
         return self.compression is None and self.form != "parquet"
 
     @property
+    def ends_file(self) -> bool:
+        """Whether the file of bytes ends with it."""
+        with suppress(OSError):  # reading it reports the error
+            return self.compression is not None or self.stop == self.file.stat().st_size
+        return True
+
+    @property
     def size(self) -> int:
         """Its approximate size on the disk, in bytes."""
         return self.stop - self.start if self.is_of_bytes else self.file.stat().st_size
@@ -87,13 +113,15 @@ class FileShard:
     """Consecutive spans of files.
 
     A text file is one document, or one up to each `separator`; JSON Lines and Parquet files have one per row, in
-    `column`. With `may_cut`, a long document comes in several chunks, cut where a token begins in any context.
+    `column`. With `may_cut`, a long document comes in several chunks, cut where a token begins in any context. The
+    `policy` says what happens to EOS marks in the text and to bad text.
     """
 
     spans: tuple[FileSpan, ...]
     column: str
     separator: str | None
     may_cut: bool
+    policy: Policy = AS_IT_IS
 
     @property
     def name(self) -> str:
@@ -143,73 +171,95 @@ class FileShard:
         changes = [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stats]
         return repr((self.column, self.separator, self.may_cut, self.spans, changes))
 
-    def chunks(self, position: Position | None = None) -> Iterator[TextChunk]:
-        """Yield the text from the start, or from the `next` of an earlier chunk.
+    def chunks(self, position: Position | None = None, tally: Tally | None = None) -> Iterator[TextChunk]:
+        """Yield the text from the start, or from the `next` of an earlier chunk; count in `tally` what is found.
 
-        A position is [span, place in the span, 1 inside a document]. Raises DataError with the file and the line.
+        A position is [span, place in the span, 1 inside a document, or documents read of a row]. Raises DataError
+        with the file and the line.
         """
         first, begin, inside = position or [0, -1, 0]
+        tally = Counter() if tally is None else tally
         for index in range(first, len(self.spans)):
             span = self.spans[index]
             read = {"text": self._read_text, "jsonl": self._read_lines, "parquet": self._read_rows}[span.form]
             place = begin if index == first and begin >= 0 else 0 if span.form == "parquet" else span.start
-            for text, ends, after in read(span, place, index == first and bool(inside)):
-                yield TextChunk(text, ends, [index, after, int(not ends)])
+            for text, ends, after, within in read(span, place, inside if index == first else 0, tally):
+                yield TextChunk(text, ends, [index, after, within])
 
-    def _read_text(self, span: FileSpan, place: int, inside: bool) -> _Read:
-        mark = None if self.separator is None else self.separator.encode()
-        # `whole`: no chunk of the pending document was yielded yet, by this shard or the one before.
-        pending, whole = bytearray(), not inside and (mark is not None or place == 0)
-        searched = CHUNK_BYTES
-        held = len(mark or b"x") - 1  # this many bytes at the end may begin a separator
-        for block in _blocks(span, place):
-            pending += block
-            *documents, pending = [pending] if mark is None else pending.split(mark)
-            for data, ends in [*((document, True) for document in documents), (pending, False)]:
-                # At the first safe place after CHUNK_BYTES, so that the chunks do not depend on where reading began.
-                while self.may_cut and (cut := _safe_cut(data, searched, len(data) if ends else len(data) - held)):
-                    yield from _decoded(span, data[:cut], place, place + cut, ends=False, whole=False)
-                    place, data, whole, searched = place + cut, data[cut:], False, CHUNK_BYTES
-                if ends:
-                    after = place + len(data) + len(mark or b"")
-                    yield from _decoded(span, data, place, after, ends=True, whole=whole)
-                    place, whole, searched = after, True, CHUNK_BYTES
-                pending = data
-            searched = max(CHUNK_BYTES, len(pending) - held)
-        if pending:
-            ends = bool(span.compression) or span.stop == span.file.stat().st_size or mark is not None
-            yield from _decoded(span, pending, place, place + len(pending), ends=ends, whole=whole and ends)
+    def _read_text(self, span: FileSpan, place: int, inside: int, tally: Tally) -> _Read:
+        ends = document_ends(self.separator, self.policy.eos_in_text == "split")
+        # No chunk of the pending document was yielded yet, by this shard or the one before.
+        whole = not inside and (self.separator is not None or place == 0 or place != span.start)
+        bad = self._bad_documents(span)
+        pieces = ends.pieces(
+            _blocks(span, place),
+            place,
+            tally,
+            whole=whole,
+            ends_file=span.ends_file,
+            chunk_bytes=CHUNK_BYTES if self.may_cut else None,
+        )
+        for piece in pieces:
+            if _holds(bad, piece.place):
+                tally.update({READ: piece.ends, left_out(NOT_UTF8): piece.ends})
+                continue
+            text = self._decoded(span, piece, tally)
+            if text.strip() or not piece.whole:
+                self.policy.count_marks(text, tally, partial(_where, span, piece.place))
+                tally[READ] += piece.ends
+                if ends.with_crlf is not None:
+                    tally[SEPARATORS_WITH_CRLF] += piece.data.count(ends.with_crlf)
+                yield text, piece.ends, piece.after, int(not piece.ends)
 
-    def _read_lines(self, span: FileSpan, place: int, inside: bool) -> _Read:
-        assert not inside  # a row is one chunk
-        pending = b""
+    def _decoded(self, span: FileSpan, piece: Piece, tally: Tally) -> str:
+        if (zero := piece.data.find(0)) >= 0:
+            at = piece.place + zero
+            raise DataError(f"{_where(span, at)}: no text (a NUL byte at offset {at})")
+        try:
+            return piece.data.decode("utf-8-sig" if piece.place == 0 else "utf-8")
+        except UnicodeDecodeError as error:
+            # The error does not count a byte order mark.
+            at = piece.place + error.start + (len(piece.data) - len(error.object))
+            where = f"(byte 0x{error.object[error.start]:02x} at offset {at}); {likely_encoding(bytes(piece.data))}"
+            bad = undecodable(f"not UTF-8 text {where}", error.object)
+            return self.policy.repair(bad, tally, partial(_where, span, at)) or ""
+
+    def _bad_documents(self, span: FileSpan) -> tuple[tuple[int, int], ...]:
+        """Return the bounds of the documents in a span's file that are to be left out as they are not UTF-8."""
+        if self.policy.on_bad_text != "skip":
+            return ()
+        stat = span.file.stat()
+        ends = document_ends(self.separator, self.policy.eos_in_text == "split")
+        return _not_utf8(FileSpan(span.file, 0, stat.st_size, span.shown), stat.st_mtime_ns, ends, self.may_cut)
+
+    def _read_lines(self, span: FileSpan, place: int, inside: int, tally: Tally) -> _Read:
+        pending, first = b"", place
         for block in chain(_blocks(span, place), [b"\n"]):  # the last line may lack its line break
             *lines, pending = (pending + block).split(b"\n")
             for line in lines:
+                after = place + len(line) + 1
                 if line.strip():
-                    try:
-                        text = _row_text(line.removeprefix(_BYTE_ORDER_MARK) if place == 0 else line, self.column)
-                    except ValueError as error:
-                        raise DataError(f"{span.label}:{_line_at(span, place)}: {error}") from None
-                    yield text, True, place + len(line) + 1
-                place += len(line) + 1
+                    row = partial(_row_text, line.removeprefix(_BYTE_ORDER_MARK) if place == 0 else line, self.column)
+                    skip = inside if place == first else 0
+                    for text, done in self.policy.row_documents(row, tally, partial(_where, span, place), skip):
+                        yield text, True, place if done else after, done
+                place = after
 
-    def _read_rows(self, span: FileSpan, place: int, inside: bool) -> _Read:
-        assert not inside  # a row is one chunk
-        file, number = _parquet(span, self.column), 0
+    def _read_rows(self, span: FileSpan, place: int, inside: int, tally: Tally) -> _Read:
+        file, number, first = _parquet(span, self.column), 0, place
         try:
             for batch in file.iter_batches(256, range(span.start, span.stop), columns=[self.column]):
-                for value in batch.column(0):
+                for value in arrow_values(batch.column(0)):
                     if number >= place:
-                        text = value.as_py()
-                        if not isinstance(text, str):
-                            where = f"row {number} from row group {span.start} on"
-                            raise DataError(f"{span.label}: {where}: {self.column!r} must be text, got {text!r:.60}")
-                        yield text, True, number + 1
+                        row = partial(check_value, value, f"{self.column!r}")
+                        where = partial("{}: row {} from row group {} on".format, span.label, number, span.start)
+                        skip = inside if number == first else 0
+                        for text, done in self.policy.row_documents(row, tally, where, skip):
+                            yield text, True, number if done else number + 1, done
                     number += 1
-        except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-            where = f"row {number} from row group {span.start} on"
-            raise DataError(f"{span.label}: {where} cannot be read: {str(error).splitlines()[0]}") from None
+        except (OSError, pa.ArrowException) as error:
+            where_ = f"row {number} from row group {span.start} on"
+            raise DataError(f"{span.label}: {where_} cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def file_shards(
@@ -220,6 +270,7 @@ def file_shards(
     may_cut: bool,
     shard_bytes: int | None = None,
     names: Mapping[Path, str] | None = None,
+    policy: Policy = AS_IT_IS,
 ) -> list[FileShard]:
     """Divide files into shards of about `shard_bytes`, by default SHARD_BYTES; the same ones at each call.
 
@@ -227,9 +278,10 @@ def file_shards(
     """
     shown = names or {}
     limit = shard_bytes or SHARD_BYTES
-    spans = [span for file in files for span in _spans(file, shown.get(file, ""), column, separator, may_cut, limit)]
+    ends = document_ends(separator, policy.eos_in_text == "split")
+    spans = [span for file in files for span in _spans(file, shown.get(file, ""), column, ends, may_cut, limit)]
     return [
-        FileShard(spans=tuple(spans[start:stop]), column=column, separator=separator, may_cut=may_cut)
+        FileShard(spans=tuple(spans[start:stop]), column=column, separator=separator, may_cut=may_cut, policy=policy)
         for start, stop in _groups([span.size for span in spans], limit)
         if start < stop
     ]
@@ -246,7 +298,7 @@ def _groups(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
     return [*pairwise([*bounds, len(sizes)])]
 
 
-def _spans(file: Path, shown: str, column: str, separator: str | None, may_cut: bool, limit: int) -> list[FileSpan]:
+def _spans(file: Path, shown: str, column: str, ends: DocumentEnds, may_cut: bool, limit: int) -> list[FileSpan]:
     """Divide one file where its format allows."""
     size = file.stat().st_size
     whole = FileSpan(file, 0, size, shown)
@@ -254,35 +306,16 @@ def _spans(file: Path, shown: str, column: str, separator: str | None, may_cut: 
         groups = _parquet(whole, column).metadata
         sizes = [groups.row_group(index).total_byte_size for index in range(groups.num_row_groups)]
         return [FileSpan(file, *bounds, shown) for bounds in _groups(sizes, limit)]
-    mark = b"\n" if whole.form == "jsonl" else None if separator is None else separator.encode()
-    if whole.compression or size <= limit or (mark is None and not may_cut):
+    ends = document_ends("\n", marks=False) if whole.form == "jsonl" else ends
+    if whole.compression or size <= limit or (ends.separator is None and not may_cut):
         return [whole]
     # At most 256 spans per file, or there would be too many files of ids.
     step = max(limit, size // 256)
     cuts = [0]
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        while (target := cuts[-1] + step) < size and (cut := _cut_after(data, target, mark)) < size:
+        while (target := cuts[-1] + step) < size and (cut := ends.cut_after(data, target)) < size:
             cuts.append(cut)
     return [FileSpan(file, first, last, shown) for first, last in pairwise([*cuts, size])]
-
-
-def _safe_cut(data: bytearray | mmap.mmap, searched: int, stop: int) -> int:
-    """Return the first place after `searched` where a cut keeps the tokens of the text, or 0."""
-    found = _SAFE_CUT.search(data, searched - 1, max(0, stop))
-    return found.end() if found else 0
-
-
-def _cut_after(data: mmap.mmap, target: int, mark: bytes | None) -> int:
-    """Return the first place after `target` where a document ends, or, without a mark, where a cut is safe."""
-    if mark is None:
-        return _safe_cut(data, target, len(data)) or len(data)
-    place, before = target, len(mark) - 1
-    while (place := data.find(mark, place)) >= 0:
-        # A mark that begins earlier and overlaps this one is the separator.
-        if data.find(mark, max(0, place - before), place + before) < 0:
-            return place + len(mark)
-        place += 1
-    return len(data)
 
 
 def _blocks(span: FileSpan, place: int) -> Iterator[bytes]:
@@ -311,41 +344,50 @@ def _raw_blocks(file: Path, start: int, stop: int) -> Iterator[bytes]:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from None
 
 
-def _decoded(span: FileSpan, data: bytearray, place: int, after: int, *, ends: bool, whole: bool) -> _Read:
-    """Yield the text of bytes, unless they are a whole document of white space."""
-    if (zero := data.find(0)) >= 0:
-        where = f"{span.label}:{_line_at(span, place + zero)}"
-        raise DataError(f"{where}: no text (a NUL byte at offset {place + zero})")
-    try:
-        text = data.decode("utf-8-sig" if place == 0 else "utf-8")
-    except UnicodeDecodeError as error:
-        bad = place + error.start + (len(data) - len(error.object))  # the error does not count a byte order mark
-        raise DataError(
-            f"{span.label}:{_line_at(span, bad)}: not UTF-8 text (byte 0x{error.object[error.start]:02x} "
-            f"at offset {bad}); {likely_encoding(bytes(data))}"
-        ) from None
-    if text.strip() or not whole:
-        yield text, ends, after
+@lru_cache(maxsize=1024)
+def _not_utf8(span: FileSpan, changed: int, ends: DocumentEnds, may_cut: bool) -> tuple[tuple[int, int], ...]:
+    """Return the bounds of the documents in a whole text file that are not UTF-8; `changed`: when it was written."""
+    found, start, bad, chunk = [], 0, False, CHUNK_BYTES if may_cut else None
+    blocks = _blocks(span, 0)
+    for piece in ends.pieces(blocks, 0, Counter(), whole=True, ends_file=True, chunk_bytes=chunk):
+        try:
+            piece.data.decode()
+        except UnicodeDecodeError:
+            bad = True
+        if piece.ends:
+            found += [(start, piece.after)] * bad
+            start, bad = piece.after, False
+    return tuple(found)
+
+
+def _holds(bounds: Sequence[tuple[int, int]], place: int) -> bool:
+    """Return whether a place lies within one of the bounds, which ascend."""
+    index = bisect_right(bounds, (place, sys.maxsize)) - 1
+    return index >= 0 and place < bounds[index][1]
 
 
 def _row_text(line: bytes, column: str) -> str:
-    """Return the text of a JSON row. Raises ValueError with the reason."""
+    """Return the text of a JSON row. Raises BadTextError with the reason."""
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # bad UTF-8 is a ValueError, too
-        raise ValueError(f"not a JSON row: {error}") from None
+    except UnicodeDecodeError as error:
+        repaired = None
+        with suppress(BadTextError):
+            repaired = _row_text(line.decode("utf-8", "replace").encode(), column)
+        raise BadTextError(NOT_UTF8, f"not a JSON row: {error}", repaired) from None
+    except (ValueError, RecursionError) as error:
+        raise BadTextError(NOT_A_ROW, f"not a JSON row: {error}") from None
     if not isinstance(row, dict):
-        raise ValueError(f"a row must be a JSON object, got {type(row).__name__}")
+        raise BadTextError(NOT_A_ROW, f"a row must be a JSON object, got {type(row).__name__}")
     if column not in row:
-        raise ValueError(f"no {column!r} (text_column); the row has {', '.join(map(repr, row)) or 'nothing'}")
-    text = row[column]
-    if not isinstance(text, str):
-        raise ValueError(f"{column!r} must be text, got {text!r:.60}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{column!r} has a lone surrogate, U+{ord(text[error.start]):04X}") from None
-    return text
+        has = ", ".join(map(repr, row)) or "nothing"
+        raise BadTextError(NO_COLUMN, f"no {column!r} (text_column); the row has {has}")
+    return check_value(row[column], f"{column!r}")
+
+
+def _where(span: FileSpan, place: int) -> str:
+    """Return the file and the line that holds a byte, for an error."""
+    return f"{span.label}:{_line_at(span, place)}"
 
 
 def _line_at(span: FileSpan, place: int) -> int:

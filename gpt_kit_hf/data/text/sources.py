@@ -11,6 +11,7 @@ import datasets
 
 from gpt_kit_hf.data.text.conversion import FileReading, plain_files
 from gpt_kit_hf.data.text.dataset_shards import DatasetShard, RowsShard, load_split, rows_shards
+from gpt_kit_hf.data.text.documents import Policy
 from gpt_kit_hf.data.text.file_cache import PlainFile
 from gpt_kit_hf.data.text.shards import SHARD_BYTES, FileShard, file_shards
 from gpt_kit_hf.errors import DataError
@@ -60,7 +61,8 @@ def _source(
         split=split,
         column=options.text_column,
         encoding=options.encoding_of_files,
-        separator=options.document_separator,
+        separator=options.separator,
+        policy=Policy(options.eos_in_text, options.on_bad_text),
         option=option,
     )
 
@@ -76,6 +78,7 @@ class TextSource:
     column: str
     encoding: str | None
     separator: str | None
+    policy: Policy
     option: str
 
     @property
@@ -101,7 +104,7 @@ class TextSource:
         if self.files is not None:
             return self._file_shards(may_cut, SHARD_BYTES)
         rows = self._load(streaming=False)
-        return rows_shards(rows, str(self.dataset), self.column)
+        return rows_shards(rows, str(self.dataset), self.column, self.policy)
 
     def streamed_shards(self, may_cut: bool) -> Sequence[FileShard | RowsShard | DatasetShard]:
         """Return shards that are read without being stored: a dataset's own, and at least about 32 of files."""
@@ -109,9 +112,9 @@ class TextSource:
             return self._file_shards(may_cut, None)
         rows, source = self._load(streaming=True), str(self.dataset)
         if isinstance(rows, datasets.Dataset):  # it is on the disk
-            return rows_shards(rows, source, self.column, _streamed_size(rows.data.nbytes))
+            return rows_shards(rows, source, self.column, self.policy, shard_bytes=_streamed_size(rows.data.nbytes))
         return [
-            DatasetShard(dataset=rows, source=source, index=index, column=self.column)
+            DatasetShard(dataset=rows, source=source, index=index, column=self.column, policy=self.policy)
             for index in range(rows.num_shards)
         ]
 
@@ -128,6 +131,7 @@ class TextSource:
             may_cut=may_cut,
             shard_bytes=shard_bytes or _streamed_size(sum(place.file.stat().st_size for place in found)),
             names={file: name for file, name in found if name != str(file)},
+            policy=self.policy,
         )
 
     def _load(self, *, streaming: bool) -> Any:

@@ -6,7 +6,7 @@ number, so that a step's batch does not depend on how many processes and workers
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -28,7 +28,8 @@ from gpt_kit_hf.options.data import WindowOptions
 from gpt_kit_hf.tokenization import encodings
 
 # JSON: {"chunk": number of the shuffle buffer, "used": windows of it that were taken, "place" and "skip": where it
-# begins}. A place is [pass, text shard, position in the text shard, 1 inside a document].
+# begins, "read" and "seen": what was found in the text before it, and with it}. A place is [pass, text shard, position
+# in the text shard, 1 inside a document].
 State: TypeAlias = dict[str, Any]
 Place: TypeAlias = list[Any]
 Window: TypeAlias = tuple[Tensor, ...]
@@ -38,12 +39,16 @@ class _TokenChunk(NamedTuple):
     place: Place
     ids: npt.NDArray[Any]
     begins_document: bool
+    read: dict[str, int]  # what was found in the text before it
+    seen: dict[str, int]  # and with it
 
 
 class _WindowIds(NamedTuple):
     ids: npt.NDArray[Any]  # (max_length + 1,)
     starts: npt.NDArray[np.int64]  # the places in it where documents begin
     begin: tuple[Place, int]  # the place of its first chunk, and the ids to skip there
+    read: dict[str, int]  # what was found in the text before its first chunk
+    seen: dict[str, int]  # and up to the end of its last one
 
 
 def stream_shard_count(text_shards: int, batch_size: int) -> int:
@@ -69,25 +74,26 @@ class StreamShard:
         """Yield windows, as `TokenWindows` gives them, each with the state after it."""
         state = state or {"chunk": 0, "used": 0, "place": [0, 0, None, 0], "skip": 0}
         number, used = state["chunk"], state["used"]
-        windows = self._windows_in_order(state["place"], state["skip"])
+        windows = self._windows_in_order(state["place"], state["skip"], Counter(state.get("read", {})))
         size = self.shuffle_windows
         while True:
             buffer = [next(windows) for _ in range(size)]
             place, skip = buffer[0].begin
+            found = {"read": buffer[0].read, "seen": buffer[-1].seen}
             order = shuffled(np.arange(size), size, self.seed, number)
             for index in range(used, size):
-                ids, starts, _ = buffer[order[index]]
+                ids, starts, *_ = buffer[order[index]]
                 # Tensors are made here: a buffer of them would take several times the memory of ids.
                 window = window_item(ids.astype(np.int64), starts[starts > 0] if self.windows.packing else None)
-                yield window, {"chunk": number, "used": index + 1, "place": place, "skip": skip}
+                yield window, {"chunk": number, "used": index + 1, "place": place, "skip": skip, **found}
             number, used = number + 1, 0
 
-    def _windows_in_order(self, place: Place, skip: int) -> Iterator[_WindowIds]:
+    def _windows_in_order(self, place: Place, skip: int, tally: Counter[str]) -> Iterator[_WindowIds]:
         """Yield windows in the order of the text."""
         length = self.windows.length + 1
         held: deque[_TokenChunk] = deque()
         total = 0
-        for chunk in self._token_chunks(place):
+        for chunk in self._token_chunks(place, tally):
             held.append(chunk)
             total += chunk.ids.size
             while total - skip >= length:
@@ -97,18 +103,19 @@ class StreamShard:
                     skip -= held[0].ids.size
                     total -= held.popleft().ids.size
 
-    def _token_chunks(self, place: Place) -> Iterator[_TokenChunk]:
-        """Yield the text as ids from a place on, endlessly."""
+    def _token_chunks(self, place: Place, tally: Counter[str]) -> Iterator[_TokenChunk]:
+        """Yield the text as ids from a place on, endlessly; `tally` is what was found before the place."""
         done, first, position, inside = place
         while True:
             found = first > 0 or position is not None
             for index in range(first, len(self.shards)):
                 shard = self.shards[index]
-                for text, ends, after in shard.chunks(position):
-                    ids = encodings.encode_documents(self.encoding, [(text, ends)], shard.name)
+                read = dict(tally)
+                for text, ends, after in shard.chunks(position, tally):
+                    ids, seen = encodings.encode_documents(self.encoding, [(text, ends)], shard.name), dict(tally)
                     if ids.size:
-                        yield _TokenChunk([done, index, position, inside], ids, not inside)
-                        found = True
+                        yield _TokenChunk([done, index, position, inside], ids, not inside, read, seen)
+                        found, read = True, seen
                     position, inside = after, int(not ends)
                 position = None
             if not found:
@@ -126,7 +133,8 @@ def _gather(held: Sequence[_TokenChunk], skip: int, length: int) -> _WindowIds:
         offset += chunk.ids.size
         if offset >= length:
             break
-    return _WindowIds(np.concatenate(arrays), np.array(starts, np.int64), (held[0].place, skip))
+    first, last = held[0], held[len(arrays) - 1]
+    return _WindowIds(np.concatenate(arrays), np.array(starts, np.int64), (first.place, skip), first.read, last.seen)
 
 
 class _StepSamples(IterableDataset[tuple[dict[int, list[Window]], dict[int, State]]]):

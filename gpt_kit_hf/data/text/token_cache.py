@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
 import time
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
@@ -21,6 +23,7 @@ import pyarrow as pa
 import tiktoken
 
 from gpt_kit_hf.data.text.dataset_shards import RowsShard
+from gpt_kit_hf.data.text.documents import Policy
 from gpt_kit_hf.data.text.shards import CHUNK_BYTES, FileShard
 from gpt_kit_hf.errors import DataError
 from gpt_kit_hf.storage.atomic_files import replace_file
@@ -75,13 +78,58 @@ class StoredTokens:
     """The ids of a corpus in consecutive chunks, and the positions where its documents begin.
 
     `key` changes with the text, the vocabulary and the way documents are read. `made` is the number of shards that
-    were encoded now; the others were in the cache.
+    were encoded now; the others were in the cache. `tally` counts what was found in all of them.
     """
 
     chunks: list[StoredIds]
     document_starts: npt.NDArray[np.int64]
     key: str
     made: int
+    tally: Counter[str]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A shard's place in the cache.
+
+    `content` digests the text and how it is cut. What was found in the text is kept in `note`. The ids lie under a
+    name that depends on the reading policy only where that changed what was read: so a policy that changes nothing
+    changes no fingerprint.
+    """
+
+    folder: Path
+    vocabulary: str
+    content: str
+    policy: Policy
+
+    @property
+    def note(self) -> Path:
+        name = hashlib.sha256(f"{self.content} {self.policy}".encode()).hexdigest()[:32]
+        return self.folder / "seen" / f"{name}.json"
+
+    def key(self, tally: Counter[str]) -> str:
+        effect = self.policy.effect(tally)
+        return hashlib.sha256(f"{_LAYOUT} {self.vocabulary} {self.content}{effect}".encode()).hexdigest()[:32]
+
+    def ids(self, tally: Counter[str]) -> Path:
+        return self.folder / f"{self.key(tally)}.arrow"
+
+    def tally(self, shard: FileShard | RowsShard) -> Counter[str] | None:
+        """Return what was found in the shard if its ids are in the cache."""
+        with suppress(OSError, ValueError):
+            tally = Counter(json.loads(self.note.read_text()))
+            return tally if _is_whole(self.ids(tally)) else None
+        if not _is_whole(self.ids(Counter())):
+            return None
+        tally = Counter()  # ids of a version that kept no notes: EOS marks in the text were text
+        for _ in shard.chunks(None, tally):
+            pass
+        self.keep(tally)
+        return tally if not self.policy.effect(tally) else None
+
+    def keep(self, tally: Counter[str]) -> None:
+        self.note.parent.mkdir(exist_ok=True)
+        replace_file(self.note, json.dumps(dict(tally)))
 
 
 def store_tokens(
@@ -100,20 +148,24 @@ def store_tokens(
     vocabulary = encodings.fingerprint(encoding)
     with ThreadPoolExecutor(num_proc) as pool:
         try:
-            keys = list(pool.map(lambda shard: _key(shard, vocabulary, folder), shards))
-            files = [folder / f"{key}.arrow" for key in keys]
-            missing = {file: shard for file, shard in zip(files, shards, strict=True) if not _is_whole(file)}
-            _encode_all(missing, encoding, pool)
+            contents = pool.map(lambda shard: _content(shard, folder), shards)
+            pairs = zip(shards, contents, strict=True)
+            entries = [_Entry(folder, vocabulary, content, shard.policy) for shard, content in pairs]
+            tallies = dict(zip(entries, pool.map(_Entry.tally, entries, shards), strict=True))
+            missing = {e: shard for e, shard in zip(entries, shards, strict=True) if tallies[e] is None}
+            found = {**tallies, **_encode_all(missing, encoding, pool)}
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    key = hashlib.sha256(" ".join(keys).encode()).hexdigest()[:16]
-    chunks, starts = _join(files)
-    return StoredTokens(chunks=chunks, document_starts=starts, key=key, made=len(missing))
+    each = [(entry, found[entry] or Counter()) for entry in entries]
+    key = hashlib.sha256(" ".join(entry.key(tally) for entry, tally in each).encode()).hexdigest()[:16]
+    chunks, starts = _join([entry.ids(tally) for entry, tally in each])
+    total = sum((tally for _, tally in each), Counter[str]())
+    return StoredTokens(chunks=chunks, document_starts=starts, key=key, made=len(missing), tally=total)
 
 
-def _key(shard: FileShard | RowsShard, vocabulary: str, folder: Path) -> str:
-    """Return the name of a shard's file; content keys are kept by the shards' stamps."""
+def _content(shard: FileShard | RowsShard, folder: Path) -> str:
+    """Return the shard's content key; those of files are kept by the shards' stamps."""
     stamp = shard.stamp()
     note = None if stamp is None else folder / "seen" / hashlib.sha256(stamp.encode()).hexdigest()[:32]
     content = note.read_text() if note is not None and note.is_file() else ""
@@ -122,31 +174,41 @@ def _key(shard: FileShard | RowsShard, vocabulary: str, folder: Path) -> str:
         if note is not None and stamp == shard.stamp():
             note.parent.mkdir(exist_ok=True)
             replace_file(note, content)
-    return hashlib.sha256(f"{_LAYOUT} {vocabulary} {content}".encode()).hexdigest()[:32]
+    return content
 
 
 def _encode_all(
-    missing: dict[Path, FileShard | RowsShard], encoding: tiktoken.Encoding, pool: ThreadPoolExecutor
-) -> None:
+    missing: dict[_Entry, FileShard | RowsShard], encoding: tiktoken.Encoding, pool: ThreadPoolExecutor
+) -> dict[_Entry, Counter[str]]:
+    """Write the ids of the shards; return what was found in each."""
+    found: dict[_Entry, Counter[str]] = {}
     if not missing:
-        return
+        return found
     began, tokens = time.perf_counter(), 0
     total = sum(shard.size for shard in missing.values())
-    jobs = {pool.submit(_encode_shard, shard, encoding, file): shard for file, shard in missing.items()}
+    jobs = {pool.submit(_encode_shard, shard, encoding, entry): entry for entry, shard in missing.items()}
     with datasets.utils.tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing") as bar:
         for job in as_completed(jobs):
-            tokens += job.result()
+            entry = jobs[job]
+            size, found[entry] = job.result()
+            tokens += size
             bar.set_postfix_str(f"{tokens / (time.perf_counter() - began):,.0f} tokens/s")
-            bar.update(jobs[job].size)
+            bar.update(missing[entry].size)
+    return found
 
 
-def _encode_shard(shard: FileShard | RowsShard, encoding: tiktoken.Encoding, file: Path) -> int:
-    """Write the ids of a shard, one row per document, of which the last may go on; return the number of ids."""
+def _encode_shard(
+    shard: FileShard | RowsShard, encoding: tiktoken.Encoding, entry: _Entry
+) -> tuple[int, Counter[str]]:
+    """Write the ids of a shard, one row per document, of which the last may go on.
+
+    Returns the number of ids, and what was found in the text.
+    """
     end = encoding.encode_single_token(encodings.EOS_TOKEN)
     arrays: list[npt.NDArray[Any]] = []
     pending: list[tuple[str, bool]] = []
-    size, ends = 0, True
-    for text, ends, _ in shard.chunks():
+    size, ends, tally = 0, True, Counter[str]()
+    for text, ends, _ in shard.chunks(None, tally):
         pending.append((text, ends))
         size += len(text)
         if size >= CHUNK_BYTES:
@@ -162,9 +224,10 @@ def _encode_shard(shard: FileShard | RowsShard, encoding: tiktoken.Encoding, fil
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
-    replace_file(file, sink.getvalue().to_pybytes())
+    replace_file(entry.ids(tally), sink.getvalue().to_pybytes())
+    entry.keep(tally)
     _open_file.cache_clear()  # a damaged file of this name may be open
-    return int(ids.size)
+    return int(ids.size), tally
 
 
 def _is_whole(file: Path) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -12,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from gpt_kit_hf.data.text.documents import MARKS_IN_TEXT, Policy, document_ends
 from gpt_kit_hf.data.text.token_cache import StoredIds
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.model.losses import Batch
-from gpt_kit_hf.options.data import check_stride
+from gpt_kit_hf.options.data import EosInText, check_stride
 from gpt_kit_hf.tokenization import encodings
 
 # A target of this id is not trained: the default `ignore_index` of torch's cross-entropy.
@@ -194,12 +197,47 @@ def collate_windows(items: Sequence[tuple[Tensor, ...]]) -> Batch:
 class GPTPretrainingDataset(TokenWindows):
     """Sliding windows over one text: (input, target), both (max_length,) int64, the target shifted by one.
 
-    `tokenizer` is a tiktoken encoding or a tokenizer of transformers; "<|endoftext|>" in the text is the EOS token.
+    `tokenizer` is a tiktoken encoding or a tokenizer of transformers. Documents end, with the EOS token, where they do
+    in a file of `gpt-kit train`: at each `document_separator`, and by `eos_in_text` at a "<|endoftext|>" at the end of
+    a line. The last document has no EOS token unless the text ends with a mark. A mark within a line is text, and a
+    warning tells so.
     """
 
-    def __init__(self, text: str, tokenizer: Any, max_length: int, stride: int, *, keep_tail: bool = False) -> None:
-        ids = encodings.text_to_token_ids(text, tokenizer)[0].numpy()
-        super().__init__(TokenStream([ids], np.zeros(1, np.int64)), max_length, stride, keep_tail=keep_tail)
+    def __init__(
+        self,
+        text: str,
+        tokenizer: Any,
+        max_length: int,
+        stride: int,
+        *,
+        keep_tail: bool = False,
+        eos_in_text: EosInText = "split",
+        document_separator: str | None = None,
+    ) -> None:
+        stream = _stream_of(text, tokenizer, document_separator, eos_in_text)
+        super().__init__(stream, max_length, stride, keep_tail=keep_tail)
+
+
+def _stream_of(text: str, tokenizer: Any, separator: str | None, eos_in_text: EosInText) -> TokenStream:
+    encodings.check_text(text, "text")
+    end = encodings.get_eos_token_id(tokenizer)
+    policy, tally = Policy(eos_in_text if end is not None else "keep"), Counter[str]()
+    ends = document_ends(separator, policy.eos_in_text == "split")
+    arrays: list[npt.NDArray[np.int64]] = []
+    for piece in ends.pieces([text.encode()], 0, tally, whole=True, ends_file=True, chunk_bytes=None):
+        document = piece.data.decode()
+        if document.strip() or piece.after == len(piece.data):  # a text of white space is its own document
+            policy.count_marks(document, tally, lambda: "text")
+            ids = encodings.document_ids(document, tokenizer)
+            marked = piece.after > piece.place + len(piece.data)
+            arrays.append(np.append(ids, end) if marked and end is not None else ids)
+    if (count := tally[MARKS_IN_TEXT]) and policy.eos_in_text == "split":
+        warnings.warn(
+            f"{encodings.EOS_TOKEN} stands {count} times within a line of the text, where it is read as text: "
+            f"document_separator={encodings.EOS_TOKEN!r} ends a document at each, eos_in_text='keep' says it is text",
+            stacklevel=4,
+        )
+    return TokenStream(arrays, np.cumsum([0, *(ids.size for ids in arrays)], dtype=np.int64)[:-1])
 
 
 def create_pretraining_dataloader(
@@ -213,15 +251,20 @@ def create_pretraining_dataloader(
     *,
     tokenizer: Any = None,
     seed: int = 0,
+    eos_in_text: EosInText = "split",
+    document_separator: str | None = None,
 ) -> DataLoader[tuple[Tensor, ...]]:
     """Return a loader of (input, target) pairs, both (batch_size, max_length) int64; the target is shifted by one.
 
-    `tokenizer` is GPT-2's encoding by default. The order of a shuffled epoch follows from the seed alone; torch's
+    `tokenizer` is GPT-2's encoding by default. `eos_in_text` and `document_separator` say where a document ends, as
+    for `GPTPretrainingDataset`. The order of a shuffled epoch follows from the seed alone; torch's
     global random state is neither read nor changed. Raises DataError if the text gives fewer windows than one batch.
     """
     if tokenizer is None:
         tokenizer = encodings.get_encoding("gpt2")
-    windows = GPTPretrainingDataset(text, tokenizer, max_length, stride)
+    windows = GPTPretrainingDataset(
+        text, tokenizer, max_length, stride, eos_in_text=eos_in_text, document_separator=document_separator
+    )
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, got {batch_size}")
     if drop_last and len(windows) < batch_size:

@@ -87,7 +87,8 @@ def card_facts(run: Path) -> dict[str, Any]:
         "command": command_of(shared, name, tuned=tuned),
         "base": _base(record, options, shared, BASE_OPTIONS[kind]) if kind in BASE_OPTIONS else None,
         "data": _pick(_eval_rows(record), ("documents", "train_tokens", "eval_tokens", "eval_rows"), _count)
-        | _not_none({"fingerprint": _digest(record.get("data_fingerprint"))}),
+        | _not_none({"fingerprint": _digest(record.get("data_fingerprint"))})
+        | _text_read(record),
         "supervision": _supervision(run, record) if tuned else None,
         "progress": _progress(run, record) if record else None,
         "curve": (run / CURVE_FILE).is_file(),
@@ -185,6 +186,22 @@ def _row_counts(report: Mapping[str, Any]) -> dict[str, Any]:
 def _eval_rows(record: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the record with `eval_rows`, which older runs call `held_out_rows`."""
     return {"eval_rows": record.get("held_out_rows"), **record}
+
+
+def _text_read(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how many documents were left out and characters replaced, by reason; nothing if there were none."""
+    found: dict[str, Any] = {}
+    for of in ("text_read", "eval_text_read"):
+        read = _object(record.get(of))
+        groups = {name: _object(read.get(name)) for name in ("left_out", "replaced_characters")}
+        counts = {
+            name: {shareable(kind): n for kind, n in _pick(group, group, _count).items()}
+            for name, group in groups.items()
+            if group
+        }
+        if counts:
+            found[of] = _pick(read, ("documents_read", "documents_used"), _count) | counts
+    return found
 
 
 def _progress(run: Path, record: Mapping[str, Any]) -> dict[str, Any]:

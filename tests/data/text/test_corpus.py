@@ -125,11 +125,15 @@ def test_tokens_are_those_of_the_encoding_with_an_end_after_each_document(tmp_pa
     texts = [f"document {i} \u00e9 {EOS_TOKEN}" for i in range(150)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     write(tmp_path, held="x")
-    made = prepared(
-        text_files=[str(tmp_path / "rows.jsonl")], eval_files=[str(tmp_path / "held.txt")], num_proc=num_proc
-    )
     end = encoding.encode_single_token(EOS_TOKEN)
-    # The marker spelled in a text is text, not an end.
+    files = {"text_files": [str(tmp_path / "rows.jsonl")], "eval_files": [str(tmp_path / "held.txt")]}
+    # The mark at the end of a text is its end, once.
+    made = prepared(**files, num_proc=num_proc)
+    expected = [[*text.removesuffix(EOS_TOKEN).encode(), end] for text in texts]
+    np.testing.assert_array_equal(made.train.read(0, len(made.train)), np.concatenate(expected))
+    assert made.documents == 150
+    # Or text, as it is everywhere else.
+    made = prepared(**files, num_proc=num_proc, eos_in_text="keep")
     expected = [[*text.encode(), end] for text in texts]
     np.testing.assert_array_equal(made.train.read(0, len(made.train)), np.concatenate(expected))
     np.testing.assert_array_equal(made.train.document_starts, np.cumsum([0, *map(len, expected)])[:-1])
@@ -277,8 +281,9 @@ def test_a_streamed_split_is_held_out_without_storing_the_dataset(
     monkeypatch.setattr(
         datasets, "load_dataset", lambda *a, **k: load(*a, **k) if k["streaming"] else pytest.fail("stored")
     )
-    held_out, key = corpus.prepare_eval(options, get_encoding("bytes"))
+    held_out, key, reading = corpus.prepare_eval(options, get_encoding("bytes"))
     assert bytes(held_out.read(0, 6).tolist()) == b"test 0"
     assert 45 <= len(held_out) < 60
     assert held_out.document_starts.tolist()[:3] == [0, 7, 14]
     assert key == corpus.prepare_eval(options, get_encoding("bytes"))[1]
+    assert reading.facts()["documents_read"] == reading.used == len(held_out.document_starts)

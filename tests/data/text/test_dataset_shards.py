@@ -81,7 +81,9 @@ def test_rows_are_stored_as_their_texts_encoded_one_by_one() -> None:
 def test_a_row_that_is_not_text_is_named(value: Any) -> None:
     rows = datasets.Dataset.from_list([{"text": 5 if value else "fine"}] * 30 + [{"text": value}])
     row = 0 if value else 30
-    with pytest.raises(DataError, match=rf"^the set row {row} must hold text, got {5 if value else None}$"):
+    with pytest.raises(
+        DataError, match=rf"^the set row {row}: 'text' must be text, got {5 if value else None}; --on_bad_text skip"
+    ):
         [list(shard.chunks()) for shard in rows_shards(rows, "the set", "text")]
 
 
@@ -106,7 +108,7 @@ def test_shards_of_a_stream_hold_its_rows_and_resume_after_any(tmp_path: Path, f
 def test_a_row_of_a_stream_that_is_not_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": null}\n')
     stream = datasets.load_dataset("json", data_files=[str(tmp_path / "a.jsonl")], split="train", streaming=True)
-    with pytest.raises(DataError, match=r"^the set shard 0, row 1 must hold text, got None$"):
+    with pytest.raises(DataError, match=r"^the set shard 0, row 1: 'text' must be text, got None; --on_bad_text skip"):
         list(stream_shards(stream, "text")[0].chunks())
     with pytest.raises(DataError, match=r"^the set shard 0: no column 'body' \(text_column\); it has text$"):
         list(stream_shards(stream, "body")[0].chunks())

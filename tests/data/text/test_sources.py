@@ -50,7 +50,7 @@ def test_files_become_documents_exactly_as_they_are(tmp_path: Path) -> None:
 def test_a_separator_ends_documents_inside_a_file(tmp_path: Path) -> None:
     write(tmp_path, a=f"one{EOS_TOKEN}two{EOS_TOKEN}\n{EOS_TOKEN}three")
     assert in_files(tmp_path / "a.txt", document_separator=EOS_TOKEN) == ["one", "two", "three"]
-    assert in_files(tmp_path / "a.txt") == [(tmp_path / "a.txt").read_text()]
+    assert in_files(tmp_path / "a.txt", eos_in_text="keep") == [(tmp_path / "a.txt").read_text()]
 
 
 def test_files_of_several_forms_are_one_source_in_the_order_named(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_dataset_folder_is_read_by_its_text_column(tmp_path: Path) -> None:
     (tmp_path / "named").mkdir()
     (tmp_path / "named" / "rows.jsonl").write_text('{"text": "one"}\n{"text": null}\n')
     for streamed in (False, True):
-        with pytest.raises(DataError, match=r"named( row 1| shard 0, row 1) must hold text, got None"):
+        with pytest.raises(DataError, match=r"named( row 1| shard 0, row 1): 'text' must be text, got None"):
             documents(source(dataset_name=str(tmp_path / "named")), streamed=streamed)
         rows = source(dataset_name=str(body), text_column="body")
         assert documents(rows, streamed=streamed) == ["one", "two"]

@@ -8,6 +8,7 @@ import pickle
 import random
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,16 @@ import tiktoken
 from conftest import KILLED, in_child
 
 from gpt_kit_hf.data.text import shards, token_cache
-from gpt_kit_hf.data.text.shards import FileShard, TextChunk, file_shards
+from gpt_kit_hf.data.text.documents import (
+    AS_IT_IS,
+    MARKS_AT_LINE_ENDS,
+    MARKS_IN_TEXT,
+    READ,
+    Policy,
+    left_out,
+    replaced,
+)
+from gpt_kit_hf.data.text.shards import FileShard, Tally, TextChunk, file_shards
 from gpt_kit_hf.data.text.token_cache import StoredIds, StoredTokens, store_tokens
 from gpt_kit_hf.data.text.windows import TokenStream
 from gpt_kit_hf.errors import DataError
@@ -265,6 +275,76 @@ def test_a_file_that_has_just_changed_is_read_each_time(tmp_path: Path) -> None:
         assert_stored(store_tokens(shards_in(file), encoding), encoding, [text])
 
 
+# --- how documents are read
+
+
+def shards_by(policy: Policy, *files: Path) -> list[FileShard]:
+    return [*file_shards(list(files), column="text", separator=None, may_cut=True, policy=policy)]
+
+
+POLICIES = [Policy(eos, bad) for eos in ("keep", "split") for bad in ("stop", "skip", "replace")]
+
+
+def test_a_policy_that_changes_nothing_changes_no_key_and_encodes_nothing_again(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    (tmp_path / "a.txt").write_text(" ".join(rng.choices([*WORDS, f"{EOS_TOKEN} x"], k=300)))  # marks within lines
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": f"{n} {EOS_TOKEN} x"}) + "\n" for n in range(40)))
+    files = [tmp_path / "a.txt", tmp_path / "b.jsonl"]
+    marks = sum(file.read_text().count(EOS_TOKEN) for file in files)
+    keys, made = set(), []
+    for policy in POLICIES:
+        stored = store_tokens(shards_by(policy, *files), get_encoding("bytes"))
+        keys.add(stored.key)
+        made.append(stored.made)
+        assert stored.tally[MARKS_IN_TEXT] == marks
+        assert stored.tally[READ] == len(stored.document_starts) == 41
+    assert len(keys) == 1
+    assert made[1:] == [0] * 5
+
+
+@pytest.mark.parametrize("num_proc", [1, 3])
+def test_what_was_found_is_known_from_the_cache_too(tmp_path: Path, num_proc: int) -> None:
+    text = f"one\n{EOS_TOKEN}\ntwo {EOS_TOKEN} two\n" * 40
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "fine"}\n{"text": null}\n{"text": "caf\xe9"}\n' * 60)
+    files, encoding = [tmp_path / "a.txt", tmp_path / "b.jsonl"], get_encoding("bytes")
+    skip = Policy("split", "skip")
+    first = store_tokens(shards_by(skip, *files), encoding, num_proc)
+    again = store_tokens(shards_by(skip, *files), encoding, num_proc)
+    assert first.made > 6
+    assert again.made == 0
+    for stored in (first, again):
+        assert stored.key == first.key
+        counts = {MARKS_AT_LINE_ENDS: 40, MARKS_IN_TEXT: 40, left_out("null"): 60, left_out("not UTF-8"): 60}
+        assert stored.tally == Counter({READ: 41 + 180, **counts})
+        one, two = "one\n", f"two {EOS_TOKEN} two\n"
+        assert_stored(stored, encoding, [one, *[two + one] * 39, two, *["fine"] * 60])
+    replaced_ = store_tokens(shards_by(Policy("split", "replace"), *files), encoding, num_proc)
+    assert replaced_.key != first.key
+    assert replaced_.tally[replaced("not UTF-8")] == 60
+    with pytest.raises(DataError, match=r"b\.jsonl:\d+: (not a JSON row|'text' must be text, got None)"):
+        store_tokens(shards_by(Policy("split", "stop"), *files), encoding, num_proc)
+
+
+def test_ids_of_a_version_without_notes_are_used_unless_a_mark_would_be_split(tmp_path: Path, cache: Path) -> None:
+    """Such a version knew one policy: marks are text, and bad text stops."""
+    encoding = get_encoding("bytes")
+    (tmp_path / "a.txt").write_text("no mark at all " * 90)
+    (tmp_path / "b.txt").write_text("".join(f"{n}\n{EOS_TOKEN}\n" for n in range(99)))
+    a, b = tmp_path / "a.txt", tmp_path / "b.txt"
+    before = store_tokens(shards_by(AS_IT_IS, a, b), encoding)
+    for note in (cache / "seen").glob("*.json"):
+        note.unlink()
+    split = Policy("split")
+    assert store_tokens(shards_by(split, a), encoding).made == 0
+    after = store_tokens(shards_by(split, b), encoding)
+    assert after.made == len(shards_by(split, b))
+    assert_stored(after, encoding, [f"{n}\n" for n in range(99)])
+    kept = store_tokens(shards_by(AS_IT_IS, a, b), encoding)
+    assert (kept.made, kept.key) == (0, before.key)
+    assert_stored(kept, encoding, [a.read_text(), b.read_text()])
+
+
 # --- damaged files of ids
 
 
@@ -325,6 +405,7 @@ class FakeShard:
     texts: tuple[str, ...]
     number: int
     before: Callable[[], object] = field(default=lambda: None)
+    policy: Policy = AS_IT_IS
 
     @property
     def name(self) -> str:
@@ -340,7 +421,7 @@ class FakeShard:
     def stamp(self) -> str | None:
         return None
 
-    def chunks(self, position: Any = None) -> Iterator[TextChunk]:
+    def chunks(self, position: Any = None, tally: Tally | None = None) -> Iterator[TextChunk]:
         self.before()
         for number, text in enumerate(self.texts):
             yield TextChunk(text, True, number + 1)
@@ -387,7 +468,7 @@ inner, calls = getattr(module, name), []
 
 def deadly(*arguments):
     # A shard or a file of ids: not a note of a content key.
-    calls.extend([1] * (".arrow" in str(arguments)))
+    calls.extend([1] * (name == "_encode_shard" or ".arrow" in str(arguments)))
     if len(calls) <= int(place):
         return inner(*arguments)
     if name == "write_synced":

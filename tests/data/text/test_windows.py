@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,11 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
-from transformers import DynamicCache
+from transformers import AutoTokenizer, DynamicCache
 
 from gpt_kit_hf import GPTModel, create_model_config
 from gpt_kit_hf.data.order import BatchPlan, PlannedBatches, ShuffledOrder
+from gpt_kit_hf.data.text.corpus import prepare_text
 from gpt_kit_hf.data.text.windows import (
     IGNORED,
     GPTPretrainingDataset,
@@ -27,8 +29,8 @@ from gpt_kit_hf.data.text.windows import (
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.evaluation.invariance import _flex_attention
 from gpt_kit_hf.model.losses import summed_batch_loss
-from gpt_kit_hf.options.data import WindowOptions
-from gpt_kit_hf.tokenization.encodings import get_encoding
+from gpt_kit_hf.options.data import TextOptions, WindowOptions
+from gpt_kit_hf.tokenization.encodings import EOS_TOKEN, get_encoding, save_tokenizer
 
 
 def random_stream(rng: np.random.Generator, documents: int, longest: int = 40) -> tuple[TokenStream, list[np.ndarray]]:
@@ -297,3 +299,52 @@ def test_the_packed_loss_is_that_of_the_documents_alone(attention: str, cache: s
     ]
     assert losses[0] == pytest.approx(expected, rel=1e-5)
     assert abs(losses[1] - expected) > 1e-3 * expected, "documents that see each other would score alike"
+
+
+# --- where documents end
+
+
+def loader_ids(text: str, tokenizer: Any, **options: Any) -> list[int]:
+    """All ids of the text, from windows of two."""
+    windows = GPTPretrainingDataset(text, tokenizer, 1, 1, **options)
+    stream = windows.stream
+    return stream.read(0, len(stream)).tolist()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"one\n{EOS_TOKEN}\ntwo\n",
+        f"one{EOS_TOKEN}\r\ntwo{EOS_TOKEN}",
+        f"\n{EOS_TOKEN}\none\n\n{EOS_TOKEN} \n{EOS_TOKEN}\n two\n{EOS_TOKEN}\n",
+        "one two\n",
+    ],
+)
+def test_the_loader_ends_documents_where_a_run_does(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    options = TextOptions(text_files=[str(tmp_path / "a.txt")])
+    stream, _, _ = prepare_text(options, get_encoding("bytes"))
+    ids = stream.read(0, len(stream)).tolist()
+    ended = text.rstrip().endswith(EOS_TOKEN)
+    assert loader_ids(text, get_encoding("bytes")) == (ids if ended else ids[:-1])
+
+
+def test_marks_and_separators_are_read_as_the_loader_is_asked_to(tmp_path: Path) -> None:
+    encoding = get_encoding("bytes")
+    text = f"GPT {EOS_TOKEN} ends"
+    with pytest.warns(UserWarning, match=r"stands 1 times within a line of the text.*document_separator="):
+        assert loader_ids(text, encoding) == [*text.encode()]
+    assert loader_ids(text, encoding, eos_in_text="keep") == [*text.encode()]
+    assert loader_ids(text, encoding, document_separator=EOS_TOKEN) == [*b"GPT ", 256, *b" ends"]
+    with pytest.raises(DataError, match="is written in the text"):
+        loader_ids(text, encoding, eos_in_text="error")
+
+
+def test_a_tokenizer_of_transformers_reads_marks_as_its_encoding_does(tmp_path: Path) -> None:
+    encoding = get_encoding("bytes")
+    save_tokenizer(encoding, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    text = f"one\n{EOS_TOKEN}\ntwo {EOS_TOKEN} two"
+    with pytest.warns(UserWarning, match="within a line"):
+        ids = loader_ids(text, tokenizer)
+    assert ids == [*b"one\n", 256, *f"two {EOS_TOKEN} two".encode()]
