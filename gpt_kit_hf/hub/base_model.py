@@ -25,18 +25,18 @@ class BaseModel:
     def __init__(
         self, named: str, run: Path, checkpoint: Path | None, *, dropout: float | None, adapter: bool = False
     ) -> None:
-        needed = checkpoint is None or adapter
-        source = find_base(named, permanent=adapter) if needed else str(checkpoint)
-        self.named = named
-        self.tokenizer: Any = load_pretrained(AutoTokenizer, str(checkpoint or source), named)
+        needed, self.named = checkpoint is None or adapter, named
+        source, commit = find_base(named, permanent=adapter) if needed else (str(checkpoint), None)
+        pinned = {} if commit is None else {"revision": commit}  # the files that were checked
+        place, revision = (source, pinned) if checkpoint is None else (str(checkpoint), {})
+        self.tokenizer: Any = load_pretrained(AutoTokenizer, place, named, **revision)
         # GPT-2's names, and this package's; a model with other names refuses them, and load_pretrained reports that.
         changed = {} if dropout is None else dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), dropout)
-        self.model: Any = load_pretrained(AutoModelForCausalLM, source, named, dtype=torch.float32, **changed)
+        options = {"dtype": torch.float32, **changed, **pinned}
+        self.model: Any = load_pretrained(AutoModelForCausalLM, source, named, **options)
         record = {} if needed or not (run / RECORD_FILE).is_file() else load_json(run / RECORD_FILE)
-        self.commit, self.digest = record.get("base_commit"), record.get("base_digest")
-        if needed:
-            self.digest = weights_digest(source, self.model.config)
-            self.commit = None if Path(named).exists() else str(self.model.config._commit_hash)
+        self.commit = commit if needed else record.get("base_commit")
+        self.digest = (commit or weights_digest(source)) if needed else record.get("base_digest")
 
     def facts(self) -> dict[str, Any]:
         """Return the entries of run.json about the model."""

@@ -66,29 +66,27 @@ def _refuse_classifier(folder: Path, place: str) -> None:
             )
 
 
-def find_base(model: str, *, permanent: bool) -> str:
-    """Return the folder or Hub id of the model to tune.
+def find_base(model: str, *, permanent: bool) -> tuple[str, str | None]:
+    """Return the folder or Hub id of the model to train further, and its commit on the Hub, None for a folder.
 
     A `permanent` base, which an adapter needs, must not be a run's checkpoint, as a run deletes those. Raises
     UsageError, and what `find_model_folder` raises.
     """
     place = find_model_folder(model)
     if not Path(model).exists():
-        return model  # the id is the same on other machines, its folder in the cache is not
+        return model, Path(place).name  # the id is the same on other machines, its snapshot in the cache is not
     if permanent and Path(place).parent.name == "checkpoints":
         raise UsageError(
             f"model {model!r} is at a checkpoint of a run, which may be deleted, and an adapter needs its "
             "base: let the run end, or copy the checkpoint to another folder"
         )
-    return str(Path(place).resolve())
+    return str(Path(place).resolve()), None
 
 
-def weights_digest(source: str, config: Any) -> str:
-    """Return what identifies a base model: a digest of a folder's weights, or the commit on the Hub."""
-    if not Path(source).is_dir():
-        return str(config._commit_hash)
+def weights_digest(folder: str) -> str:
+    """Return a digest of the weights in a model folder."""
     digest = xxhash.xxh3_64()
-    for file in sorted(Path(source).glob("*.safetensors")):
+    for file in sorted(Path(folder).glob("*.safetensors")):
         update_digest(digest, file)
     return str(digest.hexdigest())
 

@@ -160,6 +160,32 @@ def test_what_is_pushed_loads_without_the_package_to_the_bit(run: Path, hub: Hub
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_model_of_the_hub_is_trained_further_and_pushed(
+    run: Path, hub: HubServer, api: HfApi, tmp_path: Path
+) -> None:
+    pushed = push_to_hub(run, REPO, api=api)
+    (tmp_path / "text.txt").write_text("Grim-visaged war hath smooth'd his wrinkled front.\n" * 40)
+    environment = {**os.environ, **hub.environment(), "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    asked = ["--text_files", "text.txt", "--output_dir", "further", "--max_length", "32", "--batch_size", "2"]
+    asked += ["--max_steps", "2", "--sample_steps", "0", "--report_to", "none", "--use_cpu"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "gpt_kit_hf.commands.main", "train", "--model_name_or_path", REPO, *asked],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    record = json.loads((tmp_path / "further/run.json").read_text())
+    assert (record["base_model"], record["base_commit"]) == (REPO, pushed.commit)
+    push_to_hub(tmp_path / "further", "ann/further", api=api)
+    card = hub.files("ann/further")["README.md"].decode()
+    assert f"base_model: {REPO}\n" in card
+    assert f"at commit `{pushed.commit}` trained further (continued pretraining) on `text.txt`" in card
+
+
+@pytest.mark.usefixtures("quick")
 def test_what_is_pushed_loads_with_the_oldest_transformers_to_the_bit(
     run: Path, hub: HubServer, api: HfApi, tmp_path: Path
 ) -> None:

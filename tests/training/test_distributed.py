@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from foreign_models import write_model
 from tiny_model import write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +33,7 @@ def launch(
     *arguments: str,
     script: str = "examples/pretrain.py",
     environment: dict[str, str] | None = None,
+    shape: list[str] = SHAPE,
 ) -> subprocess.CompletedProcess[str]:
     """Run a script under torchrun, on a free port of this machine alone."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
@@ -42,7 +44,7 @@ def launch(
         f"--text_files={text}",
     ]
     return subprocess.run(
-        [*command, *SHAPE, *COURSE, *QUIET, *arguments],
+        [*command, *shape, *COURSE, *QUIET, *arguments],
         cwd=ROOT,
         env=os.environ | (environment or {}),
         capture_output=True,
@@ -80,6 +82,20 @@ def test_two_processes_train_on_the_same_batches_as_one(streaming: bool, tmp_pat
     assert len(alone) == len(shared) == 8 + 3
     for one, other in zip(alone, shared, strict=True):
         assert one.keys() == other.keys()
+        for key, value in one.items():
+            assert other[key] == (pytest.approx(value, abs=1e-4) if isinstance(value, float) else value), key
+
+
+def test_two_processes_train_a_model_of_another_family_further_as_one(tmp_path: Path, text: Path) -> None:
+    write_model("llama", tmp_path / "llama")
+    for processes in (1, 2):
+        # Its own tokenizer, under its name: the encoding is sent from one process to the other.
+        base = [f"--model_name_or_path={tmp_path / 'llama'}", f"--encoding={tmp_path / 'llama'}", "--max_steps=3"]
+        ended = launch(processes, tmp_path / f"by-{processes}", text, *base, shape=["--max_length=32"])
+        assert ended.returncode == 0, ended.stderr
+    alone, shared = metrics(tmp_path / "by-1"), metrics(tmp_path / "by-2")
+    assert [line["step"] for line in alone if line["kind"] == "eval"] == [0, 3]
+    for one, other in zip(alone, shared, strict=True):
         for key, value in one.items():
             assert other[key] == (pytest.approx(value, abs=1e-4) if isinstance(value, float) else value), key
 
