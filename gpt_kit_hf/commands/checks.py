@@ -9,7 +9,9 @@ from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.options.declare import Option, sections_of
 from gpt_kit_hf.options.evaluation import VerifyOptions
 from gpt_kit_hf.options.files import PYTHON_STDLIB, find_files
+from gpt_kit_hf.options.run import RunOptions
 from gpt_kit_hf.options.training import TrainingOptions
+from gpt_kit_hf.storage.atomic_files import load_json
 from gpt_kit_hf.storage.run_folder import check_run_folder, holds_run, recorded_steps
 
 
@@ -19,15 +21,37 @@ def check_options(options: object) -> None:
     # Another process of this run may have just made the folder.
     if isinstance(training, TrainingOptions) and os.environ.get("WORLD_SIZE", "1") == "1":
         check_run_folder(Path(training.output_dir), resume=training.resume, overwrite=training.overwrite)
+    # A checkpoint replaces the model that a text is trained further on, which may be gone.
+    resumes = (
+        isinstance(options, RunOptions) and options.training.resume and holds_run(Path(options.training.output_dir))
+    )
+    if isinstance(options, RunOptions) and not resumes:
+        _check_length(options)
     for name, section in sections_of(type(options)).items():
         holder = getattr(options, name) if name else options
         for each in section.options.values():
+            if resumes and each.names == "model":
+                continue
             value = getattr(holder, each.name)
             for named in value if isinstance(value, list) else [value]:
                 if each.names and named is not None:
                     _check(each, named)
     if isinstance(options, VerifyOptions) and options.steps is not None:
         recorded_steps(Path(options.run), *options.steps)
+
+
+def _check_length(options: RunOptions) -> None:
+    """Refuse windows that are longer than the context of the model to train further, if that is a folder."""
+    named, length = options.model.model_name_or_path, options.windows.max_length
+    config = Path(named or "") / "config.json"
+    if named is None or length is None or not config.is_file():
+        return
+    found = load_json(config)
+    positions = next((found[name] for name in ("max_position_embeddings", "n_positions") if name in found), None)
+    if isinstance(positions, int) and length > positions:
+        raise UsageError(
+            f"max_length={length} is above the context of {named!r}, max_position_embeddings={positions}: lower it"
+        )
 
 
 def _check(option: Option, named: str) -> None:

@@ -212,7 +212,8 @@ class EncodingOptions(Options):
 
     encoding: str = option(
         TRAINED_BPE,
-        "bpe (trained on the text), bytes, gpt2, or a folder with a tokenizer.json",
+        "bpe (trained on the text), bytes, gpt2, or a folder with a tokenizer.json; with model_name_or_path only that "
+        "model's own, which needs no name",
         card="path",
         metavar="NAME|FOLDER",
     )

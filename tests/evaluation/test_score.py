@@ -236,7 +236,7 @@ def test_the_score_is_kept_for_the_card_once(trained: RunResult, held_out: str) 
         ({"batch_size": 0}, UsageError, "batch_size must be at least 1, got 0"),
         ({"samples": -1}, UsageError, "samples must be at least 0, got -1"),
         ({"data": ["absent.txt"]}, DataError, "'absent.txt': no such file"),
-        ({"device": "tpu9"}, UsageError, "device 'tpu9' cannot be used"),
+        ({"device": "tpu9"}, UsageError, "unknown device 'tpu9'"),
     ],
 )
 def test_mistakes_are_named(trained: RunResult, held_out: str, options: Any, error: Any, message: str) -> None:

@@ -266,6 +266,27 @@ def test_a_run_is_trained_further_from_its_newest_model(folder: Path, tmp_path: 
         options(folder, first, first)
 
 
+def test_the_command_refuses_a_length_before_loading_and_resumes_without_the_base(
+    folder: Path, runs: dict[str, tuple[Path, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Path(shutil.copytree(folder / "gpt2", tmp_path / "base"))
+    given = ["--text_files", folder / "text.txt", "--model_name_or_path", base, "--output_dir", tmp_path / "run"]
+    given += ["--max_steps", 1, "--batch_size", 2, "--sample_steps", 0, "--report_to", "none", "--use_cpu"]
+    with monkeypatch.context() as patch:
+        patch.setattr("gpt_kit_hf.commands.train.train", lambda options: pytest.fail("torch would be imported"))
+        ended = gpt_kit("train", *given, "--max_length", 65)
+    assert ended.stderr.startswith("error: max_length=65 is above the context of ")
+    assert gpt_kit("train", *given, "--max_length", 16).exit_code == 0
+    shutil.rmtree(base)
+    more = ["--max_length", 16, "--max_steps", 2, "--resume", "--allow_changes", "max_steps"]
+    ended = gpt_kit("train", *given, *more)
+    assert ended.exit_code == 0, ended.stderr
+    assert json.loads((tmp_path / "run/run.json").read_text())["results"]["steps"] == 2
+    # A new run needs it.
+    ended = gpt_kit("train", *given[:4], "--output_dir", tmp_path / "other")
+    assert (ended.exit_code, "no such folder" in ended.stderr) == (2, True)
+
+
 def test_dropout_of_a_model_with_other_names_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"llama' cannot be loaded: .*embd_pdrop"):
         train(options(folder, folder / "llama", tmp_path / "run", dropout=0.1), stream=None)
