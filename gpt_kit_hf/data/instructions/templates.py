@@ -9,7 +9,7 @@ from typing import Any
 from gpt_kit_hf.data.instructions.conversations import CHAT_KEYS
 from gpt_kit_hf.data.instructions.formats import alpaca_fields, as_messages, format_of, prompt_completion_fields
 from gpt_kit_hf.data.instructions.rows import PlacedRow, RowError, set_aside
-from gpt_kit_hf.errors import UsageError
+from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.options.data import KEEP, RowFormat
 from gpt_kit_hf.tokenization.chat_templates import get_chat_template, template_name
 
@@ -23,17 +23,35 @@ def with_template(
     """Set the tokenizer's chat template, and return the rows so that it writes the prompts of all of them.
 
     The template is set before this function returns: the one named by `choice`; for "keep" the tokenizer's own, or if
-    it has none, the one that writes prompts as the first row's format does (none for prompt and completion, whose
-    prompt is used as it is). Rows of another format become messages. UsageError is raised, when the rows are read, if
-    the template would write other prompts than `row_format`.
+    it has none, the one that writes prompts as the format of the first row that has one does (none for prompt and
+    completion, whose prompt is used as it is). Rows of another format become messages. UsageError is raised, when the
+    rows are read, if the template would write other prompts than `row_format`.
     """
-    first = next(rows, None)
     if choice != KEEP:
         tokenizer.chat_template = get_chat_template(choice)
-    elif tokenizer.chat_template is None and first is not None:
-        name = _TEMPLATE_OF[_format(first.row, row_format)]
+    elif tokenizer.chat_template is None:
+        known, rows = _first_format(rows, row_format)
+        name = None if known is None else _TEMPLATE_OF[known]
         tokenizer.chat_template = None if name is None else get_chat_template(name)
-    return (_as_prompted(placed, tokenizer, row_format) for placed in chain([] if first is None else [first], rows))
+    return (_as_prompted(placed, tokenizer, row_format) for placed in rows)
+
+
+def _first_format(rows: Iterator[PlacedRow], row_format: RowFormat) -> tuple[str | None, Iterator[PlacedRow]]:
+    """Return the format of the first row that has one, "chat" if none has, None without rows; and all rows again."""
+    read: list[PlacedRow] = []
+    try:
+        for placed in rows:
+            read.append(placed)
+            if known := _known_format(placed.row, row_format):
+                return known, chain(read, rows)
+    except DataError as error:  # a row before it may be at fault, too, and is reported first
+        return "chat", chain(read, _raising(error))
+    return "chat" if read else None, iter(read)
+
+
+def _raising(error: DataError) -> Iterator[PlacedRow]:
+    raise error
+    yield
 
 
 def _as_prompted(placed: PlacedRow, tokenizer: Any, row_format: RowFormat) -> PlacedRow:
@@ -53,12 +71,16 @@ def _as_prompted(placed: PlacedRow, tokenizer: Any, row_format: RowFormat) -> Pl
 
 
 def _format(row: dict[str, Any], row_format: RowFormat) -> str:
+    return _known_format(row, row_format) or "chat"  # the encoder reports what is wrong with the row
+
+
+def _known_format(row: dict[str, Any], row_format: RowFormat) -> str | None:
     if row_format != "auto":
         return row_format
     try:
         found = format_of(row)
     except RowError:
-        return "chat"  # the encoder reports what is wrong with the row
+        return None
     return "chat" if found == "prompt_completion" and isinstance(row.get("prompt"), list) else found
 
 

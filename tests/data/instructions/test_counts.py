@@ -41,18 +41,22 @@ POLICIES = list(itertools.product(("stop", "skip"), ("error", "drop", "truncate_
 
 
 class Made(NamedTuple):
-    """A row as a line of JSON, its prompt and answer if it has them, and its fault: None, a kind, or a length."""
+    """A row as a line of JSON, its prompt and answer if it has them, and its fault: None, a kind, or a length.
+
+    `unread` are its keys that no format reads; they are counted of rows that are not skipped.
+    """
 
     line: bytes
     prompt: str | None
     answer: str | None
     fault: str | None
+    unread: tuple[str, ...] = ()
 
 
 def pair(draw: random.Random, prompt: int, answer: int, fault: str | None = None) -> Made:
     texts = {"prompt": "q" * prompt, "completion": "a" * answer}
     unknown: dict[str, Any] = draw.choice([{}, {}, {"id": 7}, {"source": "web", "tags": ["x"]}])
-    return Made(json.dumps(texts | unknown).encode(), *texts.values(), fault)
+    return Made(json.dumps(texts | unknown).encode(), *texts.values(), fault, tuple(unknown))
 
 
 def good(draw: random.Random) -> Made:
@@ -136,6 +140,8 @@ def mixture(
         form = draw.choice(["jsonl", "jsonl", "json", "parquet"])
         among = {"json": [*IN_ARRAYS, *LENGTHS], "parquet": ["null", *LENGTHS]}.get(form)
         rows = make(draw, draw.randint(1, max(1, n_rows)), without, among, share)
+        if form == "parquet":  # it has the columns of the texts alone
+            rows = [row._replace(unread=()) for row in rows]
         files.append(folder / f"rows{number}.{form}")
         places += write(draw, files[-1], rows)
         made += rows
@@ -162,19 +168,25 @@ class Known:
     first: dict[str, list[str]] = field(default_factory=dict)
     stops: str | None = None
     tokens_trained: int = 0
+    unread: Counter[str] = field(default_factory=Counter)
 
 
-def known_of(made: list[Made], places: list[str], on_bad_row: str, truncation: str) -> Known:
+def known_of(
+    made: list[Made], places: list[str], on_bad_row: str, truncation: str, unknown_keys: str = "report"
+) -> Known:
     known = Known()
     for row, place in zip(made, places, strict=True):
         known.counts.read += 1
-        if row.fault in FAULTS:
+        fault = "unknown key" if row.unread and unknown_keys == "error" else row.fault
+        if fault in FAULTS or fault == "unknown key":
             if on_bad_row == "stop":
                 known.stops = place
                 return known
-            known.counts.skipped[row.fault] += 1
-            known.first.setdefault(row.fault, []).append(place)
-        elif row.fault == "long answer" or (row.fault == "long prompt" and truncation != "truncate_prompt"):
+            known.counts.skipped[fault] += 1
+            known.first.setdefault(fault, []).append(place)
+            continue
+        known.unread.update(row.unread)
+        if row.fault == "long answer" or (row.fault == "long prompt" and truncation != "truncate_prompt"):
             if truncation == "error":
                 known.stops = place
                 return known
@@ -234,6 +246,10 @@ def told_by_card(card: str, name: str) -> Counts:
 
 def check_console(text: str, known: Known) -> None:
     told, first, _ = told_by_console(text)
+    keys = re.search("^keys +not read: (.*)$", text, re.MULTILINE)
+    assert known.unread == {
+        key: number(rows) for key, rows in re.findall(r"(\w+) \(([\d,]+)\)", keys[1] if keys else "")
+    }
     assert told["rows"] == known.counts
     assert first.keys() == known.first.keys()
     for kind, places in known.first.items():
@@ -269,8 +285,9 @@ def test_inspect_tells_what_was_made(on_bad_row: Any, truncation: Any, packing: 
         if trial % 10 == 0:  # no row is left
             without, share = {"long prompt"}, 1.0
         made, places, files = mixture(draw, tmp_path / str(trial), 12, without, share)
-        known = known_of(made, places, on_bad_row, truncation)
-        rows = RowOptions(rows=files, on_bad_row=on_bad_row)
+        unknown_keys: Any = "error" if trial % 4 == 2 else "report"
+        known = known_of(made, places, on_bad_row, truncation, unknown_keys)
+        rows = RowOptions(rows=files, on_bad_row=on_bad_row, unknown_keys=unknown_keys)
         options = SupervisionOptions(
             max_length=MAX_LENGTH, truncation=truncation, packing=packing, format="prompt_completion"
         )
@@ -285,6 +302,7 @@ def test_inspect_tells_what_was_made(on_bad_row: Any, truncation: Any, packing: 
         check_console(report.text(), known)
         assert told_by_json(report.to_dict()) == known.counts
         assert (report.rows_trained, report.rows_eval, report.eval_input) == (known.counts.used, 0, None)
+        assert report.to_dict()["unread_keys"] == known.unread
         assert report.tokens_trained == known.tokens_trained
         check_split(rows, options, known)
     assert outcomes["counted"] >= 8
@@ -294,7 +312,14 @@ def test_inspect_tells_what_was_made(on_bad_row: Any, truncation: Any, packing: 
 def check_split(rows: RowOptions, options: SupervisionOptions, known: Known) -> None:
     """A part of the rows keeps the counts of all of them."""
     skipped, encoding = SkippedRows(), get_encoding("bytes")
-    encoded = encode_rows(read_rows(rows, skipped), encoding, options, on_bad_row=rows.on_bad_row, skipped=skipped)
+    encoded = encode_rows(
+        read_rows(rows, skipped),
+        encoding,
+        options,
+        on_bad_row=rows.on_bad_row,
+        skipped=skipped,
+        unknown_keys=rows.unknown_keys,
+    )
     if len(encoded) < 3:
         return
     train, valid, test = encoded.split([0.5, 0.25, 0.25], 0) if len(encoded) > 3 else encoded.split([1 / 3] * 3, 0)

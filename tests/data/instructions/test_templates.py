@@ -57,6 +57,19 @@ def test_the_template_is_set_before_the_rows_are_read(row: Any, template: str, b
     assert list(rows) == [PlacedRow("row 0", row)]
 
 
+def test_a_row_without_a_format_does_not_choose_the_template(bare: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """It is skipped; if bad rows stop, the first of them is named, though reading goes further."""
+    rows = list(with_template(placed({}, {"a": "b"}, ALPACA, CHAT), bare, "keep"))
+    assert bare.chat_template == ALPACA_TEMPLATE
+    assert [row.place for row in rows] == ["row 0", "row 1", "row 2", "row 3"]
+    (tmp_path / "rows.jsonl").write_text('{}\n{"prompt"\n')
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: "):
+        inspect_rows(RowOptions(rows=[str(tmp_path / "rows.jsonl")]), SupervisionOptions())
+    (tmp_path / "rows.jsonl").write_text('{}\n{"prompt": "why? ", "completion": "so"}\n')
+    report = inspect_rows(RowOptions(rows=[str(tmp_path / "rows.jsonl")], on_bad_row="skip"), SupervisionOptions())
+    assert "\nwhy? ⟦so<|endoftext|>⟧" in report.text()
+
+
 def test_a_chosen_template_is_set_though_there_are_no_rows(bare: PreTrainedTokenizerBase) -> None:
     assert list(with_template(placed(), bare, "default")) == []
     assert bare.chat_template == DEFAULT_TEMPLATE
