@@ -340,7 +340,18 @@ class RowOptions(ColumnOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RowReadingOptions(Options):
+class ThinkingOptions(Options):
+    """The thinking of answers."""
+
+    thinking: Thinking = option(
+        "drop",
+        "what to do with the thinking or reasoning_content of an answer: leave it out and count it, or train it, in "
+        "the form of the chat template",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowReadingOptions(ThinkingOptions):
     """How a row becomes tokens."""
 
     format: RowFormat = option("auto", "format of the rows; auto decides by the keys of each row")
@@ -353,11 +364,6 @@ class RowReadingOptions(Options):
         "error",
         "what to do with a row longer than max_length: stop with an error, drop it, or cut off the start of its "
         "prompt",
-    )
-    thinking: Thinking = option(
-        "drop",
-        "what to do with the thinking or reasoning_content of an answer: leave it out and count it, or train it, in "
-        "the form of the chat template",
     )
 
 

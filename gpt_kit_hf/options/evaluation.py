@@ -14,6 +14,7 @@ from gpt_kit_hf.options.data import (
     RowOptions,
     RowReadingOptions,
     SupervisionOptions,
+    ThinkingOptions,
     bad_text_option,
     check_encoding_of_files,
     eos_option,
@@ -27,7 +28,7 @@ PaddingSide: TypeAlias = Literal["left", "right"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreOptions(ColumnOptions):
+class ScoreOptions(ColumnOptions, ThinkingOptions):
     """The data to score, and how."""
 
     data: list[str] = option(

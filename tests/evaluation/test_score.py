@@ -188,6 +188,7 @@ def test_answers_in_other_columns_and_tables_score_alike(tuned: tuple[RunResult,
         for name, columns in asked
     ]
     assert [score.kind for score in scores] == ["rows"] * 3
+    assert [score.notes for score in scores] == [(), (), ("keys not read: text (1)",)]
     assert len({score.evaluation.loss for score in scores}) == len({score.data_fingerprint for score in scores}) == 1
 
 

@@ -272,7 +272,10 @@ def unwritten(conversation: Conversation, text: str) -> tuple[str | None, list[s
 def _end_in(text: str, value: str, start: int) -> int | None:
     """Return where a value ends in a text, as it is or escaped as in JSON, or None if it is not there."""
     value = value.strip()
-    for written in (value, *(json.dumps(value, ensure_ascii=ascii)[1:-1] for ascii in (False, True))):
+    if (found := text.find(value, start)) >= 0:
+        return found + len(value)
+    for ascii_only in (False, True):
+        written = json.dumps(value, ensure_ascii=ascii_only)[1:-1]
         if (found := text.find(written, start)) >= 0:
             return found + len(written)
     return None

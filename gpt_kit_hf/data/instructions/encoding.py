@@ -123,7 +123,7 @@ class RowEncoder:
         self._text_rows = text_rows or options.train_on == "everything"
         self._chats = ChatReader(options.thinking)
         if options.format == "chat" and format_fn is None:
-            _ = self._chat_tokenizer  # an error before the first row is read
+            _ = self._template_is_checked  # an error before the first row is read
 
     @property
     def thinking_left_out(self) -> int:
@@ -191,6 +191,7 @@ class RowEncoder:
     def _encode_chat(self, conversation: Conversation, template: str | None = None) -> EncodedRow:
         """Encode a conversation by the tokenizer's chat template, or by `template`."""
         tokenizer, special_tokens = self._chat_tokenizer
+        assert template is not None or self._template_is_checked
         messages, trained = conversation.messages, conversation.trained
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         if not any(trained):
@@ -237,13 +238,18 @@ class RowEncoder:
         raise RowError("chat template", fault)
 
     @functools.cached_property
+    def _template_is_checked(self) -> bool:
+        """Check the tokenizer's own chat template, once; raises UsageError."""
+        check_chat_template(self._chat_tokenizer[0])
+        return True
+
+    @functools.cached_property
     def _chat_tokenizer(self) -> tuple[PreTrainedTokenizerBase, list[str]]:
-        """The tokenizer, whose chat template is checked once, and its special tokens; raises UsageError."""
+        """The tokenizer, and its special tokens; raises UsageError."""
         if isinstance(self._tokenizer, tiktoken.Encoding):
             raise UsageError(
                 "chat rows need a tokenizer of transformers with a chat template, got a tiktoken.Encoding"
             )
-        check_chat_template(self._tokenizer)
         return self._tokenizer, [token for token in self._tokenizer.all_special_tokens if token]
 
 

@@ -80,25 +80,22 @@ def alpaca_fields(row: Row) -> tuple[dict[str, Any], set[str]]:
 
     input, system and history are "" or [] if the row has none. The row may have the names of well-known data sets.
     """
-    found: dict[str, Any] = {}
-    read = {"history"}
+    keys: dict[str, str] = {}
     own = holds(row.get("instruction")) and holds(row.get("output"))
     for field, names in (("instruction", INSTRUCTIONS), ("output", OUTPUTS)):
         filled = [name for name in names if holds(row.get(name))]
         if len(filled) > 1 and not own:
             raise RowError("several formats", f"the keys {listed(filled)} may be the {field}; say which by columns")
-        key = field if field in row and (field in filled or not filled) else next(iter(filled), None)
-        if key is not None:
-            found[field] = row[key]
-            read.add(key)
-    if missing := [field for field in ("instruction", "output") if field not in found]:
+        if filled or field in row:
+            keys[field] = field if field in filled or not filled else filled[0]
+    if missing := [field for field in ("instruction", "output") if field not in keys]:
         raise RowError("missing key", f"{listed(missing, 'is', 'are')} missing; {keys_of(row)}")
+    found: dict[str, Any] = {field: text_field(row, key) for field, key in keys.items()}
     for field, other_names in (("input", INPUTS), ("system", SYSTEMS)):
-        key = next((name for name in other_names if holds(row.get(name))), field)
-        found[field] = text_field(row, key, blank=True) if holds(row.get(key)) else ""
-        read.add(key)
+        keys[field] = next((name for name in other_names if holds(row.get(name))), field)
+        found[field] = text_field(row, keys[field], blank=True) if holds(row.get(keys[field])) else ""
     found["history"] = row.get("history") or []
-    return found, read
+    return found, {*keys.values(), "history"}
 
 
 def as_messages(fields: Mapping[str, Any], *, headed_input: bool) -> list[Message]:

@@ -145,11 +145,8 @@ class SupervisionReport(RowCounts):
         lines = [_printable(line) for line in lines]
         if self.rows_eval:
             lines += [f"eval      {self.rows_eval:,} rows", f"train     {self.rows_trained:,} rows"]
-        if self.unread_keys:
-            keys = ", ".join(f"{_printable(key)} ({count:,})" for key, count in self.unread_keys.items())
-            lines.append(f"keys      not read: {keys}")
-        if self.thinking_left_out:
-            lines.append(f"thinking  left out of {self.thinking_left_out:,} answers; --thinking train trains it")
+        notes = reading_notes(self.unread_keys, self.thinking_left_out)
+        lines += [f"{label:<9} {note}" for label, note in notes.items()]
         lines.append(
             f"tokens    {self.tokens:,}, {self.tokens_trained:,} trained ({self.share_trained:.1%}), "
             f"{self.ends_trained:,} of them EOS"
@@ -165,6 +162,13 @@ class SupervisionReport(RowCounts):
         for number, example in enumerate(self.examples, start=1):
             lines += [f"example {number}, {legend}", _highlighted(example, color)]
         return "\n".join(lines)
+
+
+def reading_notes(unread_keys: Mapping[str, int], thinking_left_out: int) -> dict[str, str]:
+    """Return which "keys" were not read, and of how many answers "thinking" was left out, where there are any."""
+    keys = ", ".join(f"{_printable(key)} ({count:,})" for key, count in unread_keys.items())
+    thinking = f"left out of {thinking_left_out:,} answers; --thinking train includes it"
+    return ({"keys": f"not read: {keys}"} if keys else {}) | ({"thinking": thinking} if thinking_left_out else {})
 
 
 def report_of(

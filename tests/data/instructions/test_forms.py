@@ -204,6 +204,13 @@ def test_a_developer_is_the_system_of_a_template_without_that_role(tokenizer: Pr
     assert marked(rows, tokenizer) == [f"system:Be kind.\nuser:One?\nTwo?\n⟦2{END}⟧"]
 
 
+def test_alpacas_system_and_history_need_no_template_of_the_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [row.row for row in read_rows(RowOptions(rows=[str(FORMS / "alpaca_history.jsonl")]))]
+    encoded = encode_rows(rows, tokenizer, SupervisionOptions(max_length=1000))
+    assert marked(encoded, tokenizer) == FORMS_READ["alpaca_history.jsonl"].texts
+    assert tokenizer.chat_template is None
+
+
 def test_other_templates_get_system_and_history_as_turns(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = PLAIN
     rows = read(FORMS / "alpaca_history.jsonl", tokenizer)

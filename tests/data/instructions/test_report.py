@@ -302,7 +302,7 @@ def test_keys_that_are_not_read_and_thinking_left_out_are_listed_once(tmp_path: 
         report = report_of(part, BYTES)
         lines = report.text().splitlines()
         assert "keys      not read: messages[].mood (2), id\\x1b[2J (2)" in lines
-        assert "thinking  left out of 2 answers; --thinking train trains it" in lines
+        assert "thinking  left out of 2 answers; --thinking train includes it" in lines
         assert report.to_dict()["unread_keys"] == {"messages[].mood": 2, "id\x1b[2J": 2}
     plain = report_of(encode_rows([ROW], BYTES, SupervisionOptions()), BYTES).text()
     assert "not read" not in plain

@@ -126,6 +126,7 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
     "an input alone": ({"input": "a", "output": None}, "'instruction' is missing"),
     "null output": ({**ALPACA, "output": None}, "'output' is null"),
     "context of no text": ({"question": "a", "context": {"b": 1}, "answer": "c"}, "'context' is a dict of 1 (dict)"),
+    "number for an answer": ({"question": "a", "answer": 1}, "'answer' is 1 (int)"),
     "history of no pairs": ({**ALPACA, "history": ["a"]}, "history[0] is 'a'; it must be [question, answer]"),
     "history of no list": ({**ALPACA, "history": "a"}, "'history' is 'a'; it must be a list"),
     "blank answer in history": ({**ALPACA, "history": [["a", " "]]}, "the answer is blank"),
