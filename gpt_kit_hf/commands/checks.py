@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from gpt_kit_hf.errors import UsageError
+from gpt_kit_hf.data.text.formats import file_refusal
+from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.options.declare import Option, sections_of
 from gpt_kit_hf.options.evaluation import VerifyOptions
 from gpt_kit_hf.options.files import PYTHON_STDLIB, find_files
@@ -13,6 +14,10 @@ from gpt_kit_hf.options.run import RunOptions
 from gpt_kit_hf.options.training import TrainingOptions
 from gpt_kit_hf.storage.atomic_files import load_json
 from gpt_kit_hf.storage.run_folder import check_run_folder, holds_run, recorded_steps
+
+# Options that name files of text.
+_TEXT = ("text_files", "mixture", "eval_files", "data")
+_FILES_CHECKED = 100
 
 
 def check_options(options: object) -> None:
@@ -35,7 +40,9 @@ def check_options(options: object) -> None:
             value = getattr(holder, each.name)
             for named in value if isinstance(value, list) else [value]:
                 if each.names and named is not None:
-                    _check(each, named)
+                    # In another encoding, text may hold NUL bytes.
+                    text = each.name in _TEXT and getattr(holder, "encoding_of_files", None) is None
+                    _check(each, named, text)
     if isinstance(options, VerifyOptions) and options.steps is not None:
         recorded_steps(Path(options.run), *options.steps)
 
@@ -54,7 +61,7 @@ def _check_length(options: RunOptions) -> None:
         )
 
 
-def _check(option: Option, named: str) -> None:
+def _check(option: Option, named: str, text: bool) -> None:
     place = Path(named)
     if option.names == "model":
         _check_model(named)
@@ -68,8 +75,13 @@ def _check(option: Option, named: str) -> None:
             raise UsageError(f"{option.name} {named!r} exists and is not an empty folder; nothing is overwritten")
     else:
         pattern = named.partition(":")[2] if option.names == "weighted_files" else named
-        if pattern != PYTHON_STDLIB and not pattern.startswith("dataset:"):
-            find_files([pattern], option.name)
+        if pattern == PYTHON_STDLIB or pattern.startswith("dataset:"):
+            return
+        files = find_files([pattern], option.name)
+        # Reading the text checks every file, and more of it.
+        for file in files[:_FILES_CHECKED] if text else ():
+            if file.is_file() and (reason := file_refusal(file)) is not None:
+                raise DataError(f"{file}: {reason}")
 
 
 def _check_model(named: str) -> None:

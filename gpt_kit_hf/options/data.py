@@ -88,7 +88,7 @@ class TextOptions(Options):
     )
     dataset_name: str | None = option(
         None,
-        "dataset on the Hub, or local folder that the datasets library can load",
+        "dataset on the Hub, or local folder that the datasets library can load or has saved (save_to_disk)",
         unset="none",
         excludes=("mixture",),
         card="path_or_id",
@@ -315,7 +315,7 @@ class RowOptions(ColumnOptions):
     )
     dataset_name: str | None = option(
         None,
-        "dataset on the Hub, or local folder that the datasets library can load",
+        "dataset on the Hub, or local folder that the datasets library can load or has saved (save_to_disk)",
         unset="none",
         card="path_or_id",
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 HEAD_BYTES = 1 << 16
@@ -133,6 +135,24 @@ def office_document(names: set[str]) -> str | None:
     if any(name.rpartition("/")[2] == "data.pkl" for name in names):
         return f"a PyTorch checkpoint: {_ALONE}"
     return None
+
+
+def file_refusal(file: Path) -> str | None:
+    """Return what a file is, and what to do, if its first bytes tell that it is no text; needs no large library.
+
+    None says little: what is compressed or in another encoding is looked at when it is read.
+    """
+    head = b""
+    with suppress(OSError), file.open("rb") as stream:  # reading the text reports the error
+        head = stream.read(HEAD_BYTES)
+    form, compression = suffixes_of(file.name)
+    container = container_of(head)
+    if container == "zip":
+        with suppress(OSError, ValueError, zipfile.BadZipFile), zipfile.ZipFile(file) as archive:
+            return office_document(set(archive.namelist()))
+    if compression or container or form == ".parquet" or marked_encoding(head):
+        return None
+    return not_text(head)
 
 
 def likely_encoding(data: bytes) -> str:
