@@ -346,13 +346,13 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     prepared = prepare_text
 
     def noted(text: Any, encoding: Any) -> Any:
-        stream, key = prepared(text, encoding)
+        stream, *others = prepared(text, encoding)
         ids = stream.read(0, len(stream)).tolist()
         bounds = [*stream.document_starts.tolist(), len(ids)]
         documents = [ids[begin:end] for begin, end in pairwise(bounds)]
         assert all(document[-1] == 256 for document in documents)
         found.append([bytes(document[:-1]).decode() for document in documents])
-        return stream, key
+        return stream, *others
 
     def encode(options: RunOptions, *, stream: Any) -> None:
         noted(options.text, get_encoding("bytes"))

@@ -119,7 +119,8 @@ class TextSource:
         ]
 
     def _plain_files(self) -> tuple[list[PlainFile], list[str]]:
-        reading = FileReading(column=self.column, encoding=self.encoding)
+        keep_bad = self.policy.on_bad_text != "stop"
+        reading = FileReading(column=self.column, encoding=self.encoding, keep_bad=keep_bad)
         return plain_files(find_files(self.files or [], self.option), reading)
 
     def _file_shards(self, may_cut: bool, shard_bytes: int | None) -> list[FileShard]:

@@ -312,6 +312,20 @@ def test_a_compressed_file_in_another_encoding_that_is_cut_is_refused(tmp_path: 
         assert refusal(tmp_path / name).startswith(f"{tmp_path / name}: cannot be read: ")
 
 
+@pytest.mark.parametrize("codec", ["utf-8", "cp1252", "utf-16-le"])
+def test_bad_bytes_of_any_encoding_are_replaced_or_left_out_if_asked(tmp_path: Path, codec: str) -> None:
+    bad = b"\x00\xd8" if codec == "utf-16-le" else b"\x81"  # half a surrogate, and no character
+    options: dict[str, Any] = {"encoding_of_files": codec}
+    (tmp_path / "a.txt").write_bytes("café ".encode(codec) + bad + " and on".encode(codec))
+    (tmp_path / "b.csv").write_bytes("text,n\ngood é,1\nbad ".encode(codec) + bad + ",2\nlast,3\n".encode(codec))
+    for name in ("a.txt", "b.csv"):
+        assert str(tmp_path / name) in refusal(tmp_path / name, **options)
+    files = [tmp_path / "a.txt", tmp_path / "b.csv"]
+    replaced = ["café \ufffd and on", "good é", "bad \ufffd", "last"]
+    assert documents(*files, on_bad_text="replace", **options) == replaced
+    assert documents(*files, on_bad_text="skip", **options) == ["good é", "last"]
+
+
 @pytest.mark.parametrize("name", ["cp1525", "latin-11", "hex", "rot13", "", "no such\0name"])
 def test_an_unknown_encoding_is_refused_before_a_file_is_read(name: str) -> None:
     with pytest.raises(UsageError, match="unknown encoding_of_files"):
