@@ -36,8 +36,8 @@ from gpt_kit_hf.model.weight_files import merge_lora, read_state_dict, strip_pre
 # Names of tensors, and the activation function that such a model has if nothing says otherwise.
 _LAYOUTS: Mapping[str, tuple[Mapping[str, str], str]] = MappingProxyType(
     {
-        "gpt2": (GPT2_NAMES, "gelu_new"),
         "nanogpt": (NANOGPT_NAMES, "gelu"),
+        "gpt2": (GPT2_NAMES, "gelu_new"),
         "kit": (KIT_NAMES, "gelu_pytorch_tanh"),
         "gpt-kit": (OWN_NAMES, "gelu_pytorch_tanh"),
     }
@@ -56,6 +56,8 @@ def load_state_dict(
     (names, default_act), source = _LAYOUTS[layout], str(path)
     stored, checkpoint = read_state_dict(path)
     stored = merge_lora(stored, lora_scaling, source, transposed=layout == "gpt2")
+    if wrong := _other_layout(stored, layout):
+        raise UsageError(f"{path} holds tensors that the layout does not have: they are those of the layout {wrong}")
     stored = strip_prefix(stored, name_of_positions(names), source)
     fused = stored.get("transformer.h.0.attn.c_attn.weight")
     if fused is not None and fused.dim() == 2 and (fused.shape[0] > fused.shape[1]) is (layout == "gpt2"):
@@ -71,6 +73,13 @@ def load_state_dict(
     kind = choose_class(tensors, config, source, drop=drop_classifier)
     add_zero_biases(tensors, config)
     return build_model(config, tensors, torch.float32, source, kind)
+
+
+def _other_layout(stored: Mapping[str, Tensor], layout: str) -> str | None:
+    """Return the layout that calls the position embedding as the file does, if the given one does not."""
+    ends = {name: name_of_positions(names).split(".")[-2] for name, (names, _) in _LAYOUTS.items()}
+    found = {name.split(".")[-2] for name in stored if name.endswith(".weight") and name.count(".") >= 1}
+    return None if ends[layout] in found else next((name for name, end in ends.items() if end in found), None)
 
 
 def _infer_config(

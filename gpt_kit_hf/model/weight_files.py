@@ -90,7 +90,7 @@ def tensorflow_hint(path: Path) -> str:
     """Return what to do instead if a path names, or is a folder with, TensorFlow's weights; else an empty string."""
     names = [path.name, *(each.name for each in (path if path.is_dir() else path.parent).glob("*"))]
     asked = names[1:] if path.is_dir() else [n for n in names if n.startswith(path.name)]
-    if not any(re.search(r"\.(index|meta|data-\d+-of-\d+)$|^tf_model\.h5$", name) for name in asked):
+    if not any(re.search(r"\.data-\d+-of-\d+$|\.ckpt(-\d+)?\.(index|meta)$|^tf_model\.h5$", name) for name in asked):
         return ""
     return (
         "; TensorFlow's files are not read: take the same weights from the Hub, such as `gpt-kit convert "

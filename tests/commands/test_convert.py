@@ -69,7 +69,7 @@ def test_kit_files_without_biases(tmp_path: Path) -> None:
         (["--layout=nanogpt"], "n_head must be given"),
         (["--layout=nanogpt", "--n_head=5"], "n_embd must be divisible by n_head, got 12 and 5"),
         (["--layout=nanogpt", f"--n_head={HEADS}", "--hidden_act=relu"], "hidden_act"),
-        (["--layout=kit", f"--n_head={HEADS}"], "holds tensors that the layout does not have"),
+        (["--layout=kit", f"--n_head={HEADS}"], "layout does not have: they are those of the layout nanogpt"),
         (["--layout=gpt2"], "has shape (36, 12), which is that of the layout nanogpt"),
         (["--layout=nanogpt", "--lora_scaling=2"], "lora_scaling is given, and"),
         (["--layout=nanogpt", f"--n_head={HEADS}", "--drop_classifier"], "lacks a classification head that could be"),
