@@ -182,7 +182,9 @@ class DocumentEnds:
     """
 
     def __init__(self, separator: str | None, marks: bool) -> None:
-        self.separator, self.marks = None if separator is None else separator.encode(), marks
+        self.separator = None if separator is None else separator.encode()
+        # No mark is left in a document that ends wherever a part of one stands.
+        self.marks = marks and (self.separator is None or self.separator not in _MARK)
         at = b"" if self.separator is None else re.escape(self.separator)
         also = rb"[ \t]*?\r?" + at + b"|" if at else b""
         marked = (at + b"|" if at else b"") + b"(?P<mark>" + re.escape(_MARK) + b"(?:" + also + rb"[ \t]*\r?"
@@ -197,11 +199,13 @@ class DocumentEnds:
 
     def find(self, data: bytearray, tally: Counter[str], *, more: bool, ends_file: bool) -> list[tuple[int, int]]:
         """Return (end of a document, beginning of the next) for each in the data; `more`: other data follows it."""
-        marks = self.marks and _MARK in data
-        pattern = (self._at_end if ends_file and not more else self._inside) if marks else self._separators
+        if not self.marks or _MARK not in data:
+            spans = [] if self._separators is None else [match.span() for match in self._separators.finditer(data)]
+            tally[SEPARATORS] += len(spans)
+            return spans
         found: list[tuple[int, int]] = []
-        for match in pattern.finditer(data) if pattern is not None else ():
-            marked = marks and match["mark"] is not None
+        for match in (self._at_end if ends_file and not more else self._inside).finditer(data):
+            marked = match["mark"] is not None
             separated = self.separator is not None and (not marked or self.separator in match[0])
             if marked and more and not separated and match.end() > len(data) - self.held:
                 break  # a separator may begin here, and is not yet read

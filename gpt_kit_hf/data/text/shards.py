@@ -39,6 +39,7 @@ from gpt_kit_hf.data.text.documents import (
 )
 from gpt_kit_hf.data.text.formats import COMPRESSIONS, ROWS, likely_encoding, suffixes_of
 from gpt_kit_hf.errors import DataError
+from gpt_kit_hf.tokenization.export import EOS_TOKEN
 
 # A shard is read by one worker and cached in one file: large enough that opening it costs little, small enough that
 # an interrupted run repeats little.
@@ -200,12 +201,13 @@ class FileShard:
             chunk_bytes=CHUNK_BYTES if self.may_cut else None,
         )
         for piece in pieces:
-            if _holds(bad, piece.place):
+            if bad and _holds(bad, piece.place):
                 tally.update({READ: piece.ends, left_out(NOT_UTF8): piece.ends})
                 continue
             text = self._decoded(span, piece, tally)
             if text.strip() or not piece.whole:
-                self.policy.count_marks(text, tally, partial(_where, span, piece.place))
+                if EOS_TOKEN in text:
+                    self.policy.count_marks(text, tally, partial(_where, span, piece.place))
                 tally[READ] += piece.ends
                 if ends.with_crlf is not None:
                     tally[SEPARATORS_WITH_CRLF] += piece.data.count(ends.with_crlf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,47 @@ def test_the_counts_are_those_of_all_sources_and_of_the_evaluation_text(tmp_path
     }
     assert made.eval_reading is not None
     assert made.eval_reading.facts()["left_out"] == {"null": 20}
+
+
+GOOD = ['{"text": "good"}', '{"text": "one<|endoftext|>"}', '{"text": "a <|endoftext|> b"}', '{"text": ""}']
+BAD = {
+    "null": b'{"text": null}',
+    "not a string": b'{"text": ["a"]}',
+    "half a surrogate": b'{"text": "\\udc00"}',
+    "not UTF-8": b'{"text": "\xe9"}',
+    "not a JSON row": b'{"text": "cut',
+    "without the column": b'{"words": "a"}',
+}
+
+
+@pytest.mark.parametrize("policy", ["skip", "replace", "stop"])
+@pytest.mark.parametrize("seed", range(4))
+def test_documents_read_are_those_used_and_those_left_out(tmp_path: Path, policy: Any, seed: int) -> None:
+    rng = random.Random(seed)
+    kinds = [rng.choice([*BAD, "good", "good", "good"]) for _ in range(200)]
+    rows = [BAD[kind] if kind in BAD else rng.choice(GOOD).encode() for kind in kinds]
+    for number in range(4):
+        (tmp_path / f"{number}.jsonl").write_bytes(b"\n".join(rows[number::4]) + b"\n")
+    texts = [rng.choice([b"good ", b"b\xe4d "]) * rng.randint(1, 9) for _ in range(40)]
+    (tmp_path / "a.txt").write_bytes(b"\n--\n".join(texts))
+    text = TextOptions(
+        text_files=[f"{tmp_path}/*.*"], document_separator="\\n--\\n", on_bad_text=policy, num_proc=rng.randint(1, 4)
+    )
+    if policy == "stop":
+        with pytest.raises(DataError, match="--on_bad_text skip leaves such text out"):
+            prepare_text(text, BYTES)
+        return
+    mended = ("not UTF-8", "half a surrogate") if policy == "replace" else ()
+    gone = Counter(kind for kind in kinds if kind in BAD and kind not in mended)
+    bad_texts = sum(b"\xe4" in each for each in texts)
+    if policy == "skip":
+        gone["not UTF-8"] += bad_texts
+    facts = prepare_text(text, BYTES).reading.facts()
+    assert facts["documents_read"] == 240 == facts["documents_used"] + sum(gone.values())
+    assert facts["left_out"] == {kind: n for kind, n in sorted(gone.items()) if n}
+    counts = {"half a surrogate": kinds.count("half a surrogate"), "not UTF-8": kinds.count("not UTF-8")}
+    counts["not UTF-8"] += sum(each.count(b"\xe4") for each in texts)
+    assert facts["replaced_characters"] == (counts if mended else {})
 
 
 def test_counts_that_do_not_add_up_are_not_reported() -> None:
