@@ -1,8 +1,9 @@
 """Evaluation of a model.
 
 `metrics` computes loss, perplexity and bits per byte, and baselines; `windows` cuts the text for it. `score` scores
-text or instruction rows for `gpt-kit evaluate`, `lm_eval` runs tasks of lm-evaluation-harness, and `invariance`
-checks that padding, packing, caches, attention implementations and precisions give the same logits.
+text or instruction rows and writes the report that `gpt-kit evaluate` prints; `lm_eval` runs tasks of
+lm-evaluation-harness, and `invariance` checks that padding, packing, caches, attention implementations and precisions
+give the same logits.
 """
 
 import lazy_loader

@@ -1,9 +1,9 @@
-"""Text generation: `generate` for token ids and streamed text, `fast_decoder` with packed weights and a cache of fixed
-size, `chat` for conversations in a terminal.
+"""Text generation.
 
-`server` is the HTTP server by OpenAI's API. `openai_app` holds its endpoints, `openai_protocol` and `openai_responses`
-the requests that they accept, `openai_messages` the prompt of a chat, `openai_answers` the form of the answers. `jobs`
-runs the requests in threads; `completion` generates the answers, and `token_bytes` spells their tokens.
+`generate` samples token ids (temperature, top-k) and streams text; `fast_decoder` is the forward pass with packed
+weights and a cache of fixed size; `chat` is a conversation in a terminal. `completion` adds what a server's requests
+need (top-p, penalties, log-probabilities, stop strings), and `token_bytes` spells single tokens; `server` serves a
+model over HTTP, and `openai_api/` is the API that it speaks.
 """
 
 import lazy_loader

@@ -59,7 +59,7 @@ def serve(
     """
     if any(find_spec(package) is None for package in _PACKAGES):
         raise UsageError("the server needs packages that are not installed: pip install 'gpt-kit-hf[serve]'")
-    from gpt_kit_hf.generation.openai_app import Defaults, OpenAIServer
+    from gpt_kit_hf.generation.openai_api.app import Defaults, OpenAIServer
 
     folder = find_model_folder(place)
     name = folder if Path(place).exists() else place  # a Hub id, not its folder in the cache

@@ -3,7 +3,7 @@
 - `model_folder`: find the folder of a run, a model or a Hub id, load from it, write one.
 - `base_model`: the model that a training run starts from.
 - `safety` (folders and checkpoints), `untrusted_files` (JSON and safetensors headers) and `template_sandbox` (chat
-  templates) check a model of unknown origin before it is loaded.
+  templates) check a model of unknown origin before it is loaded: no pickle, no code.
 - `push` publishes a model as one commit and pulls one; `manifest` selects and lists the published files; `secret_scan`
   refuses secrets and local paths; `client` downloads with checked digests and words the Hub's errors.
 - `verify` is the post-push verification: it compares what fresh processes, which run `probe`, find in a commit.

@@ -5,10 +5,10 @@ configuration, `chunked_loss` the cross entropy without full logits, `packed_doc
 masks of packed rows. These four files are copied into saved model folders as remote code, so they import nothing else
 of this package. `presets` builds configurations by name (the table of named sizes is in `options/model.py`),
 `registration` adds the model to the Auto classes of transformers, `own_class` recognises a model whose class came
-with a folder, `losses` computes batch and step losses. `conversion` converts GPT-2 folders and writes them;
-`state_dicts` builds a model from a file of weights of another program: `layouts` maps the names of tensors and
-`weight_files` reads files and undoes what training tools wrap around a model. `kit_names` holds the kit's names for
-parts of the model.
+with a folder, `losses` computes batch and step losses. `layouts` maps the tensor names of GPT-2, nanoGPT and others
+to this model's; with it `conversion` reads and writes GPT-2 folders, and `state_dicts` builds a model from a file of
+weights, which `weight_files` reads, undoing what training tools wrap around a model. `kit_names` holds the kit's
+names for parts of the model.
 """
 
 import lazy_loader

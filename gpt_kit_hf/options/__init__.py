@@ -1,9 +1,10 @@
 """The options of every command, each declared once, in modules that need only the standard library.
 
-`declare` defines what a declaration holds; `training` (run, optimizer), `model` (presets, shape, conversion), `data`,
-`finetuning`, `generation`, `evaluation` and `hub` declare the options. `run` combines those of a training run and has
-the rules for resuming one. `parser` reads a command line, `config_file` a YAML file; `pages` writes help and
-documentation, `files` finds the files that globs name.
+`declare` defines what a declaration holds and checks values against it: type, choices, bounds, and options that
+exclude each other. `training` (run, optimizer), `model` (presets, shape, conversion), `data`, `finetuning`,
+`generation`, `evaluation` and `hub` declare the options. `run` combines those of a training run and has the rules for
+resuming one. `parser` reads a command line, `config_file` a YAML file; `pages` writes help and documentation, `files`
+finds the files that globs name.
 """
 
 import lazy_loader

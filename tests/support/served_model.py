@@ -17,7 +17,7 @@ import openai
 import uvicorn
 
 from gpt_kit_hf.generation.completion import CompletionModel
-from gpt_kit_hf.generation.openai_app import Defaults, OpenAIServer
+from gpt_kit_hf.generation.openai_api.app import Defaults, OpenAIServer
 from gpt_kit_hf.generation.server import load
 
 

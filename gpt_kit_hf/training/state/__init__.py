@@ -1,4 +1,4 @@
-"""The contents of a training checkpoint, and when they are written.
+"""The contents of a training checkpoint.
 
 `training_state` collects and restores weights, optimizer state, loss scale and data position; `optimizer_state`
 converts an optimizer's state to named tensors and JSON; `sharded_state` does both for a model sharded by FSDP2;

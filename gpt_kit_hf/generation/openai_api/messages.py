@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from gpt_kit_hf.errors import one_line
-from gpt_kit_hf.generation.openai_protocol import ApiError, Message
+from gpt_kit_hf.generation.openai_api.protocol import ApiError, Message
 
 # What links a tool's result to its call; the order of the messages tells the same.
 _LINKS = {"tool_call_id"}

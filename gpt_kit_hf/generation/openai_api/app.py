@@ -21,10 +21,10 @@ from transformers import GenerationConfig
 
 from gpt_kit_hf.generation.completion import Chunk, CompletionModel, Sampling
 from gpt_kit_hf.generation.generate import context_length, vocabulary_size
-from gpt_kit_hf.generation.jobs import EventStream, Jobs, RequestId, Work, collect, internal_error
-from gpt_kit_hf.generation.openai_answers import Answer, ChatAnswer, CompletionAnswer
-from gpt_kit_hf.generation.openai_messages import render_prompt
-from gpt_kit_hf.generation.openai_protocol import (
+from gpt_kit_hf.generation.openai_api.answers import Answer, ChatAnswer, CompletionAnswer
+from gpt_kit_hf.generation.openai_api.jobs import EventStream, Jobs, RequestId, Work, collect, internal_error
+from gpt_kit_hf.generation.openai_api.messages import render_prompt
+from gpt_kit_hf.generation.openai_api.protocol import (
     ApiError,
     ChatRequest,
     CompletionRequest,
@@ -32,7 +32,7 @@ from gpt_kit_hf.generation.openai_protocol import (
     parse_request,
     refusing,
 )
-from gpt_kit_hf.generation.openai_responses import ResponsesAnswer, ResponsesRequest
+from gpt_kit_hf.generation.openai_api.responses import ResponsesAnswer, ResponsesRequest
 
 # Requests that are computed at once; others wait for their turn.
 _JOBS_AT_ONCE = 4

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainValidator
 
 from gpt_kit_hf.generation.completion import Chunk
-from gpt_kit_hf.generation.openai_answers import Answer, Json, chat_logprobs
-from gpt_kit_hf.generation.openai_protocol import (
+from gpt_kit_hf.generation.openai_api.answers import Answer, Json, chat_logprobs
+from gpt_kit_hf.generation.openai_api.protocol import (
     MAX_TOP_LOGPROBS,
     ChatRequest,
     Harmless,

@@ -19,8 +19,8 @@ from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gpt_kit_hf.generation.completion import Chunk
-from gpt_kit_hf.generation.openai_answers import Answer
-from gpt_kit_hf.generation.openai_protocol import ApiError
+from gpt_kit_hf.generation.openai_api.answers import Answer
+from gpt_kit_hf.generation.openai_api.protocol import ApiError
 
 _log = logging.getLogger(__name__)
 

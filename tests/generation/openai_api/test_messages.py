@@ -9,8 +9,8 @@ import pytest
 from tiny_model import byte_tokenizer
 
 from gpt_kit_hf import get_chat_template
-from gpt_kit_hf.generation.openai_messages import render_prompt
-from gpt_kit_hf.generation.openai_protocol import ChatRequest
+from gpt_kit_hf.generation.openai_api.messages import render_prompt
+from gpt_kit_hf.generation.openai_api.protocol import ChatRequest
 
 CALL = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": '{"x": 1}'}}
 MESSAGES: list[dict[str, Any]] = [

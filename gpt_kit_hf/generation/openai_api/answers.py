@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias
 
 from gpt_kit_hf.generation.completion import Chunk, ScoredToken
-from gpt_kit_hf.generation.openai_protocol import SamplingRequest
+from gpt_kit_hf.generation.openai_api.protocol import SamplingRequest
 
 Json: TypeAlias = dict[str, Any]
 
