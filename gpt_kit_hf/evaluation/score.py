@@ -172,7 +172,7 @@ def _score_rows(model: Any, folder: str, place: str, options: ScoreOptions, leng
             raise UsageError(f"{name}={value} is for text: rows are scored whole, and all of them")
     tokenizer = load_pretrained(AutoTokenizer, folder, place)
     supervision = SupervisionOptions(max_length=length, thinking=options.thinking)
-    read = read_rows(RowOptions(rows=options.data, columns=options.columns))
+    read = read_rows(_row_options(options, options.data))
     rows = with_template(read, tokenizer, KEEP, supervision.format)
     encoded = encode_rows(rows, tokenizer, supervision, vocab_size=model.config.vocab_size)
     loader = DataLoader(
@@ -215,6 +215,10 @@ def _continued(model: Any, prompt: list[int], end: int) -> list[int]:
     return [token for token in ids[0, len(prompt) :].tolist() if token != end]
 
 
+def _row_options(options: ScoreOptions, files: list[str]) -> RowOptions:
+    return RowOptions(rows=files, columns=options.columns, encoding_of_files=options.encoding_of_files)
+
+
 def _holds_rows(options: ScoreOptions) -> bool:
     """Return whether the first row of the first file has the keys of an instruction; text files have no rows."""
     if options.columns:
@@ -222,7 +226,7 @@ def _holds_rows(options: ScoreOptions) -> bool:
     if suffixes_of(options.data[0])[0] not in ROW_SUFFIXES:
         return False
     try:
-        row = next(read_rows(RowOptions(rows=options.data[:1], columns=options.columns))).row
+        row = next(read_rows(_row_options(options, options.data[:1]))).row
         return options.text_column not in row and format_of(row) != "text"
     except (RowError, StopIteration, DataError):
         return False  # reading it as text reports the error

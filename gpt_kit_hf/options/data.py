@@ -17,7 +17,7 @@ DEFAULT_MAX_LENGTH = 256
 # Codecs of Python that encode no text in files.
 _NO_TEXT = {"hex", "base64", "bz2", "zlib", "rot13", "uu", "quopri", "undefined"}
 RowFormat: TypeAlias = Literal["auto", "alpaca", "chat", "prompt_completion", "text"]
-TrainOn: TypeAlias = Literal["answers", "everything"]
+TrainOn: TypeAlias = Literal["answers", "last_answer", "everything"]
 EosInText: TypeAlias = Literal["split", "keep", "error"]
 OnBadText: TypeAlias = Literal["stop", "skip", "replace"]
 Truncation: TypeAlias = Literal["error", "drop", "truncate_prompt"]
@@ -321,6 +321,11 @@ class RowOptions(ColumnOptions):
     )
     dataset_config: str | None = option(None, "configuration (subset) of dataset_name", unset="the dataset's default")
     dataset_train_split: str | None = option(None, "split of dataset_name", unset="train")
+    encoding_of_files: str | None = option(
+        None,
+        "encoding of JSON and CSV files without a byte-order mark, such as cp1252: a name of Python's codecs",
+        unset="utf-8",
+    )
     on_bad_row: Literal["stop", "skip"] = option(
         "stop", "what to do at an invalid row: stop with an error, or skip and count it"
     )
@@ -335,6 +340,7 @@ class RowOptions(ColumnOptions):
         if bool(self.rows) == bool(self.dataset_name):
             raise UsageError("give rows: exactly one of rows (files) and dataset_name")
         super().__post_init__()
+        check_encoding_of_files(self.encoding_of_files)
         if self.dataset_name is None and (self.dataset_config is not None or self.dataset_train_split is not None):
             raise UsageError("dataset_config and dataset_train_split are for dataset_name; files have neither")
 
@@ -345,8 +351,8 @@ class ThinkingOptions(Options):
 
     thinking: Thinking = option(
         "drop",
-        "what to do with the thinking or reasoning_content of an answer: leave it out and count it, or train it, in "
-        "the form of the chat template",
+        "what to do with the thinking of an answer, its reasoning_content or <think>...</think> at its start: leave "
+        "it out and count it, or train it; reasoning_content is written in the form of the chat template",
     )
 
 
@@ -357,8 +363,8 @@ class RowReadingOptions(ThinkingOptions):
     format: RowFormat = option("auto", "format of the rows; auto decides by the keys of each row")
     train_on: TrainOn = option(
         "answers",
-        "tokens that are trained: the answers and the end of text after each, or everything; rows of text need "
-        "everything",
+        "tokens that are trained: the answers and the end of text after each, the last answer of each row alone, or "
+        "everything; rows of text need everything",
     )
     truncation: Truncation = option(
         "error",

@@ -149,7 +149,8 @@ class InstructionTask(Task):
     def _read_rows(self, format_fn: FormatFn | None) -> tuple[SupervisedRows, SupervisedRows]:
         """Return the training rows and the evaluation rows, of which only the answers are scored."""
         base, options, supervision = self.options.base, self.options.rows, self.options.supervision
-        answers = dataclasses.replace(supervision, train_on="answers")
+        everything = supervision.train_on == "everything"
+        answers = dataclasses.replace(supervision, train_on="answers") if everything else supervision
         rows = self._encode(options, supervision, format_fn)
         if base.eval_rows is not None:
             files = [find_files(options.rows or [], "rows"), find_files(base.eval_rows, "eval_rows")]
@@ -162,7 +163,7 @@ class InstructionTask(Task):
             return rows, self._encode(apart, answers, format_fn)
         shares, seed = [1.0 - base.eval_fraction, base.eval_fraction], self.context.options.seed
         train, eval_rows = rows.split(shares, seed)
-        if supervision.train_on == "everything":
+        if everything:
             _, eval_rows = self._encode(options, answers, format_fn).split(shares, seed)
         return train, eval_rows
 

@@ -168,6 +168,17 @@ def test_evaluation_scores_answers_only_for_every_train_on(base: Path, tmp_path:
     assert losses[0] == losses[1]
 
 
+def test_the_last_answers_alone_are_trained_and_scored_on_request(base: Path, tmp_path: Path) -> None:
+    turns = [("user", "Hi"), ("assistant", "Hello, you"), ("user", "Two?"), ("assistant", "2")]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}) + "\n") * 10)
+    last = SupervisionOptions(max_length=CONTEXT, train_on="last_answer")
+    result = finetune(options(tmp_path / "run", base, rows, max_steps=2, supervision=last), stream=None)
+    stored = json.loads((tmp_path / "run" / "supervision.json").read_text())
+    assert stored["tokens_trained"] == 2 * stored["rows_trained"]  # a digit and EOS
+    assert result.evaluation.tokens == 2 * stored["rows_eval"]
+
+
 def test_rows_of_text_are_trained_and_scored_whole(base: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": f"Is {i} even?", "id": i}) + "\n" for i in range(8)))

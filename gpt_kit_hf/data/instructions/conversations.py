@@ -15,10 +15,12 @@ from gpt_kit_hf.data.instructions.rows import (
     check_row_text,
     holds,
     keys_of,
+    list_in,
     listed,
     required_field,
     shown,
     text_field,
+    without_thinking,
 )
 from gpt_kit_hf.options.data import Thinking
 
@@ -33,7 +35,9 @@ _ROLES = {
     **{role: role for role in (*SYSTEM_ROLES, "user", "assistant", "tool", "function")},
 }
 CHAT_KEYS = {*CONVERSATIONS, *SYSTEMS, "tools"}  # of a row
-_MARKS = ("weight", "train", "training", "loss")
+_MARKS = ("weight", "train", "training", "trainable", "loss", "loss_mask", "loss_weight")
+# Marks of parts of an answer, by offsets of characters.
+_SPAN_MARKS = ("train_detail", "training_detail")
 _THINKING = ("reasoning_content", "reasoning", "thinking")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 # Keys that a message has for the chat template only.
@@ -86,8 +90,9 @@ class ChatReader:
 
     def turns(self, turns: Any, name: str) -> Conversation:
         """Return the messages of a list of turns; raises RowError."""
+        turns = list_in(turns)
         if not isinstance(turns, Sequence) or isinstance(turns, str):
-            raise RowError("wrong type", f"{name!r} is {shown(turns)}; it must be a list of messages")
+            raise RowError("wrong type", f"{name!r} is {shown(turns)}; it must be a list of messages, or one in JSON")
         if not turns:
             raise RowError("blank", f"{name!r} is an empty list")
         read = []
@@ -121,10 +126,9 @@ class ChatReader:
         if calls:
             message["tool_calls"] = calls
         if role == "assistant":
+            message["content"] = self.answer(content, optional=bool(calls))
             message |= self._thinking_of(turn)
             read |= {*_THINKING}
-            if not (content.strip() or calls):
-                raise RowError("blank", "the answer is blank")
         elif calls:
             raise RowError("wrong type", f"a turn of {role!r} has tool calls; only those of the assistant can")
         self.unread.update(f"{name}[].{key}" for key, value in turn.items() if key not in read and holds(value))
@@ -150,6 +154,14 @@ class ChatReader:
             self.unread.update(f"{name}[].{key}[].{each}" for each in others)
         return "\n".join(texts)
 
+    def answer(self, text: str, *, optional: bool = False) -> str:
+        """Return an answer, without its thinking if that is left out; raises RowError if it is blank."""
+        kept = without_thinking(text) if self._thinking == "drop" else text
+        if not (optional or kept.strip()):
+            raise RowError("blank", "the answer is blank" + (" apart from its thinking" if text.strip() else ""))
+        self.thinking_left_out += len(kept) < len(text)
+        return kept
+
     def _thinking_of(self, turn: Mapping[str, Any]) -> Message:
         key = next((key for key in _THINKING if holds(turn.get(key))), None)
         if key is None or not (text := text_field(turn, key, blank=True)).strip():
@@ -168,6 +180,12 @@ def _key(turn: Mapping[str, Any], *names: str) -> str | None:
 
 def _is_trained(turn: Mapping[str, Any], role: str) -> bool:
     """Return whether a turn is an answer that its marks do not exclude; raises RowError for a mark without meaning."""
+    if found := [key for key in _SPAN_MARKS if holds(turn.get(key))]:
+        raise RowError(
+            "mark",
+            f"{found[0]!r} marks parts of a turn, which cannot be trained apart: mark whole turns by 'train', or "
+            "split the row",
+        )
     marks = {key: turn[key] for key in _MARKS if turn.get(key) is not None}
     for key, mark in marks.items():
         if mark not in (0, 1):
@@ -234,6 +252,7 @@ def _tools_of(row: Mapping[str, Any]) -> list[Any] | None:
 
 
 def _from_json(text: str, what: str, kind: type) -> Any:
+    """Return the list or dict that a string of JSON holds; raises RowError."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):

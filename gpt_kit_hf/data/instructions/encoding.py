@@ -157,6 +157,7 @@ class RowEncoder:
             return self._encode_chat(conversation)
         if row_format == "alpaca":
             fields, read = alpaca_fields(row)
+            fields["output"] = self._chats.answer(fields["output"])
             self._note_unread(row, read)
             if fields["system"].strip() or fields["history"]:
                 messages = as_messages(fields, headed_input=True)
@@ -165,8 +166,9 @@ class RowEncoder:
         if row_format == "text":
             self._note_unread(row, {"text"})
             return self._encode_whole(row)
-        self._note_unread(row, prompt_completion_fields(row)[1])
-        return self._encode_text(row, format_prompt_completion)
+        fields, read = prompt_completion_fields(row)
+        self._note_unread(row, read)
+        return self._encode_text({**row, "completion": self._chats.answer(fields["output"])}, format_prompt_completion)
 
     def _note_unread(self, row: Row, read: set[str]) -> None:
         self._chats.unread.update(str(key) for key, value in row.items() if key not in read and holds(value))
@@ -194,8 +196,13 @@ class RowEncoder:
         assert template is not None or self._template_is_checked
         messages, trained = conversation.messages, conversation.trained
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        if self._options.train_on == "last_answer":
+            trained = [mark and number == answers[-1] for number, mark in enumerate(trained)]
         if not any(trained):
-            why = "each answer is marked as not trained" if conversation.excludes else "no message of the assistant"
+            which = "the last" if self._options.train_on == "last_answer" else "each"
+            why = (
+                f"{which} answer is marked as not trained" if conversation.excludes else "no message of the assistant"
+            )
             raise RowError("no answer", f"{why}, so nothing would be trained")
         if conversation.excludes and self._options.train_on == "everything":
             raise RowError("mark", "a turn is marked as not trained, which train_on everything cannot obey")

@@ -14,6 +14,7 @@ from gpt_kit_hf.data.instructions.rows import (
     RowError,
     holds,
     keys_of,
+    list_in,
     listed,
     shown,
     text_field,
@@ -89,12 +90,13 @@ def alpaca_fields(row: Row) -> tuple[dict[str, Any], set[str]]:
         if filled or field in row:
             keys[field] = field if field in filled or not filled else filled[0]
     if missing := [field for field in ("instruction", "output") if field not in keys]:
-        raise RowError("missing key", f"{listed(missing, 'is', 'are')} missing; {keys_of(row)}")
+        hint = f"if another column holds it, give --columns {missing[0]}=COLUMN"
+        raise RowError("missing key", f"{listed(missing, 'is', 'are')} missing; {keys_of(row)}; {hint}")
     found: dict[str, Any] = {field: text_field(row, key) for field, key in keys.items()}
     for field, other_names in (("input", INPUTS), ("system", SYSTEMS)):
         keys[field] = next((name for name in other_names if holds(row.get(name))), field)
         found[field] = text_field(row, keys[field], blank=True) if holds(row.get(keys[field])) else ""
-    found["history"] = row.get("history") or []
+    found["history"] = list_in(row.get("history")) or []
     return found, {*keys.values(), "history"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import io
 import json
@@ -15,8 +16,8 @@ from typing import Any, TypeAlias
 
 import pyarrow as pa
 
-from gpt_kit_hf.data.instructions.rows import FIELD_NAMES, BadRow, PlacedRow, listed, repeated, shown
-from gpt_kit_hf.data.text.formats import COMPRESSIONS
+from gpt_kit_hf.data.instructions.rows import FIELD_NAMES, BadRow, PlacedRow, keys_of, listed, repeated, shown
+from gpt_kit_hf.data.text.formats import COMPRESSIONS, likely_encoding, marked_encoding, unmarked_utf16
 from gpt_kit_hf.errors import DataError
 
 _MAX_DIGITS = 4300  # Python's own limit for converting an integer
@@ -29,25 +30,39 @@ _ARRAY = re.compile(r"[ \t\n\r]*\[[ \t\n\r]*(\{|$)")
 _WRAPPERS = ("data", "rows", "train", "examples", "samples", "instances", "items", "records", "dataset")
 _WRAPPED = re.compile(rf'"({"|".join(_WRAPPERS)})"[ \t]*:[ \t]*(\[|$)')
 
+_TABLE = 'the file is a table, not rows: write it by df.to_json(file, orient="records", lines=True)'
+_NEAR = 1000  # characters around a byte that is not UTF-8, to guess the encoding from
+
 _Found: TypeAlias = Iterator["PlacedRow | BadRow"]
 
 
 @contextlib.contextmanager
-def open_text(file: Path) -> Iterator[io.TextIOWrapper]:
-    """Open a file of text, decompressed; bytes that are not UTF-8 become lone surrogates ("surrogateescape")."""
+def open_text(file: Path, encoding: str | None = None) -> Iterator[io.TextIOWrapper]:
+    """Open a file of text, decompressed, in the encoding of its byte-order mark, the one named, or UTF-8.
+
+    Bytes that are not UTF-8 become lone surrogates ("surrogateescape"); those of no other encoding are a DataError.
+    """
+    codec = encoding
     try:
         with pa.input_stream(str(file), compression=COMPRESSIONS.get(file.suffix.lower())) as stream:
             buffered = io.BufferedReader(stream, 1 << 20)
+            codec = marked_encoding(buffered.peek(4)) or encoding or "utf-8"
+            if codec == "utf-8" and unmarked_utf16(buffered.peek(2000)):
+                raise DataError(f"{file}: {likely_encoding(buffered.peek(2000))}")
+            is_utf8 = codecs.lookup(codec).name == "utf-8"
+            codec, errors = ("utf-8-sig", "surrogateescape") if is_utf8 else (codec, "strict")
             # newline="\n": lines end there only, and a carriage return stays.
-            yield io.TextIOWrapper(buffered, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
+            yield io.TextIOWrapper(buffered, encoding=codec, errors=errors, newline="\n")
+    except UnicodeError:
+        raise DataError(f"{file}: not text in {codec}: name its encoding by --encoding_of_files") from None
     except (OSError, pa.ArrowException) as error:
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise DataError(f"{file}: cannot be read: {reason}") from None
 
 
-def json_rows(file: Path, suffix: str) -> _Found:
+def json_rows(file: Path, suffix: str, encoding: str | None = None) -> _Found:
     """Yield the rows of an array, also of one within an object such as {"data": [...]}, or of one object a line."""
-    with open_text(file) as text:
+    with open_text(file, encoding) as text:
         empty = True
         for number, line in enumerate(text, start=1):
             if not line.strip(" \t\n\r\v\f"):
@@ -168,7 +183,23 @@ def _decode_row(text: str, position: int, place: str) -> tuple[PlacedRow | BadRo
         return BadRow(place, *decoder.faults[0]), end
     if not isinstance(value, dict):
         return BadRow(place, "not an object", f"a row is a JSON object, got {shown(value)}"), end
+    if _is_table(value):
+        return BadRow(place, "table", f"{keys_of(value)}: {_TABLE}"), end
     return PlacedRow(place, value), end
+
+
+def _is_table(value: dict[str, Any]) -> bool:
+    """Return whether an object is a table as pandas writes it: by columns, by its index, or split."""
+    if value.keys() <= {"columns", "index", "data"} and "data" in value:
+        return "columns" in value
+    columns = list(value.values())
+    if not columns or not all(columns):
+        return False
+    if all(isinstance(column, dict) for column in columns):
+        keys = [key for column in columns for key in column]
+        return all(key.isdecimal() for key in keys) or all(key.isdecimal() for key in value)
+    lists = len(columns) > 1 and all(isinstance(column, list) for column in columns)
+    return lists and all(isinstance(each, str | None) for column in columns for each in column)
 
 
 class _StrictDecoder(json.JSONDecoder):
@@ -223,4 +254,6 @@ def _skip_space(text: str, position: int) -> int:
 
 def not_utf8_row(place: str, escaped: re.Match[str]) -> BadRow:
     """Return the fault of a row with a byte that is not UTF-8."""
-    return BadRow(place, "not UTF-8", f"not UTF-8 text (byte 0x{ord(escaped[0]) - 0xDC00:02x})")
+    near = escaped.string[max(0, escaped.start() - _NEAR) : escaped.end() + _NEAR]
+    guess = likely_encoding(near.encode("utf-8", "surrogateescape"))
+    return BadRow(place, "not UTF-8", f"not UTF-8 text (byte 0x{ord(escaped[0]) - 0xDC00:02x}); {guess}")

@@ -102,17 +102,18 @@ def _sources(options: RowOptions) -> Iterator[tuple[str, Found]]:
         )
         return
     files = find_files(options.rows, "rows")
-    readers = [_reader(file) for file in files]  # a wrong name is an error before the first file is read
+    # A wrong name is an error before the first file is read.
+    readers = [_reader(file, options.encoding_of_files) for file in files]
     for file, reader in zip(files, readers, strict=True):
         yield str(file), reader(file)
 
 
-def _reader(file: Path) -> Callable[[Path], Found]:
+def _reader(file: Path, encoding: str | None) -> Callable[[Path], Found]:
     suffix, compression = suffixes_of(file.name)
     if suffix in _JSON_SUFFIXES:
-        return partial(json_rows, suffix=suffix)
+        return partial(json_rows, suffix=suffix, encoding=encoding)
     if suffix in _TABLE_SUFFIXES:
-        return partial(_csv_rows, tabs=suffix == ".tsv")
+        return partial(_csv_rows, tabs=suffix == ".tsv", encoding=encoding)
     if suffix == ".parquet" and not compression:
         return _parquet_rows
     raise UsageError(
@@ -124,8 +125,8 @@ def _reader(file: Path) -> Callable[[Path], Found]:
 # --- Tables
 
 
-def _csv_rows(file: Path, tabs: bool) -> Found:
-    for row in table_rows(partial(open_text, file), str(file), tabs=tabs, faults=True):
+def _csv_rows(file: Path, tabs: bool, encoding: str | None) -> Found:
+    for row in table_rows(partial(open_text, file, encoding), str(file), tabs=tabs, faults=True):
         place = f"{file}:{row.line}"
         if bad := NOT_UTF8.search("\n".join(row.cells.values())):
             yield not_utf8_row(place, bad)

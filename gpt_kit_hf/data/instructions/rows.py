@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from gpt_kit_hf.errors import DataError
@@ -23,6 +26,8 @@ _NAMES = {
     "messages": CONVERSATIONS,
 }
 FIELD_NAMES = frozenset(name for names in _NAMES.values() for name in names) | {"history", "text"}
+# Thinking that is written into the text of an answer.
+_THINKING = re.compile(r"\s*<(think|thinking)>")
 # A row may have none of these.
 _OPTIONAL = ("input", "system", "history")
 
@@ -84,8 +89,12 @@ def listed(names: list[str], one: str = "", many: str = "") -> str:
 
 
 def keys_of(row: Mapping[str, Any]) -> str:
-    """Return the keys of a row or turn, for a message."""
-    return f"its keys: {shown(', '.join(map(str, row)), 200) if row else 'none'}"
+    """Return the keys of a row or turn, for a message; those of an object in it after its key, in brackets."""
+    keys = (
+        f"{key} ({', '.join(map(str, value))})" if isinstance(value, Mapping) else str(key)
+        for key, value in row.items()
+    )
+    return f"its keys: {shown(', '.join(keys), 200) if row else 'none'}"
 
 
 def text_field(row: Mapping[str, Any], name: str, *, blank: bool = False) -> str:
@@ -108,6 +117,27 @@ def required_field(row: Mapping[str, Any], name: str) -> Any:
     if isinstance(value, float) and value != value:
         raise RowError("NaN or infinity", f"{name!r} is NaN; it must be a string")
     return value
+
+
+def list_in(value: Any) -> Any:
+    """Return the list that a string of JSON holds, as in the cell of a table; any other value as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
+
+
+def without_thinking(answer: str) -> str:
+    """Return an answer without the thinking that it begins with; raises RowError if that does not end."""
+    if not (opened := _THINKING.match(answer)):
+        return answer
+    if not (closed := re.compile(rf"</{opened[1]}>\s*").search(answer, opened.end())):
+        raise RowError(
+            "thinking",
+            f"the answer begins with <{opened[1]}>, which is not closed: close it, or give --thinking train, which "
+            "trains it as it stands",
+        )
+    return answer[closed.end() :]
 
 
 def check_is_object(row: Any) -> None:

@@ -113,7 +113,7 @@ def not_text(data: bytes) -> str | None:
     if _PICKLE.match(data):
         return f"a Python pickle: {_TABLE}"
     if b"\0" in data:
-        if (guess := _unmarked_utf16(data)) is not None:
+        if (guess := unmarked_utf16(data)) is not None:
             return f"text in {guess} without a byte-order mark, it seems: give --encoding_of_files {guess}"
         return f"no text, it holds NUL bytes (the first at offset {data.index(0)}): {_ALONE}"
     if (controls := _controls(data)) > _MOST_CONTROLS * len(data):
@@ -157,7 +157,7 @@ def file_refusal(file: Path) -> str | None:
 
 def likely_encoding(data: bytes) -> str:
     """Return words on what bytes that are not UTF-8 look like, with the option to give: a guess, and said as one."""
-    if (guess := _unmarked_utf16(data)) is not None:
+    if (guess := unmarked_utf16(data)) is not None:
         return f"it looks like {guess} without a byte-order mark: give --encoding_of_files {guess}"
     high = [byte for byte in data if byte > 127]
     if len(high) > 0.3 * len(data):
@@ -166,11 +166,7 @@ def likely_encoding(data: bytes) -> str:
     return f"it looks like {codec}, if the language is a Western European one: give --encoding_of_files {codec}"
 
 
-def _controls(data: bytes) -> int:
-    return len(data) - len(data.translate(None, _CONTROLS))
-
-
-def _unmarked_utf16(data: bytes) -> str | None:
+def unmarked_utf16(data: bytes) -> str | None:
     """Return the codec of text of mostly ASCII in UTF-16: every other byte is 0."""
     even, odd = data[0:2000:2], data[1:2000:2]
     if len(odd) < 2:
@@ -179,3 +175,7 @@ def _unmarked_utf16(data: bytes) -> str | None:
         if zeros.count(0) > 0.8 * len(zeros) and not others.count(0) and _controls(others) <= 0.02 * len(others):
             return codec
     return None
+
+
+def _controls(data: bytes) -> int:
+    return len(data) - len(data.translate(None, _CONTROLS))

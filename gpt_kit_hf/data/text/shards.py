@@ -376,7 +376,8 @@ def _row_text(line: bytes, column: str) -> str:
         repaired = None
         with suppress(BadTextError):
             repaired = _row_text(line.decode("utf-8", "replace").encode(), column)
-        raise BadTextError(NOT_UTF8, f"not a JSON row: {error}", repaired) from None
+        reason = f"not UTF-8 text (byte 0x{line[error.start]:02x}); {likely_encoding(line)}"
+        raise BadTextError(NOT_UTF8, reason, repaired) from None
     except (ValueError, RecursionError) as error:
         raise BadTextError(NOT_A_ROW, f"not a JSON row: {error}") from None
     if not isinstance(row, dict):

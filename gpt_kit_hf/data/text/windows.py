@@ -145,7 +145,7 @@ class TokenWindows(Dataset["tuple[Tensor, ...]"]):
         if len(stream) <= max_length:
             raise DataError(
                 f"the text has {len(stream)} tokens, fewer than one window: "
-                f"max_length={max_length} needs {max_length + 1}"
+                f"max_length={max_length} needs {max_length + 1}; lower max_length, or give more text"
             )
         self.stream, self.max_length, self.stride = stream, max_length, stride
         self.packing = packing

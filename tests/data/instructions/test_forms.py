@@ -84,6 +84,21 @@ FORMS_READ = {
     "messages.jsonl": Form([chat("S:Be kind.", "U:Hi", "A:Ho", "U:Code?", "A:    return 1\n")], {"source": 1}),
     "messages_parts.jsonl": Form([chat("S:Be kind.", "U:One?\nTwo?", "A:2")], {"messages[].name": 1}),
     "messages_weights.jsonl": Form([chat("U:Hi", "a:Ho", "U:Two?", "A:2", "U:Three?", "A:3")]),
+    "messages_marks.jsonl": Form([chat("U:Hi", "a:Ho", "U:Two?", "A:2")] * 3),
+    "messages_as_json.csv": Form([chat("U:Hi", 'A:Ho, "ho"')], {"id": 1}),
+    "messages_think_tags.jsonl": Form(
+        [chat("U:Two and two?", "A:Four"), chat("U:Sing.", "A:The tag <think> is text here.</think>")],
+        thinking_left_out=1,
+    ),
+    "alpaca_think_tags.jsonl": Form([SING], thinking_left_out=1),
+    "prompt_completion_think_tags.jsonl": Form([f"Two and two is⟦four.{END}⟧"], thinking_left_out=1),
+    "alpaca_history_as_json.csv": Form(
+        [
+            f"{TASK}{WRITE}### Instruction:\nTranslate: one\n\n### Response:\n⟦un{END}⟧"
+            f"### Instruction:\nAnd this?\n\n### Response:\n⟦deux{END}⟧",
+            SING,
+        ]
+    ),
     "messages_tools.jsonl": Form(
         [
             '### Tools:\n{"type": "function", "function": {"name": "add", "parameters": {}}}\n\n'
@@ -173,6 +188,41 @@ def test_thinking_is_trained_on_request(tokenizer: PreTrainedTokenizerBase) -> N
         chat("U:Sing.", "A:<think>\nA song.\n</think>\n\nLa"),
     ]
     assert rows.thinking_left_out == 0
+
+
+def test_thinking_in_the_text_of_an_answer_is_trained_as_it_stands_on_request(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    expected = {
+        "messages_think_tags.jsonl": chat("U:Two and two?", "A:<think>\nI add.\n</think>\n\nFour"),
+        "alpaca_think_tags.jsonl": alpaca("Sing.", "<think>A song.</think>La"),
+        "prompt_completion_think_tags.jsonl": f"Two and two is⟦<thinking>\n2+2\n</thinking>\n four.{END}⟧",
+    }
+    for name, text in expected.items():
+        tokenizer.chat_template = None
+        rows = read(FORMS / name, tokenizer, thinking="train")
+        assert marked(rows, tokenizer)[0] == text
+        assert rows.thinking_left_out == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "texts"),
+    [
+        ("messages.jsonl", [chat("S:Be kind.", "U:Hi", "a:Ho", "U:Code?", "A:    return 1\n")]),
+        ("messages_weights.jsonl", [chat("U:Hi", "a:Ho", "U:Two?", "a:2", "U:Three?", "A:3")]),
+        ("messages_function_call.jsonl", [chat("U:Two and two?", f"a:{CALL}", "T:4", "A:Four")]),
+        (
+            "alpaca_history.jsonl",
+            [text.replace(f"⟦un{END}⟧", f"un{END}") for text in FORMS_READ["alpaca_history.jsonl"].texts],
+        ),
+        ("lamini.jsonl", [SING]),
+        ("prompt_completion.jsonl", FORMS_READ["prompt_completion.jsonl"].texts),
+    ],
+)
+def test_the_last_answer_alone_is_trained_on_request(
+    name: str, texts: list[str], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    assert marked(read(FORMS / name, tokenizer, train_on="last_answer"), tokenizer) == texts
 
 
 PLAIN = (

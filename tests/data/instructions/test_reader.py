@@ -115,7 +115,24 @@ BAD_FILES = {
     "array without commas": ("rows.json", b"[" + GOOD + b"\n" + GOOD + b"]", ":2:1: "),
     "text after the array": ("rows.json", b"[" + GOOD + b"]\n\nx", ":3: "),
     "bytes between elements": ("rows.json", b"[" + GOOD + b",\n\xff]", ":2:1: not UTF-8"),
-    "UTF-16": ("rows.jsonl", '{"a": 1}'.encode("utf-16"), ":1: not UTF-8"),
+    "UTF-16 without a mark": ("rows.jsonl", '{"a": 1}'.encode("utf-16-le"), "give --encoding_of_files utf-16-le"),
+    "CSV in UTF-16 without a mark": ("rows.csv", "a,b\n1,2\n".encode("utf-16-be"), "--encoding_of_files utf-16-be"),
+    "a table by columns": (
+        "rows.json",
+        b'{"a": {"0": "x", "1": "y"}, "b": {"0": 1}}',
+        "its keys: 'a (0, 1), b (0)': the file is a table",
+    ),
+    "a table by its index": (
+        "rows.json",
+        b'{"0": {"a": "x"}, "1": {"a": "y"}}',
+        'df.to_json(file, orient="records", lines=True)',
+    ),
+    "a split table": (
+        "rows.json",
+        b'{"columns": ["a"], "index": [0], "data": [["x"]]}',
+        "the file is a table, not rows",
+    ),
+    "lists of cells": ("rows.json", b'{"a": ["x", "y"], "b": ["z", null]}', "the file is a table, not rows"),
     "a row over several lines": ("rows.json", b'{\n"a": 1\n}', "one row is one line here"),
     "no gzip": ("rows.jsonl.gz", GOOD, "cannot be read"),
     "half a gzip": ("rows.jsonl.gz", gzip.compress(random.Random(0).randbytes(5000))[:2000], "cannot be read"),
@@ -143,13 +160,22 @@ BAD_FILES = {
 }
 
 
+SKIPPABLE_FILES = {
+    "a row over several lines",
+    "a table by columns",
+    "a table by its index",
+    "a split table",
+    "lists of cells",
+}
+
+
 @pytest.mark.parametrize("on_bad_row", ["stop", "skip"])
 @pytest.mark.parametrize("name", BAD_FILES)
 def test_a_bad_file_stops_whether_rows_are_skipped_or_not(name: str, on_bad_row: str, tmp_path: Path) -> None:
     file_name, content, reason = BAD_FILES[name]
     (tmp_path / file_name).write_bytes(content)
     skipped = SkippedRows()
-    if on_bad_row == "skip" and name in ("UTF-16", "a row over several lines"):
+    if on_bad_row == "skip" and name in SKIPPABLE_FILES:
         assert read(tmp_path / file_name, "skip", skipped) == []
         assert len(skipped) > 0
         return
@@ -336,3 +362,32 @@ def test_skipped_rows_keep_the_first_of_each_kind(tmp_path: Path) -> None:
     assert len(skipped) == 10
     assert skipped.counts == {"not an object": 7, "NaN or infinity": 1, "broken JSON": 2}
     assert [row.place for row in skipped.first("not an object")] == [f"{file}:1", f"{file}:2"]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.csv.gz"])
+@pytest.mark.parametrize("codec", ["cp1252", "utf-16", "utf-16-le", "shift_jis"])
+def test_rows_are_read_in_the_encoding_that_is_marked_or_named(name: str, codec: str, tmp_path: Path) -> None:
+    row = {"a": "十七" if codec == "shift_jis" else "café", "b": "x"}
+    text = {
+        "rows.jsonl": json.dumps(row, ensure_ascii=False) + "\n",
+        "rows.json": json.dumps([row], ensure_ascii=False),
+    }
+    data = text.get(name, f"a,b\n{row['a']},x\n").encode(codec)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    named = None if codec == "utf-16" else codec
+    found = list(read_rows(RowOptions(rows=[str(tmp_path / name)], encoding_of_files=named)))
+    assert [each.row for each in found] == [row]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
+def test_rows_in_another_encoding_name_the_option_that_reads_them(name: str, tmp_path: Path) -> None:
+    text = {"rows.jsonl": '{"a": "café"}', "rows.json": '[{"a": "café"}]'}.get(name, "a\ncafé\n")
+    (tmp_path / name).write_bytes(text.encode("cp1252"))
+    with pytest.raises(
+        DataError, match=r"not UTF-8 text \(byte 0xe9\); it looks like cp1252, .*--encoding_of_files cp1252"
+    ):
+        read(tmp_path / name)
+    with pytest.raises(DataError, match=rf"{name}: not text in shift_jis: name its encoding by --encoding_of_files"):
+        list(read_rows(RowOptions(rows=[str(tmp_path / name)], encoding_of_files="shift_jis")))
+    with pytest.raises(UsageError, match="encoding_of_files"):
+        RowOptions(rows=["a.csv"], encoding_of_files="no-codec")

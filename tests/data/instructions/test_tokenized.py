@@ -221,6 +221,34 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
         "'system' and the first turn are two different system texts",
     ),
     "text for conversations": ({"conversations": "x"}, "'conversations' is 'x'"),
+    "marks of parts of an answer": (
+        {"messages": [{"role": "assistant", "content": "x", "train_detail": [{"begin_offset": 0}]}]},
+        "messages[0]: 'train_detail' marks parts of a turn, which cannot be trained apart",
+    ),
+    "a list of marks": (
+        {"messages": [{"role": "assistant", "content": "x", "loss_mask": [0, 1]}]},
+        "'loss_mask' is a list of 2; it must be 0 or 1",
+    ),
+    "thinking without end": (
+        {"messages": [{"role": "assistant", "content": "<think> so"}]},
+        "the answer begins with <think>, which is not closed",
+    ),
+    "thinking alone": (
+        {"instruction": "a", "output": "<think>b</think>\n"},
+        "the answer is blank apart from its thinking",
+    ),
+    "messages in an object": (
+        {"input": {"messages": [{"role": "user", "content": "x"}]}, "output": "y"},
+        "'instruction' is missing; its keys: 'input (messages), output'; if another column holds it, give --columns",
+    ),
+    "history that is no JSON": (
+        {"instruction": "a", "output": "b", "history": "(('q', 'a'),)"},
+        "'history' is \"(('q', 'a'),)\"; it must be a list of pairs",
+    ),
+    "turns as Python writes them": (
+        {"messages": "[{'role': 'user'}]"},
+        "; it must be a list of messages, or one in JSON",
+    ),
     "unknown from": ({"conversations": [{"from": "bot", "value": "x"}]}, "conversations[0]: unknown 'from' 'bot'"),
     "number for from": ({"conversations": [{"from": 1, "value": "x"}]}, "'from' is 1 (int)"),
     "no role and no text": ({"messages": [{"name": "x"}]}, "messages[0]: 'role' and 'content' are missing"),

@@ -373,7 +373,7 @@ def test_a_character_cut_by_the_end_of_the_file_is_named(tmp_path: Path) -> None
     [
         (b"{", "not a JSON row"),
         (b"nothing", "not a JSON row"),
-        (b'{"text": "\xff"}', "not a JSON row"),
+        (b'{"text": "\xff"}', "not UTF-8 text (byte 0xff); it looks like cp1252"),
         (b'{"text": "a"} {"text": "b"}', "not a JSON row"),
         (b"[" * 100_000, "not a JSON row"),
         (b"[1, 2]", "a row must be a JSON object, got list"),
