@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gpt_kit_hf.data.instructions.batches import PaddedRows
 from gpt_kit_hf.data.instructions.formats import format_of
 from gpt_kit_hf.data.instructions.reader import ROW_SUFFIXES, read_rows
-from gpt_kit_hf.data.instructions.report import reading_notes
 from gpt_kit_hf.data.instructions.rows import RowError
 from gpt_kit_hf.data.instructions.templates import with_template
 from gpt_kit_hf.data.instructions.tokenized import SupervisedRows, encode_rows
@@ -181,7 +180,6 @@ def _score_rows(model: Any, folder: str, place: str, options: ScoreOptions, leng
         collate_fn=partial(pad_windows, filler=encoded.eos_token_id, side=options.padding_side),
         generator=torch.Generator(),
     )
-    notes = reading_notes(encoded.unread_keys, encoded.thinking_left_out)
     lengths = tokenizer_byte_lengths(tokenizer, model.config.vocab_size)
     return ScoreReport(
         name=_name(options.data),
@@ -191,7 +189,7 @@ def _score_rows(model: Any, folder: str, place: str, options: ScoreOptions, leng
         max_length=length,
         stride=length,
         data_fingerprint=encoded.fingerprint(),
-        notes=tuple(f"{label} {note}" for label, note in notes.items()),
+        notes=tuple(encoded.counts.notes()),
         samples=tuple(_answers(model, tokenizer, encoded, options.samples)),
     )
 

@@ -19,7 +19,7 @@ from gpt_kit_hf.data.instructions.batches import PackedRows, PaddedRows
 from gpt_kit_hf.data.instructions.formats import FormatFn
 from gpt_kit_hf.data.instructions.reader import SkippedRows, read_rows
 from gpt_kit_hf.data.instructions.report import report_of
-from gpt_kit_hf.data.instructions.templates import with_template
+from gpt_kit_hf.data.instructions.templates import as_prompted, with_template
 from gpt_kit_hf.data.instructions.tokenized import SupervisedRows, encode_rows
 from gpt_kit_hf.data.order import ShuffledOrder
 from gpt_kit_hf.errors import UsageError
@@ -172,7 +172,9 @@ class InstructionTask(Task):
     ) -> SupervisedRows:
         skipped = SkippedRows()
         rows = read_rows(options, skipped)
-        if format_fn is None:
+        if format_fn is None and options is not self.options.rows:  # the template is that of the training rows
+            rows = as_prompted(rows, self.tokenizer, supervision.format)
+        elif format_fn is None:
             # A checkpoint's own template is what its run was trained with.
             choice = KEEP if self.context.checkpoint else self.options.base.chat_template
             rows = with_template(rows, self.tokenizer, choice, supervision.format)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from gpt_kit_hf.data.instructions.reader import SkippedRows
 from gpt_kit_hf.errors import DataError
+from gpt_kit_hf.text import escaped
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class RowCounts:
         rows_read: rows that were read: `rows_used` of them, and those in `skipped` and `dropped`.
         skipped: rows that could not be used, by kind of fault; `dropped`: rows that were too long.
         rows_truncated: rows used whose prompt lost its beginning.
+        unread_keys: keys that were not read, and how many rows or turns had each; `thinking_left_out`: answers whose
+            thinking was left out. Both are counted in all rows that were not skipped.
 
     Raises DataError if the counts do not add up.
 
@@ -36,6 +39,8 @@ class RowCounts:
     skipped: Mapping[str, LeftOut] = dataclasses.field(default_factory=dict)
     dropped: Mapping[str, LeftOut] = dataclasses.field(default_factory=dict)
     rows_truncated: int = 0
+    unread_keys: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    thinking_left_out: int = 0
 
     def __post_init__(self) -> None:
         parts = {"used": self.rows_used, "skipped": count(self.skipped), "dropped": count(self.dropped)}
@@ -59,7 +64,15 @@ class RowCounts:
             lines += [f"    {row}" for row in left.first]
         if self.rows_truncated:
             lines.append(f"  {self.rows_truncated:,} rows lost the beginning of their prompt")
-        return lines
+        return lines + [f"  {note}" for note in self.notes()]
+
+    def notes(self) -> list[str]:
+        """Return which keys were not read, and of how many answers the thinking was left out, where there are any."""
+        keys = ", ".join(f"{key} ({number:,})" for key, number in self.unread_keys.items())
+        notes = [f"keys not read: {keys}"] if keys else []
+        if self.thinking_left_out:
+            notes.append(f"thinking left out of {self.thinking_left_out:,} answers; --thinking train includes it")
+        return [escaped(note) for note in notes]
 
     def _left_out(self) -> list[tuple[str, str, LeftOut]]:
         groups = (("skipped", self.skipped), ("dropped", self.dropped))

@@ -28,6 +28,7 @@ from gpt_kit_hf.data.instructions.rows import (
     check_row_text,
     holds,
     listed,
+    row_marks,
     text_field,
 )
 from gpt_kit_hf.errors import DataError, UsageError
@@ -93,7 +94,8 @@ class RowEncoder:
     """Encodes rows of one format, or each row in the format that its keys identify ("auto").
 
     A special token spelled out in a row is plain text in prompts and completions, and a fault in a chat message, where
-    it would be read as a token of the template. `unread` counts each key of rows and turns that is not read.
+    it would be read as a token of the template. `unread` counts each key of rows and turns that is not read, and
+    `thinking_left_out` the answers whose thinking is left out, in the rows that could be used.
 
     Raises UsageError if the tokenizer has no EOS, or its chat template does not mark the answers.
     """
@@ -115,6 +117,7 @@ class RowEncoder:
             raise UsageError(f"EOS has id {eos}, but the model's vocab_size is {vocab_size}")
         self.eos_token_id = eos
         self.unread: Counter[str] = Counter()
+        self.thinking_left_out = 0
         self._tokenizer = tokenizer
         self._options = options
         self._format_fn = format_fn
@@ -125,15 +128,10 @@ class RowEncoder:
         if options.format == "chat" and format_fn is None:
             _ = self._template_is_checked  # an error before the first row is read
 
-    @property
-    def thinking_left_out(self) -> int:
-        """The number of answers whose thinking was left out."""
-        return self._chats.thinking_left_out
-
     def encode(self, row: Any) -> EncodedRow:
         """Return the row's ids and which of them are answers; raises RowError for a row that cannot be used."""
         check_is_object(row)
-        self._chats.unread = Counter()
+        self._chats.unread, self._chats.thinking_left_out = Counter(), 0
         if self._format_fn is not None:
             encoded = self._encode_text(row, self._format_fn)
         else:
@@ -146,19 +144,21 @@ class RowEncoder:
             unread = listed([*self._chats.unread], "is", "are")
             raise RowError("unknown key", f"{unread} not read; remove it, or set unknown_keys to report")
         self.unread += self._chats.unread
+        self.thinking_left_out += self._chats.thinking_left_out
         return encoded
 
     def _encode_by_format(self, row: Row) -> EncodedRow:
         row_format = format_of(row) if self._options.format == "auto" else self._options.format
+        marks = row_marks(row) if row_format != "text" else set()
         two_lists = all(isinstance(row.get(name), list) for name in ("prompt", "completion"))
         if row_format == "chat" or (row_format == "prompt_completion" and two_lists):
             conversation, read = self._chats.row(row) if row_format == "chat" else self._chats.two_lists(row)
-            self._note_unread(row, read)
+            self._note_unread(row, read | marks)
             return self._encode_chat(conversation)
         if row_format == "alpaca":
             fields, read = alpaca_fields(row)
             fields["output"] = self._chats.answer(fields["output"])
-            self._note_unread(row, read)
+            self._note_unread(row, read | marks)
             if fields["system"].strip() or fields["history"]:
                 messages = as_messages(fields, headed_input=True)
                 return self._encode_chat(self._chats.turns(messages, "messages"), ALPACA_TEMPLATE)
@@ -167,7 +167,7 @@ class RowEncoder:
             self._note_unread(row, {"text"})
             return self._encode_whole(row)
         fields, read = prompt_completion_fields(row)
-        self._note_unread(row, read)
+        self._note_unread(row, read | marks)
         return self._encode_text({**row, "completion": self._chats.answer(fields["output"])}, format_prompt_completion)
 
     def _note_unread(self, row: Row, read: set[str]) -> None:

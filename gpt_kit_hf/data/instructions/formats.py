@@ -12,6 +12,7 @@ from gpt_kit_hf.data.instructions.rows import (
     OUTPUTS,
     SYSTEMS,
     RowError,
+    chosen_hint,
     holds,
     keys_of,
     list_in,
@@ -54,7 +55,8 @@ def format_of(row: Row) -> str:
     raise RowError(
         "unknown format",
         "the row has neither 'messages', nor 'prompt' and 'completion', nor 'instruction' and 'output', nor other "
-        f"names that are known; name them by columns, such as instruction=question,output=answer; {keys_of(row)}",
+        f"names that are known; name them by columns, such as instruction=question,output=answer; {keys_of(row)}"
+        f"{chosen_hint(row)}",
     )
 
 
@@ -148,7 +150,7 @@ def format_alpaca(entry: Row) -> str:
 def prompt_completion_fields(row: Row) -> tuple[dict[str, Any], set[str]]:
     """Return the fields of a row of prompt and completion under Alpaca's names, and the keys that were read."""
     if missing := [name for name in ("prompt", "completion") if name not in row]:
-        raise RowError("missing key", f"{listed(missing, 'is', 'are')} missing; {keys_of(row)}")
+        raise RowError("missing key", f"{listed(missing, 'is', 'are')} missing; {keys_of(row)}{chosen_hint(row)}")
     key = next((name for name in SYSTEMS if holds(row.get(name))), "system")
     fields = {"instruction": text_field(row, "prompt"), "output": text_field(row, "completion")}
     system = text_field(row, key, blank=True) if holds(row.get(key)) else ""

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -55,8 +55,6 @@ class SupervisionReport(RowCounts):
         padding: padding tokens if each row is padded to the longest of its batch of `batch_size` rows, in order;
             `padding_packed`: if rows are packed to `max_length`, None if that is not known.
         length_histogram: (most tokens that the model reads of a row, rows) for each power of two, ascending.
-        unread_keys: keys that were not read, and how many rows or turns had each.
-        thinking_left_out: answers whose thinking was left out.
         examples: some rows, as runs of trained and other text.
         trains_everything: whether prompts are meant to be trained.
 
@@ -82,8 +80,6 @@ class SupervisionReport(RowCounts):
     length_histogram: tuple[tuple[int, int], ...]
     examples: tuple[tuple[Segment, ...], ...]
     trains_everything: bool = False
-    unread_keys: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    thinking_left_out: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -145,8 +141,6 @@ class SupervisionReport(RowCounts):
         lines = [_printable(line) for line in lines]
         if self.rows_eval:
             lines += [f"eval      {self.rows_eval:,} rows", f"train     {self.rows_trained:,} rows"]
-        notes = reading_notes(self.unread_keys, self.thinking_left_out)
-        lines += [f"{label:<9} {note}" for label, note in notes.items()]
         lines.append(
             f"tokens    {self.tokens:,}, {self.tokens_trained:,} trained ({self.share_trained:.1%}), "
             f"{self.ends_trained:,} of them EOS"
@@ -162,13 +156,6 @@ class SupervisionReport(RowCounts):
         for number, example in enumerate(self.examples, start=1):
             lines += [f"example {number}, {legend}", _highlighted(example, color)]
         return "\n".join(lines)
-
-
-def reading_notes(unread_keys: Mapping[str, int], thinking_left_out: int) -> dict[str, str]:
-    """Return which "keys" were not read, and of how many answers "thinking" was left out, where there are any."""
-    keys = ", ".join(f"{_printable(key)} ({count:,})" for key, count in unread_keys.items())
-    thinking = f"left out of {thinking_left_out:,} answers; --thinking train includes it"
-    return ({"keys": f"not read: {keys}"} if keys else {}) | ({"thinking": thinking} if thinking_left_out else {})
 
 
 def report_of(
@@ -201,8 +188,6 @@ def report_of(
         rows_eval=rows.counts.rows_used - len(rows) if eval_rows is None else len(eval_rows),
         eval_input=eval_rows.counts if eval_rows is not None and len(rows) == rows.counts.rows_used else None,
         trains_everything=everything,
-        unread_keys=rows.unread_keys,
-        thinking_left_out=rows.thinking_left_out,
     )
 
 

@@ -28,6 +28,8 @@ _NAMES = {
 FIELD_NAMES = frozenset(name for names in _NAMES.values() for name in names) | {"history", "text"}
 # Thinking that is written into the text of an answer.
 _THINKING = re.compile(r"\s*<(think|thinking)>")
+# Marks of whole rows: KTO's (TRL and LLaMA-Factory), whose bad answers are there to be avoided, and weights.
+_ROW_MARKS = ("label", "kto_tag", "train", "weight")
 # A row may have none of these.
 _OPTIONAL = ("input", "system", "history")
 
@@ -138,6 +140,27 @@ def without_thinking(answer: str) -> str:
             "trains it as it stands",
         )
     return answer[closed.end() :]
+
+
+def row_marks(row: Mapping[str, Any]) -> set[str]:
+    """Return the marks by which a row says that its answer is to be trained; raises RowError if it is not to be."""
+    marks = {key: str(row[key]).lower() for key in _ROW_MARKS if key in row}
+    if wrong := [key for key, mark in marks.items() if mark == "false" or (mark in ("0", "0.0") and key == "weight")]:
+        raise RowError(
+            "not to be trained",
+            f"{wrong[0]!r} is {shown(row[wrong[0]])}: the answer of this row is not to be trained; leave such rows "
+            "out by on_bad_row skip, or rename the key if it means something else",
+        )
+    return {key for key, mark in marks.items() if mark == "true" or (mark in ("1", "1.0") and key == "weight")}
+
+
+def chosen_hint(row: Mapping[str, Any]) -> str:
+    """Return how to train the better answer of a pair, for a message; "" for other rows."""
+    chosen, prompt = row.get("chosen"), row.get("prompt")
+    if not isinstance(chosen, str | list) or (isinstance(chosen, str) and prompt is None):
+        return ""
+    field = "messages" if isinstance(chosen, list) and not isinstance(prompt, list) else "completion"
+    return f"; to train the answers that were chosen, give --columns {field}=chosen"
 
 
 def check_is_object(row: Any) -> None:

@@ -33,6 +33,14 @@ def with_template(
         known, rows = _first_format(rows, row_format)
         name = None if known is None else _TEMPLATE_OF[known]
         tokenizer.chat_template = None if name is None else get_chat_template(name)
+    return as_prompted(rows, tokenizer, row_format)
+
+
+def as_prompted(rows: Iterator[PlacedRow], tokenizer: Any, row_format: RowFormat = "auto") -> Iterator[PlacedRow]:
+    """Yield the rows so that the tokenizer's chat template, or none if it has none, writes the prompts of all of them.
+
+    Raises UsageError as `with_template` does.
+    """
     return (_as_prompted(placed, tokenizer, row_format) for placed in rows)
 
 
@@ -55,8 +63,13 @@ def _raising(error: DataError) -> Iterator[PlacedRow]:
 
 
 def _as_prompted(placed: PlacedRow, tokenizer: Any, row_format: RowFormat) -> PlacedRow:
-    known = _format(placed.row, row_format)
-    template = tokenizer.chat_template
+    template, known = tokenizer.chat_template, _known_format(placed.row, row_format)
+    if template is None and known in ("alpaca", "chat"):
+        raise UsageError(
+            f"{placed.place}: a row of the format {known!r} needs a chat template, and the model has none, as "
+            "prompts are used as they are in the first row: set chat_template to default, or give rows of one format"
+        )
+    known = known or "chat"  # the encoder reports what is wrong with the row
     if known in ("chat", "text") or (template and template_name(template)) == _TEMPLATE_OF[known]:
         return placed
     if row_format != "auto":
@@ -68,10 +81,6 @@ def _as_prompted(placed: PlacedRow, tokenizer: Any, row_format: RowFormat) -> Pl
         return PlacedRow(placed.place, _as_messages(placed.row, known, template))
     except RowError:
         return placed  # the encoder reports what is wrong with the row
-
-
-def _format(row: dict[str, Any], row_format: RowFormat) -> str:
-    return _known_format(row, row_format) or "chat"  # the encoder reports what is wrong with the row
 
 
 def _known_format(row: dict[str, Any], row_format: RowFormat) -> str | None:

@@ -49,9 +49,8 @@ class SupervisedRows:
         places: (rows,) strings, the place of each row in its file or dataset.
         eos_token_id: EOS.
         options: what the rows were encoded with.
-        counts: of the whole input, for a subset, too: the rows read, used, skipped and dropped.
-        unread_keys: the keys that were not read, in the whole input, and how many rows or turns had each.
-        thinking_left_out: answers of the whole input whose thinking was left out.
+        counts: of the whole input, for a subset, too: the rows read, used, skipped and dropped, and what of them was
+            not read.
 
     """
 
@@ -63,8 +62,6 @@ class SupervisedRows:
     eos_token_id: int
     options: SupervisionOptions
     counts: RowCounts
-    unread_keys: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    thinking_left_out: int = 0
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -181,6 +178,8 @@ def encode_rows(
         skipped=left_out(skipped),
         dropped=left_out(dropped),
         rows_truncated=sum(truncated),
+        unread_keys=dict(encoder.unread.most_common()),
+        thinking_left_out=encoder.thinking_left_out,
     )
     if not places:
         raise DataError(_nothing_left(counts))
@@ -193,8 +192,6 @@ def encode_rows(
         eos_token_id=encoder.eos_token_id,
         options=options,
         counts=counts,
-        unread_keys=dict(encoder.unread.most_common()),
-        thinking_left_out=encoder.thinking_left_out,
     )
 
 

@@ -14,7 +14,8 @@ import pytest
 from tiny_model import byte_tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from gpt_kit_hf.data.instructions.reader import read_rows
+from gpt_kit_hf.data.instructions.reader import PlacedRow, SkippedRows, read_rows
+from gpt_kit_hf.data.instructions.rows import with_columns
 from gpt_kit_hf.data.instructions.templates import with_template
 from gpt_kit_hf.data.instructions.tokenized import SupervisedRows, encode_rows
 from gpt_kit_hf.errors import DataError
@@ -164,8 +165,8 @@ def test_a_form_of_rows_is_read_exactly(name: str, tokenizer: PreTrainedTokenize
     form = FORMS_READ[name]
     rows = read(FORMS / name, tokenizer, columns=form.columns, **form.options)
     assert marked(rows, tokenizer) == form.texts
-    assert rows.unread_keys == form.unread
-    assert rows.thinking_left_out == form.thinking_left_out
+    assert rows.counts.unread_keys == form.unread
+    assert rows.counts.thinking_left_out == form.thinking_left_out
 
 
 def test_every_file_of_a_form_is_tested() -> None:
@@ -187,7 +188,7 @@ def test_thinking_is_trained_on_request(tokenizer: PreTrainedTokenizerBase) -> N
         chat("U:Two and two?", "A:<think>\nI add.\n</think>\n\nFour"),
         chat("U:Sing.", "A:<think>\nA song.\n</think>\n\nLa"),
     ]
-    assert rows.thinking_left_out == 0
+    assert rows.counts.thinking_left_out == 0
 
 
 def test_thinking_in_the_text_of_an_answer_is_trained_as_it_stands_on_request(
@@ -202,7 +203,7 @@ def test_thinking_in_the_text_of_an_answer_is_trained_as_it_stands_on_request(
         tokenizer.chat_template = None
         rows = read(FORMS / name, tokenizer, thinking="train")
         assert marked(rows, tokenizer)[0] == text
-        assert rows.thinking_left_out == 0
+        assert rows.counts.thinking_left_out == 0
 
 
 @pytest.mark.parametrize(
@@ -269,7 +270,7 @@ def test_other_templates_get_system_and_history_as_turns(tokenizer: PreTrainedTo
         f"user:Sing.\n⟦La{END}⟧",
     ]
     rows = read(FORMS / "dolly.jsonl", tokenizer)
-    assert rows.unread_keys == {"category": 2}
+    assert rows.counts.unread_keys == {"category": 2}
 
 
 def test_suffixes_may_be_in_upper_case(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -295,3 +296,59 @@ def test_marks_of_turns_contradict_train_on_everything(tokenizer: PreTrainedToke
 def test_columns_that_a_row_lacks_are_all_named(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(DataError, match=r"lamini\.jsonl:1: columns: 'q' and 'a' are missing; its keys: 'instr"):
         read(FORMS / "lamini.jsonl", tokenizer, columns=["instruction=q", "output=a", "input=c"])
+
+
+TURNS = [{"role": "user", "content": "Two?"}, {"role": "assistant", "content": "2"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Two?", "completion": "3", "label": False},  # KTO
+        {"messages": TURNS, "kto_tag": False},  # KTO by LLaMA-Factory
+        {"instruction": "Two?", "output": "3", "label": "False"},  # from a table
+        {"question": "Two?", "answer": "3", "weight": 0.0},
+        {"messages": TURNS, "train": False},
+    ],
+)
+def test_a_row_that_is_not_to_be_trained_is_refused_or_left_out(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows = [PlacedRow("good", {"instruction": "Sing.", "output": "La"}), PlacedRow("bad", row)]
+    (mark,) = row.keys() & {"label", "kto_tag", "weight", "train"}
+    with pytest.raises(DataError, match=rf"bad: '{mark}' is .*: the answer of this row is not to be trained"):
+        encode_rows(with_template(iter(rows), tokenizer, "keep"), tokenizer, SupervisionOptions())
+    skipped = SkippedRows()
+    prompted = with_template(iter(rows), tokenizer, "keep")
+    encoded = encode_rows(prompted, tokenizer, SupervisionOptions(), on_bad_row="skip", skipped=skipped)
+    assert marked(encoded, tokenizer) == [SING]
+    assert skipped.counts == {"not to be trained": 1}
+
+
+def test_a_row_that_is_marked_to_be_trained_is(tokenizer: PreTrainedTokenizerBase) -> None:
+    row = {"instruction": "Sing.", "output": "La"}
+    rows = [{**row, "label": True}, {**row, "weight": 1}, {**row, "weight": 0.5}, {**row, "label": 0}]
+    encoded = encode_rows(rows, tokenizer, SupervisionOptions())
+    assert marked(encoded, tokenizer) == [SING] * 4
+    assert encoded.counts.unread_keys == {"weight": 1, "label": 1}  # listed, as they say nothing that is known
+
+
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        ({"prompt": "Two?", "chosen": "2", "rejected": "3"}, "completion=chosen"),
+        ({"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": TURNS[1:]}, "completion=chosen"),
+        ({"prompt": "Two?", "chosen": TURNS, "rejected": TURNS}, "messages=chosen"),
+        ({"chosen": TURNS, "rejected": TURNS}, "messages=chosen"),
+    ],
+)
+def test_an_error_tells_how_the_better_answer_of_a_pair_is_trained(
+    row: dict[str, Any], column: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    with pytest.raises(DataError, match=f"give --columns {column}$"):
+        encode_rows([row], tokenizer, SupervisionOptions())
+    mapped = with_columns(row, RowOptions(rows=["x"], columns=[column]).column_of)
+    encoded = encode_rows(
+        with_template(iter([PlacedRow("", mapped)]), tokenizer, "keep"), tokenizer, SupervisionOptions()
+    )
+    assert bytes(encoded[0].input_ids[encoded[0].trained][:-1].tolist()) == b"2"

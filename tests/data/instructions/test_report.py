@@ -301,8 +301,8 @@ def test_keys_that_are_not_read_and_thinking_left_out_are_listed_once(tmp_path: 
     for part in (encoded, encoded.split([0.5, 0.5], 0)[0]):  # of the whole input
         report = report_of(part, BYTES)
         lines = report.text().splitlines()
-        assert "keys      not read: messages[].mood (2), id\\x1b[2J (2)" in lines
-        assert "thinking  left out of 2 answers; --thinking train includes it" in lines
+        assert "  keys not read: messages[].mood (2), id\\x1b[2J (2)" in lines
+        assert "  thinking left out of 2 answers; --thinking train includes it" in lines
         assert report.to_dict()["unread_keys"] == {"messages[].mood": 2, "id\x1b[2J": 2}
     plain = report_of(encode_rows([ROW], BYTES, SupervisionOptions()), BYTES).text()
     assert "not read" not in plain

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,3 +113,28 @@ def test_finetune_of_chat_rows_needs_no_template_of_the_model(tmp_path: Path) ->
 def test_a_bad_first_row_is_named(bare: PreTrainedTokenizerBase) -> None:
     with pytest.raises(DataError, match="row 0: the row has neither"):
         encode_rows(with_template(placed({}, CHAT), bare, "keep"), bare, SupervisionOptions())
+
+
+def test_rows_of_several_formats_whose_first_sets_no_template_are_refused(bare: PreTrainedTokenizerBase) -> None:
+    for other in (ALPACA, CHAT):
+        rows = with_template(placed({"prompt": "why? ", "completion": "so"}, other), bare, "keep")
+        with pytest.raises(UsageError, match=r"^row 1: a row of the format .* set chat_template to default"):
+            list(rows)
+    assert bare.chat_template is None
+
+
+@pytest.mark.parametrize("other", [ALPACA, CHAT])
+def test_evaluation_rows_do_not_choose_the_template(other: dict[str, Any], tmp_path: Path) -> None:
+    """The saved tokenizer has the template of the training rows, or none if they used none."""
+    rows, eval_rows = tmp_path / "rows.jsonl", tmp_path / "eval.jsonl"
+    rows.write_text('{"prompt": "why? ", "completion": "so"}\n' * 8)
+    eval_rows.write_text(json.dumps(other) + "\n")
+    write_tiny_model(tmp_path / "model")
+    options = FinetuneOptions(
+        training=TrainingOptions(output_dir=str(tmp_path / "run"), max_steps=1, use_cpu=True, report_to=["none"]),
+        base=BaseOptions(model_name_or_path=str(tmp_path / "model"), eval_rows=[str(eval_rows)]),
+        rows=RowOptions(rows=[str(rows)]),
+        supervision=SupervisionOptions(max_length=64),
+    )
+    with pytest.raises(UsageError, match=r"eval\.jsonl:1: a row of the format .* needs a chat template"):
+        finetune(options, stream=None)
