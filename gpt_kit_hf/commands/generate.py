@@ -43,7 +43,13 @@ def generate(options: GenerateOptions) -> None:
             f"max_position_embeddings={model.config.max_position_embeddings}: lower --max_new_tokens, or give "
             "--overflow slide"
         )
-    write(options.prompt)
+    unwritten = [options.prompt]
+
+    def show(chunk: str) -> None:
+        write("".join((*unwritten, chunk)))
+        unwritten.clear()
+
+    # The prompt is written with the first chunk, so that a refusal stands alone.
     text = stream_text(
         model,
         tokenizer,
@@ -53,9 +59,9 @@ def generate(options: GenerateOptions) -> None:
         top_k=options.top_k,
         overflow=options.overflow,
         dtype=options.dtype,
-        on_text=write,
+        on_text=show,
     )
-    write("\n")
+    show("\n")
     if options.dtype != "auto":
         ids = text_to_token_ids(start + text, tokenizer)[:, -_TOKENS_COMPARED:]
         divergence, same = Decoder(model, options.dtype).divergence(ids)

@@ -13,7 +13,13 @@ from importlib import import_module
 from importlib.metadata import version
 
 from gpt_kit_hf.commands.checks import check_options
-from gpt_kit_hf.commands.running import USAGE_ERROR, quiet_libraries, run_command
+from gpt_kit_hf.commands.running import (
+    USAGE_ERROR,
+    check_arguments,
+    escape_what_cannot_be_shown,
+    quiet_libraries,
+    run_command,
+)
 from gpt_kit_hf.errors import UsageError, unknown_name
 from gpt_kit_hf.options.evaluation import CheckOptions, EvaluateOptions, InspectOptions, VerifyOptions
 from gpt_kit_hf.options.generation import ChatCommandOptions, GenerateOptions, ServeOptions
@@ -134,6 +140,7 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, by default that of the process; return the exit code."""
+    escape_what_cannot_be_shown()
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("--help", "-h"):
         sys.stdout.write(_overview())
@@ -145,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(name: str, arguments: Sequence[str]) -> None:
+    check_arguments([name, *arguments])
     if name not in COMMANDS:
         raise UsageError(unknown_name("command", name, COMMANDS))
     command = COMMANDS[name]

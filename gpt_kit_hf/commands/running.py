@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from gpt_kit_hf.errors import GPTKitError, StoppedError, UsageError, one_line
 from gpt_kit_hf.text import printable
 from gpt_kit_hf.training.runtime.signals import EXIT_STOPPED
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+
+
+def escape_what_cannot_be_shown() -> None:
+    r"""Make the output streams write characters that their encoding lacks as escapes, such as \u2588."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Raise UsageError for an argument that is not in the encoding of this process, which libraries cannot use."""
+    if sys.getfilesystemencoding() != "utf-8":
+        for argument in arguments:
+            if any("\udc80" <= character <= "\udcff" for character in argument):
+                raise UsageError(_not_encoded(argument))
+
+
+def _not_encoded(name: str) -> str:
+    return f"{name!r} is not in this process's encoding, {sys.getfilesystemencoding()}: set PYTHONUTF8=1"
 
 
 def run_command(command: Callable[[], object]) -> int:
@@ -23,6 +43,10 @@ def run_command(command: Callable[[], object]) -> int:
         return _fail(error, EXIT_STOPPED)
     except (GPTKitError, OSError) as error:
         return _fail(error, FAILURE)
+    except UnicodeEncodeError as error:  # a file that was found, not named, which a library cannot open
+        if sys.getfilesystemencoding() == "utf-8":
+            raise
+        return _fail(_not_encoded(error.object), USAGE_ERROR)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     return 0

@@ -49,12 +49,12 @@ class Evaluation:
 
 
 def token_byte_lengths(encoding: tiktoken.Encoding) -> _Ints:
-    """Return the number of text bytes that each id spells, (n_vocab,); EOS spells none."""
+    """Return the number of text bytes that each id spells, (n_vocab,); special tokens spell none."""
     lengths = np.zeros(encoding.n_vocab, dtype=np.int64)
     for token in range(encoding.n_vocab):
         with suppress(KeyError):  # a vocabulary may have ids without a token, which never occur
             lengths[token] = len(encoding.decode_single_token_bytes(token))
-    lengths[encoding.encode_single_token(EOS_TOKEN)] = 0
+    lengths[[encoding.encode_single_token(token) for token in encoding.special_tokens_set]] = 0
     return lengths
 
 

@@ -47,7 +47,7 @@ def generate_text_autoregressive(
         token_ids: (B, T) or (T,) int64 prompt; all rows have the same length, without padding.
         max_new_tokens: the most tokens to add, 0 or more.
         temperature: 0 takes the most likely token; above 0 samples from softmax(logits / temperature).
-        top_k: sample among the k most likely tokens only; None for all.
+        top_k: sample among the k most likely tokens only; None, or more than there are, for all.
         eos_token_id: the token that ends a row; None for the EOS ids of the model's generation config, if any.
         overflow: what to do if T + max_new_tokens exceeds the model's ``max_position_embeddings``: "error", or
             "slide" to predict each further token from the last ``max_position_embeddings`` tokens, without a cache,
@@ -289,8 +289,10 @@ def _decoding(
     vocab_size = vocabulary_size(model)
     if not (math.isfinite(temperature) and temperature >= 0):
         raise UsageError(f"temperature={temperature}: finite and 0 or more; 0 takes the most likely token")
-    if top_k is not None and not 1 <= top_k <= vocab_size:
-        raise UsageError(f"top_k={top_k}: from 1 to vocab_size={vocab_size}, or None for all tokens")
+    if top_k is not None and top_k < 1:
+        raise UsageError(f"top_k={top_k}: 1 or more, or None for all tokens")
+    if top_k is not None and top_k >= vocab_size:
+        top_k = None  # all tokens, as in transformers
     if eos_token_id is not None and not 0 <= eos_token_id < vocab_size:
         raise UsageError(f"eos_token_id={eos_token_id}: from 0 to below vocab_size={vocab_size}, or None")
     eos = model.generation_config.eos_token_id if eos_token_id is None else eos_token_id

@@ -20,7 +20,7 @@ from gpt_kit_hf.hub.template_sandbox import check_templates
 from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
 from gpt_kit_hf.storage.atomic_files import load_json, update_digest
 from gpt_kit_hf.storage.checkpoints import latest_checkpoint
-from gpt_kit_hf.tokenization.encodings import EOS_TOKEN, check_fingerprint
+from gpt_kit_hf.tokenization.encodings import EOS_TOKEN, check_fingerprint, get_pad_token_id
 from gpt_kit_hf.tokenization.export import load_encoding, save_tokenizer
 from gpt_kit_hf.tokenization.model_encoding import encoding_of
 
@@ -120,11 +120,14 @@ def write_model_folder(
 
     `weights` is a state dict to write instead of the model's current one.
     """
-    eos = encoding.encode_single_token(EOS_TOKEN)
-    # Only generation has a padding id, which the attention mask hides; the tokenizer has none (see `save_tokenizer`).
-    model.generation_config = GenerationConfig(bos_token_id=eos, eos_token_id=eos, pad_token_id=eos)
+    eos, pad = encoding.encode_single_token(EOS_TOKEN), get_pad_token_id(encoding)
+    length = model.config.max_position_embeddings
+    # Without a padding token, only generation has a padding id, which the attention mask hides (`to_transformers`).
+    model.generation_config = GenerationConfig(
+        bos_token_id=eos, eos_token_id=eos, pad_token_id=eos if pad is None else pad, max_length=length
+    )
     model.save_pretrained(str(folder), state_dict=weights)
-    save_tokenizer(encoding, folder, model_max_length=model.config.max_position_embeddings)
+    save_tokenizer(encoding, folder, model_max_length=length)
 
 
 def load_pretrained(kind: Any, place: str, named: str, **options: Any) -> Any:

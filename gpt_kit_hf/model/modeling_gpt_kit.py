@@ -8,14 +8,14 @@ H heads, Dh head width, F feed-forward width (`n_inner`), V vocabulary size.
 
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import GELU, LayerNorm
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForTokenClassification,
@@ -362,6 +362,12 @@ class GPTKitForCausalLM(GPTKitPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _prepare_generated_length(self, generation_config: GenerationConfig, **kwargs: Any) -> Any:
+        # The default `max_length` of a model is its context: no contradiction to `max_new_tokens`, of which to warn.
+        if generation_config.max_new_tokens and generation_config.max_length == self.generation_config.max_length:
+            generation_config.max_length = None
+        return super()._prepare_generated_length(generation_config=generation_config, **kwargs)
 
 
 class GPTKitForSequenceClassification(GPTKitPreTrainedModel):

@@ -217,7 +217,9 @@ class EncodingOptions(Options):
         card="path",
         metavar="NAME|FOLDER",
     )
-    vocab_size: int = option(4096, "vocabulary size of a trained bpe: 256 bytes, the merges and the end of text")
+    vocab_size: int = option(
+        4096, "vocabulary size of a trained bpe: 256 bytes, the merges, the end of text and the padding"
+    )
     vocab_text_mb: int = option(100, "megabytes of text, sampled from the whole corpus, to train a bpe on", minimum=1)
 
     def __post_init__(self) -> None:
@@ -227,7 +229,7 @@ class EncodingOptions(Options):
             raise UsageError(unknown_name("encoding", self.encoding, known))
         if self.vocab_size < 258:
             raise UsageError(
-                f"vocab_size must be at least 258 (256 bytes, a merge, end of text), got {self.vocab_size}"
+                f"vocab_size must be at least 258 (256 bytes, end of text, padding), got {self.vocab_size}"
             )
 
 

@@ -27,7 +27,10 @@ class SamplingOptions(Options):
 
     temperature: float = option(0.8, "sampling temperature; 0 always takes the most likely token", minimum=0)
     top_k: int | None = option(
-        50, "sample from the k most likely tokens; none samples from all", minimum=1, unset="all tokens"
+        50,
+        "sample from the k most likely tokens; none, or more than the vocabulary has, samples from all",
+        minimum=1,
+        unset="all tokens",
     )
     dtype: DecodingDtype = option(
         "auto",

@@ -19,6 +19,7 @@ from gpt_kit_hf.tokenization.bpe_training import learn_tokens
 from gpt_kit_hf.tokenization.export import (
     EOS_TOKEN,
     GPT2_PATTERN,
+    PAD_TOKEN,
     load_encoding,
     save_tokenizer,
 )
@@ -70,8 +71,21 @@ def get_encoding(name: str) -> tiktoken.Encoding:
     raise UsageError(unknown_name("encoding", name, ["gpt2", "bytes", "bpe"]) + " (and no such folder)")
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
-    """Return a byte-level BPE with `vocab_size` ids: 256 bytes, the merges in order, EOS last.
+def with_pad_token(encoding: tiktoken.Encoding) -> tiktoken.Encoding:
+    """Return the encoding with one more id, of the padding token "<|pad|>", which no text is encoded to.
+
+    An encoding that has one is returned as it is.
+    """
+    if PAD_TOKEN in encoding.special_tokens_set:
+        return encoding
+    specials = {**encoding._special_tokens, PAD_TOKEN: encoding.n_vocab}
+    return tiktoken.Encoding(
+        encoding.name, pat_str=encoding._pat_str, mergeable_ranks=encoding._mergeable_ranks, special_tokens=specials
+    )
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, *, pad_token: bool = False) -> tiktoken.Encoding:
+    """Return a byte-level BPE with `vocab_size` ids: 256 bytes, the merges in order, EOS, and padding if asked for.
 
     Byte i has id i. The same texts give the same encoding. If too few pairs occur twice, the encoding is smaller: read
     `n_vocab`. EOS spelled out in a text is ordinary text here. Raises UsageError if `vocab_size` is out of range,
@@ -84,10 +98,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
             f"to {_MAX_VOCAB_SIZE}"
         )
     ranks = {bytes([byte]): byte for byte in range(256)}
-    for token in learn_tokens(_checked_corpus(texts), vocab_size - 1):  # EOS is added below
+    for token in learn_tokens(_checked_corpus(texts), vocab_size - 1 - pad_token):
         # Single bytes are in `ranks` already, with their own value.
         ranks.setdefault(token, len(ranks))
-    return _encoding("bpe", _TRAINED_PATTERN, ranks)
+    encoding = _encoding("bpe", _TRAINED_PATTERN, ranks)
+    return with_pad_token(encoding) if pad_token else encoding
 
 
 def fingerprint(encoding: tiktoken.Encoding) -> str:
@@ -239,6 +254,11 @@ def token_ids_to_text(
         return tokenizer.decode(ids)
     text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return text
+
+
+def get_pad_token_id(encoding: tiktoken.Encoding) -> int | None:
+    """Return the id of "<|pad|>", None without one."""
+    return encoding._special_tokens.get(PAD_TOKEN)
 
 
 def get_eos_token_id(tokenizer: AnyTokenizer) -> int | None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 EOS_TOKEN = "<|endoftext|>"
+PAD_TOKEN = "<|pad|>"
 
 # How GPT-2 splits text before merging (Radford et al. 2019, the released encoder), in tiktoken's spelling.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -55,16 +56,21 @@ def save_tokenizer(encoding: tiktoken.Encoding, folder: str | Path, *, model_max
 
 
 def to_transformers(encoding: tiktoken.Encoding) -> PreTrainedTokenizerFast:
-    """Return the encoding as a tokenizer of transformers; its bos and eos are EOS. Imports no torch."""
+    """Return the encoding as a tokenizer of transformers; its bos and eos are EOS. Imports no torch.
+
+    It pads with "<|pad|>", if the encoding has that. EOS must not be padding: a collator that masks padding would mask
+    EOS as well, and the model would not learn to stop.
+    """
     from transformers import PreTrainedTokenizerFast
 
-    # No pad token: a collator that masks padding would mask EOS as well, and the model would not learn to stop.
+    padding = {"pad_token": PAD_TOKEN} if PAD_TOKEN in encoding.special_tokens_set else {}
     return PreTrainedTokenizerFast(
         tokenizer_object=build_tokenizer(encoding),
         bos_token=EOS_TOKEN,
         eos_token=EOS_TOKEN,
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
+        **padding,
         **{_NAME_KEY: encoding.name},
     )
 

@@ -26,7 +26,7 @@ class Console:
             return
         encoding = self._stream.encoding or "utf-8"
         try:
-            tqdm.write(line.encode(encoding, "replace").decode(encoding), file=self._stream)
+            tqdm.write(line.encode(encoding, "backslashreplace").decode(encoding), file=self._stream)
             self._stream.flush()
         except BrokenPipeError:
             self._stream = None  # the reader is gone: the run continues without it

@@ -205,6 +205,8 @@ class TextTask(Task):
             encodings.check_fingerprint(encoding, expected, base.named)
         if asked != TRAINED_BPE:
             own = load_text_encoding(asked, asked) if Path(asked).is_dir() else encodings.get_encoding(asked)
+            if asked == "bytes" and encodings.get_pad_token_id(encoding) is not None:
+                own = encodings.with_pad_token(own)
             if encodings.fingerprint(own) != encodings.fingerprint(encoding):
                 raise UsageError(
                     f"encoding={asked!r} is not the tokenizer of model_name_or_path={base.named!r}, with which it is "
@@ -228,6 +230,7 @@ class TextTask(Task):
             vocab_size=self.encoding.n_vocab,
             bos_token_id=self._eos,
             eos_token_id=self._eos,
+            pad_token_id=encodings.get_pad_token_id(self.encoding),
             tokenizer_fingerprint=encodings.fingerprint(self.encoding),
         )
         torch.manual_seed(self.context.options.seed)

@@ -166,7 +166,7 @@ def check_hub_metadata(metadata: dict[str, Any]) -> None:
 # --- what a card says
 
 
-def test_the_tables_show_what_the_run_recorded(runs: Path) -> None:
+def test_the_tables_show_what_the_run_recorded(runs: Path, tmp_path: Path) -> None:
     card = render_card(card_facts(runs / "first"))
     record = json.loads((runs / "first" / "run.json").read_text())
     config = json.loads((runs / "first" / "config.json").read_text())
@@ -194,7 +194,13 @@ def test_the_tables_show_what_the_run_recorded(runs: Path) -> None:
     seen = sum(line["trained_tokens"] for line in lines if line["kind"] == "train")
     assert f"3 steps over {seen:,} trained tokens (fp32, cpu, 1 process)" in card
     assert "not instruction-tuned" in card
-    assert "no padding token" in card
+    assert "no padding token" not in card
+    older = tmp_path / "first"
+    shutil.copytree(runs / "first", older)
+    tokenizer = json.loads((older / "tokenizer_config.json").read_text())
+    assert tokenizer.pop("pad_token") == "<|pad|>"
+    (older / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    assert "no padding token" in render_card(card_facts(older))
 
 
 def test_scores_are_in_the_table_and_in_the_metadata(runs: Path, copied: Callable[..., Path]) -> None:

@@ -56,14 +56,17 @@ class ReadText(NamedTuple):
 
 
 def choose_encoding(text: TextOptions, options: EncodingOptions) -> tiktoken.Encoding:
-    """Return the encoding that the options name; "bpe" is trained on the training text.
+    """Return the encoding that the options name; "bpe" is trained on the training text. "bpe" and "bytes" can pad.
 
     If the evaluation text is a fraction of the training files, the vocabulary has seen it. From a corpus larger than
     `vocab_text_mb`, it has seen the start of many shards.
     """
     if options.encoding == TRAINED_BPE:
-        return encodings.train_bpe(_vocabulary_text(text, options.vocab_text_mb << 20), options.vocab_size)
+        texts = _vocabulary_text(text, options.vocab_text_mb << 20)
+        return encodings.train_bpe(texts, options.vocab_size, pad_token=True)
     chosen = encodings.get_encoding(options.encoding)
+    if options.encoding == "bytes":  # gpt2 and stored vocabularies stay as they are
+        return encodings.with_pad_token(chosen)
     if encodings.EOS_TOKEN not in chosen.special_tokens_set:
         raise UsageError(f"encoding {options.encoding!r} has no {encodings.EOS_TOKEN}, which must end each document")
     return chosen

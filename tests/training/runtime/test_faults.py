@@ -594,7 +594,7 @@ STOPPED_BY: dict[str, tuple[range, Callable[[Steps], Inject], int, str]] = {
     ),
     "poisoned batch: an unknown id": (
         range(8, 9), partial(other_batch, outside_the_vocabulary), 2,
-        "step 8 cannot be computed: input_ids must lie between 0 and 256 (vocab_size=257), got 300; its samples are ",
+        "step 8 cannot be computed: input_ids must lie between 0 and 257 (vocab_size=258), got 300; its samples are ",
     ),
 }  # fmt: skip
 
