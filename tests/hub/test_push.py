@@ -431,7 +431,7 @@ def planted(files: dict[str, bytes], place: Path) -> dict[str, tuple[dict[str, b
     """By name: the changes to the published commit, and what must be reported besides differing files."""
     weights, config, generation = (files[n] for n in ("model.safetensors", "config.json", "generation_config.json"))
     auto_map = json.loads(config)["auto_map"]
-    head = {"lm_head.weight": torch.zeros(257, 16)}
+    head = {"lm_head.weight": torch.zeros(258, 16)}
     flipped = bytearray(weights)
     flipped[-2] ^= 0x10
     half = {"dtype": "bfloat16"}
