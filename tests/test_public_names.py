@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import tiktoken
@@ -119,3 +121,9 @@ def test_each_folder_lists_its_public_names() -> None:
     in_no_folder = {name for name in gpt_kit_hf.__all__ if name.endswith("Error")}
     assert listed.keys() | in_no_folder == set(gpt_kit_hf.__all__)
     assert all(getattr(folder, name) is getattr(gpt_kit_hf, name) for name, folder in listed.items())
+
+
+def test_test_files_have_different_names() -> None:
+    """Pytest imports them by their last name."""
+    names = Counter(file.name for file in Path(__file__).parent.rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
