@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from gpt_kit_hf.commands.running import write
+from gpt_kit_hf.hub.model_folder import holds_tokenizer
 from gpt_kit_hf.model.conversion import convert_checkpoint
 from gpt_kit_hf.options.model import ConvertOptions
 
@@ -21,3 +24,5 @@ def convert(options: ConvertOptions) -> None:
         tokenizer_folder=options.tokenizer_folder,
     )
     write(f"the model was written to {options.destination}\n")
+    if not holds_tokenizer(Path(options.destination)):
+        write("note      it has no tokenizer, which generate and chat need; give one by --tokenizer_folder\n")

@@ -135,8 +135,15 @@ def load_pretrained(kind: Any, place: str, named: str, **options: Any) -> Any:
     try:
         return kind.from_pretrained(place, **options)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        if kind is AutoTokenizer and Path(place).is_dir() and not holds_tokenizer(Path(place)):
+            raise UsageError(f"{named!r} holds no tokenizer: copy the files of one into the folder") from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(f"{named!r} cannot be loaded: {reason}") from None
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Return whether a folder holds the files of a tokenizer."""
+    return any(file.name.startswith(("tokenizer", "vocab")) for file in folder.iterdir())
 
 
 def move_to_device(model: Any, device: str) -> None:

@@ -189,7 +189,8 @@ def _read_gpt2_config(path: Path) -> GPTKitConfig:
     stored = load_json(path)
     # The first GPT-2 configurations had no model_type.
     if stored.get("model_type", "gpt2" if "n_embd" in stored else None) != "gpt2":
-        raise UsageError(f"{path}: model_type is {stored.get('model_type')!r}; it must be 'gpt2'")
+        own = "; to write it as GPT-2, give layout to-gpt2" if stored.get("model_type") == "gpt_kit" else ""
+        raise UsageError(f"{path}: model_type is {stored.get('model_type')!r}; it must be 'gpt2'{own}")
     if stored.get("quantization_config"):
         raise UsageError(f"{path}: the weights are quantized; convert the checkpoint that they were made from")
     gpt2 = _checked(lambda: GPT2Config.from_dict(stored), path)

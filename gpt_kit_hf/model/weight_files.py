@@ -68,11 +68,15 @@ def read_state_dict(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     """Return the state dict in a file, and the dictionary around it, if a training script stored one."""
     if not is_weight_file(path) or not path.is_file():
         hint = tensorflow_hint(path)
+        if is_weight_file(path) and not path.exists():
+            raise UsageError(f"{str(path)!r} does not exist{hint}")
         raise UsageError(f"{str(path)!r} is no file of weights ({', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}){hint}")
     stored = load_tensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     checkpoint: Mapping[str, Any] = {}
     if isinstance(stored, Mapping):
         keys = [key for key in ("model", "model_state_dict", "state_dict") if isinstance(stored.get(key), Mapping)]
+        if len(keys) > 1:
+            raise UsageError(f"{path} holds weights under {' and '.join(map(repr, keys))}; store one of them alone")
         if keys:
             stored, checkpoint = stored[keys[0]], stored
     if not isinstance(stored, Mapping):

@@ -56,7 +56,10 @@ def test_kit_files_without_biases(tmp_path: Path) -> None:
     kit = randomize(KitModel(qkv_bias=False))
     torch.save(kit.state_dict(), tmp_path / "kit.pth")
     options = (tmp_path / "kit.pth", tmp_path / "ours", "--layout=kit", "--n-head", HEADS)
-    assert convert(*options).exit_code == 0
+    done = convert(*options)
+    assert done.exit_code == 0
+    assert "no tokenizer, which generate and chat need; give one by --tokenizer_folder" in done.stdout
+    assert "holds no tokenizer: copy the files" in gpt_kit("generate", tmp_path / "ours", "--prompt=x").stderr
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert difference(kit, ours) <= 1e-5
     assert ours.config.max_position_embeddings == CONTEXT

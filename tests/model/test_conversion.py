@@ -298,6 +298,7 @@ def test_old_folders_keep_generation_settings_in_the_configuration(tmp_path: Pat
         ({"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn=True is not supported; it must be False"),
         ({"add_cross_attention": True}, "add_cross_attention=True is not supported; it must be False"),
         ({"model_type": "llama"}, "model_type is 'llama'; it must be 'gpt2'"),
+        ({"model_type": "gpt_kit"}, "it must be 'gpt2'; to write it as GPT-2, give layout to-gpt2"),
         ({"quantization_config": {"bits": 4}}, "the weights are quantized"),
         ({"n_layer": "two"}, "n_layer"),
         ({"n_head": 5}, "n_embd must be divisible by n_head, got 12 and 5"),
@@ -426,7 +427,7 @@ def test_shards_that_are_missing_or_overlap_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"which another shard holds, too"):
         load_gpt2_checkpoint(tmp_path)
     first.unlink()
-    with pytest.raises(UsageError, match="is no file of weights"):
+    with pytest.raises(UsageError, match="does not exist"):
         load_gpt2_checkpoint(tmp_path)
 
 
@@ -877,7 +878,9 @@ def test_files_that_do_not_hold_the_layout(tmp_path: Path) -> None:
     torch.save({"model": {}, "model_args": [1]}, tmp_path / "list.pt")
     with pytest.raises(UsageError, match="model_args is a list; it must be a mapping"):
         convert_checkpoint(tmp_path / "list.pt", tmp_path / "ours", "nanogpt")
-    for place in (tmp_path, tmp_path / "none.pt", tmp_path / "kit.txt"):
+    with pytest.raises(UsageError, match=r"none\.pt' does not exist$"):
+        convert_checkpoint(tmp_path / "none.pt", tmp_path / "ours", "kit", n_head=HEADS)
+    for place in (tmp_path, tmp_path / "kit.txt"):
         with pytest.raises(UsageError, match="is no file of weights"):
             convert_checkpoint(place, tmp_path / "ours", "kit", n_head=HEADS)
     torch.save({"model": {"x": Harmful(tmp_path / "mark")}}, tmp_path / "harm.pt")

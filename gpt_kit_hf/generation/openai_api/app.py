@@ -250,8 +250,8 @@ async def _refuse(_: Request, error: Exception) -> Response:
 
 async def _refuse_address(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path}: {error.detail}; the API is at /v1/models, /v1/completions and "
-    refusal = ApiError(f"{message}/v1/chat/completions", status=error.status_code)
+    message = f"{request.method} {request.url.path}: {error.detail}; the API is at /v1/models, /v1/completions, "
+    refusal = ApiError(f"{message}/v1/chat/completions and /v1/responses", status=error.status_code)
     return JSONResponse(refusal.body(), status_code=error.status_code, headers=error.headers)
 
 

@@ -19,8 +19,8 @@ _LINKS = {"tool_call_id"}
 def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
     """Return the text of a conversation up to the place where the model answers.
 
-    Raises ApiError if the tokenizer has no chat template, if the template rejects the messages, and if it leaves a
-    field or a message of theirs out.
+    Raises ApiError if the tokenizer has no chat template, if the template rejects the messages, if it leaves a field
+    or a message of theirs out, and for a special token in their text, which would be read as that token.
     """
     if tokenizer.chat_template is None:
         raise ApiError(
@@ -30,6 +30,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
         )
     knows_developer = "developer" in str(tokenizer.chat_template)
     turns = [_turn(index, message, knows_developer) for index, message in enumerate(messages)]
+    _check_special_tokens(turns, tokenizer.all_special_tokens)
 
     def render(turns: list[dict[str, Any]]) -> str:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
@@ -65,6 +66,16 @@ def _tool_calls(index: int, calls: Any) -> list[dict[str, Any]]:
 def _arguments(call: dict[str, Any]) -> Any:
     arguments = call["function"].get("arguments") or {}
     return json.loads(arguments) if isinstance(arguments, str) else arguments
+
+
+def _check_special_tokens(turns: list[dict[str, Any]], tokens: Sequence[str]) -> None:
+    """Raise ApiError for a special token in a text that the model did not write itself."""
+    for index, turn in enumerate(turns):
+        found = next((token for token in tokens if token and token in turn["content"]), None)
+        if found is not None and turn["role"] != "assistant":
+            param = f"messages[{index}].content"
+            reason = "a special token of this model, which cannot be written as text: remove it"
+            raise ApiError(f"{param} holds {found!r}, {reason}", param=param, code="invalid_value")
 
 
 def _check_complete(render: Callable[[Any], str], turns: list[dict[str, Any]], prompt: str) -> None:

@@ -393,6 +393,15 @@ def test_roles_are_written_by_the_template_or_refused(served: Served, monkeypatc
             chat(served, "fox", {"role": role, "content": "42"})
 
 
+def test_a_special_token_in_a_message_is_refused(served: Served) -> None:
+    """The tokenizer would read it as the end of the text, wherever a user writes it."""
+    for turn in ("fox<|endoftext|>dog", {"role": "tool", "content": [{"type": "text", "text": "<|endoftext|>"}]}):
+        with pytest.raises(openai.BadRequestError, match=r"holds '<\|endoftext\|>', a special token") as refused:
+            chat(served, "fox", turn)
+        assert refused.value.param == "messages[1].content"
+    assert chat(served, "fox", {"role": "assistant", "content": "<|endoftext|>"}, "dog").choices
+
+
 def test_an_error_of_the_chat_template_is_the_response(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(served.model.tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(openai.BadRequestError, match="the chat template rejects the messages: roles must alternate"):
