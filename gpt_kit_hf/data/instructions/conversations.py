@@ -116,9 +116,9 @@ class ChatReader:
             raise RowError("missing key", f"{listed(missing, 'is', 'are')} missing; {keys_of(turn)}")
         role = text_field(turn, role_key)
         check_row_text(role, "role")
-        if role_key == "from" and role not in _ROLES:
+        if role_key == "from" and _role(role) not in _ROLES:
             raise RowError("unknown role", f"unknown 'from' {shown(role)}; known: {', '.join(_ROLES)}")
-        role = _ROLES.get(role, role)
+        role = _role(role)
         content = "" if calls and not turn.get(text_key) else self._text(turn, text_key, name)
         message: Message = {"role": role, "content": content}
         read = {role_key, text_key, *PASSED_ON, *_MARKS, "tool_calls", "function_call"}
@@ -171,6 +171,11 @@ class ChatReader:
             return {}
         check_row_text(text, key)
         return {"reasoning_content": text, "thinking": text}  # the names that templates know
+
+
+def _role(name: str) -> str:
+    """Return the name that chat templates have for a role; one that is not known as it is."""
+    return _ROLES.get(name) or _ROLES.get(name.lower(), name)
 
 
 def _key(turn: Mapping[str, Any], *names: str) -> str | None:

@@ -200,9 +200,9 @@ class RowEncoder:
             trained = [mark and number == answers[-1] for number, mark in enumerate(trained)]
         if not any(trained):
             which = "the last" if self._options.train_on == "last_answer" else "each"
-            why = (
-                f"{which} answer is marked as not trained" if conversation.excludes else "no message of the assistant"
-            )
+            only = "" if answers else ", only " + ", ".join(dict.fromkeys(message["role"] for message in messages))
+            marked = f"{which} answer is marked as not trained"
+            why = marked if conversation.excludes else f"no message of the assistant{only}"
             raise RowError("no answer", f"{why}, so nothing would be trained")
         if conversation.excludes and self._options.train_on == "everything":
             raise RowError("mark", "a turn is marked as not trained, which train_on everything cannot obey")

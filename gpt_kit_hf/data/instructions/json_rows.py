@@ -27,20 +27,25 @@ NOT_UTF8 = re.compile("[\udc80-\udcff]")
 # An array of rows; a line of JSON Lines that is another array is a fault of that line.
 _ARRAY = re.compile(r"[ \t\n\r]*\[[ \t\n\r]*(\{|$)")
 # Keys of an object that wraps a list of rows: {"data": [...]}.
-_WRAPPERS = ("data", "rows", "train", "examples", "samples", "instances", "items", "records", "dataset")
+_WRAPPERS = (
+    *("data", "rows", "examples", "samples", "instances", "items", "records", "dataset"),
+    *("train", "validation", "valid", "val", "dev", "test", "eval"),
+)
 _WRAPPED = re.compile(rf'"({"|".join(_WRAPPERS)})"[ \t]*:[ \t]*(\[|$)')
 
 _TABLE = 'the file is a table, not rows: write it by df.to_json(file, orient="records", lines=True)'
+_ONE_LINE = "one row is one line here, without a comma after it, or the file is an array of rows in [ ]"
 _NEAR = 1000  # characters around a byte that is not UTF-8, to guess the encoding from
 
 _Found: TypeAlias = Iterator["PlacedRow | BadRow"]
 
 
 @contextlib.contextmanager
-def open_text(file: Path, encoding: str | None = None) -> Iterator[io.TextIOWrapper]:
+def open_text(file: Path, encoding: str | None = None, newline: str = "\n") -> Iterator[io.TextIOWrapper]:
     """Open a file of text, decompressed, in the encoding of its byte-order mark, the one named, or UTF-8.
 
     Bytes that are not UTF-8 become lone surrogates ("surrogateescape"); those of no other encoding are a DataError.
+    Lines end at line feeds only, and a carriage return stays; newline="" is for CSV.
     """
     codec = encoding
     try:
@@ -51,8 +56,7 @@ def open_text(file: Path, encoding: str | None = None) -> Iterator[io.TextIOWrap
                 raise DataError(f"{file}: {likely_encoding(buffered.peek(2000))}")
             is_utf8 = codecs.lookup(codec).name == "utf-8"
             codec, errors = ("utf-8-sig", "surrogateescape") if is_utf8 else (codec, "strict")
-            # newline="\n": lines end there only, and a carriage return stays.
-            yield io.TextIOWrapper(buffered, encoding=codec, errors=errors, newline="\n")
+            yield io.TextIOWrapper(buffered, encoding=codec, errors=errors, newline=newline)
     except UnicodeError:
         raise DataError(f"{file}: not text in {codec}: name its encoding by --encoding_of_files") from None
     except (OSError, pa.ArrowException) as error:
@@ -130,13 +134,12 @@ def _line_row(file: Path, number: int, line: str) -> PlacedRow | BadRow:
     try:
         row, end = _decode_row(line, _skip_space(line, 0), place)
     except json.JSONDecodeError as error:
-        reason = f"broken JSON: {error.msg}"
-        if number == 1 and line.strip() == "{":
-            reason += "; one row is one line here, or the file is an array of rows"
-        return BadRow(f"{place}:{error.pos + 1}", "broken JSON", reason)
+        hint = f"; {_ONE_LINE}" if number == 1 and error.pos >= len(line.rstrip()) else ""
+        return BadRow(f"{place}:{error.pos + 1}", "broken JSON", f"broken JSON: {error.msg}{hint}")
     rest = _skip_space(line, end)
     if rest < len(line):
-        return BadRow(f"{place}:{rest + 1}", "broken JSON", "broken JSON: more text after the row")
+        hint = f", a comma; {_ONE_LINE}" if line[rest:].strip() == "," else ""
+        return BadRow(f"{place}:{rest + 1}", "broken JSON", f"broken JSON: more text after the row{hint}")
     return row
 
 

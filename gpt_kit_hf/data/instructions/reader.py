@@ -118,7 +118,7 @@ def _reader(file: Path, encoding: str | None) -> Callable[[Path], Found]:
         return _parquet_rows
     raise UsageError(
         f"rows {str(file)!r}: the name must end in one of {', '.join(ROW_SUFFIXES)}; all but .parquet may be followed "
-        "by .gz or .zst"
+        "by .gz or .zst; plain text is trained on by gpt-kit train"
     )
 
 
@@ -126,7 +126,7 @@ def _reader(file: Path, encoding: str | None) -> Callable[[Path], Found]:
 
 
 def _csv_rows(file: Path, tabs: bool, encoding: str | None) -> Found:
-    for row in table_rows(partial(open_text, file, encoding), str(file), tabs=tabs, faults=True):
+    for row in table_rows(partial(open_text, file, encoding, ""), str(file), tabs=tabs, faults=True):
         place = f"{file}:{row.line}"
         if bad := NOT_UTF8.search("\n".join(row.cells.values())):
             yield not_utf8_row(place, bad)

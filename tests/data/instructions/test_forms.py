@@ -85,6 +85,7 @@ FORMS_READ = {
     "messages.jsonl": Form([chat("S:Be kind.", "U:Hi", "A:Ho", "U:Code?", "A:    return 1\n")], {"source": 1}),
     "messages_parts.jsonl": Form([chat("S:Be kind.", "U:One?\nTwo?", "A:2")], {"messages[].name": 1}),
     "messages_weights.jsonl": Form([chat("U:Hi", "a:Ho", "U:Two?", "A:2", "U:Three?", "A:3")]),
+    "messages_upper_case.jsonl": Form([chat("U:Hi", "A:Ho")] * 2),
     "messages_marks.jsonl": Form([chat("U:Hi", "a:Ho", "U:Two?", "A:2")] * 3),
     "messages_as_json.csv": Form([chat("U:Hi", 'A:Ho, "ho"')], {"id": 1}),
     "messages_think_tags.jsonl": Form(

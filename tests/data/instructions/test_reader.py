@@ -140,6 +140,21 @@ BAD_FILES = {
     "no zstd": ("rows.json.zst", GOOD, "cannot be read"),
     "no Parquet": ("rows.parquet", b"PAR1 and then nothing", "cannot be read as Parquet"),
     "unknown ending": ("rows.xlsx", GOOD, "must end in"),
+    "rows with commas": (
+        "rows.json",
+        b'{"a": "x",\n "b": 1\n},\n{"a": "y",\n "b": 1\n},\n',
+        "one row is one line here",
+    ),
+    "lines with commas": (
+        "rows.jsonl",
+        GOOD + b",\n" + GOOD + b",\n",
+        ":1:11: broken JSON: more text after the row, a comma; ",
+    ),
+    "several splits": (
+        "rows.json",
+        b'{"train": [' + GOOD + b'], "validation": [' + GOOD + b"]}",
+        "holds several lists of rows, 'train' and 'validation'",
+    ),
     "several lists": (
         "rows.json",
         b'{"train": [' + GOOD + b'], "data": [' + GOOD + b"]}",
@@ -162,6 +177,8 @@ BAD_FILES = {
 
 SKIPPABLE_FILES = {
     "a row over several lines",
+    "rows with commas",
+    "lines with commas",
     "a table by columns",
     "a table by its index",
     "a split table",
@@ -391,3 +408,8 @@ def test_rows_in_another_encoding_name_the_option_that_reads_them(name: str, tmp
         list(read_rows(RowOptions(rows=[str(tmp_path / name)], encoding_of_files="shift_jis")))
     with pytest.raises(UsageError, match="encoding_of_files"):
         RowOptions(rows=["a.csv"], encoding_of_files="no-codec")
+
+
+def test_csv_with_carriage_returns_alone_is_read(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(b'a,b\r1,"2\r3"\r4,5\r')
+    assert [row.row for row in read(tmp_path / "rows.csv")] == [{"a": "1", "b": "2\r3"}, {"a": "4", "b": "5"}]

@@ -258,6 +258,7 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
         {"prompt": CHAT["messages"], "completion": CHAT["messages"][:1]},
         "no message of the assistant",
     ),
+    "no answers": ({"messages": [{"role": "human", "content": "x"}]}, "no message of the assistant, only user"),
     "empty list of a prompt": ({"prompt": [], "completion": CHAT["messages"]}, "'prompt' is an empty list"),
 }
 
