@@ -29,7 +29,7 @@ from command_line import gpt_kit
 
 from gpt_kit_hf import GPTModel, create_model_config
 from gpt_kit_hf.commands import train as train_command
-from gpt_kit_hf.data.text import conversion
+from gpt_kit_hf.data.text import plain_files
 from gpt_kit_hf.data.text.corpus import prepare_text
 from gpt_kit_hf.evaluation import score
 from gpt_kit_hf.hub.model_folder import write_model_folder
@@ -359,7 +359,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     monkeypatch.setattr(train_command, "run_pretraining", encode)
     monkeypatch.setattr(score, "prepare_text", noted)
-    monkeypatch.setattr(conversion, "_MOST_UNPACKED", 1 << 20)
+    monkeypatch.setattr(plain_files, "_MOST_UNPACKED", 1 << 20)
     return found
 
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gpt_kit_hf.data.text import conversion, sources
+from gpt_kit_hf.data.text import plain_files, sources
 from gpt_kit_hf.data.text.sources import TextSource, source_notes, train_sources
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.options.data import TextOptions
@@ -165,7 +165,7 @@ def test_a_cut_archive_is_refused_wherever_it_is_cut(tmp_path: Path, name: str) 
 def test_an_archive_that_unpacks_to_far_more_than_text_does_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conversion, "_MOST_UNPACKED", 1 << 16)
+    monkeypatch.setattr(plain_files, "_MOST_UNPACKED", 1 << 16)
     for name in ("a.zip", "a.tar.gz"):
         file = write_archive(tmp_path / name, {"x.txt": b" " * (4 << 20)})
         assert "unpacks to more than 200 times its size" in refusal(file)

@@ -18,7 +18,7 @@ from typing import TextIO
 
 from gpt_kit_hf.data.text.archives import READ_ERRORS, Member, is_hidden, open_file, tar_members, zip_members
 from gpt_kit_hf.data.text.file_cache import Index, PlainFile, converted, head_of, spooled, unreadable
-from gpt_kit_hf.data.text.formats import (
+from gpt_kit_hf.data.text.file_types import (
     COMPRESSED,
     HEAD_BYTES,
     container_of,
