@@ -29,9 +29,9 @@ Message = dict[str, Any]
 SYSTEM_ROLES = ("system", "developer")
 # The names of roles in well-known data sets, and the roles that chat templates know.
 _ROLES = {
-    "human": "user",
-    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"),
-    **dict.fromkeys(("observation", "function_response"), "tool"),
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "ai", "function_call", "tool_call"), "assistant"),
+    **dict.fromkeys(("observation", "function_response", "tool_response"), "tool"),
     **{role: role for role in (*SYSTEM_ROLES, "user", "assistant", "tool", "function")},
 }
 CHAT_KEYS = {*CONVERSATIONS, *SYSTEMS, "tools"}  # of a row

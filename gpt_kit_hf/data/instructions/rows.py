@@ -26,8 +26,9 @@ _NAMES = {
     "messages": CONVERSATIONS,
 }
 FIELD_NAMES = frozenset(name for names in _NAMES.values() for name in names) | {"history", "text"}
-# Thinking that is written into the text of an answer.
+# Thinking that is written into the text of an answer; its opening may have been a part of the prompt.
 _THINKING = re.compile(r"\s*<(think|thinking)>")
+_THINKING_ENDS = re.compile(r"</(think|thinking)>[ \t]*\r?\n\s*")
 # Marks of whole rows: KTO's (TRL and LLaMA-Factory), whose bad answers are there to be avoided, and weights.
 _ROW_MARKS = ("label", "kto_tag", "train", "weight")
 # A row may have none of these.
@@ -132,7 +133,8 @@ def list_in(value: Any) -> Any:
 def without_thinking(answer: str) -> str:
     """Return an answer without the thinking that it begins with; raises RowError if that does not end."""
     if not (opened := _THINKING.match(answer)):
-        return answer
+        ends = _THINKING_ENDS.search(answer)
+        return answer[ends.end() :] if ends and f"<{ends[1]}>" not in answer[: ends.start()] else answer
     if not (closed := re.compile(rf"</{opened[1]}>\s*").search(answer, opened.end())):
         raise RowError(
             "thinking",

@@ -92,7 +92,11 @@ FORMS_READ = {
         [chat("U:Two and two?", "A:Four"), chat("U:Sing.", "A:The tag <think> is text here.</think>")],
         thinking_left_out=1,
     ),
-    "alpaca_think_tags.jsonl": Form([SING], thinking_left_out=1),
+    "alpaca_think_tags.jsonl": Form(
+        [SING, SING, alpaca("Sing.", "Write </think> after it.")],
+        thinking_left_out=2,
+    ),
+    "messages_tool_roles.jsonl": Form([chat("U:Two?", "A:{}", "T:2", "A:2"), chat("U:Hi", "A:Ho")]),
     "prompt_completion_think_tags.jsonl": Form([f"Two and two is⟦four.{END}⟧"], thinking_left_out=1),
     "alpaca_history_as_json.csv": Form(
         [
