@@ -14,6 +14,8 @@ def inspect(options: InspectOptions) -> None:
     model = options.model_name_or_path
     length = _context_length(model) if options.max_length is None else options.max_length
     report = inspect_rows(options.row_options(), options.supervision(length), model=model, examples=options.examples)
+    if model is None:
+        write("note      each byte is a token; --model_name_or_path counts the tokens of a model\n")
     write(report.text(color=sys.stdout.isatty()) + "\n")
     report.check()
 

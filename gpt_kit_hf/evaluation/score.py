@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpt_kit_hf.data.instructions.batches import PaddedRows
 from gpt_kit_hf.data.instructions.formats import format_of
-from gpt_kit_hf.data.instructions.reader import ROW_SUFFIXES, read_rows
+from gpt_kit_hf.data.instructions.reader import ROW_SUFFIXES, SkippedRows, read_rows
 from gpt_kit_hf.data.instructions.rows import RowError
 from gpt_kit_hf.data.instructions.templates import with_template
 from gpt_kit_hf.data.instructions.tokenized import SupervisedRows, encode_rows
@@ -39,7 +39,7 @@ from gpt_kit_hf.hub.model_folder import (
     load_text_encoding,
     move_to_device,
 )
-from gpt_kit_hf.options.data import KEEP, RowOptions, SupervisionOptions, TextOptions
+from gpt_kit_hf.options.data import KEEP, RowOptions, SupervisionOptions, TextOptions, Truncation
 from gpt_kit_hf.options.evaluation import ScoreOptions
 from gpt_kit_hf.storage.atomic_files import load_json, save_json
 from gpt_kit_hf.storage.run_folder import EVALUATIONS_FILE, holds_run
@@ -56,7 +56,7 @@ _SAMPLE_TOKENS = 64
 class ScoreReport:
     """A score, its data and its settings; `units` is the number of documents or rows.
 
-    `samples` are pairs of a prompt and the model's continuation. `reading` counts the documents of a text that were
+    `samples` are pairs of a prompt and the model's continuation. `reading` counts the documents or rows that were
     read, used and left out; `notes` say what of the data was left out or is doubtful.
     """
 
@@ -170,10 +170,21 @@ def _score_rows(model: Any, folder: str, place: str, options: ScoreOptions, leng
         if value is not None:
             raise UsageError(f"{name}={value} is for text: rows are scored whole, and all of them")
     tokenizer = load_pretrained(AutoTokenizer, folder, place)
-    supervision = SupervisionOptions(max_length=length, thinking=options.thinking)
-    read = read_rows(_row_options(options, options.data))
-    rows = with_template(read, tokenizer, KEEP, supervision.format)
-    encoded = encode_rows(rows, tokenizer, supervision, vocab_size=model.config.vocab_size)
+    truncation: Truncation = "drop" if options.on_bad_row == "skip" else "error"
+    supervision = SupervisionOptions(max_length=length, thinking=options.thinking, truncation=truncation)
+    skipped = SkippedRows()
+    read = read_rows(_row_options(options, options.data), skipped)
+    encoded = encode_rows(
+        with_template(read, tokenizer, KEEP, supervision.format),
+        tokenizer,
+        supervision,
+        vocab_size=model.config.vocab_size,
+        on_bad_row=options.on_bad_row,
+        skipped=skipped,
+    )
+    counts = encoded.counts
+    kinds = {kind: left.rows for kind, left in (*counts.skipped.items(), *counts.dropped.items())}
+    left_out = [f"{counts.summary()} ({counts.reasons()})"] if counts.rows_used < counts.rows_read else []
     loader = DataLoader(
         PaddedRows(encoded),
         batch_size=options.batch_size,
@@ -189,7 +200,8 @@ def _score_rows(model: Any, folder: str, place: str, options: ScoreOptions, leng
         max_length=length,
         stride=length,
         data_fingerprint=encoded.fingerprint(),
-        notes=tuple(encoded.counts.notes()),
+        reading={"rows_read": counts.rows_read, "rows_used": counts.rows_used, "left_out": kinds},
+        notes=(*left_out, *counts.notes()),
         samples=tuple(_answers(model, tokenizer, encoded, options.samples)),
     )
 
@@ -214,7 +226,12 @@ def _continued(model: Any, prompt: list[int], end: int) -> list[int]:
 
 
 def _row_options(options: ScoreOptions, files: list[str]) -> RowOptions:
-    return RowOptions(rows=files, columns=options.columns, encoding_of_files=options.encoding_of_files)
+    return RowOptions(
+        rows=files,
+        columns=options.columns,
+        encoding_of_files=options.encoding_of_files,
+        on_bad_row=options.on_bad_row,
+    )
 
 
 def _holds_rows(options: ScoreOptions) -> bool:

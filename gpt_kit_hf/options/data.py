@@ -268,7 +268,7 @@ def check_stride(stride: int, max_length: int) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ColumnOptions(Options):
-    """The columns of instruction rows."""
+    """The columns of instruction rows, and what happens to an invalid row."""
 
     columns: list[str] | None = option(
         None,
@@ -276,6 +276,9 @@ class ColumnOptions(Options):
         f"fields are {', '.join(ROW_FIELDS)}",
         unset="recognized by their names",
         metavar="FIELD=COLUMN",
+    )
+    on_bad_row: Literal["stop", "skip"] = option(
+        "stop", "what to do at an invalid row: stop with an error, or skip and count it"
     )
 
     def __post_init__(self) -> None:
@@ -291,7 +294,7 @@ class ColumnOptions(Options):
             if not (equals and column):
                 raise UsageError(f"columns: {pair!r} must be FIELD=COLUMN, such as instruction=question")
             if field not in ROW_FIELDS:
-                raise UsageError(f"columns {pair!r}: {unknown_name('field', field, ROW_FIELDS)}")
+                raise UsageError(f"columns {pair!r}: unknown field {field!r}; known: {', '.join(ROW_FIELDS)}")
             if field in found or column in found.values():
                 raise UsageError(f"columns {pair!r}: the field or the column is named twice; name each once")
             found[field] = column
@@ -304,7 +307,7 @@ _NEXT_FIELD = re.compile(r",\s*(?=\w*=)")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowOptions(ColumnOptions):
-    """The instruction rows: where they come from, and what happens to an invalid one."""
+    """The instruction rows: where they come from."""
 
     rows: list[str] | None = option(
         None,
@@ -327,9 +330,6 @@ class RowOptions(ColumnOptions):
         None,
         "encoding of JSON and CSV files without a byte-order mark, such as cp1252: a name of Python's codecs",
         unset="utf-8",
-    )
-    on_bad_row: Literal["stop", "skip"] = option(
-        "stop", "what to do at an invalid row: stop with an error, or skip and count it"
     )
     unknown_keys: UnknownKeys = option(
         "report",

@@ -248,3 +248,22 @@ def test_mistakes_are_named(trained: RunResult, held_out: str, options: Any, err
 def test_what_check_found_of_a_run_is_kept_for_its_card_too(trained: RunResult) -> None:
     assert main(["check", str(trained.folder), "--attention", "eager"]) == 0
     assert "## Invariance" in render_card(card_facts(trained.folder))
+
+
+def test_rows_that_cannot_be_scored_are_left_out_on_request(trained: RunResult, tmp_path: Path) -> None:
+    good = [{"prompt": f"{n} ", "completion": "yes"} for n in range(4)]
+    bad = [{"prompt": "x" * n, "completion": answer} for n, answer in ((1, None), (200, "y"), (1, ""))]
+    for name, rows in (("good", good), ("mixed", [bad[0], *good, *bad[1:]])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {name: [str(tmp_path / f"{name}.jsonl")] for name in ("good", "mixed")}
+    with pytest.raises(DataError, match=r"mixed\.jsonl:1: 'completion' is null"):
+        score_model(str(trained.folder), ScoreOptions(data=files["mixed"]))
+    skipping = score_model(str(trained.folder), ScoreOptions(data=files["mixed"], on_bad_row="skip"))
+    alone = score_model(str(trained.folder), ScoreOptions(data=files["good"]))
+    assert (skipping.evaluation, skipping.data_fingerprint) == (alone.evaluation, alone.data_fingerprint)
+    left_out = {"null": 1, "blank": 1, "longer than max_length": 1}
+    assert skipping.to_dict()["reading"] == {"rows_read": 7, "rows_used": 4, "left_out": left_out}
+    assert alone.to_dict()["reading"] == {"rows_read": 4, "rows_used": 4, "left_out": {}}
+    reasons = "1 skipped: null; 1 skipped: blank; 1 dropped: longer than max_length"
+    assert f"note        7 read, 4 used, 2 skipped, 1 dropped ({reasons})\n" in skipping.text()
+    assert alone.notes == ()

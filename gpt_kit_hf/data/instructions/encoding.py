@@ -209,7 +209,9 @@ class RowEncoder:
         for number, message in enumerate(messages):
             special = next((token for token in special_tokens if _occurs(token, message)), None)
             if special is not None:
-                raise RowError("special token", f"message {number} holds {special!r}, a special token, as text")
+                raise RowError(
+                    "special token", f"message {number} holds {special!r}, a special token, as text: remove it"
+                )
         text, spans = self._rendered(conversation, template)
         if len(spans) != len(answers):
             raise RowError(

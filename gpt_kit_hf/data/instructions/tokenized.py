@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from gpt_kit_hf.tokenization.encodings import AnyTokenizer
 
 _TOO_LONG = "longer than max_length"
+_IF_TOO_LONG = 'truncation to "drop" or "truncate_prompt" (in evaluate, on_bad_row to "skip")'
 
 
 class SupervisedRow(NamedTuple):
@@ -163,7 +164,7 @@ def encode_rows(
         n_cut, reason = _tokens_to_cut(encoded, options)
         if reason is not None:
             if options.truncation == "error":
-                raise DataError(f'{place}: {reason}; raise it, or set truncation to "drop" or "truncate_prompt"')
+                raise DataError(f"{place}: {reason}; raise it, or set {_IF_TOO_LONG}")
             dropped.add(BadRow(place, _TOO_LONG, reason))
             continue
         ids.extend(encoded.input_ids[n_cut:])

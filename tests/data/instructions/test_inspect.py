@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import gpt_kit
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -37,3 +38,9 @@ def test_inspect_without_a_model_imports_no_torch(row: object, expected: str, tm
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.strip().endswith(expected)
+
+
+def test_without_a_model_it_is_said_that_bytes_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ALPACA))
+    ended = gpt_kit("inspect", tmp_path / "rows.jsonl")
+    assert ended.stdout.startswith("note      each byte is a token; --model_name_or_path ")
