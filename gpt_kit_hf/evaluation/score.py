@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -235,13 +235,14 @@ def _row_options(options: ScoreOptions, files: list[str]) -> RowOptions:
 
 
 def _holds_rows(options: ScoreOptions) -> bool:
-    """Return whether the first row of the first file has the keys of an instruction; text files have no rows."""
+    """Return whether the first row of the first file that can be read has the keys of an instruction."""
     if options.columns:
         return True
     if suffixes_of(options.data[0])[0] not in ROW_SUFFIXES:
         return False
     try:
-        row = next(read_rows(_row_options(options, options.data[:1]))).row
+        first = replace(_row_options(options, options.data[:1]), on_bad_row="skip")
+        row = next(read_rows(first)).row
         return options.text_column not in row and format_of(row) != "text"
     except (RowError, StopIteration, DataError):
         return False  # reading it as text reports the error

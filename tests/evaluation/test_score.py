@@ -215,6 +215,17 @@ def test_answers_score_as_by_hand(trained: RunResult, tmp_path: Path, batch_size
     assert report.evaluation.loss == pytest.approx(total / tokens, abs=1e-4)
 
 
+def test_a_bad_first_row_does_not_make_rows_text(trained: RunResult, tmp_path: Path) -> None:
+    for name in ("rows.csv", "rows.tsv"):
+        cells = "café,x\nq,y\n" if name.endswith("csv") else "café\tx\nq\ty\n"
+        header = "prompt,completion\n" if name.endswith("csv") else "prompt\tcompletion\n"
+        (tmp_path / name).write_bytes((header + cells).encode("cp1252"))
+        with pytest.raises(DataError, match=rf"{name}:2: not UTF-8 text .*--encoding_of_files cp1252"):
+            score_model(str(trained.folder), ScoreOptions(data=[str(tmp_path / name)]))
+        named = ScoreOptions(data=[str(tmp_path / name)], encoding_of_files="cp1252")
+        assert score_model(str(trained.folder), named).units == 2
+
+
 def test_the_score_is_kept_for_the_card_once(trained: RunResult, held_out: str) -> None:
     for _ in range(2):
         report = score_model(str(trained.folder), ScoreOptions(data=[held_out], samples=1, stride=24))
