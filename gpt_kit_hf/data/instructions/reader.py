@@ -116,6 +116,8 @@ def _reader(file: Path, encoding: str | None) -> Callable[[Path], Found]:
         return partial(_csv_rows, tabs=suffix == ".tsv", encoding=encoding)
     if suffix == ".parquet" and not compression:
         return _parquet_rows
+    if suffix == ".arrow":
+        raise UsageError(f"rows {str(file)!r}: a folder that datasets saved is read by --dataset_name {file.parent}")
     raise UsageError(
         f"rows {str(file)!r}: the name must end in one of {', '.join(ROW_SUFFIXES)}; all but .parquet may be followed "
         "by .gz or .zst; plain text is trained on by gpt-kit train"

@@ -147,13 +147,18 @@ def without_thinking(answer: str) -> str:
 def row_marks(row: Mapping[str, Any]) -> set[str]:
     """Return the marks by which a row says that its answer is to be trained; raises RowError if it is not to be."""
     marks = {key: str(row[key]).lower() for key in _ROW_MARKS if key in row}
-    if wrong := [key for key, mark in marks.items() if mark == "false" or (mark in ("0", "0.0") and key == "weight")]:
+    # A number under KTO's keys is the number of a class.
+    no, yes = (
+        [key for key, mark in marks.items() if mark == word or (mark in numbers and key in ("train", "weight"))]
+        for word, numbers in (("false", ("0", "0.0")), ("true", ("1", "1.0")))
+    )
+    if no:
         raise RowError(
             "not to be trained",
-            f"{wrong[0]!r} is {shown(row[wrong[0]])}: the answer of this row is not to be trained; leave such rows "
+            f"{no[0]!r} is {shown(row[no[0]])}: the answer of this row is not to be trained; leave such rows "
             "out by on_bad_row skip, or rename the key if it means something else",
         )
-    return {key for key, mark in marks.items() if mark == "true" or (mark in ("1", "1.0") and key == "weight")}
+    return set(yes)
 
 
 def chosen_hint(row: Mapping[str, Any]) -> str:

@@ -46,7 +46,6 @@ class SupervisedRows:
         ids: (N,) int32, the ids of all rows end to end, each answer followed by EOS.
         trained: (N,) bool, whether the id is a target; the first id of a row never is, as nothing precedes it.
         offsets: (rows + 1,) int64, the start of each row, and the end.
-        truncated: (rows,) bool, whether the beginning of the row's prompt was cut off.
         places: (rows,) strings, the place of each row in its file or dataset.
         eos_token_id: EOS.
         options: what the rows were encoded with.
@@ -58,7 +57,6 @@ class SupervisedRows:
     ids: npt.NDArray[np.int32]
     trained: npt.NDArray[np.bool_]
     offsets: npt.NDArray[np.int64]
-    truncated: npt.NDArray[np.bool_]
     places: pa.LargeStringArray  # strings of Python would take more memory than the ids of short rows
     eos_token_id: int
     options: SupervisionOptions
@@ -101,7 +99,6 @@ class SupervisedRows:
             ids=self.ids[positions],
             trained=self.trained[positions],
             offsets=offsets,
-            truncated=self.truncated[indices],
             places=self.places.take(pa.array(indices)),
         )
 
@@ -152,8 +149,8 @@ def encode_rows(
     """
     skipped, dropped = SkippedRows() if skipped is None else skipped, SkippedRows()
     encoder = RowEncoder(tokenizer, options, format_fn, vocab_size, unknown_keys, text_rows=text_rows)
-    ids, trained, ends, truncated, places = array("i"), bytearray(), array("q", [0]), bytearray(), []
-    number = -1
+    ids, trained, ends, places = array("i"), bytearray(), array("q", [0]), []
+    number, n_truncated = -1, 0
     for number, item in enumerate(rows):
         place, row = item if isinstance(item, PlacedRow) else (f"row {number}", item)
         try:
@@ -171,14 +168,14 @@ def encode_rows(
         everything = options.train_on == "everything"
         trained.extend([False, *(everything or answer for answer in encoded.answer[n_cut + 1 :])])
         ends.append(len(ids))
-        truncated.append(n_cut > 0)
+        n_truncated += n_cut > 0
         places.append(place)
     counts = RowCounts(
         rows_read=skipped.n_read or number + 1,
         rows_used=len(places),
         skipped=left_out(skipped),
         dropped=left_out(dropped),
-        rows_truncated=sum(truncated),
+        rows_truncated=n_truncated,
         unread_keys=dict(encoder.unread.most_common()),
         thinking_left_out=encoder.thinking_left_out,
     )
@@ -188,7 +185,6 @@ def encode_rows(
         ids=np.frombuffer(ids, np.int32),
         trained=np.frombuffer(trained, np.bool_),
         offsets=np.frombuffer(ends, np.int64),
-        truncated=np.frombuffer(truncated, np.bool_),
         places=pa.array(places, pa.large_string()),
         eos_token_id=encoder.eos_token_id,
         options=options,

@@ -314,6 +314,7 @@ TURNS = [{"role": "user", "content": "Two?"}, {"role": "assistant", "content": "
         {"instruction": "Two?", "output": "3", "label": "False"},  # from a table
         {"question": "Two?", "answer": "3", "weight": 0.0},
         {"messages": TURNS, "train": False},
+        {"messages": TURNS, "train": 0},
     ],
 )
 def test_a_row_that_is_not_to_be_trained_is_refused_or_left_out(

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import random
+import re
 from pathlib import Path
 
 import datasets
@@ -413,3 +414,9 @@ def test_rows_in_another_encoding_name_the_option_that_reads_them(name: str, tmp
 def test_csv_with_carriage_returns_alone_is_read(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_bytes(b'a,b\r1,"2\r3"\r4,5\r')
     assert [row.row for row in read(tmp_path / "rows.csv")] == [{"a": "1", "b": "2\r3"}, {"a": "4", "b": "5"}]
+
+
+def test_a_folder_that_datasets_saved_is_not_read_as_files(tmp_path: Path) -> None:
+    (tmp_path / "data-00000-of-00001.arrow").write_bytes(b"ARROW1")
+    with pytest.raises(UsageError, match=rf"is read by --dataset_name {re.escape(str(tmp_path))}$"):
+        next(read_rows(RowOptions(rows=[str(tmp_path)])))

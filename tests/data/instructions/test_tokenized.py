@@ -377,7 +377,7 @@ def test_truncation_cuts_the_prompt_from_the_left_and_never_an_answer(
         assert rows.ids.tolist() == whole.ids[n_ids - kept :].tolist()
         assert rows.trained.tolist() == whole.trained[n_ids - kept :].tolist()
         assert trained_text(rows, 0) == "abc<|endoftext|>"
-        assert rows.truncated.tolist() == [max_length + 1 < n_ids]
+        assert rows.counts.rows_truncated == (max_length + 1 < n_ids)
         # The items of both datasets hold all targets.
         assert (PackedRows(rows)[0][1] != -100).sum() == 4
 
