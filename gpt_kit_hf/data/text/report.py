@@ -106,7 +106,8 @@ def describe_documents(stream: TokenStream, encoding: tiktoken.Encoding) -> list
         tail = _text(encoding, stream.read(max(start, stop - _ENDS), stop))
         ends.append((number + 1, head, tail))
     added = 1 if begin_of_text(encoding) is None else 2  # EOS, and what a document starts with
-    return [_lengths(stops - starts - added), *(_shown(*each) for each in ends)]
+    lengths = [_lengths(stops - starts - added)] if len(starts) > 1 else []  # one is counted in the line before
+    return [*lengths, *(_shown(*each) for each in ends)]
 
 
 def describe_stream(shards: Shards, encoding: tiktoken.Encoding) -> list[str]:
