@@ -2,8 +2,9 @@
 
 `encodings`: tiktoken encodings (gpt2, bytes, a BPE trained on a corpus), and text to ids and back. `bpe_training`:
 the trainer of a BPE, in a process of its own. `export`: an encoding as the `tokenizer.json` that `AutoTokenizer`
-loads, and back. `model_encoding`: the tokenizer of any model as an encoding. `chat_templates`: the text of the chat
-templates that a model may get, with generation marks, and the check of a template.
+loads, and back; it names the special tokens, EOS and padding. `model_encoding`: the tokenizer of any model as an
+encoding. `chat_templates`: the text of the chat templates that a model may get, with generation marks, and the check
+of a template.
 """
 
 import lazy_loader

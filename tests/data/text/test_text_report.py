@@ -53,7 +53,7 @@ def test_lengths_and_three_documents_are_shown() -> None:
         "shown    document 6: 'first' to '\u5317 last'",
         f"shown    document 10: '{'x' * 60}…' to '…{'x' * 60}'",
     ]
-    assert describe_documents(stream_of("one"), BYTES)[1:] == ["shown    document 1: 'one'"]
+    assert describe_documents(stream_of("one"), BYTES) == ["shown    document 1: 'one'"]
 
 
 def test_a_stream_is_described_by_its_first_documents(tmp_path: Path) -> None:
