@@ -321,11 +321,12 @@ class StreamingTask(TextTask):
     def describe(self) -> list[str]:
         """Return log lines that describe the stream and the model."""
         texts, count = [shard for each in self.stream_shards for shard in each.shards], len(self.stream_shards)
+        separator = self.options.text.separator
         return [
             f"text     a stream of {len(texts)} shards in {count} stream shard{'s' if count > 1 else ''}, "
             f"{len(self.eval_text):,} eval tokens ({self.encoding.name}, vocabulary of {self.encoding.n_vocab:,})",
             *(f"text     {note}" for note in source_notes(self.options.text)),
-            *(describe_stream(texts, self.encoding) if self.context.accelerator.is_main_process else []),
+            *(describe_stream(texts, self.encoding, separator) if self.context.accelerator.is_main_process else []),
             *self.eval_reading.lines(self.options.text, "eval text"),
             self.describe_model(),
         ]
@@ -341,7 +342,7 @@ class StreamingTask(TextTask):
             tally.update(state.get("seen", {}))
         reading = Reading(tally=tally, used=0)
         reading = dataclasses.replace(reading, used=tally[READ] - sum(reading.left_out.values()))
-        for line in reading.lines(self.options.text, "stream"):
+        for line in reading.lines(self.options.text, "stream, counted in each pass"):
             self.context.console.log(line)
         return {"text_read": reading.facts()}
 

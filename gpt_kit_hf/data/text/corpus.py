@@ -143,9 +143,12 @@ def _tokenized(source: TextSource, encoding: tiktoken.Encoding, num_proc: int) -
     stored = store_tokens(shards, encoding, num_proc)
     warnings = separator_warnings(source.separator, stored.tally, shards)
     reading = Reading(tally=stored.tally, used=stored.document_starts.size, warnings=tuple(warnings))
-    if not reading.used:
+    added = 1 if encodings.begin_of_text(encoding) is None else 2  # EOS, and what a document starts with
+    if sum(chunk.size for chunk in stored.chunks) == added * reading.used:
         gone = ", ".join(f"{n:,} {kind}" for kind, n in reading.left_out.items())
         found = f"all documents were left out ({gone})" if gone else "only white space"
+        if reading.used:
+            found = f"all documents are empty ({reading.used:,}) or were left out ({gone or 0})"
         raise DataError(f"{source.name}: {found}, there is no text to train on")
     return ReadText(TokenStream(stored.chunks, stored.document_starts), stored.key, reading)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from gpt_kit_hf.data.text.file_cache import Index, PlainFile, converted, head_of
 from gpt_kit_hf.data.text.file_types import (
     COMPRESSED,
     HEAD_BYTES,
+    ROWS,
     container_of,
     marked_encoding,
     not_text,
@@ -38,6 +40,7 @@ _UTF8 = ("utf-8", "utf-8-sig", "ascii")
 _ANOTHER = "name its encoding by --encoding_of_files"
 _BAD_BYTES = "gpt-kit-bad-bytes"
 codecs.register_error(_BAD_BYTES, lambda error: ("\udcff", getattr(error, "end", 0)))  # no byte 0xff is in UTF-8
+_ARRAY_OF_ROWS = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[\s*(?:\{|$)")
 _NAMES_SHOWN = 3
 _LONGEST_NAME = 60
 
@@ -123,6 +126,8 @@ def _conversion(
     if form == ".parquet":
         return (), None
     codec = _check_head(head, label, reading)
+    if form in ROWS and _ARRAY_OF_ROWS.match(head):
+        raise DataError(f"{label}: a JSON array of rows: write one row per line, such as by jq -c '.[]' FILE")
     if form in (".csv", ".tsv"):
         how = (form, compression, codec, reading.errors, reading.column)
         return how, partial(_tabulate, place, form, compression, codec, reading)

@@ -69,7 +69,7 @@ class Reading:
         if gone := sum(self.left_out.values()):
             found.append(f"left out {gone:,} of {tally[READ]:,} documents of the {of}: {_listed(self.left_out)}")
         if self.replaced:
-            found.append(f"replaced {_listed(self.replaced)} characters of the {of}, by U+FFFD")
+            found.append(f"replaced characters of the {of} by U+FFFD: {_listed(self.replaced)}")
         if marks := [*self._marks(options)]:
             found.append(f"eos      {EOS_TOKEN} in the {of}: {'; '.join(marks)}")
         return [*found, *(f"warning  {warning}" for warning in self.warnings)]
@@ -110,18 +110,23 @@ def describe_documents(stream: TokenStream, encoding: tiktoken.Encoding) -> list
     return [*lengths, *(_shown(*each) for each in ends)]
 
 
-def describe_stream(shards: Shards, encoding: tiktoken.Encoding) -> list[str]:
+def describe_stream(shards: Shards, encoding: tiktoken.Encoding, separator: str | None = None) -> list[str]:
     """Return such lines about the first documents of the first, the middle and the last shard of a stream."""
-    lengths, shown = [], []
-    for number in sorted({0, len(shards) // 2, len(shards) - 1}):
+    lengths, shown, tally = [], [], Counter[str]()
+    sampled = {number: shards[number] for number in (0, len(shards) // 2, len(shards) - 1)}
+    for number, shard in sampled.items():
         with suppress(DataError):  # training reports it
-            for index, (text, ends, _) in enumerate(islice(shards[number].chunks(), _SAMPLED)):
+            for index, (text, ends, _) in enumerate(islice(shard.chunks(None, tally), _SAMPLED)):
                 if index == 0:
                     shown.append((number + 1, text, text if ends else ""))
                 if ends:
                     lengths.append(len(encoding.encode_ordinary(text)))
-    sampled = f", of {len(lengths):,} documents"
-    return [_lengths(np.array(lengths), sampled)] * bool(lengths) + [_shown(*each, "shard") for each in shown]
+    measured = f", of {len(lengths):,} document{'s' * (len(lengths) != 1)}"
+    return [
+        *([_lengths(np.array(lengths), measured)] if lengths else []),
+        *(_shown(*each, "shard") for each in shown),
+        *(f"warning  {warning}" for warning in separator_warnings(separator, tally, [*sampled.values()])),
+    ]
 
 
 def _lengths(lengths: Any, of: str = "") -> str:

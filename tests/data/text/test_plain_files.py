@@ -512,3 +512,16 @@ def test_files_read_as_before_have_the_content_keys_that_they_had(tmp_path: Path
         for shard in sources.file_shards([tmp_path / name], column="text", separator=None, may_cut=True)
     ]
     assert keys == direct
+
+
+@pytest.mark.parametrize("on_bad_text", ["stop", "skip", "replace"])
+@pytest.mark.parametrize(
+    "content", [b'[\n{"text": "a"},\n{"text": "b"}\n]\n', b'\xef\xbb\xbf [ {"text": "a"}]', b"[\n"]
+)
+def test_an_array_of_rows_is_refused_with_what_makes_it_lines(
+    tmp_path: Path, content: bytes, on_bad_text: str
+) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    options = TextOptions(text_files=[str(tmp_path / "a.json")], on_bad_text=on_bad_text)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"a\.json: a JSON array of rows: write one row per line, such as by jq"):
+        source_notes(options)

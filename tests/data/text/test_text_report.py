@@ -66,6 +66,21 @@ def test_a_stream_is_described_by_its_first_documents(tmp_path: Path) -> None:
     ]
 
 
+def test_a_stream_of_which_everything_is_left_out_is_described_by_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9\n")
+    (_, source), *_ = train_sources(TextOptions(text_files=[str(tmp_path / "a.txt")], on_bad_text="skip"))
+    assert describe_stream(source.streamed_shards(True), BYTES) == []
+
+
+def test_a_separator_that_stands_nowhere_in_a_stream_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\r\n\r\ntwo\r\n")
+    (_, source), *_ = train_sources(TextOptions(text_files=[str(tmp_path / "a.txt")], document_separator="\n\n"))
+    assert describe_stream(source.streamed_shards(True), BYTES, "\n\n")[-1] == (
+        r"warning  document_separator '\n\n' stands nowhere in the text: a file is one document; "
+        r"the text has '\r\n\r\n' 1 times"
+    )
+
+
 def test_nothing_is_said_of_a_text_of_good_documents(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one two\n" * 30)
     assert lines(text_files=[str(tmp_path / "a.txt")]) == []
@@ -83,7 +98,7 @@ def test_marks_and_bad_text_are_counted_in_a_line_each(tmp_path: Path) -> None:
     ]
     assert lines(text_files=files, on_bad_text="replace", eos_in_text="keep") == [
         "left out 2 of 5 documents of the text: 2 null",
-        "replaced 2 not UTF-8 characters of the text, by U+FFFD",
+        "replaced characters of the text by U+FFFD: 2 not UTF-8",
         f"eos      {EOS_TOKEN} in the text: 2, read as text {by_mark}",
     ]
 
@@ -155,6 +170,17 @@ def test_counts_that_do_not_add_up_are_not_reported() -> None:
     Reading(tally=Counter({READ: 3, left_out("null"): 1, MARKS_IN_TEXT: 9}), used=2).facts()
     with pytest.raises(AssertionError):
         Reading(tally=Counter({READ: 3, left_out("null"): 1}), used=3).facts()
+
+
+@pytest.mark.parametrize("null", [0, 2])
+def test_a_text_of_empty_documents_is_refused(tmp_path: Path, null: int) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n' * 7 + '{"text": null}\n' * null)
+    (tmp_path / "a.csv").write_text("text,id\n" + ",1\n" * 7)
+    counted = rf"all documents are empty \(7\) or were left out \({f'{null} null' if null else 0}\)"
+    with pytest.raises(DataError, match=f"{counted}, there is no text to train on"):
+        lines(text_files=[str(tmp_path / "a.jsonl")], on_bad_text="skip")
+    with pytest.raises(DataError, match=r"all documents are empty \(7\)"):
+        lines(text_files=[str(tmp_path / "a.csv")])
 
 
 def test_a_text_of_bad_documents_alone_is_refused_with_their_number(tmp_path: Path) -> None:
