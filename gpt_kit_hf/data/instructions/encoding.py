@@ -141,8 +141,8 @@ class RowEncoder:
             reason = f"the tokenizer gives id {highest}, but the model's vocab_size is {self._vocab_size}"
             raise RowError("id outside the vocabulary", reason)
         if self._chats.unread and self._unknown_keys == "error":
-            unread = listed([*self._chats.unread], "is", "are")
-            raise RowError("unknown key", f"{unread} not read; remove it, or set unknown_keys to report")
+            unread = listed([*self._chats.unread], "is not read; remove it", "are not read; remove them")
+            raise RowError("unknown key", f"{unread}, or set unknown_keys to report")
         self.unread += self._chats.unread
         self.thinking_left_out += self._chats.thinking_left_out
         return encoded

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from gpt_kit_hf.errors import one_line
 from gpt_kit_hf.generation.openai_api.protocol import ApiError, Message
 
-# What links a tool's result to its call; the order of the messages tells the same.
-_LINKS = {"tool_call_id"}
+# What links the result of a tool or function to its call; the order of the messages tells the same.
+_LINKS = {"tool": {"tool_call_id", "name"}, "function": {"tool_call_id", "name"}}
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
@@ -81,7 +81,7 @@ def _check_special_tokens(turns: list[dict[str, Any]], tokens: Sequence[str]) ->
 def _check_complete(render: Callable[[Any], str], turns: list[dict[str, Any]], prompt: str) -> None:
     """Raise ApiError if the prompt is the same without a field: then the template does not write it."""
     for index, turn in enumerate(turns):
-        extra = turn.keys() - {"role", "content"} - _LINKS
+        extra = turn.keys() - {"role", "content"} - _LINKS.get(turn["role"], set())
         for field in sorted(extra):
             without = {name: value for name, value in turn.items() if name != field}
             if render([*turns[:index], without, *turns[index + 1 :]]) == prompt:

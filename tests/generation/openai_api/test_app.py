@@ -369,6 +369,8 @@ def test_roles_are_written_by_the_template_or_refused(served: Served, monkeypatc
     for role in ("tool", "function"):
         result = {"role": role, "content": "42", "tool_call_id": "call_1"}
         assert says("fox", result) == continuation(served, f"[u]fox[{role[0]}]42[a]")
+        named = {"role": role, "content": "42", "name": "add"}  # which OpenAI's API needs of a function
+        assert says("fox", named) == says("fox", result)
     call = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": '{"x": 1}'}}
     asks = {"role": "assistant", "content": None, "tool_calls": [call]}
     for message, field in ((asks, "tool_calls"), ({"role": "user", "content": "x", "name": "Ann"}, "name")):
