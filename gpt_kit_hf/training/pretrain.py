@@ -117,11 +117,12 @@ class TextTask(Task):
         chosen, begin = self.context.options, self._eos if self._begin is None else self._begin
         written = encodings.encode_ordinary(self.encoding, chosen.sample_prompt, "sample_prompt").tolist()
         prompt = torch.tensor([[begin, *written]])
+        unseen = (self._eos, begin, encodings.get_pad_token_id(self.encoding))
         return generate_sample(
             self.model,
             prompt,
             chosen.sample_max_new_tokens,
-            lambda ids: self.encoding.decode([token for token in ids if token not in (self._eos, begin)]),
+            lambda ids: self.encoding.decode([token for token in ids if token not in unseen]),
             temperature=0.8,
             top_k=50,
         )

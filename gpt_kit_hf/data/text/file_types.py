@@ -35,6 +35,12 @@ _MAGIC = (
     (0, b"Rar!\x1a\x07", "a RAR archive", _UNPACK),
     (0, b"PAR1", "a Parquet file", "rename it to .parquet"),
     (0, b"ARROW1", "an Arrow file", _TABLE),
+    (
+        0,
+        b"\xff\xff\xff\xff",
+        "an Arrow file",
+        f"name the folder by --dataset_name if save_to_disk wrote it, or {_TABLE}",
+    ),
     (0, b"Obj\x01", "an Avro file", _TABLE),
     (0, b"ORC", "an ORC file", _TABLE),
     (0, b"SQLite format 3\0", "an SQLite database", _TABLE),

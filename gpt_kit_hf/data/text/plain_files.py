@@ -37,7 +37,7 @@ _DEEPEST = 3  # archives within archives
 _MOST_UNPACKED = 64 << 20
 _MOST_RATIO = 200
 _UTF8 = ("utf-8", "utf-8-sig", "ascii")
-_ANOTHER = "name its encoding by --encoding_of_files"
+_ANOTHER = "name the right encoding by --encoding_of_files, or keep what can be read by --on_bad_text replace"
 _BAD_BYTES = "gpt-kit-bad-bytes"
 codecs.register_error(_BAD_BYTES, lambda error: ("\udcff", getattr(error, "end", 0)))  # no byte 0xff is in UTF-8
 _ARRAY_OF_ROWS = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[\s*(?:\{|$)")
@@ -83,7 +83,7 @@ def plain_files(files: list[Path], reading: FileReading) -> tuple[list[PlainFile
 
 
 def _plain(place: PlainFile, reading: FileReading, notes: list[str], depth: int) -> list[PlainFile]:
-    how, write = _conversion(place, reading, depth)
+    how, write = _conversion(place, reading, notes, depth)
     if write is None:
         return [place]
     folder, index = converted(place, how, write)
@@ -98,7 +98,7 @@ def _plain(place: PlainFile, reading: FileReading, notes: list[str], depth: int)
 
 
 def _conversion(
-    place: PlainFile, reading: FileReading, depth: int
+    place: PlainFile, reading: FileReading, notes: list[str], depth: int
 ) -> tuple[tuple[object, ...], Callable[[Path], Index] | None]:
     """Return how a file is to be converted, for the name of its copy, and what does it, or None if it is not.
 
@@ -131,10 +131,23 @@ def _conversion(
     if form in (".csv", ".tsv"):
         how = (form, compression, codec, reading.errors, reading.column)
         return how, partial(_tabulate, place, form, compression, codec, reading)
+    if form not in ROWS and _is_json_lines(head):
+        notes.append(
+            f"{label}: its lines are JSON and are trained as they stand: rename it to .jsonl to read their text"
+        )
     if codec in _UTF8:
         return (), None
     errors = reading.errors
     return (form, compression, codec, errors), partial(_transcode, place, form, compression, codec, errors)
+
+
+def _is_json_lines(head: bytes) -> bool:
+    """Return whether the first two lines are JSON objects."""
+    lines = [line for line in head.split(b"\n")[:-1] if line.strip()][:2]
+    try:
+        return len(lines) == 2 and all(isinstance(json.loads(line), dict) for line in lines)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _check_compression(label: str, compression: str, container: str) -> None:

@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -300,7 +301,7 @@ def test_bytes_that_are_not_of_the_named_encoding_are_refused_with_their_place(t
     data = b"x" * (3 << 20) + b"\x81" + b"y"
     (tmp_path / "a.txt").write_bytes(data)
     message = refusal(tmp_path / "a.txt", encoding_of_files="cp1252")
-    assert f"not text in cp1252 at byte {3 << 20:,}; name its encoding" in message
+    assert f"not text in cp1252 at byte {3 << 20:,}; name the right encoding by --encoding_of_files, or" in message
     (tmp_path / "b.txt").write_bytes("\ufeffab".encode("utf-16-le") + b"\x00")
     assert "not text in utf-16 at byte 6; name" in refusal(tmp_path / "b.txt")
 
@@ -525,3 +526,27 @@ def test_an_array_of_rows_is_refused_with_what_makes_it_lines(
     options = TextOptions(text_files=[str(tmp_path / "a.json")], on_bad_text=on_bad_text)  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"a\.json: a JSON array of rows: write one row per line, such as by jq"):
         source_notes(options)
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_json_lines_under_another_name_are_said_to_be_trained_as_they_stand(tmp_path: Path, ending: str) -> None:
+    def notes(name: str, content: bytes) -> list[str]:
+        file = tmp_path / (name + ending)
+        file.write_bytes(gzip.compress(content) if ending else content)
+        return source_notes(TextOptions(text_files=[str(file)]))
+
+    (note,) = notes("a.txt", b'\n{"text": "a"}\n{"text": "b"}\n{"text"')
+    assert note.endswith("its lines are JSON and are trained as they stand: rename it to .jsonl to read their text")
+    for name, content in {
+        "b.jsonl": b'{"text": "a"}\n{"text": "b"}\n',
+        "c.ipynb": b'{"cells": [{"source": ["one"]}]}\n',
+        "d.txt": b"{one}\n{two}\n",
+        "e.txt": b"1\n2\n3\n",
+    }.items():
+        assert notes(name, content) == []
+
+
+def test_a_saved_dataset_given_as_files_is_refused_with_the_option_for_it(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(DataError, match="an Arrow file: name the folder by --dataset_name if save_to_disk wrote it"):
+        source_notes(TextOptions(text_files=[str(tmp_path / "saved")]))
