@@ -72,7 +72,8 @@ class Reading:
             found.append(f"replaced characters of the {of} by U+FFFD: {_listed(self.replaced)}")
         if marks := [*self._marks(options)]:
             found.append(f"eos      {EOS_TOKEN} in the {of}: {'; '.join(marks)}")
-        return [*found, *(f"warning  {warning}" for warning in self.warnings)]
+        where = "" if of == "text" else f"{of}: "
+        return [*found, *(f"warning  {where}{warning}" for warning in self.warnings)]
 
     def _marks(self, options: TextOptions) -> Iterator[str]:
         if ended := self.tally[MARKS_AT_LINE_ENDS]:

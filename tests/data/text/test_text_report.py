@@ -81,6 +81,13 @@ def test_a_separator_that_stands_nowhere_in_a_stream_is_a_warning(tmp_path: Path
     )
 
 
+def test_a_warning_says_which_text_it_is_about() -> None:
+    reading = Reading(tally=Counter(), used=0, warnings=("a file is one document",))
+    options = TextOptions(text_files=["a.txt"])
+    assert reading.lines(options) == ["warning  a file is one document"]
+    assert reading.lines(options, "eval text") == ["warning  eval text: a file is one document"]
+
+
 def test_nothing_is_said_of_a_text_of_good_documents(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one two\n" * 30)
     assert lines(text_files=[str(tmp_path / "a.txt")]) == []
