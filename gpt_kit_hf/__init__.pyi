@@ -89,10 +89,10 @@ from .tokenization.encodings import train_bpe as train_bpe
 from .tokenization.export import load_encoding as load_encoding
 from .tokenization.export import save_tokenizer as save_tokenizer
 from .training.finetune import finetune as finetune
+from .training.log.run_log import RunResult as RunResult
 from .training.optim.optimizer import create_optimizer as create_optimizer
 from .training.optim.optimizer import learning_rate_at as learning_rate_at
 from .training.pretrain import train as train
-from .training.run_log import RunResult as RunResult
 from .training.trainer import AMPTrainer as AMPTrainer
 from .training.trainer import UpdateReport as UpdateReport
 

@@ -2,11 +2,10 @@
 
 `pretrain`, `finetune` and `lora` build the model and its data, behind the interface in `task`. `loop` begins, resumes
 and finishes a run; `steps` computes its steps; `trainer` has AMPTrainer, one update in mixed precision. `saving`
-decides when checkpoints are written and which are kept; `run_log` writes run.json, metrics.jsonl and to trackers;
-`console` writes log lines and the progress bar; `curve` draws the loss. `data_changes` refuses or records data that
-differs from what a run was begun with. `verify` checks the files of a run, `replay` computes steps again. Folders:
-`optim` for optimizers and learning rates, `state` for the contents of checkpoints, `runtime` for processes, signals,
-torch.compile and memory.
+decides when checkpoints are written and which are kept. `data_changes` refuses or records data that differs from what
+a run was begun with. `verify` checks the files of a run, `replay` computes steps again. Folders: `optim` for optimizers
+and learning rates, `state` for the contents of checkpoints, `log` for what a run prints and records, `runtime` for
+processes, signals, torch.compile and memory.
 """
 
 import lazy_loader
@@ -17,7 +16,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "finetune": ["finetune"],
         "pretrain": ["train"],
-        "run_log": ["RunResult"],
         "trainer": ["AMPTrainer", "UpdateReport"],
     },
 )

@@ -30,9 +30,9 @@ from gpt_kit_hf.storage.run_folder import (
     make_run_folder,
 )
 from gpt_kit_hf.text import duration
-from gpt_kit_hf.training.console import Console, Pace, trackers
 from gpt_kit_hf.training.data_changes import data_change
-from gpt_kit_hf.training.run_log import RunRecord, RunResult, finished_before
+from gpt_kit_hf.training.log.console import Console, Pace, trackers
+from gpt_kit_hf.training.log.run_log import RunRecord, RunResult, finished_before
 from gpt_kit_hf.training.runtime.compilation import compile_blocks
 from gpt_kit_hf.training.runtime.launch import check_launch, end_processes, launcher_pid
 from gpt_kit_hf.training.runtime.memory import reuse_freed_memory

@@ -46,8 +46,8 @@ from gpt_kit_hf.text import short
 from gpt_kit_hf.tokenization import encodings
 from gpt_kit_hf.tokenization.export import load_encoding
 from gpt_kit_hf.tokenization.model_encoding import encoding_of
+from gpt_kit_hf.training.log.run_log import RunResult
 from gpt_kit_hf.training.loop import run_training
-from gpt_kit_hf.training.run_log import RunResult
 from gpt_kit_hf.training.state.sharded_state import unsharded_model
 from gpt_kit_hf.training.task import RunContext, Task, check_max_length, decide_on_main, generate_sample
 

@@ -16,9 +16,9 @@ from gpt_kit_hf.options.run import FinetuneOptions, RunOptions, stored_options
 from gpt_kit_hf.storage.atomic_files import load_json
 from gpt_kit_hf.storage.checkpoints import checkpoint_step, list_checkpoints, verify_checkpoint
 from gpt_kit_hf.storage.run_folder import OPTIONS_FILE, RECORD_FILE, recorded_steps
-from gpt_kit_hf.training.console import Console
 from gpt_kit_hf.training.data_changes import check_replayed_data
 from gpt_kit_hf.training.finetune import InstructionTask
+from gpt_kit_hf.training.log.console import Console
 from gpt_kit_hf.training.pretrain import text_task
 from gpt_kit_hf.training.runtime.compilation import compile_blocks
 from gpt_kit_hf.training.runtime.signals import StopSignals

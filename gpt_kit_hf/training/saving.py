@@ -14,7 +14,7 @@ from gpt_kit_hf.errors import CheckpointError
 from gpt_kit_hf.hub.safety import check_model_folder
 from gpt_kit_hf.storage.atomic_files import Report
 from gpt_kit_hf.storage.checkpoints import checkpoint_step, latest_checkpoint, list_checkpoints
-from gpt_kit_hf.training.run_log import RunRecord
+from gpt_kit_hf.training.log.run_log import RunRecord
 from gpt_kit_hf.training.state.checkpoint_writer import CheckpointWriter
 from gpt_kit_hf.training.state.sharded_state import full_state, write_sharded_state
 from gpt_kit_hf.training.state.training_state import SHARDS, training_state, write_position

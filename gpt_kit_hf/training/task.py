@@ -25,7 +25,7 @@ from gpt_kit_hf.model.losses import Batch
 from gpt_kit_hf.options.training import TrainingOptions
 from gpt_kit_hf.storage.run_folder import publish_in_run
 from gpt_kit_hf.text import printable
-from gpt_kit_hf.training.console import Console
+from gpt_kit_hf.training.log.console import Console
 from gpt_kit_hf.training.runtime.signals import StopSignals
 
 T = TypeVar("T")

@@ -26,8 +26,8 @@ from gpt_kit_hf.storage.atomic_files import (
     sync_path,
 )
 from gpt_kit_hf.storage.run_folder import CURVE_FILE, METRICS_FILE, OPTIONS_FILE, RECORD_FILE
-from gpt_kit_hf.training.curve import draw_curve
 from gpt_kit_hf.training.data_changes import change_notes, eval_changed_after
+from gpt_kit_hf.training.log.curve import draw_curve
 from gpt_kit_hf.training.steps import StepReport
 
 

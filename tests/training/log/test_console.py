@@ -10,8 +10,8 @@ import pytest
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.options.training import TrainingOptions
 from gpt_kit_hf.text import duration, printable, short
-from gpt_kit_hf.training.console import Console, Pace, trackers
-from gpt_kit_hf.training.curve import draw_curve
+from gpt_kit_hf.training.log.console import Console, Pace, trackers
+from gpt_kit_hf.training.log.curve import draw_curve
 
 
 class Terminal(io.StringIO):
