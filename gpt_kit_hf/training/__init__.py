@@ -4,8 +4,8 @@
 and finishes a run; `steps` computes its steps; `trainer` has AMPTrainer, one update in mixed precision. `saving`
 decides when checkpoints are written and which are kept. `data_changes` refuses or records data that differs from what
 a run was begun with. `verify` checks the files of a run, `replay` computes steps again. Folders: `optim` for
-optimizers and learning rates, `state` for the contents of checkpoints, `log` for what a run prints and records, `runtime` for
-processes, signals, torch.compile and memory.
+optimizers and learning rates, `state` for the contents of checkpoints, `log` for what a run prints and records,
+`runtime` for processes, signals, torch.compile and memory.
 """
 
 import lazy_loader
