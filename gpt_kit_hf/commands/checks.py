@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from gpt_kit_hf.data.text.file_types import file_refusal
+from gpt_kit_hf.data.text.files.file_types import file_refusal
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.options.declare import Option, sections_of
 from gpt_kit_hf.options.evaluation import VerifyOptions

@@ -20,7 +20,7 @@ from gpt_kit_hf.data.instructions.rows import RowError
 from gpt_kit_hf.data.instructions.templates import with_template
 from gpt_kit_hf.data.instructions.tokenized import SupervisedRows, encode_rows
 from gpt_kit_hf.data.text.corpus import prepare_text
-from gpt_kit_hf.data.text.file_types import suffixes_of
+from gpt_kit_hf.data.text.files.file_types import suffixes_of
 from gpt_kit_hf.data.text.sources import source_notes
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.evaluation.metrics import (

@@ -29,8 +29,8 @@ from command_line import gpt_kit
 
 from gpt_kit_hf import GPTModel, create_model_config
 from gpt_kit_hf.commands import train as train_command
-from gpt_kit_hf.data.text import plain_files
 from gpt_kit_hf.data.text.corpus import prepare_text
+from gpt_kit_hf.data.text.files import plain_files
 from gpt_kit_hf.evaluation import score
 from gpt_kit_hf.hub.model_folder import write_model_folder
 from gpt_kit_hf.options.run import RunOptions

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import pyarrow as pa
 
 from gpt_kit_hf.data.instructions.rows import FIELD_NAMES, BadRow, PlacedRow, keys_of, listed, repeated, shown
-from gpt_kit_hf.data.text.file_types import COMPRESSIONS, likely_encoding, marked_encoding, unmarked_utf16
+from gpt_kit_hf.data.text.files.file_types import COMPRESSIONS, likely_encoding, marked_encoding, unmarked_utf16
 from gpt_kit_hf.errors import DataError
 
 _MAX_DIGITS = 4300  # Python's own limit for converting an integer

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 from gpt_kit_hf.data.instructions.json_rows import NOT_UTF8, json_rows, not_utf8_row, open_text
 from gpt_kit_hf.data.instructions.rows import BadRow, PlacedRow, RowError, repeated, shown, with_columns
 from gpt_kit_hf.data.text.dataset_shards import load_split
-from gpt_kit_hf.data.text.file_types import suffixes_of
-from gpt_kit_hf.data.text.tables import table_rows
+from gpt_kit_hf.data.text.files.file_types import suffixes_of
+from gpt_kit_hf.data.text.files.tables import table_rows
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.options.data import RowOptions
 from gpt_kit_hf.options.files import find_files

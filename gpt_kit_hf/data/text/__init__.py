@@ -1,12 +1,11 @@
 """Text for pretraining, from files and datasets to windows of token ids.
 
-`sources` finds the files and datasets that the options name. `file_types` tells by its content what a file is;
-`plain_files` refuses what is no text, and converts archives (`archives`), tables (`tables`), other encodings and pipes
-into copies that `file_cache` keeps. `shards` reads text, JSON Lines and Parquet files in shards, `dataset_shards` does
-so for datasets; `documents` decides where a document ends and what is left out. `token_cache` encodes shards once and
-keeps the ids on the disk. `corpus` chooses the encoding and puts all together; `report` says what was read. `windows`
-splits off the evaluation documents and cuts stored ids into windows; `streaming` cuts text that is tokenized during
-training.
+`sources` finds the files and datasets that the options name; `files/` tells what a file is, refuses what is no text,
+and converts archives, tables and other encodings. `shards` reads text, JSON Lines and Parquet files in shards,
+`dataset_shards` does so for datasets; `documents` decides where a document ends and what is left out. `token_cache`
+encodes shards once and keeps the ids on the disk. `corpus` chooses the encoding and puts all together; `report` says
+what was read. `windows` splits off the evaluation documents and cuts stored ids into windows; `streaming` cuts text
+that is tokenized during training.
 """
 
 import lazy_loader

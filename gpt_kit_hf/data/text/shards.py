@@ -37,7 +37,7 @@ from gpt_kit_hf.data.text.documents import (
     left_out,
     undecodable,
 )
-from gpt_kit_hf.data.text.file_types import COMPRESSIONS, ROWS, likely_encoding, suffixes_of
+from gpt_kit_hf.data.text.files.file_types import COMPRESSIONS, ROWS, likely_encoding, suffixes_of
 from gpt_kit_hf.errors import DataError
 from gpt_kit_hf.tokenization.export import EOS_TOKEN
 

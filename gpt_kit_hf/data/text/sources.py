@@ -11,8 +11,8 @@ import datasets
 
 from gpt_kit_hf.data.text.dataset_shards import DatasetShard, RowsShard, load_split, rows_shards
 from gpt_kit_hf.data.text.documents import Policy
-from gpt_kit_hf.data.text.file_cache import PlainFile
-from gpt_kit_hf.data.text.plain_files import FileReading, plain_files
+from gpt_kit_hf.data.text.files.file_cache import PlainFile
+from gpt_kit_hf.data.text.files.plain_files import FileReading, plain_files
 from gpt_kit_hf.data.text.shards import SHARD_BYTES, FileShard, file_shards
 from gpt_kit_hf.errors import DataError
 from gpt_kit_hf.options.data import TextOptions, weighted_sources

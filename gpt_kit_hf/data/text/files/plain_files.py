@@ -17,9 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from gpt_kit_hf.data.text.archives import READ_ERRORS, Member, is_hidden, open_file, tar_members, zip_members
-from gpt_kit_hf.data.text.file_cache import Index, PlainFile, converted, head_of, spooled, unreadable
-from gpt_kit_hf.data.text.file_types import (
+from gpt_kit_hf.data.text.files.archives import READ_ERRORS, Member, is_hidden, open_file, tar_members, zip_members
+from gpt_kit_hf.data.text.files.file_cache import Index, PlainFile, converted, head_of, spooled, unreadable
+from gpt_kit_hf.data.text.files.file_types import (
     COMPRESSED,
     HEAD_BYTES,
     ROWS,
@@ -28,7 +28,7 @@ from gpt_kit_hf.data.text.file_types import (
     not_text,
     suffixes_of,
 )
-from gpt_kit_hf.data.text.tables import table_rows
+from gpt_kit_hf.data.text.files.tables import table_rows
 from gpt_kit_hf.errors import DataError
 
 _BLOCK = 1 << 20

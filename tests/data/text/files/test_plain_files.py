@@ -20,7 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gpt_kit_hf.data.text import plain_files, sources
+from gpt_kit_hf.data.text import sources
+from gpt_kit_hf.data.text.files import plain_files
 from gpt_kit_hf.data.text.sources import TextSource, source_notes, train_sources
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.options.data import TextOptions

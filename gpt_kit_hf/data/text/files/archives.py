@@ -14,7 +14,7 @@ from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 
-from gpt_kit_hf.data.text.file_types import COMPRESSIONS, office_document
+from gpt_kit_hf.data.text.files.file_types import COMPRESSIONS, office_document
 from gpt_kit_hf.errors import DataError
 
 # What reading a damaged archive or one of its members raises.
