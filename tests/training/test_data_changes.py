@@ -49,7 +49,7 @@ def grown(begun: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def test_a_changed_text_is_refused_with_the_option_that_allows_it(begun: tuple[Path, Path]) -> None:
-    with pytest.raises(UsageError, match=r"other data \(train_tokens was 3371, is \d+; .*--allow_changes text$"):
+    with pytest.raises(UsageError, match=r"other data \(train_tokens was 3457, is \d+; .*--allow_changes text$"):
         train(options(begun[0], str(begun[1]), resume=True), stream=None)
     assert "data_changed" not in (begun[0] / "run.json").read_text()
 
@@ -80,12 +80,12 @@ def test_the_change_is_logged_recorded_and_on_the_card(begun: tuple[Path, Path],
     assert record["sessions"][-1]["after_step"] == 4
     for name in ("data_fingerprint", "documents", "train_tokens", "eval_tokens", "eval_fingerprint"):
         assert (change["before"][name], change["now"][name]) == (old[name], record[name])
-    assert change["before"]["train_tokens"] == 3371 < change["now"]["train_tokens"]
-    assert f"the text changed after step 4: 1 to 1 documents, 3,371 to {record['train_tokens']:,} train" in output
+    assert change["before"]["train_tokens"] == 3457 < change["now"]["train_tokens"]
+    assert f"the text changed after step 4: 1 to 1 documents, 3,457 to {record['train_tokens']:,} train" in output
     assert "the evaluation text changed, too: compare no scores across step 4" in output
     card = render_card(card_facts(run))
     assert (
-        f"After step 4 the text changed from 3,371 training tokens (fingerprint `{old['data_fingerprint']}`)" in card
+        f"After step 4 the text changed from 3,457 training tokens (fingerprint `{old['data_fingerprint']}`)" in card
     )
     assert f"to {record['train_tokens']:,} training tokens (fingerprint `{record['data_fingerprint']}`)" in card
 
