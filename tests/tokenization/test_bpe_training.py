@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -138,7 +138,7 @@ def test_an_error_while_texts_are_read_ends_the_process() -> None:
 def train_command(tmp_path: Path) -> list[str]:
     """A command that would train a vocabulary for a long time: most words occur once."""
     rng = random.Random(0)
-    words = (f"{rng.choice('abcdefgh')}{rng.getrandbits(70):x}" for _ in range(200_000))
+    words = (f"{rng.choice('abcdefgh')}{rng.getrandbits(350):x}" for _ in range(200_000))
     (tmp_path / "text.txt").write_text(" ".join(words))
     options = [f"--text_files={tmp_path}/text.txt", f"--output_dir={tmp_path}/run", "--vocab_size=60000", "--use_cpu"]
     return [sys.executable, "-m", "gpt_kit_hf.commands.main", "train", "--model=nano-xs", *options]
@@ -152,11 +152,11 @@ def test_a_signal_ends_the_training_of_a_vocabulary(number: signal.Signals, tmp_
     command = train_command(tmp_path)
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    with subprocess.Popen(command, text=True, preexec_fn=heard, env=environment, **streams) as process:
+    with subprocess.Popen(command, text=True, preexec_fn=heard, env=environment, **streams) as process, ended(process):
         assert process.stdout is not None
         assert process.stdout.readline() == "training a bpe of 60,000 tokens on the text\n"
         [child] = wait_for_children(process.pid)
-        while child.cpu_times().user < 1.5:  # beyond the imports, in the trainer
+        while child.cpu_times().user < 1:  # beyond the imports, in the trainer
             time.sleep(0.05)
         began = time.perf_counter()
         process.send_signal(number)
@@ -167,6 +167,16 @@ def test_a_signal_ends_the_training_of_a_vocabulary(number: signal.Signals, tmp_
     assert process.returncode == 130
     assert not child.is_running()
     assert not (tmp_path / "run").exists()
+
+
+@contextmanager
+def ended(process: subprocess.Popen[str]) -> Iterator[None]:
+    """Kill a process if the test fails: leaving it would wait for its end."""
+    try:
+        yield
+    except BaseException:
+        process.kill()
+        raise
 
 
 def wait_for_children(pid: int) -> list[psutil.Process]:
