@@ -22,6 +22,7 @@ import pytest
 
 from gpt_kit_hf.data.text import sources
 from gpt_kit_hf.data.text.files import plain_files
+from gpt_kit_hf.data.text.files.file_types import file_refusal
 from gpt_kit_hf.data.text.sources import TextSource, source_notes, train_sources
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.options.data import TextOptions
@@ -551,3 +552,19 @@ def test_a_saved_dataset_given_as_files_is_refused_with_the_option_for_it(tmp_pa
     datasets.Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(str(tmp_path / "saved"))
     with pytest.raises(DataError, match="an Arrow file: name the folder by --dataset_name if save_to_disk wrote it"):
         source_notes(TextOptions(text_files=[str(tmp_path / "saved")]))
+
+
+def test_a_zip_file_of_a_version_that_is_not_known_is_refused_where_it_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "a.zip"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a.txt", "text")
+    directory = file.read_bytes().index(b"PK\x01\x02")
+    damaged = bytearray(file.read_bytes())
+    damaged[directory + 6] = 148  # the version that is needed to extract it
+    file.write_bytes(damaged)
+    with pytest.raises(NotImplementedError), zipfile.ZipFile(file):
+        pass
+    assert file_refusal(file) is None
+    ((_, source),) = train_sources(TextOptions(text_files=[str(file)]))
+    with pytest.raises(DataError, match=r"a\.zip: cannot be read .*: zip file version 14\.8"):
+        source.shards(False)
