@@ -9,7 +9,7 @@ from gpt_kit_hf.data.text.files.file_types import file_refusal
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.options.declare import Option, sections_of
 from gpt_kit_hf.options.evaluation import VerifyOptions
-from gpt_kit_hf.options.files import PYTHON_STDLIB, find_files
+from gpt_kit_hf.options.files import PYTHON_STDLIB, find_files, may_be_hub_id
 from gpt_kit_hf.options.run import RunOptions
 from gpt_kit_hf.options.training import TrainingOptions
 from gpt_kit_hf.storage.atomic_files import load_json
@@ -87,8 +87,7 @@ def _check(option: Option, named: str, text: bool) -> None:
 def _check_model(named: str) -> None:
     """Refuse a path that is no model folder or does not exist; a Hub id is not looked up."""
     place = Path(named)
-    # A Hub id has a name and at most an owner before it.
-    if not place.exists() and (named.count("/") > 1 or named.startswith((".", "/", "~"))):
+    if not place.exists() and not may_be_hub_id(named):
         raise UsageError(f"{named!r}: no such folder")
     if place.is_dir() and not any((place / name).exists() for name in ("config.json", "checkpoints")):
         raise UsageError(f"{named!r} holds no model: neither a config.json nor a checkpoint")

@@ -18,6 +18,7 @@ from gpt_kit_hf.hub.client import fetch_model
 from gpt_kit_hf.hub.safety import check_model_folder
 from gpt_kit_hf.hub.template_sandbox import check_templates
 from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
+from gpt_kit_hf.options.files import may_be_hub_id
 from gpt_kit_hf.storage.atomic_files import load_json, update_digest
 from gpt_kit_hf.storage.checkpoints import latest_checkpoint
 from gpt_kit_hf.tokenization.encodings import EOS_TOKEN, check_fingerprint, get_pad_token_id
@@ -34,8 +35,7 @@ def find_model_folder(place: str) -> str:
     """
     folder = Path(place)
     if not folder.exists():
-        # A Hub id is a name with at most an owner before it.
-        if place.count("/") > 1 or place.startswith((".", "/", "~")):
+        if not may_be_hub_id(place):
             raise UsageError(f"{place!r}: no such folder")
         try:
             folder = fetch_model(place)

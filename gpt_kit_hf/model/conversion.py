@@ -52,6 +52,7 @@ from gpt_kit_hf.model.weight_files import (
     strip_prefix,
     tensorflow_hint,
 )
+from gpt_kit_hf.options.files import may_be_hub_id
 from gpt_kit_hf.options.model import Activation, Layout
 from gpt_kit_hf.storage.atomic_files import load_json
 
@@ -229,7 +230,7 @@ def _find_folder(path_or_id: str | Path) -> Path:
     if folder.is_dir():
         return folder
     # A Hub id is a name with at most an owner before it.
-    if isinstance(path_or_id, Path) or folder.exists() or text.count("/") > 1 or text.startswith((".", "/", "~")):
+    if isinstance(path_or_id, Path) or folder.exists() or not may_be_hub_id(text):
         raise UsageError(f"{text!r} is no folder{tensorflow_hint(folder)}")
     patterns = ["config.json", "generation_config.json", *_TOKENIZER_FILES]
     try:

@@ -96,3 +96,8 @@ def _stdlib_files() -> list[Path]:
         for file in sorted(root.rglob("*.py"))
         if not _STDLIB_WITHOUT.intersection(file.relative_to(root).parts[:-1])
     ]
+
+
+def may_be_hub_id(name: str) -> bool:
+    """Return whether a name has the form of a Hub id, a name with at most an owner before it, and not of a path."""
+    return name.count("/") <= 1 and not name.startswith((".", "/", "~"))

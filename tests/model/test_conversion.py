@@ -27,6 +27,7 @@ from hand_written_models import (
     difference,
     is_tied,
     randomize,
+    tiny_gpt2,
     tiny_gpt_kit,
 )
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
@@ -56,11 +57,6 @@ from gpt_kit_hf.tokenization.encodings import get_encoding
 from gpt_kit_hf.tokenization.export import save_tokenizer
 
 pytestmark = pytest.mark.usefixtures("logged")
-
-
-def tiny_gpt2(**options: Any) -> Any:
-    ids = {"bos_token_id": END, "eos_token_id": END}
-    return randomize(GPT2LMHeadModel(GPT2Config(**{**SHAPE, "n_positions": CONTEXT, **ids, **options})))
 
 
 def edit_config(folder: Path, **changes: Any) -> None:

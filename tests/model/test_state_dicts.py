@@ -13,12 +13,10 @@ import numpy as np
 import pytest
 import torch
 from hand_written_models import (
-    CONTEXT,
     END,
     HEADS,
     IDS,
     LAYERS,
-    SHAPE,
     VOCAB,
     WIDTH,
     KitModel,
@@ -26,6 +24,7 @@ from hand_written_models import (
     difference,
     is_tied,
     randomize,
+    tiny_gpt2,
     tiny_gpt_kit,
 )
 from peft import LoraConfig, get_peft_model
@@ -35,7 +34,6 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    GPT2Config,
     GPT2ForQuestionAnswering,
     GPT2ForSequenceClassification,
     GPT2ForTokenClassification,
@@ -53,10 +51,6 @@ pytestmark = [
 ]
 
 State = dict[str, Tensor]
-
-
-def tiny_gpt2(kind: Any = GPT2LMHeadModel, **options: Any) -> Any:
-    return randomize(kind(GPT2Config(**SHAPE, n_positions=CONTEXT, bos_token_id=END, eos_token_id=END, **options)))
 
 
 def converted(stored: object, layout: Layout, tmp_path: Path, **options: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt_kit_hf.model.configuration_gpt_kit import GPTKitConfig
 from gpt_kit_hf.model.layouts import add_zero_biases, build_model, rename_tensors
@@ -33,6 +34,11 @@ def config_for(**options: Any) -> GPTKitConfig:
 
 def tiny_gpt_kit(**options: Any) -> Any:
     return randomize(GPTKitForCausalLM(GPTKitConfig(**{**SHAPE, "max_position_embeddings": CONTEXT, **options})))
+
+
+def tiny_gpt2(kind: Any = GPT2LMHeadModel, **options: Any) -> Any:
+    ids = {"bos_token_id": END, "eos_token_id": END}
+    return randomize(kind(GPT2Config(**{**SHAPE, "n_positions": CONTEXT, **ids, **options})))
 
 
 def convert_state_dict(state_dict: Mapping[str, Tensor], names: Mapping[str, str], config: GPTKitConfig) -> Any:

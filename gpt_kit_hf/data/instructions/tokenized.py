@@ -150,7 +150,7 @@ def encode_rows(
     skipped, dropped = SkippedRows() if skipped is None else skipped, SkippedRows()
     encoder = RowEncoder(tokenizer, options, format_fn, vocab_size, unknown_keys, text_rows=text_rows)
     ids, trained, ends, places = array("i"), bytearray(), array("q", [0]), []
-    number, n_truncated = -1, 0
+    number, n_truncated, everything = -1, 0, options.train_on == "everything"
     for number, item in enumerate(rows):
         place, row = item if isinstance(item, PlacedRow) else (f"row {number}", item)
         try:
@@ -165,7 +165,6 @@ def encode_rows(
             dropped.add(BadRow(place, _TOO_LONG, reason))
             continue
         ids.extend(encoded.input_ids[n_cut:])
-        everything = options.train_on == "everything"
         trained.extend([False, *(everything or answer for answer in encoded.answer[n_cut + 1 :])])
         ends.append(len(ids))
         n_truncated += n_cut > 0

@@ -6,7 +6,7 @@ import gzip
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from text_chunks import documents_in
 
 from gpt_kit_hf.data.text import shards
 from gpt_kit_hf.data.text.dataset_shards import DatasetShard, rows_shards
@@ -27,7 +28,7 @@ from gpt_kit_hf.data.text.documents import (
     left_out,
     replaced,
 )
-from gpt_kit_hf.data.text.shards import FileShard, TextChunk, file_shards
+from gpt_kit_hf.data.text.shards import FileShard, file_shards
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.options.data import TextOptions
 from gpt_kit_hf.tokenization.encodings import EOS_TOKEN
@@ -51,18 +52,7 @@ def read(
     named = [files] if isinstance(files, Path) else list(files)
     tally = Counter[str]()
     found = file_shards(named, column="text", separator=separator, may_cut=True, policy=policy, **options)
-    return joined(chunk for shard in found for chunk in shard.chunks(None, tally)), tally
-
-
-def joined(chunks: Iterable[TextChunk]) -> list[str]:
-    documents, waiting, ends = [], "", True
-    for text, ends, _ in chunks:
-        waiting += text
-        if ends:
-            documents.append(waiting)
-            waiting = ""
-    assert ends, "the last document has no end"
-    return documents
+    return documents_in(chunk for shard in found for chunk in shard.chunks(None, tally)), tally
 
 
 def by_hand(text: str, separator: str | None = None) -> list[str]:
@@ -262,13 +252,13 @@ def test_a_bad_row_of_parquet_and_datasets_is_left_out_or_repaired(tmp_path: Pat
         assert tally == Counter({READ: 4, **counts})
         (shard,) = rows_shards(stored, "the set", "text", policy)
         tally = Counter()
-        assert joined(shard.chunks(None, tally)) == documents
+        assert documents_in(shard.chunks(None, tally)) == documents
         assert tally == Counter({READ: 4, **counts})
     with pytest.raises(DataError, match="the set row 1: 'text' must be text, got None"):
-        joined(rows_shards(stored, "the set", "text", SPLIT)[0].chunks())
+        documents_in(rows_shards(stored, "the set", "text", SPLIT)[0].chunks())
     numbers = datasets.Dataset.from_dict({"text": [1, 2]})
     tally = Counter()
-    assert joined(rows_shards(numbers, "the set", "text", SKIP)[0].chunks(None, tally)) == []
+    assert documents_in(rows_shards(numbers, "the set", "text", SKIP)[0].chunks(None, tally)) == []
     assert tally == Counter({READ: 2, left_out("not a string"): 2})
 
 
@@ -277,7 +267,7 @@ def test_bad_rows_of_a_streamed_dataset_are_left_out(tmp_path: Path) -> None:
     stream = datasets.load_dataset("json", data_files=str(tmp_path / "a.jsonl"), split="train", streaming=True)
     tally = Counter[str]()
     shard = DatasetShard(dataset=stream, source="the set", index=0, column="text", policy=SKIP)
-    assert joined(shard.chunks(None, tally)) == ["fine", "fine, too"]
+    assert documents_in(shard.chunks(None, tally)) == ["fine", "fine, too"]
     assert tally == Counter({READ: 3, left_out("null"): 1})
 
 

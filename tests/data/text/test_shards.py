@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiktoken
+from text_chunks import documents_in
 
 from gpt_kit_hf.data.text import shards
 from gpt_kit_hf.data.text.shards import FileShard, FileSpan, TextChunk, file_shards
@@ -90,18 +91,6 @@ def write_form(folder: Path, form: str, documents: Sequence[str], rng: random.Ra
 
 def shards_of(files: Sequence[Path], *, separator: str | None = None, cut: bool = True) -> list[FileShard]:
     return file_shards(list(files), column="text", separator=separator, may_cut=cut)
-
-
-def documents_in(chunks: Iterable[TextChunk]) -> list[str]:
-    """The documents that chunks spell, and that the last one is ended."""
-    documents, waiting, ends = [], "", True
-    for text, ends, _ in chunks:
-        waiting += text
-        if ends:
-            documents.append(waiting)
-            waiting = ""
-    assert ends, "the last document has no end"
-    return documents
 
 
 def all_chunks(found: Iterable[FileShard]) -> list[TextChunk]:

@@ -6,7 +6,6 @@ import bz2
 import lzma
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -16,12 +15,6 @@ import pyarrow as pa
 
 from gpt_kit_hf.data.text.files.file_types import COMPRESSIONS, office_document
 from gpt_kit_hf.errors import DataError
-
-# What reading a damaged archive or one of its members raises.
-READ_ERRORS = (
-    *(OSError, EOFError, ValueError, RuntimeError, MemoryError, OverflowError),
-    *(tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error),
-)
 
 
 class Member(NamedTuple):

@@ -20,8 +20,8 @@ from typing import NamedTuple
 import datasets
 import xxhash
 
-from gpt_kit_hf.data.text.files.archives import READ_ERRORS, open_file
-from gpt_kit_hf.data.text.files.file_types import COMPRESSED, HEAD_BYTES, container_of
+from gpt_kit_hf.data.text.files.archives import open_file
+from gpt_kit_hf.data.text.files.file_types import COMPRESSED, HEAD_BYTES, READ_ERRORS, container_of
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.options.files import STANDARD_INPUT
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import lzma
 import re
+import tarfile
 import zipfile
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
+# What reading a damaged archive or one of its members raises.
+READ_ERRORS = (
+    *(OSError, EOFError, ValueError, RuntimeError, MemoryError, OverflowError),
+    *(tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error),
+)
 HEAD_BYTES = 1 << 16
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 # The forms of files that have a row per document, by suffix; those of other suffixes are text.
@@ -154,8 +162,7 @@ def file_refusal(file: Path) -> str | None:
     form, compression = suffixes_of(file.name)
     container = container_of(head)
     if container == "zip":
-        # What is damaged can raise many kinds; reading the text reports it.
-        with suppress(Exception), zipfile.ZipFile(file) as archive:
+        with suppress(*READ_ERRORS), zipfile.ZipFile(file) as archive:
             return office_document(set(archive.namelist()))
     if compression or container or form == ".parquet" or marked_encoding(head):
         return None

@@ -17,11 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from gpt_kit_hf.data.text.files.archives import READ_ERRORS, Member, is_hidden, open_file, tar_members, zip_members
+from gpt_kit_hf.data.text.files.archives import Member, is_hidden, open_file, tar_members, zip_members
 from gpt_kit_hf.data.text.files.file_cache import Index, PlainFile, converted, head_of, spooled, unreadable
 from gpt_kit_hf.data.text.files.file_types import (
     COMPRESSED,
     HEAD_BYTES,
+    READ_ERRORS,
     ROWS,
     container_of,
     marked_encoding,

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from text_chunks import documents_in
 
 from gpt_kit_hf.data.text import sources
 from gpt_kit_hf.data.text.files import plain_files
@@ -81,15 +82,8 @@ def documents(*files: Path | str, **options: Any) -> list[str]:
 
 
 def read(found: TextSource, *, streamed: bool) -> list[str]:
-    texts, waiting = [], ""
-    for shard in found.streamed_shards(True) if streamed else found.shards(True):
-        for chunk in shard.chunks():
-            waiting += chunk.text
-            if chunk.ends_document:
-                texts.append(waiting)
-                waiting = ""
-    assert not waiting
-    return texts
+    shards = found.streamed_shards(True) if streamed else found.shards(True)
+    return documents_in(chunk for shard in shards for chunk in shard.chunks())
 
 
 def refusal(*files: Path | str, **options: Any) -> str:
