@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gpt_kit_hf.commands.running import write
 from gpt_kit_hf.hub.model_folder import holds_tokenizer
-from gpt_kit_hf.model.conversion import convert_checkpoint
+from gpt_kit_hf.model.checkpoints.conversion import convert_checkpoint
 from gpt_kit_hf.options.model import ConvertOptions
 
 

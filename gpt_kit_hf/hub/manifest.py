@@ -22,7 +22,7 @@ _PUBLISHED_NAMES = (
     *("config.json", "generation_config.json", "supervision.json", "model.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja"),
-    *("configuration_gpt_kit.py", "modeling_gpt_kit.py", "chunked_loss.py", "packed_documents.py"),
+    *("configuration_gpt_kit.py", "modeling_gpt_kit.py", "chunked_loss.py", "packed_documents.py", "positions.py"),
     *("adapter_config.json", "adapter_model.safetensors"),
 )
 _WEIGHTS = ("model.safetensors", "model-")

@@ -25,8 +25,8 @@ from gpt_kit_hf.hub.untrusted_files import (
     refuse,
     show,
 )
+from gpt_kit_hf.model.checkpoints.layouts import HEAD, stored_shapes
 from gpt_kit_hf.model.configuration_gpt_kit import GPTKitConfig
-from gpt_kit_hf.model.layouts import HEAD, stored_shapes
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", ".safetensors.index.json"
 _ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

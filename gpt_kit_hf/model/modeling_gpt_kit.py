@@ -35,15 +35,14 @@ from transformers.utils.output_capturing import capture_outputs
 from .chunked_loss import can_skip_logits, causal_loss
 from .configuration_gpt_kit import GPTKitConfig
 from .packed_documents import (
-    SinusoidalPositions,
     check_ids,
-    constants_device,
     count_positions,
     document_lengths,
     document_mask,
     last_tokens,
     select_positions,
 )
+from .positions import SinusoidalPositions, constants_device
 
 
 def eager_attention_forward(

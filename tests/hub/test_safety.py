@@ -42,7 +42,7 @@ from gpt_kit_hf import GPTKitConfig, GPTKitForCausalLM, GPTKitModel, create_mode
 from gpt_kit_hf.errors import CheckpointError
 from gpt_kit_hf.hub import safety
 from gpt_kit_hf.hub.safety import check_model_folder
-from gpt_kit_hf.model.layouts import stored_shapes
+from gpt_kit_hf.model.checkpoints.layouts import stored_shapes
 from gpt_kit_hf.storage.checkpoints import list_checkpoints, save_checkpoint, verify_checkpoint
 from gpt_kit_hf.training.lora import load_adapter
 

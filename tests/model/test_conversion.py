@@ -44,14 +44,14 @@ from transformers import (
 )
 
 from gpt_kit_hf.errors import CheckpointError, UsageError
-from gpt_kit_hf.model import conversion
-from gpt_kit_hf.model.configuration_gpt_kit import GPTKitConfig
-from gpt_kit_hf.model.conversion import (
+from gpt_kit_hf.model.checkpoints import conversion
+from gpt_kit_hf.model.checkpoints.conversion import (
     convert_checkpoint,
     load_gpt2_checkpoint,
     save_as_gpt2,
 )
-from gpt_kit_hf.model.layouts import GPT2_NAMES, rename_tensors
+from gpt_kit_hf.model.checkpoints.layouts import GPT2_NAMES, rename_tensors
+from gpt_kit_hf.model.configuration_gpt_kit import GPTKitConfig
 from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
 from gpt_kit_hf.tokenization.encodings import get_encoding
 from gpt_kit_hf.tokenization.export import save_tokenizer

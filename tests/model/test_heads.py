@@ -34,7 +34,7 @@ from gpt_kit_hf import (
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.hub.model_folder import find_model_folder
 from gpt_kit_hf.hub.safety import check_model_folder
-from gpt_kit_hf.model.layouts import GPT2_NAMES, rename_tensors
+from gpt_kit_hf.model.checkpoints.layouts import GPT2_NAMES, rename_tensors
 
 LABELS = 4
 ROWS = [[3, 1, 4, 1, 5, 9, 2, 6], [29, 7, 1], [8], [1, 2, 3, 4, END]]

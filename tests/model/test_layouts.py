@@ -16,7 +16,7 @@ from hand_written_models import (
 )
 
 from gpt_kit_hf.errors import UsageError
-from gpt_kit_hf.model.layouts import KIT_NAMES, NANOGPT_NAMES
+from gpt_kit_hf.model.checkpoints.layouts import KIT_NAMES, NANOGPT_NAMES
 
 pytestmark = pytest.mark.usefixtures("logged")
 

@@ -33,7 +33,7 @@ from gpt_kit_hf.model.registration import add_to_transformers_namespace, registe
 
 HEADS = (GPTKitForSequenceClassification, GPTKitForTokenClassification, GPTKitForQuestionAnswering)
 SHAPE: dict[str, Any] = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "max_position_embeddings": 16}
-CODE = {"configuration_gpt_kit.py", "modeling_gpt_kit.py", "chunked_loss.py", "packed_documents.py"}
+CODE = {"configuration_gpt_kit.py", "modeling_gpt_kit.py", "chunked_loss.py", "packed_documents.py", "positions.py"}
 
 
 def random_model(**overrides: Any) -> GPTKitForCausalLM:

@@ -42,7 +42,7 @@ from transformers import (
 
 from gpt_kit_hf import GPTKitForCausalLM, GPTKitForSequenceClassification
 from gpt_kit_hf.errors import UsageError
-from gpt_kit_hf.model.conversion import convert_checkpoint, load_gpt2_checkpoint
+from gpt_kit_hf.model.checkpoints.conversion import convert_checkpoint, load_gpt2_checkpoint
 from gpt_kit_hf.options.model import Layout
 
 pytestmark = [

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from gpt_kit_hf.model.checkpoints.layouts import add_zero_biases, build_model, rename_tensors
 from gpt_kit_hf.model.configuration_gpt_kit import GPTKitConfig
-from gpt_kit_hf.model.layouts import add_zero_biases, build_model, rename_tensors
 from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
 
 VOCAB, CONTEXT, WIDTH, LAYERS, HEADS = 31, 12, 12, 2, 3

@@ -23,8 +23,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from gpt_kit_hf.errors import CheckpointError, UsageError, one_line, unknown_name
-from gpt_kit_hf.model.configuration_gpt_kit import GPTKitConfig
-from gpt_kit_hf.model.layouts import (
+from gpt_kit_hf.model.checkpoints.layouts import (
     CLASSIFIERS,
     GPT2_NAMES,
     HEAD,
@@ -40,11 +39,8 @@ from gpt_kit_hf.model.layouts import (
     rename_tensors,
     stored_shapes,
 )
-from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM, GPTKitPreTrainedModel
-from gpt_kit_hf.model.own_class import is_gpt_kit, own_model
-from gpt_kit_hf.model.presets import config_error_message
-from gpt_kit_hf.model.state_dicts import load_state_dict
-from gpt_kit_hf.model.weight_files import (
+from gpt_kit_hf.model.checkpoints.state_dicts import load_state_dict
+from gpt_kit_hf.model.checkpoints.weight_files import (
     PICKLES,
     SAFETENSORS,
     is_weight_file,
@@ -52,6 +48,10 @@ from gpt_kit_hf.model.weight_files import (
     strip_prefix,
     tensorflow_hint,
 )
+from gpt_kit_hf.model.configuration_gpt_kit import GPTKitConfig
+from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM, GPTKitPreTrainedModel
+from gpt_kit_hf.model.own_class import is_gpt_kit, own_model
+from gpt_kit_hf.model.presets import config_error_message
 from gpt_kit_hf.options.files import may_be_hub_id
 from gpt_kit_hf.options.model import Activation, Layout
 from gpt_kit_hf.storage.atomic_files import load_json

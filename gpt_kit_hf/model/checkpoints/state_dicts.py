@@ -12,8 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from gpt_kit_hf.errors import UsageError
-from gpt_kit_hf.model.configuration_gpt_kit import GPTKitConfig
-from gpt_kit_hf.model.layouts import (
+from gpt_kit_hf.model.checkpoints.layouts import (
     GPT2_NAMES,
     HEAD,
     KIT_NAMES,
@@ -29,9 +28,10 @@ from gpt_kit_hf.model.layouts import (
     refuse_names,
     rename_tensors,
 )
+from gpt_kit_hf.model.checkpoints.weight_files import merge_lora, read_state_dict, strip_prefix
+from gpt_kit_hf.model.configuration_gpt_kit import GPTKitConfig
 from gpt_kit_hf.model.modeling_gpt_kit import GPTKitPreTrainedModel
 from gpt_kit_hf.model.presets import config_error_message
-from gpt_kit_hf.model.weight_files import merge_lora, read_state_dict, strip_prefix
 
 # Names of tensors, and the activation function that such a model has if nothing says otherwise.
 _LAYOUTS: Mapping[str, tuple[Mapping[str, str], str]] = MappingProxyType(
