@@ -41,10 +41,10 @@ from .hub.push import pull_model as pull_model
 from .hub.push import push_to_hub as push_to_hub
 from .hub.verify import VerificationReport as VerificationReport
 from .hub.verify import verify_publication as verify_publication
+from .model.checkpoints.conversion import convert_checkpoint as convert_checkpoint
+from .model.checkpoints.conversion import load_gpt2_checkpoint as load_gpt2_checkpoint
+from .model.checkpoints.conversion import save_as_gpt2 as save_as_gpt2
 from .model.configuration_gpt_kit import GPTKitConfig as GPTKitConfig
-from .model.conversion import convert_checkpoint as convert_checkpoint
-from .model.conversion import load_gpt2_checkpoint as load_gpt2_checkpoint
-from .model.conversion import save_as_gpt2 as save_as_gpt2
 from .model.kit_names import GELU as GELU
 from .model.kit_names import GPTModel as GPTModel
 from .model.kit_names import LayerNorm as LayerNorm
