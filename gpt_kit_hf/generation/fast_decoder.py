@@ -150,6 +150,7 @@ class Decoder:
         """(B, T) -> (B, T, D): hidden states of the tokens after those in the cache; adds them to the cache."""
         base, count, heads = self._model.model, ids.shape[1], self._model.config.n_head
         start, self._length = self._length, self._length + count
+        assert base.embed_positions is not None  # `why_not` has checked it
         positions = base.embed_positions(torch.arange(start, self._length, device=self._device))
         hidden = F.embedding(ids, base.embed_tokens.weight).to(self._compute_dtype) + positions.to(self._compute_dtype)
         for block, keys, values in zip(matrices.blocks, self._keys, self._values, strict=True):
@@ -171,6 +172,8 @@ def why_not(model: nn.Module) -> str | None:
     if own is None or type(own) is not GPTKitForCausalLM:
         computes = ", as its code computes something else" if own is None and is_gpt_kit(model) else ""
         return f"{type(model).__name__} is no plain GPTKitForCausalLM{computes}"
+    if own.model.embed_positions is None or own.config.norm != "layernorm" or own.config.mlp != "gelu":
+        return "it has no layer norms, GELU or table of positions"
     device = own.device
     if device.type not in ("cpu", "cuda"):
         return f"the model is on {device}, and only a CPU or a CUDA GPU is supported"
@@ -311,6 +314,7 @@ def _matrices(
     return _Matrices(blocks, next(iter(head)))
 
 
-def _norm(norm: nn.LayerNorm, dtype: torch.dtype) -> Linear:
+def _norm(norm: nn.Module, dtype: torch.dtype) -> Linear:
+    assert isinstance(norm, nn.LayerNorm)  # `why_not` has checked it
     weight, bias = norm.weight.to(dtype), None if norm.bias is None else norm.bias.to(dtype)
     return lambda inputs: F.layer_norm(inputs, norm.normalized_shape, weight, bias, norm.eps)

@@ -3,6 +3,7 @@
 # No `from __future__ import annotations` here: `strict` cannot check a field whose type is a string.
 
 import difflib
+import math
 from dataclasses import fields
 from typing import Any, ClassVar, Literal
 
@@ -20,14 +21,26 @@ _AUTO_MAP = {
     "AutoModelForQuestionAnswering": "modeling_gpt_kit.GPTKitForQuestionAnswering",
 }
 
+_COUNTS = (
+    *("vocab_size", "max_position_embeddings", "n_embd", "n_layer", "n_head", "n_inner"),
+    *("num_key_value_heads", "head_dim"),
+)
+_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+
 
 @strict
 class GPTKitConfig(PreTrainedConfig):
     """The architecture and hyperparameters of a causal GPT; every assignment is validated.
 
+    The defaults are GPT-2's shape. Today's shape is rotary positions (`position_embedding="rotary"`, with
+    transformers' `rope_parameters`), `norm="rmsnorm"`, `mlp="swiglu"`, `qk_norm`, no biases and `zero_init_residual`:
+    that is transformers' Qwen3, and without `qk_norm` its Llama. `num_key_value_heads` below `n_head` lets groups of
+    heads share keys and values (Ainslie et al. 2023, "GQA").
+
     The names of the transformers library (`hidden_size`, `num_hidden_layers`, `num_attention_heads`,
     `intermediate_size`) and of GPT-2 (`n_positions`, `n_ctx`, `activation_function`) read and write the same values.
-    `n_inner` is 4 * `n_embd` by default. Dropout is applied in training only. `score_bias` adds a bias to the head of
+    `n_inner` is 4 * `n_embd` by default; with swiglu, which has three matrices in place of two, 8/3 of `n_embd`,
+    rounded up to a multiple of 32. Dropout is applied in training only. `score_bias` adds a bias to the head of
     sequence classification.
 
     A wrong type or value raises huggingface_hub's StrictDataclassError with field, value and rule. An unknown field,
@@ -45,12 +58,16 @@ class GPTKitConfig(PreTrainedConfig):
         "n_ctx": "max_position_embeddings",
         "activation_function": "hidden_act",
         "layer_norm_eps": "layer_norm_epsilon",
+        "rms_norm_eps": "layer_norm_epsilon",
     }
     base_model_tp_plan: ClassVar[dict[str, str]] = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
         "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+        "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
     }
@@ -65,15 +82,22 @@ class GPTKitConfig(PreTrainedConfig):
     n_embd: int = 768
     n_layer: int = 12
     n_head: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
     n_inner: int | None = None
-    hidden_act: Literal["gelu", "gelu_new", "gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
-    position_embedding: Literal["learned", "sinusoidal"] = "learned"
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    hidden_act: Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "silu"] | None = None
+    position_embedding: Literal["learned", "sinusoidal", "rotary"] = "learned"
+    rope_parameters: dict[str, Any] | None = None
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    qk_norm: bool = False
     use_bias: bool = True
     embd_pdrop: float | int = 0.0
     attn_pdrop: float | int = 0.0
     resid_pdrop: float | int = 0.0
     layer_norm_epsilon: float | int = 1e-5
     initializer_range: float | int = 0.02
+    zero_init_residual: bool = False
     use_cache: bool = True
     tie_word_embeddings: bool = True
     bos_token_id: int | None = None
@@ -97,9 +121,28 @@ class GPTKitConfig(PreTrainedConfig):
         for key in kwargs:
             if not _from_file and not _is_inherited(key):
                 _refuse_unknown(key)
+        self._fill_in()
+        given_rope = self.rope_parameters or kwargs.get("rope_scaling") or kwargs.get("rope_theta")
+        super().__post_init__(**kwargs)  # completes rope_parameters
+        if self.position_embedding != "rotary":
+            if given_rope:
+                raise ValueError(f"rope_parameters need position_embedding='rotary', got {self.position_embedding!r}")
+            self.rope_parameters = None
+
+    def _fill_in(self) -> None:
+        """Set the fields that were not given and follow from others, and drop the plan of absent modules."""
+        for name, value in self._by_heads().items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         if self.n_inner is None:
-            self.n_inner = 4 * self.n_embd
-        super().__post_init__(**kwargs)
+            # A multiple of 32, as the blocks of quantised formats have 32 weights.
+            self.n_inner = 4 * self.n_embd if self.mlp == "gelu" else 32 * math.ceil(8 * self.n_embd / (3 * 32))
+        if self.hidden_act is None:
+            self.hidden_act = "gelu_pytorch_tanh" if self.mlp == "gelu" else "silu"
+        absent = [*([] if self.mlp == "swiglu" else ["gate_proj"]), *([] if self.qk_norm else ["q_norm", "k_norm"])]
+        plan = type(self).base_model_tp_plan
+        present = {name: style for name, style in plan.items() if name.rpartition(".")[2] not in absent}
+        self.base_model_tp_plan = present  # type: ignore[misc]  # transformers reads that of the instance
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -123,26 +166,55 @@ class GPTKitConfig(PreTrainedConfig):
     def __setattr__(self, key: str, value: Any) -> None:
         # The base class would validate the value under the alias, which has no rule, before it maps the name.
         field = type(self).attribute_map.get(key)
-        if field is None:
-            super().__setattr__(key, value)
-        else:
+        if field is not None:
             setattr(self, field, value)
+            return
+        follows = self._follows_heads() if key in ("n_embd", "n_head") else []
+        super().__setattr__(key, value)
+        for name in follows:
+            super().__setattr__(name, self._by_heads()[name])
+
+    def _by_heads(self) -> dict[str, int]:
+        return {"head_dim": self.n_embd // max(self.n_head, 1), "num_key_value_heads": self.n_head}
+
+    def _follows_heads(self) -> list[str]:
+        """Return the fields that have the values that `n_embd` and `n_head` give them."""
+        return [name for name, value in self._by_heads().items() if getattr(self, name) == value]
 
     def validate_architecture(self) -> None:
         """Check values and rules between fields; called by `strict` after construction."""
-        for name in ("vocab_size", "max_position_embeddings", "n_embd", "n_layer", "n_head", "n_inner"):
+        assert self.num_key_value_heads is not None  # `_fill_in` has set it
+        for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.n_embd % self.n_head != 0:
+        if self.n_embd % self.n_head != 0 and self.head_dim == self.n_embd // self.n_head:
             raise ValueError(f"n_embd must be divisible by n_head, got {self.n_embd} and {self.n_head}")
+        if self.n_head % self.num_key_value_heads != 0:
+            heads = f"{self.n_head} and {self.num_key_value_heads}"
+            raise ValueError(f"n_head must be divisible by num_key_value_heads, got {heads}")
+        if (self.mlp == "swiglu") != (self.hidden_act == "silu"):
+            raise ValueError(f"hidden_act must be silu with mlp='swiglu' and only then, got {self.hidden_act!r}")
         if self.position_embedding == "sinusoidal" and self.n_embd % 2 != 0:
             raise ValueError(f"n_embd must be even for sinusoidal positions, got {self.n_embd}")
+        if self.position_embedding == "rotary":
+            self._validate_rotation()
         for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
         for name in ("layer_norm_epsilon", "initializer_range"):
             if not 0.0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+
+    def _validate_rotation(self) -> None:
+        """Check that the rotation of a token depends on its own position only."""
+        if self.head_dim is None or self.head_dim % 2 != 0:
+            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
+        kind = (self.rope_parameters or {}).get("rope_type")
+        if kind not in _ROPE_TYPES:
+            raise ValueError(
+                f"rope_type must be one of {', '.join(_ROPE_TYPES)}, got {kind!r} (dynamic and longrope rotate by the "
+                "longest row of a batch, so a row would not give the same result alone)"
+            )
 
 
 def _field_names() -> list[str]:

@@ -1,7 +1,7 @@
 """The GPT, its building blocks and its heads. This file is copied into saved model folders as remote code.
 
 Shapes: B batch size, T input tokens, S tokens that attention sees (input and cache), D model width (`n_embd`),
-H heads, Dh head width, F feed-forward width (`n_inner`), V vocabulary size.
+H heads (Hk of keys and values), Dh head width, F feed-forward width (`n_inner`), V vocabulary size.
 """
 
 # No `from __future__ import annotations` here: transformers reads the annotation of `**kwargs` at run time.
@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import GELU, LayerNorm
+from torch.nn import GELU, LayerNorm, SiLU
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationConfig, GenerationMixin
@@ -42,7 +42,7 @@ from .packed_documents import (
     last_tokens,
     select_positions,
 )
-from .positions import SinusoidalPositions, constants_device
+from .positions import RotaryEmbedding, SinusoidalPositions, constants_device, rotate
 
 
 def eager_attention_forward(
@@ -57,9 +57,11 @@ def eager_attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """Return the attention output (B, T, H, Dh) and the attention weights (B, H, T, S), in plain tensor operations.
 
-    `query` is (B, H, T, Dh), `key` and `value` are (B, H, S, Dh), `attention_mask` is added to the scores.
+    `query` is (B, H, T, Dh), `key` and `value` are (B, Hk, S, Dh), `attention_mask` is added to the scores.
     Scaled dot-product attention: Vaswani et al. 2017, "Attention Is All You Need", eq. 1.
     """
+    if (groups := query.shape[1] // key.shape[1]) > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = query @ key.transpose(-2, -1) * scaling  # (B, H, T, Dh) @ (B, H, Dh, S) -> (B, H, T, S)
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -70,37 +72,64 @@ def eager_attention_forward(
     return output, weights
 
 
+class RMSNorm(nn.RMSNorm):
+    """Division by the root mean square of the last dimension, times a weight (Zhang and Sennrich 2019, eq. 4)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise each vector; the weight takes the type of the input, which autocast may have lowered."""
+        return nn.functional.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+def create_norm(config: GPTKitConfig) -> LayerNorm | RMSNorm:
+    """Return the norm of a block or of the model: (B, T, D) -> (B, T, D)."""
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.n_embd, eps=config.layer_norm_epsilon)
+    return LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.use_bias)
+
+
 class MultiHeadAttention(nn.Module):
     """Causal self-attention with `n_head` heads: (B, T, D) -> (B, T, D), and the weights if the backend has them."""
 
     def __init__(self, config: GPTKitConfig, layer_idx: int) -> None:
         super().__init__()
+        assert config.head_dim is not None  # the configuration sets both
+        assert config.num_key_value_heads is not None
         self.config = config
         self.layer_idx = layer_idx
-        self.head_dim = config.n_embd // config.n_head
+        self.head_dim = config.head_dim
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attn_pdrop
         self.is_causal = True
-        self.q_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.use_bias)
-        self.k_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.use_bias)
-        self.v_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.use_bias)
-        self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.use_bias)
+        self.num_key_value_groups = config.n_head // config.num_key_value_heads  # the backends repeat keys by it
+        queries, keys = config.n_head * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.n_embd, queries, bias=config.use_bias)
+        self.k_proj = nn.Linear(config.n_embd, keys, bias=config.use_bias)
+        self.v_proj = nn.Linear(config.n_embd, keys, bias=config.use_bias)
+        self.o_proj = nn.Linear(queries, config.n_embd, bias=config.use_bias)
+        # QK-norm: Henry et al. 2020, with a weight in place of the fixed scale. It bounds the scores.
+        self.q_norm = RMSNorm(self.head_dim, eps=config.layer_norm_epsilon) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, eps=config.layer_norm_epsilon) if config.qk_norm else None
 
     def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
         """Let each token attend to itself and to the earlier tokens that `attention_mask` allows."""
         input_shape = hidden_states.shape[:-1]  # (B, T)
         head_shape = (*input_shape, -1, self.head_dim)  # (B, T, H, Dh)
         query = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, T, D) -> (B, H, T, Dh)
-        key = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, T, D) -> (B, H, T, Dh)
-        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, T, D) -> (B, H, T, Dh)
+        key = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, T, D) -> (B, Hk, T, Dh)
+        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, T, D) -> (B, Hk, T, Dh)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if position_embeddings is not None:
+            query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, T, Dh) -> (B, H, S, Dh)
+            key, value = past_key_values.update(key, value, self.layer_idx)  # (B, Hk, T, Dh) -> (B, Hk, S, Dh)
         attention_interface: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -114,24 +143,35 @@ class MultiHeadAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        output = output.reshape(*input_shape, -1).contiguous()  # (B, T, H, Dh) -> (B, T, D)
-        return self.o_proj(output), weights
+        output = output.reshape(*input_shape, -1).contiguous()  # (B, T, H, Dh) -> (B, T, H * Dh)
+        return self.o_proj(output), weights  # -> (B, T, D)
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with a GELU between them; (B, T, D) -> (B, T, D)."""
+    """The layer that works on each token alone: (B, T, D) -> (B, T, D).
+
+    `gelu`: two linear layers with a GELU between them. `swiglu`: SiLU(gate) * up in the middle, with a third linear
+    layer as the gate (Shazeer 2020, "GLU Variants Improve Transformer", eq. 6).
+    """
 
     def __init__(self, config: GPTKitConfig) -> None:
         super().__init__()
         assert config.n_inner is not None  # the configuration sets it
+        self.gate_proj = None
+        if config.mlp == "swiglu":
+            self.gate_proj = nn.Linear(config.n_embd, config.n_inner, bias=config.use_bias)
         self.up_proj = nn.Linear(config.n_embd, config.n_inner, bias=config.use_bias)
         # GPT-2's "gelu_new" is the tanh approximation under another name (Hendrycks and Gimpel 2016, section 2).
-        self.act_fn = GELU(approximate="none" if config.hidden_act == "gelu" else "tanh")
+        gelu = GELU(approximate="none" if config.hidden_act == "gelu" else "tanh")
+        self.act_fn = SiLU() if config.hidden_act == "silu" else gelu
         self.down_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.use_bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Transform each token independently of the others."""
-        inner: Tensor = self.act_fn(self.up_proj(hidden_states))  # (B, T, D) -> (B, T, F)
+        if self.gate_proj is None:
+            inner: Tensor = self.act_fn(self.up_proj(hidden_states))  # (B, T, D) -> (B, T, F)
+        else:
+            inner = self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
         output: Tensor = self.down_proj(inner)  # (B, T, F) -> (B, T, D)
         return output
 
@@ -141,9 +181,9 @@ class TransformerBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: GPTKitConfig, layer_idx: int) -> None:
         super().__init__()
-        self.input_layernorm = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.use_bias)
+        self.input_layernorm = create_norm(config)
         self.self_attn = MultiHeadAttention(config, layer_idx)
-        self.post_attention_layernorm = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.use_bias)
+        self.post_attention_layernorm = create_norm(config)
         self.mlp = FeedForward(config)
         self.dropout = nn.Dropout(config.resid_pdrop)
 
@@ -195,14 +235,17 @@ class GPTKitModel(GPTKitPreTrainedModel):
     def __init__(self, config: GPTKitConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
-        self.embed_positions: nn.Module
+        self.embed_positions: nn.Module | None = None
+        self.rotary_emb: RotaryEmbedding | None = None
         if config.position_embedding == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.n_embd)
-        else:
+        elif config.position_embedding == "sinusoidal":
             self.embed_positions = SinusoidalPositions(config.max_position_embeddings, config.n_embd)
+        else:
+            self.rotary_emb = RotaryEmbedding(config)
         self.dropout = nn.Dropout(config.embd_pdrop)
         self.layers = nn.ModuleList(TransformerBlock(config, index) for index in range(config.n_layer))
-        self.norm = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.use_bias)
+        self.norm = create_norm(config)
         positions = torch.arange(config.max_position_embeddings, device=constants_device())
         self.register_buffer("position_ids", positions[None], persistent=False)
         self.position_ids: Tensor  # (1, max_position_embeddings)
@@ -213,13 +256,15 @@ class GPTKitModel(GPTKitPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as GPT-2: normal(0, 0.02), but residual projections with std 0.02 / sqrt(2 n_layer).
 
-        Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3.
+        Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3. With
+        `zero_init_residual` these start at zero: each block is the identity at first (Zhang et al. 2019, "Fixup").
         """
         super()._init_weights(module)
         # transformers calls this for modules with own parameters or buffers only, so never for a whole block.
         blocks = [layer for layer in self.layers if isinstance(layer, TransformerBlock)]
         if any(module is block.self_attn.o_proj or module is block.mlp.down_proj for block in blocks):
-            init.normal_(module.weight, std=self.config.initializer_range / math.sqrt(2 * self.config.n_layer))
+            std = self.config.initializer_range / math.sqrt(2 * self.config.n_layer)
+            init.normal_(module.weight, std=0.0 if self.config.zero_init_residual else std)
         elif isinstance(module, SinusoidalPositions):
             # Models are built on the meta device, so a buffer that no checkpoint holds must be filled here.
             init.copy_(module.weight, module.table())
@@ -271,9 +316,12 @@ class GPTKitModel(GPTKitPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
 
         hidden_states = inputs_embeds
+        rotation = None if self.rotary_emb is None else self.rotary_emb(position_ids, hidden_states.dtype)
         if first_layer == 0:  # later pipeline stages receive hidden states that already include the positions
-            positions = self.embed_positions(position_ids)  # (B, T) or (1, T) -> (B, T, D) or (1, T, D)
-            hidden_states = self.dropout(hidden_states + positions.to(hidden_states.dtype))
+            if self.embed_positions is not None:
+                positions = self.embed_positions(position_ids)  # (B, T) or (1, T) -> (B, T, D) or (1, T, D)
+                hidden_states = hidden_states + positions.to(hidden_states.dtype)
+            hidden_states = self.dropout(hidden_states)
         # The current n_layer, not len(layers): early-exit decoding lowers it while drafting.
         for layer in self.layers[: self.config.n_layer]:
             hidden_states = layer(
@@ -281,6 +329,7 @@ class GPTKitModel(GPTKitPreTrainedModel):
                 attention_mask=causal_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
+                position_embeddings=rotation,
                 use_cache=use_cache,
                 **kwargs,
             )

@@ -1,12 +1,14 @@
 """Where a token stands: embeddings of positions. This file is copied into saved model folders as remote code.
 
-Shapes: B batch size, T tokens of a row, D model width.
+Shapes: B batch size, T tokens of a row, D model width, H heads, Dh head width.
 """
 
 import math
 
 import torch
 from torch import Tensor, nn
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 class SinusoidalPositions(nn.Module):
@@ -30,6 +32,45 @@ class SinusoidalPositions(nn.Module):
     def forward(self, position_ids: Tensor) -> Tensor:
         """Return the embedding of each position."""
         return nn.functional.embedding(position_ids, self.weight.to(position_ids.device))
+
+
+class RotaryEmbedding(nn.Module):
+    """The angles of rotary positions: position ids (B, T) -> cosine and sine (B, T, Dh).
+
+    Entry i and entry i + Dh/2 of a head are turned by the angle p / theta^(2i/Dh) at position p: Su et al. 2021,
+    "RoFormer", section 3.2.2, with the pairs as in Llama. The scalings of `rope_parameters` are transformers'.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def rates(self, device: torch.device) -> tuple[Tensor, float]:
+        """Return the angle of position 1 for each pair (Dh/2,), and the factor of cosine and sine.
+
+        Computed anew each time: `model.bfloat16()` would round a buffer, and so the angles of all later positions.
+        """
+        kind, width = self.config.rope_parameters["rope_type"], self.config.head_dim
+        if kind != "default":
+            rates, factor = ROPE_INIT_FUNCTIONS[kind](self.config, device)
+            return rates, float(factor)
+        exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
+        return 1.0 / self.config.rope_parameters["rope_theta"] ** exponents, 1.0
+
+    @torch.no_grad()
+    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the cosine and the sine of the angles (B, T, Dh), computed in float32."""
+        rates, factor = self.rates(position_ids.device)
+        angles = position_ids[..., None].float() * rates  # (B, T) -> (B, T, Dh/2)
+        angles = torch.cat((angles, angles), dim=-1)  # -> (B, T, Dh)
+        return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+
+
+def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turn the pairs (i, i + Dh/2) of queries or keys (B, H, T, Dh) by the angles of their positions (B, T, Dh)."""
+    first, second = heads.chunk(2, dim=-1)
+    quarter_turn = torch.cat((-second, first), dim=-1)
+    return heads * cosine[:, None] + quarter_turn * sine[:, None]
 
 
 def constants_device() -> torch.device:

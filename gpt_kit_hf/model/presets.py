@@ -46,4 +46,6 @@ def build_config(options: ModelOptions, **from_data: Any) -> GPTKitConfig:
     """Return the configuration that the options ask for; `from_data` are fields that data and encoding decide."""
     given = {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
     overrides = {name: value for name, value in given.items() if name not in ("model", "model_name_or_path")}
+    if (theta := overrides.pop("rope_theta", None)) is not None:
+        overrides["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
     return create_model_config(options.model, **{**from_data, **overrides})

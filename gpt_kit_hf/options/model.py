@@ -11,10 +11,11 @@ from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.options.declare import REQUIRED, Options, option
 
 Activation: TypeAlias = Literal["gelu", "gelu_new", "gelu_pytorch_tanh"]
+Shape: TypeAlias = Mapping[str, int | float | str]
 Layout: TypeAlias = Literal["gpt2", "nanogpt", "kit", "gpt-kit", "to-gpt2"]
 
 
-def _shape(n_layer: int, n_embd: int, n_head: int, context: int = 1024, vocab_size: int = 50257) -> dict[str, int]:
+def _shape(n_layer: int, n_embd: int, n_head: int, context: int = 1024, vocab_size: int = 50257) -> Shape:
     return {
         "n_layer": n_layer,
         "n_embd": n_embd,
@@ -24,10 +25,24 @@ def _shape(n_layer: int, n_embd: int, n_head: int, context: int = 1024, vocab_si
     }
 
 
+def _modern(n_layer: int, n_embd: int, n_head: int, context: int = 1024) -> Shape:
+    return {
+        **_shape(n_layer, n_embd, n_head, context),
+        "position_embedding": "rotary",
+        "norm": "rmsnorm",
+        "mlp": "swiglu",
+        "qk_norm": True,
+        "use_bias": False,
+        "zero_init_residual": True,
+        "layer_norm_epsilon": 1e-6,
+    }
+
+
 # GPT-2: Radford et al. 2019, table 2. GPT-3: Brown et al. 2020, table 2.1; its dense sizes, where the printed heads
 # and widths do not divide (24 heads of 128 at width 2048; width 5140) the divisible neighbour is taken. GPT-1:
-# Radford et al. 2018, section 4.1; its size, in this pre-norm architecture.
-PRESETS: Mapping[str, Mapping[str, int]] = MappingProxyType(
+# Radford et al. 2018, section 4.1; its size, in this pre-norm architecture. The modern shapes are those of Qwen3
+# (Yang et al. 2025, "Qwen3 Technical Report", section 2), each with the parameters of a classic one within 3%.
+PRESETS: Mapping[str, Shape] = MappingProxyType(
     {
         "gpt2-small (124M)": _shape(12, 768, 12),
         "gpt2-medium (355M)": _shape(24, 1024, 16),
@@ -45,6 +60,13 @@ PRESETS: Mapping[str, Mapping[str, int]] = MappingProxyType(
         "nano-s (4x256)": _shape(4, 256, 4, 256),
         "nano-m (6x384)": _shape(6, 384, 6, 512),
         "nano-l (8x512)": _shape(8, 512, 8, 1024),
+        "modern-xs (4x128)": _modern(4, 128, 4, 256),
+        "modern-s (4x256)": _modern(4, 256, 4, 256),
+        "modern-m (6x384)": _modern(6, 384, 6, 512),
+        "modern-l (8x512)": _modern(8, 512, 8, 1024),
+        "modern-124m (124M)": _modern(12, 768, 12),
+        "modern-350m (355M)": _modern(24, 1024, 16),
+        "modern-1.5b (1558M)": _modern(48, 1600, 25),
     }
 )
 PRESET_KEYS = tuple(full.split(" ")[0] for full in PRESETS)
@@ -75,45 +97,69 @@ class ModelOptions(Options):
     n_layer: int | None = option(None, "number of transformer blocks", minimum=1, unset="the preset's")
     n_head: int | None = option(None, "attention heads per block", minimum=1, unset="the preset's")
     n_embd: int | None = option(None, "model width; must be divisible by n_head", minimum=1, unset="the preset's")
-    n_inner: int | None = option(None, "width of the feed-forward layers", minimum=1, unset="4 * n_embd")
+    num_key_value_heads: int | None = option(
+        None, "heads of keys and values per block; must divide n_head", minimum=1, unset="n_head"
+    )
+    head_dim: int | None = option(None, "width of a head", minimum=1, unset="n_embd / n_head")
+    n_inner: int | None = option(
+        None,
+        "width of the feed-forward layers",
+        minimum=1,
+        unset="4 * n_embd; with swiglu 8/3 * n_embd, rounded up to a multiple of 32",
+    )
     max_position_embeddings: int | None = option(
-        None, "size of the position table: the longest context in tokens", minimum=1, unset="the preset's"
+        None, "the longest context in tokens", minimum=1, unset="the preset's"
     )
     dropout: float | None = option(
         None,
         "dropout probability of embeddings, attention and residual connections",
         unset="0, or that of model_name_or_path",
     )
+    mlp: Literal["gelu", "swiglu"] | None = option(
+        None, "kind of feed-forward layers: two matrices with a GELU, or three with a gated SiLU", unset="the preset's"
+    )
     hidden_act: Activation | None = option(
-        None, "activation function: exact GELU or one of its tanh approximations", unset="gelu_pytorch_tanh"
+        None,
+        "activation function of gelu feed-forward layers: exact GELU or one of its tanh approximations",
+        unset="gelu_pytorch_tanh",
     )
-    position_embedding: Literal["learned", "sinusoidal"] | None = option(
-        None, "kind of position embedding", unset="learned"
+    position_embedding: Literal["learned", "sinusoidal", "rotary"] | None = option(
+        None, "kind of position embedding", unset="the preset's"
     )
-    use_bias: bool | None = option(None, "add bias terms to linear layers and norms", unset="true")
+    rope_theta: float | None = option(
+        None, "base of the rotation rates of rotary positions", above=0, unset="10000 where positions are rotary"
+    )
+    norm: Literal["layernorm", "rmsnorm"] | None = option(None, "kind of norms", unset="the preset's")
+    qk_norm: bool | None = option(None, "normalise queries and keys, head by head", unset="the preset's")
+    use_bias: bool | None = option(None, "add bias terms to linear layers and norms", unset="the preset's")
     tie_word_embeddings: bool | None = option(
         None, "share the token embedding with the output projection", unset="true"
     )
-    layer_norm_epsilon: float | None = option(None, "epsilon of the layer norms", unset="1e-5")
+    layer_norm_epsilon: float | None = option(None, "epsilon of the norms", unset="the preset's")
     initializer_range: float | None = option(None, "standard deviation of the initial weights", unset="0.02")
+    zero_init_residual: bool | None = option(
+        None, "start each block as the identity: its two output projections are zero at first", unset="the preset's"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.model_name_or_path is not None:
             changed = [name for name in SHAPE if getattr(self, name) != getattr(type(self), name)]
             check_no_shape(self.model_name_or_path, {name: getattr(self, name) for name in changed})
-        n_embd, n_head = self.n_embd or self._preset["n_embd"], self.n_head or self._preset["n_head"]
-        if n_embd % n_head:
+        n_embd, n_head = int(self._value("n_embd")), int(self._value("n_head"))
+        if n_embd % n_head and self.head_dim is None:
             raise UsageError(f"n_embd must be divisible by n_head, got {n_embd} and {n_head}")
 
     @property
     def context(self) -> int:
         """The size of the position table, in tokens."""
-        return self.max_position_embeddings or self._preset["max_position_embeddings"]
+        return int(self._value("max_position_embeddings"))
 
-    @property
-    def _preset(self) -> Mapping[str, int]:
-        return next(shape for full, shape in PRESETS.items() if full.split(" ")[0] == preset_key(self.model))
+    def _value(self, name: str) -> int | float | str:
+        """Return what was given for a field, or the preset's value."""
+        given: int | float | str | None = getattr(self, name)
+        preset = next(shape for full, shape in PRESETS.items() if full.split(" ")[0] == preset_key(self.model))
+        return preset[name] if given is None else given
 
 
 # The options that say what a new model is.

@@ -23,6 +23,7 @@ ALIASES = [
     ("n_ctx", "max_position_embeddings", 32, 64),
     ("activation_function", "hidden_act", "gelu", "gelu_new"),
     ("layer_norm_eps", "layer_norm_epsilon", 1e-6, 1e-3),
+    ("rms_norm_eps", "layer_norm_epsilon", 1e-6, 1e-3),
 ]
 
 AUTO_MAP = {
@@ -118,7 +119,7 @@ def test_a_field_without_a_near_name_is_refused_with_the_list_of_fields() -> Non
         ("use_bias", 1),
         ("attn_pdrop", "0.1"),
         ("hidden_act", "relu"),
-        ("position_embedding", "rotary"),
+        ("position_embedding", "alibi"),
         ("eos_token_id", 1.5),
         ("hidden_size", "64"),
         ("n_ctx", 1.5),
@@ -267,3 +268,48 @@ def test_a_users_auto_map_entry_is_kept(tmp_path: Path) -> None:
     assert config.auto_map == {**AUTO_MAP, **own}
     other = GPTKitConfig(**SMALL)
     assert other.auto_map == AUTO_MAP, "the entry of one configuration is not everyone's"
+
+
+# --- today's shape
+
+MODERN = {**SMALL, "position_embedding": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "qk_norm": True}
+
+
+def test_fields_that_follow_from_others() -> None:
+    config = GPTKitConfig(**{**MODERN, "n_embd": 96, "n_head": 4})
+    assert (config.head_dim, config.num_key_value_heads, config.n_inner, config.hidden_act) == (24, 4, 256, "silu")
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10_000.0}
+    config.n_head = 8
+    assert (config.head_dim, config.num_key_value_heads) == (12, 8)
+    given = GPTKitConfig(**{**MODERN, "n_embd": 96, "n_head": 4, "head_dim": 32, "num_key_value_heads": 2})
+    given.num_attention_heads = 6
+    assert (given.head_dim, given.num_key_value_heads) == (32, 2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_key_value_heads": 3}, "n_head must be divisible by num_key_value_heads, got 4 and 3"),
+        ({"hidden_act": "gelu"}, "hidden_act must be silu with mlp='swiglu' and only then, got 'gelu'"),
+        ({"mlp": "gelu", "hidden_act": "silu"}, "hidden_act must be silu with mlp='swiglu' and only then"),
+        ({"head_dim": 7}, "head_dim must be even for rotary positions, got 7"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type must be one of default, linear"),
+        (
+            {"position_embedding": "learned", "rope_parameters": {"rope_theta": 5.0}},
+            "rope_parameters need position_embedding='rotary', got 'learned'",
+        ),
+    ],
+)
+def test_a_shape_that_does_not_fit_together_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises((StrictDataclassError, ValueError)) as error:
+        GPTKitConfig(**{**MODERN, "n_head": 4, "n_embd": 32, **fields})
+    assert message in reason(error)
+
+
+def test_the_plan_has_the_modules_of_the_shape(tmp_path: Path) -> None:
+    classic, modern = GPTKitConfig(**SMALL), GPTKitConfig(**MODERN)
+    more = {"layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm", "layers.*.mlp.gate_proj"}
+    assert set(modern.base_model_tp_plan) - set(classic.base_model_tp_plan) == more
+    modern.save_pretrained(tmp_path)
+    assert "base_model_tp_plan" not in stored(tmp_path)
+    assert GPTKitConfig.from_pretrained(tmp_path).to_dict() == modern.to_dict()

@@ -178,20 +178,22 @@ PLANS = ["base_model_tp_plan", "base_model_pp_plan", "base_model_fsdp_plan"]
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_the_plans_are_those_of_llama_for_the_modules_that_both_have(plan: str) -> None:
-    names = [name for name, _ in random_model().model.named_modules()]
+    model = random_model()
+    names = [name for name, _ in model.model.named_modules()]
     theirs = {
         name: style for name, style in getattr(LlamaConfig, plan).items() if any(fnmatch(n, name) for n in names)
     }
     assert theirs
-    assert getattr(GPTKitConfig, plan) == theirs
+    assert getattr(model.config, plan) == theirs
 
 
 @pytest.mark.parametrize("plan", ["_tp_plan", "_pp_plan", "_fsdp_plan"])
 def test_the_plans_of_the_head_are_those_of_llama(plan: str) -> None:
     assert getattr(GPTKitForCausalLM, plan) == getattr(LlamaForCausalLM, plan) != {}
     # What a distributed run reads is the whole of it, each name with its prefix.
-    prefixed = {f"model.{name}" for name in getattr(GPTKitConfig, f"base_model{plan}")}
-    assert set(getattr(random_model(), plan)) >= {"lm_head"} | prefixed
+    model = random_model()
+    prefixed = {f"model.{name}" for name in getattr(model.config, f"base_model{plan}")}
+    assert set(getattr(model, plan)) >= {"lm_head"} | prefixed
 
 
 # --- caches

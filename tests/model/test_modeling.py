@@ -898,11 +898,11 @@ def test_weights_are_saved_in_shards_and_as_safetensors_only(tmp_path: Path) -> 
 
 def test_plans_name_modules_that_exist() -> None:
     model = tiny_model()
-    names = {name for name, _ in model.model.named_modules()}
-    for plan in (GPTKitConfig.base_model_tp_plan, GPTKitConfig.base_model_fsdp_plan, GPTKitConfig.base_model_pp_plan):
+    names, config = {name for name, _ in model.model.named_modules()}, model.config
+    for plan in (config.base_model_tp_plan, config.base_model_fsdp_plan, config.base_model_pp_plan):
         for pattern in plan:
             assert any(fnmatch(name, pattern) for name in names), pattern
-    sharded = {name for name in names for pattern in GPTKitConfig.base_model_tp_plan if fnmatch(name, pattern)}
+    sharded = {name for name in names for pattern in config.base_model_tp_plan if fnmatch(name, pattern)}
     assert sharded == {name for name, module in model.model.named_modules() if isinstance(module, nn.Linear)}
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 from gpt_kit_hf import PRESETS, GPTKitForCausalLM, ModelOptions, UsageError, create_model_config
 from gpt_kit_hf.model.presets import build_config
@@ -28,6 +28,16 @@ SIZES = {
     "nano-s (4x256)": (4, 256, 4, 256, 50257),
     "nano-m (6x384)": (6, 384, 6, 512, 50257),
     "nano-l (8x512)": (8, 512, 8, 1024, 50257),
+}
+# The modern shapes, and the classic ones of their sizes.
+MODERN = {
+    "modern-xs (4x128)": "nano-xs (4x128)",
+    "modern-s (4x256)": "nano-s (4x256)",
+    "modern-m (6x384)": "nano-m (6x384)",
+    "modern-l (8x512)": "nano-l (8x512)",
+    "modern-124m (124M)": "gpt2-small (124M)",
+    "modern-350m (355M)": "gpt2-medium (355M)",
+    "modern-1.5b (1558M)": "gpt2-xl (1558M)",
 }
 
 # What OpenAI released, counted from the files.
@@ -53,7 +63,7 @@ def count(name: str, **overrides: Any) -> int:
 
 
 def test_every_preset_is_covered_here() -> None:
-    assert set(PRESETS) == set(SIZES)
+    assert set(PRESETS) == set(SIZES) | set(MODERN)
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -72,6 +82,42 @@ def test_a_preset_has_the_parameters_of_the_formula(name: str) -> None:
     parameters = count(name)
     assert parameters == parameters_by_hand(layers, width, context, vocabulary)
     assert parameters == PUBLISHED.get(name, parameters)
+
+
+@pytest.mark.parametrize("vocabulary", [257, 4096, 50257])
+@pytest.mark.parametrize("name", MODERN)
+def test_a_modern_preset_has_the_parameters_of_the_classic_one(name: str, vocabulary: int) -> None:
+    classic = create_model_config(MODERN[name])
+    config = create_model_config(name)
+    for field in ("n_layer", "n_embd", "n_head", "max_position_embeddings", "vocab_size"):
+        assert getattr(config, field) == getattr(classic, field)
+    theirs = count(MODERN[name], vocab_size=vocabulary)
+    assert count(name, vocab_size=vocabulary) == pytest.approx(theirs, rel=0.03)
+
+
+@pytest.mark.parametrize("name", MODERN)
+def test_a_modern_preset_is_qwen3(name: str) -> None:
+    config = create_model_config(name)
+    with torch.device("meta"):
+        ours = GPTKitForCausalLM(config).state_dict()
+        theirs = Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=config.vocab_size,
+                hidden_size=config.n_embd,
+                num_hidden_layers=config.n_layer,
+                num_attention_heads=config.n_head,
+                num_key_value_heads=config.num_key_value_heads,
+                head_dim=config.head_dim,
+                intermediate_size=config.n_inner,
+            )
+        ).state_dict()
+    assert {name: tensor.shape for name, tensor in ours.items()} == {n: t.shape for n, t in theirs.items()}
+
+
+def test_a_field_of_a_modern_preset_can_go_back() -> None:
+    config = create_model_config("modern-s", mlp="gelu", position_embedding="learned", norm="layernorm")
+    assert (config.n_inner, config.hidden_act, config.rope_parameters) == (1024, "gelu_pytorch_tanh", None)
+    assert config.qk_norm
 
 
 @pytest.mark.parametrize("name", [name for name in SIZES if name.startswith("gpt")])

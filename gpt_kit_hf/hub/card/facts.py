@@ -38,6 +38,7 @@ _BASELINES = ("gzip -9", "byte unigram")
 _PRECISIONS = ("fp32", "bf16", "fp16")
 _ARCHITECTURE = (
     *("n_layer", "n_head", "n_embd", "n_inner", "max_position_embeddings", "vocab_size", "hidden_act"),
+    *("num_key_value_heads", "head_dim", "mlp", "norm", "qk_norm", "zero_init_residual"),
     *("position_embedding", "use_bias", "tie_word_embeddings", "embd_pdrop", "attn_pdrop", "resid_pdrop"),
     *("layer_norm_epsilon", "dtype"),
 )
@@ -48,7 +49,9 @@ _COUNTS = (
 # The texts that a field of a configuration may have; its other values are numbers and truth values.
 _TEXTS: dict[str, Container[object]] = {
     "hidden_act": ACT2FN,
-    "position_embedding": ("learned", "sinusoidal"),
+    "position_embedding": ("learned", "sinusoidal", "rotary"),
+    "mlp": ("gelu", "swiglu"),
+    "norm": ("layernorm", "rmsnorm"),
     "dtype": ("float32", "bfloat16", "float16"),
     # Views: this package's class is added to the mapping when it is registered.
     "model_type": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys(),

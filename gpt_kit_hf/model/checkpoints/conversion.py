@@ -57,6 +57,8 @@ from gpt_kit_hf.options.model import Activation, Layout
 from gpt_kit_hf.storage.atomic_files import load_json
 
 _T = TypeVar("_T")
+# What GPT-2 has no field for.
+_GPT2_SHAPE = {"norm": "layernorm", "mlp": "gelu", "qk_norm": False}
 
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -295,6 +297,11 @@ def _as_gpt2(model: GPTKitForCausalLM) -> GPT2LMHeadModel:
 def _tensors_for_gpt2(model: GPTKitForCausalLM) -> dict[str, Tensor]:
     """Return the model's tensors and those that only GPT-2 stores; the output projection only if it is not tied."""
     config, ours = copy.deepcopy(model.config), dict(model.state_dict())
+    for name, value in _GPT2_SHAPE.items():
+        if getattr(config, name) != value:
+            raise UsageError(f"GPT-2 has {name}={value!r}, the model {getattr(config, name)!r}")
+    if model.model.embed_positions is None:
+        raise UsageError(f"GPT-2 has a table of positions, the model position_embedding={config.position_embedding!r}")
     # An output projection that was untied after construction keeps its values, whatever the configuration says.
     if config.tie_word_embeddings and {HEAD, TOKENS} <= ours.keys() and equal_tensors(ours[HEAD], ours[TOKENS]):
         del ours[HEAD]
