@@ -1,9 +1,9 @@
 """Text generation.
 
 `generate` samples token ids (temperature, top-k) and streams text; `fast_decoder` is the forward pass with packed
-weights and a cache of fixed size; `chat` is a conversation in a terminal. `completion` adds what a server's requests
-need (top-p, penalties, log-probabilities, stop strings), and `token_bytes` spells single tokens; `server` serves a
-model over HTTP, and `openai_api/` is the API that it speaks.
+weights and a cache of fixed size; `chat` is a conversation in a terminal. `completion` declares what a server's
+requests need of an engine (top-p, penalties, log-probabilities, stop strings); `completion_model` does it with a model
+of transformers, and `token_bytes` spells single tokens. `server` serves a model over HTTP by `openai_api/`.
 """
 
 import lazy_loader

@@ -1,42 +1,15 @@
-"""Answers to a prompt as a server needs them: several at once, with stop strings, penalties and log-probabilities.
-
-Shapes: B rows, T prompt tokens, V vocabulary size.
-"""
+"""Answers to a prompt as a server needs them, whatever computes the tokens."""
 
 from __future__ import annotations
 
-import codecs
-import secrets
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeAlias
-
-import torch
-from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
-
-from gpt_kit_hf.generation.fast_decoder import Decoder, pays, why_not
-from gpt_kit_hf.generation.generate import CONTEXT_TOKENS, TextStreamer, decode_function
-from gpt_kit_hf.generation.token_bytes import TokenBytes
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 FinishReason: TypeAlias = Literal["stop", "length"]
 
-# Choices of one prompt that are generated together: each has a cache of its own.
-_ROWS_AT_ONCE = 8
 # Below this temperature the division of the logits could overflow; the most likely token is taken.
-_LOWEST_TEMPERATURE = 1e-6
+LOWEST_TEMPERATURE = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,19 +59,47 @@ class Chunk(NamedTuple):
     finish_reason: FinishReason | None
 
 
-class CompletionModel:
-    """A model with its tokenizer, prepared to complete prompts in several threads at once.
+class Tokenizer(Protocol):
+    """What a conversation and a server ask of a tokenizer: that of transformers, or the one in a GGUF file."""
 
-    The model must be in eval mode. Its generation config is replaced by one that leaves every decision to `Sampling`;
-    only the EOS ids are taken from it. Its weights must not change any more.
-    """
+    chat_template: Any
+    bos_token: str | None
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        eos = model.generation_config.eos_token_id
-        self.eos_token_ids: list[int] = [eos] if isinstance(eos, int) else list(eos or [])
-        model.generation_config = GenerationConfig()
-        self.model, self.tokenizer = model, tokenizer
-        self.token_bytes, self.decode = TokenBytes(tokenizer), decode_function(tokenizer)
+    @property
+    def all_special_tokens(self) -> list[str]:
+        """The tokens that a message must not hold as text."""
+
+    def encode(self, text: str, add_special_tokens: bool = True, *, verbose: bool = True) -> list[int]:
+        """Return the ids of a text, by default with those that the tokenizer adds to each text."""
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        *,
+        chat_template: str | None = None,
+        tokenize: bool = True,
+        add_generation_prompt: bool = False,
+    ) -> Any:
+        """Return the text of a conversation, by the chat template."""
+
+
+class Engine(Protocol):
+    """A model with its tokenizer, prepared to complete prompts in several threads at once."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the model."""
+
+    @property
+    def context_length(self) -> int | None:
+        """The number of positions, None for a model without a limit."""
+
+    @property
+    def vocabulary_size(self) -> int:
+        """The number of logits, which may be more than the tokenizer has tokens."""
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ids."""
 
     def complete(
         self,
@@ -115,127 +116,38 @@ class CompletionModel:
         The prompt must leave `sampling.max_new_tokens` tokens of the model's context. After `is_cancelled()`, which is
         asked before each token, no further chunk comes.
         """
-        for start in range(first_index, first_index + n, _ROWS_AT_ONCE):
-            indices = range(start, min(start + _ROWS_AT_ONCE, first_index + n))
-            answers = [_Answer(self, index, prompt, sampling, on_chunk) for index in indices]
-            if sampling.max_new_tokens == 0:
-                for answer in answers:
-                    on_chunk(Chunk(answer.index, "", [], 0, "length"))
-                continue
-            ids = torch.tensor([list(prompt)] * len(answers), device=self.model.device)  # (B, T)
-            _extend(self.model, ids, sampling.max_new_tokens, _Rows(answers, is_cancelled))
-            if is_cancelled():
-                return
 
     def score(self, prompt: Sequence[int], top: int) -> list[ScoredToken]:
-        """Return the log-probabilities of the prompt's own tokens, of one plain forward pass."""
-        with torch.inference_mode():
-            logits = self.model(torch.tensor([list(prompt)], device=self.model.device), use_cache=False).logits[0]
-        scores, tokens = _Scores(self.token_bytes, top), []
-        for position, token in enumerate(prompt):
-            row = logits[position - 1].float() if position else None
-            tokens.append(scores.add(token, list(prompt[:position]), row))
-        return tokens
+        """Return the log-probabilities of the prompt's own tokens."""
 
 
-class _Scores:
-    """Log-probabilities of the tokens of one text."""
+class Choice:
+    """One choice while it is generated: passes on its text up to the first stop string, and the tokens of the text."""
 
-    def __init__(self, token_bytes: TokenBytes, top: int) -> None:
-        self._token_bytes, self._top = token_bytes, top
-        self._characters, self._offset = codecs.getincrementaldecoder("utf-8")("replace"), 0
-
-    def add(self, token: int, previous: Sequence[int], logits: Tensor | None) -> ScoredToken:
-        """Return the score of the next token; `logits`, (V,), are None for the first token of a prompt."""
-        spelling, offset = self._token_bytes(token, previous), self._offset
-        self._offset += len(self._characters.decode(spelling))
-        if logits is None:
-            return ScoredToken(spelling, offset, None, [])
-        logprobs = logits.log_softmax(dim=-1)
-        best = logprobs.topk(min(self._top, len(logprobs)))
-        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        top = [(self._token_bytes(i, previous), value) for i, value in pairs]
-        return ScoredToken(spelling, offset, float(logprobs[token]), top)
-
-
-class _Answer:
-    """One choice while it is generated."""
-
-    def __init__(
-        self,
-        owner: CompletionModel,
-        index: int,
-        prompt: Sequence[int],
-        sampling: Sampling,
-        on_chunk: Callable[[Chunk], None],
-    ) -> None:
+    def __init__(self, index: int, sampling: Sampling, on_chunk: Callable[[Chunk], None]) -> None:
         self.index, self.finished = index, False
-        self._sampling, self._on_chunk, self._eos = sampling, on_chunk, owner.eos_token_ids
-        self._warpers, device = _warpers(sampling), owner.model.device
-        seed = secrets.randbits(63) if sampling.seed is None else (sampling.seed + index) % 2**64
-        self._generator = torch.Generator(device).manual_seed(seed)
-        context = list(prompt[-CONTEXT_TOKENS:])
-        self._decoded: list[str] = []
-        self._streamer = TextStreamer(owner.decode, context, self._eos, self._decoded.append)
-        self._stops = _StopStrings(sampling.stop)
-        self._scores = None if sampling.top_logprobs is None else _Scores(owner.token_bytes, sampling.top_logprobs)
-        self._previous, self._counts = context, Counter[int]()
-        self._n_tokens, self._n_reported, self._n_characters = 0, 0, 0
+        self._on_chunk, self._stops = on_chunk, _StopStrings(sampling.stop)
+        self._n_tokens, self._n_characters = 0, 0
         self._unreported: list[ScoredToken] = []
 
-    def add_token(self, logits: Tensor) -> int:
-        """Choose the next token from logits (V,), report what text is certain, and return the token."""
-        token = self._choose(logits)
-        is_eos = token in self._eos
-        self._n_tokens += 1
-        if self._scores is not None and not is_eos:
-            self._unreported.append(self._scores.add(token, self._previous, logits))
-        self._previous = [*self._previous[1 - CONTEXT_TOKENS :], token]
-        self._counts[token] += 1
-        self._streamer.put(torch.tensor([token]))
-        is_last = is_eos or self._n_tokens == self._sampling.max_new_tokens
-        if is_last:
-            self._streamer.finish()
-        text, is_stopped = self._stops.add("".join(self._decoded), is_last=is_last)
-        self._decoded.clear()
-        self.finished = is_last or is_stopped
-        if text or self.finished:
-            self._report(text, is_stopped, "stop" if is_eos or is_stopped else "length")
-        return token
+    def add(self, text: str, tokens: Sequence[ScoredToken], n_tokens: int, end: FinishReason | None) -> None:
+        """Add text with its `n_tokens` tokens, of which `tokens` are reported; `end` is why no more will come."""
+        self._n_tokens += n_tokens
+        self._unreported += tokens
+        certain, is_stopped = self._stops.add(text, is_last=end is not None)
+        self.finished = end is not None or is_stopped
+        if certain or self.finished:
+            self._report(certain, is_stopped, "stop" if is_stopped else end)
 
-    def _report(self, text: str, is_stopped: bool, reason: FinishReason) -> None:
+    def _report(self, text: str, is_stopped: bool, reason: FinishReason | None) -> None:
         self._n_characters += len(text)
         if self.finished and not is_stopped:
             ready, self._unreported = self._unreported, []
         else:  # tokens whose text is held back, or belongs to a stop string, are not part of it
             ready = [token for token in self._unreported if token.offset < self._n_characters]
             self._unreported = self._unreported[len(ready) :]
-        n_tokens, self._n_reported = self._n_tokens - self._n_reported, self._n_tokens
-        self._on_chunk(Chunk(self.index, text, ready, n_tokens, reason if self.finished else None))
-
-    def _choose(self, logits: Tensor) -> int:
-        sampling, scores = self._sampling, logits
-        if sampling.logit_bias or sampling.frequency_penalty or sampling.presence_penalty:
-            scores = logits.clone()
-            for token, bias in sampling.logit_bias.items():
-                scores[token] += bias
-            for token, count in self._counts.items():
-                scores[token] -= sampling.frequency_penalty * count + sampling.presence_penalty
-        if sampling.temperature < _LOWEST_TEMPERATURE:
-            return int(scores.argmax())
-        probabilities = self._warpers(None, scores[None]).softmax(dim=-1)
-        return int(torch.multinomial(probabilities, num_samples=1, generator=self._generator))
-
-
-def _warpers(sampling: Sampling) -> Any:
-    warpers = LogitsProcessorList()
-    if sampling.temperature >= _LOWEST_TEMPERATURE:
-        warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
-    if sampling.top_k is not None:
-        warpers.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1:
-        warpers.append(TopPLogitsWarper(float(sampling.top_p)))
-    return warpers
+        n_tokens, self._n_tokens = self._n_tokens, 0
+        self._on_chunk(Chunk(self.index, text, ready, n_tokens, reason))
 
 
 class _StopStrings:
@@ -254,61 +166,3 @@ class _StopStrings:
         certain = len(text) - (0 if is_last else max(starts, default=0))
         self._held = text[certain:]
         return text[:certain], False
-
-
-class _Rows:
-    """The answers that are generated together, as rows of a batch."""
-
-    def __init__(self, answers: list[_Answer], is_cancelled: Callable[[], bool]) -> None:
-        self._answers, self._is_cancelled = answers, is_cancelled
-
-    def add_tokens(self, logits: Tensor) -> Tensor:
-        """(B, V) -> (B,): the next token of each row; rows that are finished get any."""
-        rows = zip(self._answers, logits, strict=True)
-        if self._is_cancelled():
-            return torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-        tokens = [0 if answer.finished else answer.add_token(row.float()) for answer, row in rows]
-        return torch.tensor(tokens, device=logits.device)
-
-    def are_finished(self) -> bool:
-        return self._is_cancelled() or all(answer.finished for answer in self._answers)
-
-
-def _extend(model: PreTrainedModel, ids: Tensor, max_new_tokens: int, rows: _Rows) -> None:
-    """Predict from (B, T) token by token: with a ``Decoder`` if it supports the model, else by ``generate``."""
-    if why_not(model) is None:
-        decoder = Decoder(model, keep_packed=True)  # one copy for all requests, however large
-        with torch.inference_mode(), torch.autocast(ids.device.type, enabled=False):
-            tokens = rows.add_tokens(decoder.start(ids, ids.shape[1] + max_new_tokens))
-            if pays(max_new_tokens) and not rows.are_finished():
-                decoder.pack()
-            while not rows.are_finished():
-                tokens = rows.add_tokens(decoder.step(tokens))
-        return
-    # One list per call: `generate` is greedy here, and the processor leaves one token to choose.
-    model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        generation_config=GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False),
-        logits_processor=LogitsProcessorList([_ChosenToken(rows)]),
-        stopping_criteria=StoppingCriteriaList([_Finished(rows)]),
-    )
-
-
-class _ChosenToken(LogitsProcessor):  # type: ignore[misc]
-    """Leave the token that the rows choose as the only one."""
-
-    def __init__(self, rows: _Rows) -> None:
-        self._rows = rows
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        tokens = self._rows.add_tokens(scores)
-        return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
-
-
-class _Finished(StoppingCriteria):  # type: ignore[misc]
-    def __init__(self, rows: _Rows) -> None:
-        self._rows = rows
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        return torch.full((len(input_ids),), self._rows.are_finished(), device=input_ids.device)

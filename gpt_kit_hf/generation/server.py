@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from gpt_kit_hf.errors import UsageError
-from gpt_kit_hf.generation.completion import CompletionModel
+from gpt_kit_hf.generation.completion_model import CompletionModel
 from gpt_kit_hf.hub.model_folder import check_tokenizer, find_model_folder, load_pretrained
 
 _PACKAGES = ("pydantic", "starlette", "uvicorn")  # of the extra "serve"

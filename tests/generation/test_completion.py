@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from gpt_kit_hf.generation import fast_decoder
-from gpt_kit_hf.generation.completion import Chunk, CompletionModel, Sampling
+from gpt_kit_hf.generation.completion import Chunk, Sampling
+from gpt_kit_hf.generation.completion_model import CompletionModel
 from gpt_kit_hf.generation.token_bytes import TokenBytes
 from gpt_kit_hf.tokenization.export import save_tokenizer
 

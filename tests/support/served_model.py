@@ -16,7 +16,7 @@ from typing import Any
 import openai
 import uvicorn
 
-from gpt_kit_hf.generation.completion import CompletionModel
+from gpt_kit_hf.generation.completion_model import CompletionModel
 from gpt_kit_hf.generation.openai_api.app import Defaults, OpenAIServer
 from gpt_kit_hf.generation.server import load
 

@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import uvicorn
 from starlette.applications import Starlette
@@ -17,10 +17,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from transformers import GenerationConfig
 
-from gpt_kit_hf.generation.completion import Chunk, CompletionModel, Sampling
-from gpt_kit_hf.generation.generate import context_length, vocabulary_size
+from gpt_kit_hf.generation.completion import Chunk, Engine, Sampling
 from gpt_kit_hf.generation.openai_api.answers import Answer, ChatAnswer, CompletionAnswer
 from gpt_kit_hf.generation.openai_api.jobs import EventStream, Jobs, RequestId, Work, collect, internal_error
 from gpt_kit_hf.generation.openai_api.messages import render_prompt
@@ -34,8 +32,11 @@ from gpt_kit_hf.generation.openai_api.protocol import (
 )
 from gpt_kit_hf.generation.openai_api.responses import ResponsesAnswer, ResponsesRequest
 
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
 # Requests that are computed at once; others wait for their turn.
-_JOBS_AT_ONCE = 4
+JOBS_AT_ONCE = 4
 # Where neither the request nor a context limits an answer.
 _DEFAULT_NEW_TOKENS = 1024
 _CLIENT_CLOSED_REQUEST = 499
@@ -69,10 +70,10 @@ class _Prompt(NamedTuple):
 class OpenAIServer:
     """Answers to requests; `app` returns the application."""
 
-    def __init__(self, name: str, model: CompletionModel, defaults: Defaults) -> None:
+    def __init__(self, name: str, model: Engine, defaults: Defaults) -> None:
         self._name, self._model, self._defaults = name, model, defaults
         self._created = int(time.time())
-        self._jobs = Jobs(_JOBS_AT_ONCE)
+        self._jobs = Jobs(JOBS_AT_ONCE)
 
     def app(self, cors_allow_origins: Sequence[str] = ()) -> Starlette:
         """Return the application; web pages from `cors_allow_origins` may use it, from any origin with "*"."""
@@ -171,7 +172,7 @@ class OpenAIServer:
         """Return a prompt, checked, with its sampling."""
         if not ids:
             raise ApiError("the prompt is empty", param=param)
-        n_vocabulary, context = vocabulary_size(self._model.model), context_length(self._model.model)
+        n_vocabulary, context = self._model.vocabulary_size, self._model.context_length
         for name, values in ((param, ids), ("logit_bias", asked.logit_bias or {})):
             if (wrong := next((i for i in values if not 0 <= i < n_vocabulary), None)) is not None:
                 raise ApiError(f"{name} holds {wrong}; token ids are from 0 to below {n_vocabulary}", param=name)

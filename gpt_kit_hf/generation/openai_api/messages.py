@@ -7,16 +7,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from gpt_kit_hf.errors import one_line
+from gpt_kit_hf.generation.completion import Tokenizer
 from gpt_kit_hf.generation.openai_api.protocol import ApiError, Message
 
 # What links the result of a tool or function to its call; the order of the messages tells the same.
 _LINKS = {"tool": {"tool_call_id", "name"}, "function": {"tool_call_id", "name"}}
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
     """Return the text of a conversation up to the place where the model answers.
 
     Raises ApiError if the tokenizer has no chat template, if the template rejects the messages, if it leaves a field
