@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpt_kit_hf import AMPTrainer, Batch, GPTKitConfig, GPTKitForCausalLM
-from gpt_kit_hf.model.checkpoints.conversion import _as_gpt2
+from gpt_kit_hf.model.checkpoints.conversion import as_gpt2
 from gpt_kit_hf.options.training import OptimizerOptions
 from gpt_kit_hf.training.optim.optimizer import create_optimizer
 from gpt_kit_hf.training.runtime.compilation import compile_blocks
@@ -131,7 +131,7 @@ def our_model(work: Work) -> GPTKitForCausalLM:
 
 def gpt2_of(model: GPTKitForCausalLM) -> Any:
     """Return transformers' GPT-2 with the weights of ours, in its fastest attention."""
-    gpt2 = _as_gpt2(model).to(model.device)
+    gpt2 = as_gpt2(model).to(model.device)
     gpt2.set_attn_implementation("sdpa")
     gpt2.config.use_cache = False
     return gpt2

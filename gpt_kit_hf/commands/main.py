@@ -23,7 +23,7 @@ from gpt_kit_hf.commands.running import (
 from gpt_kit_hf.errors import UsageError, unknown_name
 from gpt_kit_hf.options.evaluation import CheckOptions, EvaluateOptions, InspectOptions, VerifyOptions
 from gpt_kit_hf.options.generation import ChatCommandOptions, GenerateOptions, ServeOptions
-from gpt_kit_hf.options.hub import CardOptions, PullOptions, PushCommandOptions
+from gpt_kit_hf.options.hub import CardOptions, ExportOptions, PullOptions, PushCommandOptions
 from gpt_kit_hf.options.model import ConvertOptions
 from gpt_kit_hf.options.parser import parse_options
 from gpt_kit_hf.options.run import FinetuneOptions, RunOptions
@@ -133,6 +133,13 @@ COMMANDS = {
             summary="Convert a checkpoint from or to GPT-2, or from a hand-written GPT.",
             options=ConvertOptions,
             module="convert",
+        ),
+        Command(
+            name="export",
+            summary="Write a model for programs that do not know this package.",
+            about="A model that the format cannot hold exactly is refused. What was written is then compared.",
+            options=ExportOptions,
+            module="export",
         ),
     )
 }

@@ -1,4 +1,4 @@
-"""Options of publishing: push, pull and the model card."""
+"""Options of publishing: push, pull, the model card, and the export for other programs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.options.declare import REQUIRED, Options, option
 
 CardBase: TypeAlias = Literal["hub", "run"]
+ExportFormat: TypeAlias = Literal["transformers"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,4 +83,19 @@ class CardOptions(Options):
     run: str = option(REQUIRED, "folder of a run or model", names="folder", metavar="RUN")
     repo: str | None = option(
         None, "repository on the Hub, used in the card's code examples", unset="the name of the run"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(Options):
+    """A model to write for other programs."""
+
+    positionals: ClassVar[tuple[str, ...]] = ("source", "destination")
+
+    source: str = option(REQUIRED, "folder of a run or model, or Hub id", names="model", metavar="SOURCE")
+    destination: str = option(
+        REQUIRED, "folder to write; it must be empty or not exist yet", names="new_folder", metavar="DESTINATION"
+    )
+    format: ExportFormat = option(
+        REQUIRED, "transformers: a folder that transformers and others load by a class of transformers itself"
     )

@@ -115,8 +115,8 @@ def save_as_gpt2(model: GPTKitForCausalLM, path: str | Path, *, tokenizer_folder
     if own is None:
         computes = ", and its code computes something else than this package's" if is_gpt_kit(model) else ""
         raise UsageError(f"model is a {type(model).__name__}{computes}; it must be a GPTKitForCausalLM")
-    with _new_folder(path) as stage:
-        _write_folder(_as_gpt2(own), stage, tokenizer_folder)
+    with new_folder(path) as stage:
+        write_folder(as_gpt2(own), stage, tokenizer_folder)
 
 
 def convert_checkpoint(
@@ -148,7 +148,7 @@ def convert_checkpoint(
     if layout not in get_args(Layout):
         raise UsageError(unknown_name("layout", layout, get_args(Layout)))
     chosen = {"n_head": n_head, "hidden_act": hidden_act, "eos_token_id": eos_token_id}
-    with _new_folder(destination) as stage:
+    with new_folder(destination) as stage:
         model: PreTrainedModel
         file = Path(source)
         if layout in ("nanogpt", "kit", "gpt-kit") or (layout == "gpt2" and is_weight_file(file)):
@@ -163,8 +163,8 @@ def convert_checkpoint(
             if layout == "gpt2":
                 model = _load_gpt2(folder, torch.float32, drop_classifier)
             else:
-                model = _as_gpt2(_load_gpt_kit(folder))
-        _write_folder(model, stage, tokenizer_folder)
+                model = as_gpt2(_load_gpt_kit(folder))
+        write_folder(model, stage, tokenizer_folder)
 
 
 # --- reading
@@ -270,7 +270,7 @@ def _load_gpt_kit(folder: Path) -> GPTKitForCausalLM:
 # --- writing
 
 
-def _as_gpt2(model: GPTKitForCausalLM) -> GPT2LMHeadModel:
+def as_gpt2(model: GPTKitForCausalLM) -> GPT2LMHeadModel:
     """Return a GPT2LMHeadModel that computes the same."""
     config = model.config
     ours = _tensors_for_gpt2(model)
@@ -320,7 +320,7 @@ def _tensors_for_gpt2(model: GPTKitForCausalLM) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _new_folder(path: str | Path) -> Iterator[Path]:
+def new_folder(path: str | Path) -> Iterator[Path]:
     """Yield a hidden folder beside `path` that is renamed to it at the end, or removed after an error."""
     final = Path(path).absolute()
     if final.exists() and not (final.is_dir() and next(final.iterdir(), None) is None):
@@ -336,7 +336,8 @@ def _new_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _write_folder(model: PreTrainedModel, stage: Path, tokenizer_folder: str | Path | None) -> None:
+def write_folder(model: PreTrainedModel, stage: Path, tokenizer_folder: str | Path | None) -> None:
+    """Write a model to a folder, and copy the tokenizer of another; UsageError if that does not fit."""
     if tokenizer_folder is not None:
         _write_tokenizer(Path(tokenizer_folder), stage, model.config.vocab_size)
     _checked(lambda: model.save_pretrained(stage), "model")
