@@ -10,19 +10,24 @@ from typing import Any
 
 from gpt_kit_hf.errors import CheckpointError, UsageError
 from gpt_kit_hf.hub.model_folder import find_model_folder
+from gpt_kit_hf.hub.native_form import stage_native
 from gpt_kit_hf.hub.secret_scan import scan_for_publication
 from gpt_kit_hf.storage.atomic_files import load_json, save_json
 from gpt_kit_hf.storage.digests import FileDigest, digest_of
-from gpt_kit_hf.storage.run_folder import CURVE_FILE
+from gpt_kit_hf.storage.run_folder import CURVE_FILE, REPORT_FILE
 
 PUBLICATION_FILE = "publication.json"
+# The code of the model, for machines without this package; a native model has none.
+REMOTE_CODE = (
+    *("configuration_gpt_kit.py", "modeling_gpt_kit.py", "chunked_loss.py", "packed_documents.py", "positions.py"),
+)
 # All other files of a run stay with it. Adapters are published merged, as the run's root holds them; the adapter's own
 # files are for a folder with an adapter alone.
 _PUBLISHED_NAMES = (
-    *("config.json", "generation_config.json", "supervision.json", "model.safetensors.index.json"),
+    *("config.json", "generation_config.json", REPORT_FILE, "model.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja"),
-    *("configuration_gpt_kit.py", "modeling_gpt_kit.py", "chunked_loss.py", "packed_documents.py", "positions.py"),
+    *REMOTE_CODE,
     *("adapter_config.json", "adapter_model.safetensors"),
 )
 _WEIGHTS = ("model.safetensors", "model-")
@@ -37,21 +42,26 @@ class PublicationManifest:
     probe: Mapping[str, Any]
 
 
-def stage_files(run: Path, stage: Path) -> None:
+def stage_files(run: Path, stage: Path, *, native: bool = False) -> Path:
     """Copy the files to publish, all but the card, from a run or model folder into an empty folder.
 
-    Raises UsageError for a folder without a model.
+    With `native` the model is written in that form. Returns the folder of the model. Raises UsageError for a folder
+    without a model, and for one that has no native form.
     """
     if not run.is_dir():
         raise UsageError(f"{str(run)!r}: no such folder")
-    for path in sorted(Path(find_model_folder(str(run))).iterdir()):
+    folder = Path(find_model_folder(str(run)))
+    if native:
+        stage_native(folder, str(run), stage)
+    for path in sorted(folder.iterdir()):
         weights = path.name.startswith(_WEIGHTS) and path.suffix == ".safetensors"
-        if path.name in _PUBLISHED_NAMES or weights:
+        if path.name == REPORT_FILE if native else path.name in _PUBLISHED_NAMES or weights:
             shutil.copyfile(path, stage / path.name)
     if (run / CURVE_FILE).is_file():
         shutil.copyfile(run / CURVE_FILE, stage / CURVE_FILE)
     if not any(stage.glob("*.safetensors")):
         raise UsageError(f"{str(run)!r} holds no weights as safetensors")
+    return folder
 
 
 def write_manifest(stage: Path, probe: Mapping[str, Any], private_names: tuple[str, ...]) -> PublicationManifest:

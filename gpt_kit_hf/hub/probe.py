@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -71,7 +72,7 @@ def probe(request: dict[str, Any], with_package: bool) -> dict[str, Any]:
             failures[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
     options = {key: request[key] for key in ("revision", "cache_dir") if request.get(key) is not None}
-    code = {} if with_package else {"trust_remote_code": True}
+    code = {"trust_remote_code": request.get("remote_code", False) and not with_package}
     loaded: dict[str, Any] = {}
     for name in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM", "AutoModel", "GenerationConfig"):
         auto_options = options if name == "GenerationConfig" else options | code
@@ -133,7 +134,7 @@ def probe_model(model: Any) -> dict[str, Any]:
         longest = max(map(len, rows))
         ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-        padded = model(ids, attention_mask=mask).logits.float()
+        padded = model(ids, attention_mask=mask, **_positions(model, mask)).logits.float()
         differences = [float((padded[n, -len(row) :] - alone[n]).abs().max()) for n, row in enumerate(rows)]
         # EOS must be a target like any other token, even where padding has the same id.
         labelled = torch.tensor([[*rows[-1], eos if isinstance(eos, int) else 0]])
@@ -156,6 +157,13 @@ def probe_model(model: Any) -> dict[str, Any]:
         "loss": float(loss),
         "loss_by_hand": float(by_hand),
     }
+
+
+def _positions(model: Any, mask: Any) -> dict[str, Any]:
+    """Return the positions of padded rows for a model of transformers, which expects them from its caller."""
+    takes = "position_ids" in inspect.signature(model.forward).parameters
+    own = type(model).__module__.startswith("transformers.")
+    return {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if takes and own else {}
 
 
 def probe_base(model: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperation, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
@@ -16,7 +17,8 @@ from huggingface_hub.hf_api import RepoFile
 from gpt_kit_hf.errors import HubError, UsageError
 from gpt_kit_hf.hub.card.card import CARD_FILE, card_facts, render_card, without_generated
 from gpt_kit_hf.hub.client import fetch_model, hub_errors
-from gpt_kit_hf.hub.manifest import PUBLICATION_FILE, PublicationManifest, stage_files, write_manifest
+from gpt_kit_hf.hub.manifest import PUBLICATION_FILE, REMOTE_CODE, PublicationManifest, stage_files, write_manifest
+from gpt_kit_hf.hub.native_form import form_differences
 from gpt_kit_hf.hub.safety import check_model_folder
 from gpt_kit_hf.hub.secret_scan import scan_for_publication
 from gpt_kit_hf.hub.template_sandbox import check_templates
@@ -26,7 +28,10 @@ from gpt_kit_hf.storage.digests import digest_of, git_digest_of
 
 # Files of an earlier model, which a loader would read in place of, or beside, those of this one.
 _STALE_PREFIXES = ("model-", "model.safetensors", "pytorch_model", "adapter_model", "adapter_config.json")
-_STALE_NAMES = ("chat_template.jinja", "chat_template.json", "special_tokens_map.json", "added_tokens.json")
+_STALE_NAMES = (
+    *("chat_template.jinja", "chat_template.json", "special_tokens_map.json", "added_tokens.json"),
+    *REMOTE_CODE,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +67,8 @@ def push_to_hub(
     """Publish the model of a run or model folder as one commit, then download and verify it.
 
     Sent are weights, configuration with code, tokenizer, chat template, generation defaults, card and manifest, as far
-    as they differ from the repository's; the same commit removes weights of an earlier model. After an interruption or
+    as they differ from the repository's; the same commit removes weights and code of an earlier model. With
+    `options.native` the model has the form of a class of transformers, and no code. After an interruption or
     a failure the repository holds the old commit or the complete new one, and the same call finishes the push.
 
     Raises:
@@ -75,20 +81,20 @@ def push_to_hub(
     with tempfile.TemporaryDirectory(prefix="gpt-kit-push-") as place:
         stage = Path(place) / "stage"
         stage.mkdir()
-        stage_files(run, stage)
+        folder = stage_files(run, stage, native=options.native)
         scan_for_publication(stage, _private_names(run))  # before anything is changed on the Hub
         head = _find_head(repo, options.revision, api) if options.dry_run else _prepare_repository(repo, options, api)
         remote = _remote_files(repo, head, api)
         _write_card(run, stage, repo, _remote_card(repo, head, remote, api), options)
         log("loading the model in a fresh process")
-        probe = run_probe([probe_request(str(stage), Path(place))], Path(place) / "probe", with_package=True)[0]
-        for name, reason in probe["failures"].items():
-            raise HubError(f"{run} was not published: its {name} cannot be used: {reason}")
+        probe = _probe_staged(run, folder if options.native else None, stage, Path(place) / "probe")
         manifest = write_manifest(stage, probe, _private_names(run))
         result = _planned(repo, remote, manifest, api)
         if options.dry_run:
             return result
         if result.sent or result.removed:
+            if result.removed:
+                log(f"removing files of an earlier model: {', '.join(result.removed)}")
             log(f"uploading {len(result.sent)} files, {sum(result.sent.values()) / 1e6:.1f} MB")
             head = _commit(head, manifest, result, options, api)
         assert head is not None  # `_prepare_repository` returns one
@@ -96,6 +102,17 @@ def push_to_hub(
         report = verify_publication(repo, head, local=manifest, api=api)
         report.require()
         return dataclasses.replace(result, commit=head, url=f"{result.url}/commit/{head}", verification=report)
+
+
+def _probe_staged(run: Path, folder: Path | None, stage: Path, work: Path) -> Mapping[str, Any]:
+    """Return the probe's answers for what is to be published; a native form must be that of the model in `folder`."""
+    places = [stage] if folder is None else [stage, folder]
+    answers = run_probe([probe_request(str(place), work) for place in places], work, with_package=True)
+    for name, reason in answers[0]["failures"].items():
+        raise HubError(f"{run} was not published: its {name} cannot be used: {reason}")
+    for difference in form_differences(answers[1], answers[0]) if folder is not None else ():
+        raise HubError(f"{run} was not published: its native form is another model: {difference}")
+    return answers[0]
 
 
 def pull_model(repo: str, folder: str | Path, *, revision: str | None = None, api: HfApi | None = None) -> Path:
@@ -171,7 +188,8 @@ def _write_card(run: Path, stage: Path, repo: str, remote: str | None, options: 
             "text to keep, --keep_card hub or --keep_card run"
         )
     base = own if remote is None or options.keep_card == "run" else remote
-    (stage / CARD_FILE).write_bytes(render_card(card_facts(run), repo=repo, existing=base).encode())
+    facts = card_facts(run, stage if options.native else None)
+    (stage / CARD_FILE).write_bytes(render_card(facts, repo=repo, existing=base).encode())
 
 
 def _read_card(path: Path) -> str:

@@ -65,7 +65,8 @@ def verify_publication(
 ) -> VerificationReport:
     """Download a commit into empty caches, load it in fresh processes, and compare it with what was published.
 
-    One process has this package, the other has not and uses `trust_remote_code=True`; each has its own cache. Compared
+    One process has this package, the other has not; each has its own cache. The other one runs the repository's code,
+    `trust_remote_code=True`, only if a model of this package was published, and not for a native model. Compared
     are the files' digests, the configuration, the tokenizer's ids, logits, greedy tokens and losses, with those of
     `local`, by default with the manifest in the repository. Raises HubError for a failed download.
     """
@@ -75,13 +76,14 @@ def verify_publication(
     with tempfile.TemporaryDirectory(prefix="gpt-kit-verify-") as place:
         works = {True: Path(place) / "with", False: Path(place) / "without"}
         folders = [_fetch(repo, commit, work, api) for work in works.values()]
+        remote_code = _needs_code(folders[0], local)
         with ThreadPoolExecutor(2) as pool:
-            jobs = [
-                pool.submit(run_probe, [probe_request(repo, work, commit)], work, with_package, api)
-                for with_package, work in works.items()
-            ]
-            with_package, without = (job.result()[0] for job in jobs)
-        return judge(repo, commit, folders[0], with_package, without, local)
+            jobs = []
+            for with_package, work in works.items():
+                request = probe_request(repo, work, commit, remote_code=remote_code)
+                jobs.append(pool.submit(run_probe, [request], work, with_package, api))
+            answers, without = (job.result()[0] for job in jobs)
+        return judge(repo, commit, folders[0], answers, without, local)
 
 
 def judge(
@@ -108,10 +110,7 @@ def judge(
             differences.append(str(error).replace(f"{folder}/", ""))
     expected = reference.probe if reference is not None else {}
     config = _read_config(folder)
-    is_ours = GPTKitConfig.model_type in (
-        config.get("model_type"),
-        expected.get("config", {}).get("values", {}).get("model_type"),
-    )
+    is_ours = GPTKitConfig.model_type in (config.get("model_type"), _type_published(reference))
     if is_ours:
         differences += _config_faults(folder, config)
     for process, answers in (("with the package", with_package), ("without the package", without)):
@@ -121,18 +120,37 @@ def judge(
         differences += [f"{line} ({process})" for line in found]
         for name, reason in answers["failures"].items():
             differences.append(f"{name} cannot be used {process}: {hide_secrets(reason)}")
-    if is_ours and "model" in without and not without["model"]["module"].startswith("transformers_modules."):
+    source = "transformers_modules." if is_ours else "transformers."
+    if "model" in without and not without["model"]["module"].startswith(source):
         differences.append(f"without the package the code came from {without['model']['module']}")
-    files = f"{len(reference.files) if reference else 0} files by SHA-256, with the package and without"
+    how = "" if is_ours else f", as {without['model']['class']} without remote code" if "model" in without else ""
+    files = f"{len(reference.files) if reference else 0} files by SHA-256, with the package and without{how}"
     unique = tuple(dict.fromkeys(differences))
     return VerificationReport(repo=repo, commit=commit, checks=(files, *_CHECKS), differences=unique)
 
 
-def probe_request(place: str, work: Path, revision: str | None = None) -> dict[str, Any]:
-    """Return the request to probe a folder, or a commit of a Hub repository in the cache below `work`."""
-    if revision is None:
-        return {"place": place}
-    return {"place": place, "revision": revision, "cache_dir": str(work / "cache")}
+def _needs_code(folder: Path, local: PublicationManifest | None) -> bool:
+    """Return whether a model of this package was published and is there, whose code is to be run for a comparison."""
+    try:
+        published = _type_published(local or read_manifest(folder))
+    except CheckpointError:
+        published = GPTKitConfig.model_type
+    return published == _read_config(folder).get("model_type") == GPTKitConfig.model_type
+
+
+def _type_published(manifest: PublicationManifest | None) -> object:
+    """Return the model_type by the answers of the probe before the publication."""
+    answers = manifest.probe if manifest is not None else {}
+    return answers.get("config", {}).get("values", {}).get("model_type")
+
+
+def probe_request(place: str, work: Path, revision: str | None = None, *, remote_code: bool = True) -> dict[str, Any]:
+    """Return the request to probe a folder, or a commit of a Hub repository in the cache below `work`.
+
+    With `remote_code` its code is run where this package is absent.
+    """
+    request = {"place": place, "remote_code": remote_code}
+    return request if revision is None else request | {"revision": revision, "cache_dir": str(work / "cache")}
 
 
 def run_probe(

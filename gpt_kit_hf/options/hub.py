@@ -24,6 +24,11 @@ class PushOptions(Options):
     revision: str | None = option(
         None, "branch to commit to; it is created if necessary", unset="main", excludes=("create_pr",)
     )
+    native: bool = option(
+        False,
+        "publish it as a class of transformers, GPT2LMHeadModel, LlamaForCausalLM or Qwen3ForCausalLM, which other "
+        "programs know and which needs no code in the repository; the same commit removes that of an earlier push",
+    )
     create_pr: bool = option(False, "open a pull request instead of committing to a branch")
     commit_message: str = option("Publish the model", "message of the commit")
     keep_card: CardBase | None = option(

@@ -8,15 +8,16 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 import hub_server
+import pushing
 import pytest
 import torch
 from hub_server import Fault, HubServer
 from huggingface_hub import HfApi, snapshot_download
+from pushing import REPO, SECRET
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -37,17 +38,15 @@ from gpt_kit_hf import (
     train,
     verify_publication,
 )
-from gpt_kit_hf.hub import probe as published_probe
 from gpt_kit_hf.hub.manifest import PUBLICATION_FILE, read_manifest
 from gpt_kit_hf.hub.secret_scan import scan_for_publication
 from gpt_kit_hf.hub.verify import judge, probe_request, run_probe
 
 pytestmark = hub_server.CLIENT_WARNINGS
 hub = hub_server.hub
-REPO = "ann/tiny"
+api = pushing.api
+quick = pushing.quick
 ROOT = Path(__file__).resolve().parents[2]
-_LOADING = threading.Lock()  # transformers loads one model at a time in a process
-SECRET = "hf_" + "AbCdEfGhIjKlMnOpQrStUvWxYz012345"
 
 
 @pytest.fixture(scope="module")
@@ -73,38 +72,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "tiny"
 
 
-@pytest.fixture
-def api(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> HfApi:
-    monkeypatch.setenv("HF_TOKEN", hub.token)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
-    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
-    # transformers lists chat templates by a client that it keeps.
-    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
-    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", hub.url)
-    return HfApi(endpoint=hub.url, token=hub.token)
-
-
-def in_process(
-    requests: list[dict[str, Any]], work: Path, with_package: bool, api: HfApi | None = None
-) -> list[dict[str, Any]]:
-    """The probe without a process of its own: quick, but no substitute for post-push verification."""
-    with _LOADING:
-        answers = [published_probe.probe(request, with_package=True) for request in requests]
-    for answer in answers:
-        if not with_package and "model" in answer:
-            answer["model"]["module"] = "transformers_modules.here"
-    return answers
-
-
 # --- push, verification and pull -------------------------------------------------------------------------
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pushes without fresh processes, for tests of anything but the verification."""
-    monkeypatch.setattr("gpt_kit_hf.hub.push.run_probe", in_process)
-    monkeypatch.setattr("gpt_kit_hf.hub.verify.run_probe", in_process)
 
 
 _LOADER = """

@@ -60,12 +60,13 @@ _TEXTS: dict[str, Container[object]] = {
 Check = Callable[[object], Any]
 
 
-def card_facts(run: Path) -> dict[str, Any]:
+def card_facts(run: Path, model: Path | None = None) -> dict[str, Any]:
     """Return as JSON what a card shows of a run, finished or not, or of a model folder without a run's record.
 
     The same folder gives the same facts anywhere: no times, no absolute paths. A base model or dataset counts as one
-    of the Hub if the run recorded that, or if its name has the form of an id and no such folder exists. Raises
-    UsageError for a folder with neither a run nor a model, CheckpointError for files that cannot be read.
+    of the Hub if the run recorded that, or if its name has the form of an id and no such folder exists. `model` is a
+    folder with another form of the model, whose card it is to be. Raises UsageError for a folder with neither a run
+    nor a model, CheckpointError for files that cannot be read.
     """
     record = _read_object(run / RECORD_FILE)
     options = record.get("options")
@@ -73,6 +74,8 @@ def card_facts(run: Path) -> dict[str, Any]:
         options = _read_object(run / OPTIONS_FILE)
     folder = _model_folder(run)
     config = _read_object(folder / "config.json")
+    if model is not None:
+        folder, config = model, config | _read_object(model / "config.json")
     if not options and not config:
         raise UsageError(f"{str(run)!r} holds neither a run nor a model: no {OPTIONS_FILE} and no config.json")
     kind, name = kind_of(options), shareable(run.resolve().name)

@@ -1,0 +1,48 @@
+"""Pushing to the Hub on this machine's loopback: the client's fixtures, and pushes without fresh processes."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_server import HubServer
+from huggingface_hub import HfApi
+
+from gpt_kit_hf.hub import probe as published_probe
+
+REPO = "ann/tiny"
+SECRET = "hf_" + "AbCdEfGhIjKlMnOpQrStUvWxYz012345"
+_LOADING = threading.Lock()  # transformers loads one model at a time in a process
+
+
+@pytest.fixture
+def api(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> HfApi:
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    # transformers lists chat templates by a client that it keeps.
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", hub.url)
+    return HfApi(endpoint=hub.url, token=hub.token)
+
+
+def in_process(
+    requests: list[dict[str, Any]], work: Path, with_package: bool, api: HfApi | None = None
+) -> list[dict[str, Any]]:
+    """The probe without a process of its own: quick, but no substitute for post-push verification."""
+    with _LOADING:
+        answers = [published_probe.probe(request, with_package=True) for request in requests]
+    for answer in answers:
+        if not with_package and answer.get("model", {}).get("class", "").startswith("GPTKit"):
+            answer["model"]["module"] = "transformers_modules.here"
+    return answers
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pushes without fresh processes, for tests of anything but the verification."""
+    monkeypatch.setattr("gpt_kit_hf.hub.push.run_probe", in_process)
+    monkeypatch.setattr("gpt_kit_hf.hub.verify.run_probe", in_process)
