@@ -57,6 +57,8 @@ def write_native(model: PreTrainedModel, stage: Path, tokenizer_folder: str | Pa
 
 def as_native(model: PreTrainedModel) -> PreTrainedModel:
     """Return a model of transformers' own class that computes the same; UsageError if there is no such class."""
+    if is_native(model):
+        return model
     own = own_model(model)
     if own is None:
         raise UsageError(f"model is a {type(model).__name__}; it must be a GPTKitForCausalLM")
@@ -72,6 +74,11 @@ def check_native(config: GPTKitConfig) -> None:
     if not config.use_bias:
         what = _TO_GPT2.format(what="zeros")
         raise UsageError(f"use_bias={config.use_bias}: GPT2LMHeadModel has biases; {what}")
+
+
+def is_native(model: PreTrainedModel) -> bool:
+    """Return whether a model's class is one of transformers."""
+    return type(model).__module__.startswith("transformers.models.")
 
 
 @torch.no_grad()
