@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from gpt_kit_hf.commands.engines import check_engine
 from gpt_kit_hf.data.text.files.file_types import file_refusal
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.options.declare import Option, sections_of
 from gpt_kit_hf.options.evaluation import VerifyOptions
 from gpt_kit_hf.options.files import PYTHON_STDLIB, find_files, may_be_hub_id
+from gpt_kit_hf.options.generation import EngineOptions
 from gpt_kit_hf.options.run import RunOptions
 from gpt_kit_hf.options.training import TrainingOptions
 from gpt_kit_hf.storage.atomic_files import load_json
+from gpt_kit_hf.storage.gguf_header import is_gguf
 from gpt_kit_hf.storage.run_folder import check_run_folder, holds_run, recorded_steps
 
 # Options that name files of text.
@@ -43,6 +46,8 @@ def check_options(options: object) -> None:
                     # In another encoding, text may hold NUL bytes.
                     text = each.name in _TEXT and getattr(holder, "encoding_of_files", None) is None
                     _check(each, named, text)
+    if isinstance(options, EngineOptions):
+        check_engine(options)
     if isinstance(options, VerifyOptions) and options.steps is not None:
         recorded_steps(Path(options.run), *options.steps)
 
@@ -63,8 +68,9 @@ def _check_length(options: RunOptions) -> None:
 
 def _check(option: Option, named: str, text: bool) -> None:
     place = Path(named)
-    if option.names == "model":
-        _check_model(named)
+    if option.names in ("model", "model_or_gguf"):
+        if not (option.names == "model_or_gguf" and is_gguf(place)):
+            _check_model(named)
     elif option.names in ("folder", "run"):
         if not place.is_dir():
             raise UsageError(f"{option.name} {named!r}: no such folder")
@@ -87,7 +93,11 @@ def _check(option: Option, named: str, text: bool) -> None:
 def _check_model(named: str) -> None:
     """Refuse a path that is no model folder or does not exist; a Hub id is not looked up."""
     place = Path(named)
-    if not place.exists() and not may_be_hub_id(named):
-        raise UsageError(f"{named!r}: no such folder")
+    if is_gguf(place):
+        raise UsageError(f"{named!r} is a GGUF file, which only generate, chat and serve run: give a folder or Hub id")
+    if place.is_file():
+        raise UsageError(f"{named!r} is a file; a model is a folder or a Hub id")
+    if not place.exists() and (not may_be_hub_id(named) or place.suffix == ".gguf"):
+        raise UsageError(f"{named!r}: no such {'file' if place.suffix == '.gguf' else 'folder'}")
     if place.is_dir() and not any((place / name).exists() for name in ("config.json", "checkpoints")):
         raise UsageError(f"{named!r} holds no model: neither a config.json nor a checkpoint")

@@ -5,21 +5,15 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
+from gpt_kit_hf.commands.engines import uses_llama_cpp
 from gpt_kit_hf.commands.running import note, write
 from gpt_kit_hf.errors import UsageError
-from gpt_kit_hf.generation.chat import Conversation, converse
-from gpt_kit_hf.generation.fast_decoder import Decoder
-from gpt_kit_hf.generation.generate import stream_text
-from gpt_kit_hf.generation.server import serve as serve_model
-from gpt_kit_hf.hub.model_folder import check_tokenizer, find_model_folder, load_pretrained, move_to_device
-from gpt_kit_hf.options.generation import ChatCommandOptions, GenerateOptions, ServeOptions
-from gpt_kit_hf.tokenization.encodings import text_to_token_ids
+from gpt_kit_hf.generation.chat import TextConversation, converse
+from gpt_kit_hf.generation.engine import TextEngine
+from gpt_kit_hf.options.generation import ChatCommandOptions, DecodingDtype, GenerateOptions, Overflow, ServeOptions
 
 _TOKENS_COMPARED = 128  # tokens on which the reduced precision is compared with the model's own
 _MAX_NEW_TOKENS = 200  # where --max_new_tokens is not given
@@ -27,67 +21,71 @@ _MAX_NEW_TOKENS = 200  # where --max_new_tokens is not given
 
 def generate(options: GenerateOptions) -> None:
     """Stream the prompt and its continuation; in another `dtype`, also note how far it is from the model's own."""
-    model, tokenizer = _load(options.model_name_or_path, options.device)
-    if options.seed is not None:
-        torch.manual_seed(options.seed)
-    # Without a prompt, a text begins where documents begin.
-    start = options.prompt or (tokenizer.bos_token or "")
-    prompt_tokens = text_to_token_ids(start, tokenizer).shape[1]
-    room = model.config.max_position_embeddings - prompt_tokens
-    wanted = options.max_new_tokens
+    with _text_engine(options, options.overflow) as engine:
+        # Without a prompt, a text begins where documents begin.
+        start = options.prompt or (engine.tokenizer.bos_token or "")
+        max_new_tokens = _new_tokens(options, engine, len(engine.encode(start)))
+        unwritten = [options.prompt]
+
+        def show(chunk: str) -> None:
+            write("".join((*unwritten, chunk)))
+            unwritten.clear()
+
+        # The prompt is written with the first chunk, so that a refusal stands alone.
+        text = engine.stream(start, max_new_tokens, show)
+        show("\n")
+        if options.dtype != "auto" and not uses_llama_cpp(options):
+            _note_divergence(engine, start + text, options.dtype)
+
+
+def _new_tokens(options: GenerateOptions, engine: TextEngine, n_prompt: int) -> int:
+    """Return the most tokens to add. Raises UsageError if the model's context has no room for them."""
+    context, wanted = engine.context_length, options.max_new_tokens
+    if context is None or options.overflow == "slide":
+        return _MAX_NEW_TOKENS if wanted is None else wanted
+    room = context - n_prompt
     if wanted is None:
-        wanted = _MAX_NEW_TOKENS if options.overflow == "slide" else max(1, min(_MAX_NEW_TOKENS, room))
-    if wanted > room and options.overflow == "error":
+        wanted = max(1, min(_MAX_NEW_TOKENS, room))
+    if wanted > room:
+        slide = "" if uses_llama_cpp(options) else ", or give --overflow slide"
         raise UsageError(
-            f"the prompt's {prompt_tokens} tokens and {wanted} more exceed the model's context, "
-            f"max_position_embeddings={model.config.max_position_embeddings}: lower --max_new_tokens, or give "
-            "--overflow slide"
+            f"the prompt's {n_prompt} tokens and {wanted} more exceed the model's context, "
+            f"max_position_embeddings={context}: lower --max_new_tokens{slide}"
         )
-    unwritten = [options.prompt]
+    return wanted
 
-    def show(chunk: str) -> None:
-        write("".join((*unwritten, chunk)))
-        unwritten.clear()
 
-    # The prompt is written with the first chunk, so that a refusal stands alone.
-    text = stream_text(
-        model,
-        tokenizer,
-        start,
-        max_new_tokens=wanted,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        overflow=options.overflow,
-        dtype=options.dtype,
-        on_text=show,
+def _note_divergence(engine: Any, text: str, dtype: DecodingDtype) -> None:
+    from gpt_kit_hf.generation.fast_decoder import Decoder
+    from gpt_kit_hf.tokenization.encodings import text_to_token_ids
+
+    ids = text_to_token_ids(text, engine.tokenizer)[:, -_TOKENS_COMPARED:]
+    divergence, same = Decoder(engine.model, dtype).divergence(ids)
+    note(
+        f"weights in {dtype}: KL divergence from the model's own predictions {divergence:.2g} nats a token, the same "
+        f"most likely token at {same:.1%} of the last {ids.shape[1]}"
     )
-    show("\n")
-    if options.dtype != "auto":
-        ids = text_to_token_ids(start + text, tokenizer)[:, -_TOKENS_COMPARED:]
-        divergence, same = Decoder(model, options.dtype).divergence(ids)
-        note(
-            f"weights in {options.dtype}: KL divergence from the model's own predictions {divergence:.2g} nats a "
-            f"token, the same most likely token at {same:.1%} of the last {ids.shape[1]}"
-        )
 
 
 def chat(options: ChatCommandOptions) -> None:
     """Chat with a model: lines from standard input, answers on the output."""
-    model, tokenizer = _load(options.model_name_or_path, options.device)
-    if options.seed is not None:
-        torch.manual_seed(options.seed)
-    kind = "no chat template: it continues your text" if tokenizer.chat_template is None else "chat template"
-    note(f"{options.model_name_or_path} ({kind}). /clear starts a new conversation, /exit or Ctrl-D ends it.")
-    try:
-        converse(Conversation(model, tokenizer, options), _read_lines(), write, note)
-    except KeyboardInterrupt:  # the way out in the middle of an answer
-        write("\n")
+    with _text_engine(options) as engine:
+        has_template = engine.tokenizer.chat_template is not None
+        kind = "chat template" if has_template else "no chat template: it continues your text"
+        note(f"{options.model_name_or_path} ({kind}). /clear starts a new conversation, /exit or Ctrl-D ends it.")
+        try:
+            converse(TextConversation(engine, options.max_new_tokens), _read_lines(), write, note)
+        except KeyboardInterrupt:  # the way out in the middle of an answer
+            write("\n")
 
 
 def serve(options: ServeOptions) -> None:
     """Serve a model over an OpenAI-compatible API until interrupted."""
+    from gpt_kit_hf.generation.server import serve as serve_model
+
     serve_model(
         options.model_name_or_path,
+        llama_cpp=uses_llama_cpp(options),
         host=options.host,
         port=options.port,
         cors_allow_origins=options.cors_allow_origins,
@@ -95,8 +93,39 @@ def serve(options: ServeOptions) -> None:
     )
 
 
+@contextmanager
+def _text_engine(options: GenerateOptions | ChatCommandOptions, overflow: Overflow = "error") -> Iterator[TextEngine]:
+    """Load a model into the engine that the options name, within the block."""
+    if uses_llama_cpp(options):
+        from gpt_kit_hf.generation.llama_cpp import LlamaCppModel, LlamaCppText, gguf_file
+
+        with gguf_file(options.model_name_or_path, options.dtype) as path:
+            model = LlamaCppModel(path)
+            yield LlamaCppText(model, temperature=options.temperature, top_k=options.top_k, seed=options.seed)
+        return
+    import torch
+
+    from gpt_kit_hf.generation.generate import TransformersText
+
+    model, tokenizer = _load(options.model_name_or_path, options.device)
+    if options.seed is not None:
+        torch.manual_seed(options.seed)
+    yield TransformersText(
+        model,
+        tokenizer,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        dtype=options.dtype,
+        overflow=overflow,
+    )
+
+
 def _load(place: str, device: str) -> tuple[Any, Any]:
     """Return the model of a run, a folder or a Hub repository, on the device, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from gpt_kit_hf.hub.model_folder import check_tokenizer, find_model_folder, load_pretrained, move_to_device
+
     folder = find_model_folder(place)
     tokenizer = load_pretrained(AutoTokenizer, folder, place)
     model = load_pretrained(AutoModelForCausalLM, folder, place)

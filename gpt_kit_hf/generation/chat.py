@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from jinja2 import TemplateError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gpt_kit_hf.errors import UsageError, unknown_name
-from gpt_kit_hf.generation.generate import context_length, stream_text
+from gpt_kit_hf.generation.engine import TextEngine
 from gpt_kit_hf.options.generation import ChatOptions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Message: TypeAlias = dict[str, str]
 
@@ -31,13 +33,11 @@ class MessageTooLongError(UsageError):
     """A message that fills the model's context and leaves no token for an answer."""
 
 
-class Conversation:
-    """The turns of a conversation with one model."""
+class TextConversation:
+    """The turns of a conversation with one model, whatever computes it; an answer has at most `max_new_tokens`."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: ChatOptions) -> None:
-        self._model = model
-        self._tokenizer = tokenizer
-        self._options = options
+    def __init__(self, engine: TextEngine, max_new_tokens: int) -> None:
+        self._engine, self._max_new_tokens = engine, max_new_tokens
         self._messages: list[Message] = []
 
     def clear(self) -> None:
@@ -55,23 +55,14 @@ class Conversation:
         kept, prompt, room = self._fit(messages)
         if n_dropped := (len(messages) - len(kept)) // 2:
             turns = "turn no longer fits" if n_dropped == 1 else f"{n_dropped} turns no longer fit"
-            on_note(f"(the oldest {turns} in the context of {context_length(self._model)} tokens)")
-        answer = stream_text(
-            self._model,
-            self._tokenizer,
-            prompt,
-            max_new_tokens=min(self._options.max_new_tokens, room),
-            temperature=self._options.temperature,
-            top_k=self._options.top_k,
-            dtype=self._options.dtype,
-            on_text=on_text,
-        )
+            on_note(f"(the oldest {turns} in the context of {self._engine.context_length} tokens)")
+        answer = self._engine.stream(prompt, min(self._max_new_tokens, room), on_text)
         self._messages = [*kept, {"role": "assistant", "content": answer}]
         return answer
 
     def _fit(self, messages: list[Message]) -> tuple[list[Message], str, int]:
         """Return the latest messages that fit, their text, and the number of tokens left for an answer."""
-        wanted, context = self._options.max_new_tokens, context_length(self._model)
+        wanted, context = self._max_new_tokens, self._engine.context_length
         prompt = self._apply_template(messages)
         if context is None:
             return messages, prompt, wanted
@@ -87,9 +78,9 @@ class Conversation:
         return messages, prompt, room
 
     def _apply_template(self, messages: list[Message]) -> str:
-        template = CONTINUATION_TEMPLATE if self._tokenizer.chat_template is None else None
+        template = CONTINUATION_TEMPLATE if self._engine.tokenizer.chat_template is None else None
         try:
-            text = self._tokenizer.apply_chat_template(
+            text = self._engine.tokenizer.apply_chat_template(
                 messages, chat_template=template, tokenize=False, add_generation_prompt=True
             )
         except TemplateError as error:
@@ -98,11 +89,26 @@ class Conversation:
 
     def _count(self, prompt: str) -> int:
         # Not verbose: a prompt above the context is about to be shortened, so no warning is due.
-        return len(self._tokenizer.encode(prompt, add_special_tokens=False, verbose=False))
+        return len(self._engine.tokenizer.encode(prompt, add_special_tokens=False, verbose=False))
+
+
+class Conversation(TextConversation):
+    """The turns of a conversation with one model of transformers."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: ChatOptions) -> None:
+        from gpt_kit_hf.generation.generate import TransformersText
+
+        engine = TransformersText(
+            model, tokenizer, temperature=options.temperature, top_k=options.top_k, dtype=options.dtype
+        )
+        super().__init__(engine, options.max_new_tokens)
 
 
 def converse(
-    conversation: Conversation, lines: Iterable[str], on_text: Callable[[str], None], on_note: Callable[[str], None]
+    conversation: TextConversation,
+    lines: Iterable[str],
+    on_text: Callable[[str], None],
+    on_note: Callable[[str], None],
 ) -> None:
     """Answer each line until the last one or "/exit"; "/clear" forgets the turns; blank lines are ignored."""
     for line in lines:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 FinishReason: TypeAlias = Literal["stop", "length"]
 
@@ -57,68 +57,6 @@ class Chunk(NamedTuple):
     tokens: list[ScoredToken]
     n_tokens: int  # tokens that the model generated for this chunk, those of a stop string and EOS included
     finish_reason: FinishReason | None
-
-
-class Tokenizer(Protocol):
-    """What a conversation and a server ask of a tokenizer: that of transformers, or the one in a GGUF file."""
-
-    chat_template: Any
-    bos_token: str | None
-
-    @property
-    def all_special_tokens(self) -> list[str]:
-        """The tokens that a message must not hold as text."""
-
-    def encode(self, text: str, add_special_tokens: bool = True, *, verbose: bool = True) -> list[int]:
-        """Return the ids of a text, by default with those that the tokenizer adds to each text."""
-
-    def apply_chat_template(
-        self,
-        conversation: Any,
-        *,
-        chat_template: str | None = None,
-        tokenize: bool = True,
-        add_generation_prompt: bool = False,
-    ) -> Any:
-        """Return the text of a conversation, by the chat template."""
-
-
-class Engine(Protocol):
-    """A model with its tokenizer, prepared to complete prompts in several threads at once."""
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the model."""
-
-    @property
-    def context_length(self) -> int | None:
-        """The number of positions, None for a model without a limit."""
-
-    @property
-    def vocabulary_size(self) -> int:
-        """The number of logits, which may be more than the tokenizer has tokens."""
-
-    def decode(self, ids: list[int]) -> str:
-        """Return the text of ids."""
-
-    def complete(
-        self,
-        prompt: Sequence[int],
-        n: int,
-        sampling: Sampling,
-        on_chunk: Callable[[Chunk], None],
-        *,
-        first_index: int = 0,
-        is_cancelled: Callable[[], bool] = lambda: False,
-    ) -> None:
-        """Generate `n` choices, numbered from `first_index`, and call `on_chunk` as soon as text is certain.
-
-        The prompt must leave `sampling.max_new_tokens` tokens of the model's context. After `is_cancelled()`, which is
-        asked before each token, no further chunk comes.
-        """
-
-    def score(self, prompt: Sequence[int], top: int) -> list[ScoredToken]:
-        """Return the log-probabilities of the prompt's own tokens."""
 
 
 class Choice:

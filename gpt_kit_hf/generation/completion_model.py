@@ -42,7 +42,7 @@ _ROWS_AT_ONCE = 8
 
 
 class CompletionModel:
-    """An `Engine` of a model of transformers.
+    """A `CompletionEngine` of a model of transformers.
 
     The model must be in eval mode. Its generation config is replaced by one that leaves every decision to `Sampling`;
     only the EOS ids are taken from it. Its weights must not change any more.
@@ -66,7 +66,7 @@ class CompletionModel:
         first_index: int = 0,
         is_cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Generate choices of a prompt, as `Engine` says."""
+        """Generate choices of a prompt, as `CompletionEngine` says."""
         for start in range(first_index, first_index + n, _ROWS_AT_ONCE):
             indices = range(start, min(start + _ROWS_AT_ONCE, first_index + n))
             answers = [_Answer(self, index, prompt, sampling, on_chunk) for index in indices]

@@ -99,6 +99,42 @@ def stream_text(
     return streamer.finish()
 
 
+class TransformersText:
+    """A `TextEngine` of a model of transformers: ``stream_text`` with these arguments."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        temperature: float,
+        top_k: int | None,
+        dtype: DecodingDtype = "auto",
+        overflow: Overflow = "error",
+    ) -> None:
+        self.model, self.tokenizer, self.context_length = model, tokenizer, context_length(model)
+        self._temperature, self._top_k, self._dtype, self._overflow = temperature, top_k, dtype, overflow
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a prompt."""
+        ids: list[int] = text_to_token_ids(text, self.tokenizer)[0].tolist()
+        return ids
+
+    def stream(self, prompt: str, max_new_tokens: int, on_text: Callable[[str], None]) -> str:
+        """Continue a text, as `TextEngine` says."""
+        return stream_text(
+            self.model,
+            self.tokenizer,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=self._temperature,
+            top_k=self._top_k,
+            overflow=self._overflow,
+            dtype=self._dtype,
+            on_text=on_text,
+        )
+
+
 class TextStreamer(BaseStreamer):  # type: ignore[misc]
     """Convert token ids to chunks of text that end between characters."""
 

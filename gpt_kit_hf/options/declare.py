@@ -24,7 +24,7 @@ Resume: TypeAlias = Literal["fixed", "allowed", "text", "free"]
 # list of weighted sources, or not at all.
 Card: TypeAlias = Literal["value", "path", "path_or_id", "mixture", "hidden"]
 # What the value names on the disk, so that it can be checked before any large library is imported.
-Names: TypeAlias = Literal["", "files", "weighted_files", "folder", "new_folder", "run", "model"]
+Names: TypeAlias = Literal["", "files", "weighted_files", "folder", "new_folder", "run", "model", "model_or_gguf"]
 
 _NOUNS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 

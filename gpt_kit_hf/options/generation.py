@@ -9,6 +9,7 @@ from gpt_kit_hf.options.declare import REQUIRED, Options, option
 
 DecodingDtype: TypeAlias = Literal["auto", "float16", "int8"]
 Overflow: TypeAlias = Literal["error", "slide"]
+EngineName: TypeAlias = Literal["auto", "torch", "llama.cpp"]
 
 
 def device_option() -> Any:
@@ -40,10 +41,23 @@ class SamplingOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadedModelOptions(Options):
+class EngineOptions(Options):
+    """The model, and what computes it."""
+
+    model_name_or_path: str = option(
+        REQUIRED, "folder of a run or model, Hub id, or GGUF file", names="model_or_gguf", metavar="MODEL"
+    )
+    engine: EngineName = option(
+        "auto",
+        "what computes the model: torch, or llama.cpp on a CPU, which needs the extra llama and writes a temporary "
+        "GGUF file of a folder; auto is llama.cpp for a GGUF file, else torch",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModelOptions(EngineOptions):
     """The model, and where it runs."""
 
-    model_name_or_path: str = option(REQUIRED, "folder of a run or model, or Hub id", names="model", metavar="MODEL")
     device: str = device_option()
 
 
@@ -85,12 +99,11 @@ class ChatCommandOptions(ChatOptions, LoadedModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions(Options):
+class ServeOptions(EngineOptions):
     """A model to serve, and the address to serve it at."""
 
     positionals: ClassVar[tuple[str, ...]] = ("model_name_or_path",)
 
-    model_name_or_path: str = option(REQUIRED, "folder of a run or model, or Hub id", names="model", metavar="MODEL")
     host: str = option(
         "127.0.0.1",
         "address to listen on; there is no authentication, so anyone who can reach another address can use the server",

@@ -2,5 +2,5 @@
 
 `atomic_files` writes and reads JSON, JSONL and tensors; `checkpoints` saves, verifies and rotates checkpoint folders;
 `lock` admits one writer to a run folder; `run_folder` names its files and decides whether a run may use it; `digests`
-computes sizes and hashes of files.
+computes sizes and hashes of files; `gguf_header` reads what a GGUF file says of itself.
 """

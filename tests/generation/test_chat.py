@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gpt_kit_hf.commands import generate as generate_commands
 from gpt_kit_hf.commands.main import main
 from gpt_kit_hf.errors import UsageError
-from gpt_kit_hf.generation import chat as chat_module
+from gpt_kit_hf.generation import generate as generate_module
 from gpt_kit_hf.generation.chat import Conversation, MessageTooLongError, converse
 from gpt_kit_hf.options.generation import ChatOptions
 
@@ -57,7 +57,7 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         asked.append((prompt, max_new_tokens))
         return "." * 8
 
-    monkeypatch.setattr(chat_module, "stream_text", answer)
+    monkeypatch.setattr(generate_module, "stream_text", answer)
     return asked
 
 
@@ -284,7 +284,7 @@ def test_a_terminal_ends_it_with_success(
             time.sleep(0.01)
         return " said"
 
-    monkeypatch.setattr(chat_module, "stream_text", answer)
+    monkeypatch.setattr(generate_module, "stream_text", answer)
     monkeypatch.setattr(generate_commands, "_load", lambda *_: (model, tokenizer))
     monkeypatch.setenv("TERM", "dumb")
     terminal = Terminal(lambda: main(["chat", str(folder), *SETTINGS]))

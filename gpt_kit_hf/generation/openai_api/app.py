@@ -18,7 +18,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from gpt_kit_hf.generation.completion import Chunk, Engine, Sampling
+from gpt_kit_hf.generation.completion import Chunk, Sampling
+from gpt_kit_hf.generation.engine import CompletionEngine
 from gpt_kit_hf.generation.openai_api.answers import Answer, ChatAnswer, CompletionAnswer
 from gpt_kit_hf.generation.openai_api.jobs import EventStream, Jobs, RequestId, Work, collect, internal_error
 from gpt_kit_hf.generation.openai_api.messages import render_prompt
@@ -70,7 +71,7 @@ class _Prompt(NamedTuple):
 class OpenAIServer:
     """Answers to requests; `app` returns the application."""
 
-    def __init__(self, name: str, model: Engine, defaults: Defaults) -> None:
+    def __init__(self, name: str, model: CompletionEngine, defaults: Defaults) -> None:
         self._name, self._model, self._defaults = name, model, defaults
         self._created = int(time.time())
         self._jobs = Jobs(JOBS_AT_ONCE)

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from gpt_kit_hf.errors import one_line
-from gpt_kit_hf.generation.completion import Tokenizer
+from gpt_kit_hf.generation.engine import Tokenizer
 from gpt_kit_hf.generation.openai_api.protocol import ApiError, Message
 
 # What links the result of a tool or function to its call; the order of the messages tells the same.
