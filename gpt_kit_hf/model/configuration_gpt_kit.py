@@ -25,7 +25,16 @@ _COUNTS = (
     *("vocab_size", "max_position_embeddings", "n_embd", "n_layer", "n_head", "n_inner"),
     *("num_key_value_heads", "head_dim"),
 )
-_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+# Kinds of rotation: the keys of `rope_parameters` that they need, and others that they have.
+_ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+    "llama3": (("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"), ()),
+}
 
 
 @strict
@@ -122,11 +131,11 @@ class GPTKitConfig(PreTrainedConfig):
             if not _from_file and not _is_inherited(key):
                 _refuse_unknown(key)
         self._fill_in()
-        given_rope = self.rope_parameters or kwargs.get("rope_scaling") or kwargs.get("rope_theta")
-        super().__post_init__(**kwargs)  # completes rope_parameters
-        if self.position_embedding != "rotary":
-            if given_rope:
-                raise ValueError(f"rope_parameters need position_embedding='rotary', got {self.position_embedding!r}")
+        rope = kwargs.pop("rope_scaling", None) or self.rope_parameters  # the older name of transformers
+        self.rope_parameters = None if rope is None else dict(rope)
+        is_given = rope or kwargs.get("rope_theta")
+        super().__post_init__(**kwargs)  # completes rope_parameters in place
+        if self.position_embedding != "rotary" and not is_given:
             self.rope_parameters = None
 
     def _fill_in(self) -> None:
@@ -198,6 +207,8 @@ class GPTKitConfig(PreTrainedConfig):
             raise ValueError(f"n_embd must be even for sinusoidal positions, got {self.n_embd}")
         if self.position_embedding == "rotary":
             self._validate_rotation()
+        elif self.rope_parameters:
+            raise ValueError(f"rope_parameters need position_embedding='rotary', got {self.position_embedding!r}")
         for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
@@ -209,11 +220,25 @@ class GPTKitConfig(PreTrainedConfig):
         """Check that the rotation of a token depends on its own position only."""
         if self.head_dim is None or self.head_dim % 2 != 0:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
-        kind = (self.rope_parameters or {}).get("rope_type")
+        given = self.rope_parameters or {}
+        kind = given.get("rope_type")
         if kind not in _ROPE_TYPES:
             raise ValueError(
                 f"rope_type must be one of {', '.join(_ROPE_TYPES)}, got {kind!r} (dynamic and longrope rotate by the "
                 "longest row of a batch, so a row would not give the same result alone)"
+            )
+        needed, others = _ROPE_TYPES[kind]
+        for key in ("rope_theta", *needed):
+            least = 1 if key == "factor" else 0
+            value = given.get(key)
+            if not isinstance(value, (float, int)) or not least <= value < float("inf") or value == 0:
+                rule = "at least 1" if least else "above 0"
+                raise ValueError(f"rope_parameters: {key} of rope_type={kind!r} must be {rule}, got {value!r}")
+        # What transformers keeps beside them: the older name of "rope_type", and a length that not all kinds read.
+        known = ("rope_type", "rope_theta", *needed, *others, "type", "original_max_position_embeddings")
+        if unknown := [key for key in given if key not in known]:
+            raise ValueError(
+                f"rope_parameters: rope_type={kind!r} has no {unknown[0]!r}; keys: {', '.join(known[:-2])}"
             )
 
 
@@ -225,7 +250,11 @@ def _field_names() -> list[str]:
 
 def _is_inherited(key: str) -> bool:
     """Return whether the base class takes a key: private state, a field, a property or a generation parameter."""
-    if key.startswith("_") or key == "auto_map" or key in {field.name for field in fields(PreTrainedConfig)}:
+    if (
+        key.startswith("_")
+        or key in ("auto_map", "rope_theta")
+        or key in {field.name for field in fields(PreTrainedConfig)}
+    ):
         return True
     attributes = (getattr(PreTrainedConfig, name, None) for name in (key, f"_{key}"))
     return any(isinstance(it, (property, str)) for it in attributes) or hasattr(GenerationConfig(), key)

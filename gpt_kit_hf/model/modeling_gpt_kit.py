@@ -234,6 +234,7 @@ class GPTKitModel(GPTKitPreTrainedModel):
 
     def __init__(self, config: GPTKitConfig) -> None:
         super().__init__(config)
+        config.validate()  # fields may have been assigned one by one, which checks no rules between them
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.embed_positions: nn.Module | None = None
         self.rotary_emb: RotaryEmbedding | None = None

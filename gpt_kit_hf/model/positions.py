@@ -67,10 +67,13 @@ class RotaryEmbedding(nn.Module):
 
 
 def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turn the pairs (i, i + Dh/2) of queries or keys (B, H, T, Dh) by the angles of their positions (B, T, Dh)."""
+    """Turn the pairs (i, i + Dh/2) of queries or keys (B, H, T, Dh) by the angles of their positions (B, T, Dh).
+
+    The result has the type of `heads`, which autocast may have lowered: attention wants one type of all its inputs.
+    """
     first, second = heads.chunk(2, dim=-1)
     quarter_turn = torch.cat((-second, first), dim=-1)
-    return heads * cosine[:, None] + quarter_turn * sine[:, None]
+    return (heads * cosine[:, None] + quarter_turn * sine[:, None]).to(heads.dtype)
 
 
 def constants_device() -> torch.device:

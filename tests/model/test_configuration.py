@@ -298,6 +298,18 @@ def test_fields_that_follow_from_others() -> None:
             {"position_embedding": "learned", "rope_parameters": {"rope_theta": 5.0}},
             "rope_parameters need position_embedding='rotary', got 'learned'",
         ),
+        ({"position_embedding": "learned", "rope_theta": 5.0}, "rope_parameters need position_embedding='rotary'"),
+        ({"rope_parameters": {"rope_theta": 0}}, "rope_theta of rope_type='default' must be above 0, got 0"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "factor of rope_type='linear' must be at least 1, got None"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 0.5}},
+            "factor of rope_type='linear' must be at least 1, got 0.5",
+        ),
+        ({"rope_parameters": {"factor": 2.0}}, "rope_type='default' has no 'factor'; keys: rope_type, rope_theta"),
+        (
+            {"rope_parameters": {"partial_rotary_factor": 0.5}},
+            "rope_type='default' has no 'partial_rotary_factor'",
+        ),
     ],
 )
 def test_a_shape_that_does_not_fit_together_is_refused(fields: dict[str, Any], message: str) -> None:
@@ -313,3 +325,43 @@ def test_the_plan_has_the_modules_of_the_shape(tmp_path: Path) -> None:
     modern.save_pretrained(tmp_path)
     assert "base_model_tp_plan" not in stored(tmp_path)
     assert GPTKitConfig.from_pretrained(tmp_path).to_dict() == modern.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"rope_theta": 500_000}, {"rope_type": "default", "rope_theta": 500_000}),
+        ({"rope_theta": 5e5, "rope_scaling": None}, {"rope_type": "default", "rope_theta": 5e5}),
+        ({"rope_parameters": {}}, {"rope_type": "default", "rope_theta": 1e4}),
+        ({"rope_parameters": {"rope_theta": 7.0}}, {"rope_type": "default", "rope_theta": 7.0}),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2}, "rope_theta": 5e5},
+            {"rope_type": "linear", "type": "linear", "factor": 2, "rope_theta": 5e5},
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+            {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 64},
+        ),
+    ],
+    ids=str,
+)
+def test_a_rotation_is_given_by_the_names_of_transformers(
+    fields: dict[str, Any], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    given = copy.deepcopy(fields)
+    config = GPTKitConfig(**{**MODERN, "max_position_embeddings": 64, **fields})
+    assert config.rope_parameters == expected
+    assert fields == given, "the caller's dictionary stays as it is"
+    config.save_pretrained(tmp_path)
+    assert GPTKitConfig.from_pretrained(tmp_path).rope_parameters == expected
+
+
+def test_fields_that_were_assigned_are_checked_when_a_model_is_built() -> None:
+    config = GPTKitConfig(**MODERN)
+    config.rope_parameters = {"rope_theta": 5.0}
+    with pytest.raises(StrictDataclassError, match="rope_type must be one of default, linear, yarn, llama3, got None"):
+        GPTKitForCausalLM(config)
+    learned = GPTKitConfig(**SMALL)
+    learned.position_embedding = "rotary"
+    with pytest.raises(StrictDataclassError, match="rope_type must be one of"):
+        GPTKitForCausalLM(learned)
