@@ -101,7 +101,7 @@ def studied(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
 def run_options(name: str, seed: int, options: argparse.Namespace, folder: Path) -> RunOptions:
     return RunOptions(
         training=TrainingOptions(
-            output_dir=str(folder), cpu=options.device == "cpu", seed=seed, batch_size=BATCH,
+            output_dir=str(folder), use_cpu=options.device == "cpu", seed=seed, batch_size=BATCH,
             max_steps=options.steps[list(RECIPES).index(name)], eval_steps=20, max_eval_samples=250,
             save_steps=100_000, sample_steps=0, report_to=["none"],
         ),
