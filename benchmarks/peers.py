@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpt_kit_hf import AMPTrainer, Batch, GPTKitConfig, GPTKitForCausalLM
-from gpt_kit_hf.model.checkpoints.conversion import as_gpt2
+from gpt_kit_hf.model.checkpoints.gpt2 import as_gpt2
 from gpt_kit_hf.options.training import OptimizerOptions
 from gpt_kit_hf.training.optim.optimizer import create_optimizer
 from gpt_kit_hf.training.runtime.compilation import compile_blocks

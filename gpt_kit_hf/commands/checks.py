@@ -68,8 +68,9 @@ def _check_length(options: RunOptions) -> None:
 
 def _check(option: Option, named: str, text: bool) -> None:
     place = Path(named)
-    if option.names in ("model", "model_or_gguf"):
-        if not (option.names == "model_or_gguf" and is_gguf(place)):
+    if option.names in ("model", "model_or_gguf", "model_or_weights"):
+        files = {"model_or_gguf": is_gguf(place), "model_or_weights": place.is_file()}
+        if not files.get(option.names):
             _check_model(named)
     elif option.names in ("folder", "run"):
         if not place.is_dir():
@@ -83,9 +84,9 @@ def _check(option: Option, named: str, text: bool) -> None:
         pattern = named.partition(":")[2] if option.names == "weighted_files" else named
         if pattern == PYTHON_STDLIB or pattern.startswith("dataset:"):
             return
-        files = find_files([pattern], option.name)
+        found = find_files([pattern], option.name)
         # Reading the text checks every file, and more of it.
-        for file in files[:_FILES_CHECKED] if text else ():
+        for file in found[:_FILES_CHECKED] if text else ():
             if file.is_file() and (reason := file_refusal(file)) is not None:
                 raise DataError(f"{file}: {reason}")
 

@@ -130,7 +130,7 @@ COMMANDS = {
         ),
         Command(
             name="convert",
-            summary="Convert a checkpoint from or to GPT-2, or from a hand-written GPT.",
+            summary="Convert a checkpoint from GPT-2, Llama, Qwen3 or a hand-written GPT, or to GPT-2.",
             options=ConvertOptions,
             module="convert",
         ),

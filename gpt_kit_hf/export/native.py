@@ -13,13 +13,19 @@ import torch
 from transformers import PreTrainedModel
 
 from gpt_kit_hf.errors import CheckpointError, UsageError
-from gpt_kit_hf.model.checkpoints.conversion import as_gpt2, new_folder, write_folder
+from gpt_kit_hf.model.checkpoints.folders import new_folder, write_folder
+from gpt_kit_hf.model.checkpoints.gpt2 import as_gpt2
+from gpt_kit_hf.model.checkpoints.llama import as_llama
 from gpt_kit_hf.model.configuration_gpt_kit import GPTKitConfig
 from gpt_kit_hf.model.own_class import own_model
+from gpt_kit_hf.storage.atomic_files import load_json, save_json
+from gpt_kit_hf.tokenization.encodings import check_fingerprint
+from gpt_kit_hf.tokenization.export import load_encoding
 
 _PROBE_TOKENS, _TOLERANCE = 32, 1e-5
-# Where as_gpt2 would store something else that computes the same.
-_TO_GPT2 = "gpt-kit convert --layout to-gpt2 writes {what} that compute the same"
+_TO_GPT2 = (
+    "; gpt-kit convert --layout to-gpt2 writes a GPT-2 that computes the same, with a table or zeros in its place"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +43,14 @@ class NativeExport:
 def save_as_native(
     model: PreTrainedModel, path: str | Path, *, tokenizer_folder: str | Path | None = None
 ) -> NativeExport:
-    """Write a folder that transformers loads by a class of its own, GPT2LMHeadModel, with the same tensors and logits.
+    """Write a folder that transformers loads by a class of its own, with the same tensors and logits.
 
-    The tokenizer with its chat template is copied from `tokenizer_folder`, if given. After writing, the folder is
-    loaded again and compared. After an error there is no folder. Raises UsageError for a folder that is not empty and
-    for a model that no class computes exactly, with the field that stands in the way; CheckpointError if writing
-    fails, or if what was written differs.
+    That is GPT2LMHeadModel for learned positions, Qwen3ForCausalLM for rotary ones with qk_norm, and LlamaForCausalLM
+    without; a model of a class of transformers stays what it is. Dropout of embeddings and residuals, which the latter
+    two do not have, is left out. The tokenizer with its chat template is copied from `tokenizer_folder`, if given.
+    After writing, the folder is loaded again and compared. After an error there is no folder. Raises UsageError for a
+    folder that is not empty, for a model that no class computes exactly, with the field that stands in the way, and
+    for a tokenizer that is not the model's; CheckpointError if writing fails, or if what was written differs.
     """
     with new_folder(path) as stage:
         return write_native(model, stage, tokenizer_folder)
@@ -51,8 +59,25 @@ def save_as_native(
 def write_native(model: PreTrainedModel, stage: Path, tokenizer_folder: str | Path | None) -> NativeExport:
     """Write the files of `save_as_native` into an empty folder, and compare."""
     native = as_native(model)
+    expected = native.config.to_dict().get("tokenizer_fingerprint")
+    if expected is not None and tokenizer_folder is not None:
+        check_fingerprint(load_encoding(tokenizer_folder), expected, str(tokenizer_folder))
     write_folder(native, stage, tokenizer_folder)
+    _add_old_names(stage / "config.json")
     return _compare(model, native, stage)
+
+
+def _add_old_names(path: Path) -> None:
+    """Add the rotation to a config.json under the names that transformers 4 and mlx-lm read.
+
+    They would take their default for a theta that is in `rope_parameters` only.
+    """
+    config = load_json(path)
+    rotation = dict(config.get("rope_parameters") or {})
+    if "rope_theta" in rotation:
+        config["rope_theta"] = rotation.pop("rope_theta")
+        config["rope_scaling"] = None if rotation["rope_type"] == "default" else rotation
+        save_json(path, config)
 
 
 def as_native(model: PreTrainedModel) -> PreTrainedModel:
@@ -62,18 +87,38 @@ def as_native(model: PreTrainedModel) -> PreTrainedModel:
     own = own_model(model)
     if own is None:
         raise UsageError(f"model is a {type(model).__name__}; it must be a GPTKitForCausalLM")
-    check_native(own.config)
-    return as_gpt2(own)
+    name = native_class(own.config)
+    native = as_gpt2(own) if name == "GPT2LMHeadModel" else as_llama(own)
+    if own.config.tokenizer_fingerprint is not None:
+        native.config.tokenizer_fingerprint = own.config.tokenizer_fingerprint
+    return native
 
 
-def check_native(config: GPTKitConfig) -> None:
-    """Raise UsageError with the field that stands in the way, if no class of transformers has exactly this shape."""
-    if config.position_embedding != "learned":
-        what = _TO_GPT2.format(what="learned ones")
-        raise UsageError(f"position_embedding={config.position_embedding!r}: GPT2LMHeadModel learns them; {what}")
-    if not config.use_bias:
-        what = _TO_GPT2.format(what="zeros")
-        raise UsageError(f"use_bias={config.use_bias}: GPT2LMHeadModel has biases; {what}")
+def native_class(config: GPTKitConfig) -> str:
+    """Return the name of the class of transformers that has exactly the shape of a configuration.
+
+    Raises UsageError with the field that stands in the way, if there is none.
+    """
+    if config.position_embedding == "sinusoidal":
+        raise UsageError(f"position_embedding='sinusoidal': no class of transformers adds these{_TO_GPT2}")
+    heads = {"num_key_value_heads": config.n_head, "head_dim": config.n_embd // config.n_head}
+    if config.position_embedding == "learned":
+        name = "GPT2LMHeadModel"
+        needed = {"norm": "layernorm", "mlp": "gelu", "qk_norm": False, **heads, "use_bias": True}
+    elif config.qk_norm:
+        name, needed = "Qwen3ForCausalLM", {"norm": "rmsnorm", "mlp": "swiglu", "use_bias": False}
+    else:
+        name, needed = "LlamaForCausalLM", {"norm": "rmsnorm", "mlp": "swiglu"}
+        if config.n_embd % config.n_head:
+            raise UsageError(f"n_embd={config.n_embd}: {name} needs a multiple of n_head={config.n_head}")
+    for field, value in needed.items():
+        if getattr(config, field) != value:
+            hint = _TO_GPT2 if field == "use_bias" and name == "GPT2LMHeadModel" else ""
+            raise UsageError(
+                f"{field}={getattr(config, field)!r}: {name}, the class of transformers with "
+                f"position_embedding={config.position_embedding!r}, has {value!r}{hint}"
+            )
+    return name
 
 
 def is_native(model: PreTrainedModel) -> bool:

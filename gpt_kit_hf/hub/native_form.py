@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from gpt_kit_hf.export.native import NativeExport, write_native
 from gpt_kit_hf.hub.card.card import CARD_FILE, card_facts, render_card
 from gpt_kit_hf.hub.model_folder import find_model_folder, holds_tokenizer, load_pretrained
-from gpt_kit_hf.model.checkpoints.conversion import new_folder
+from gpt_kit_hf.model.checkpoints.folders import new_folder
 
 # What a probe finds of the tokenizer and of generation, and what it finds of the model, that the form must not change.
 _SAME = ("tokenizer", "template", "generation_config")

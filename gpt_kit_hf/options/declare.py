@@ -24,7 +24,9 @@ Resume: TypeAlias = Literal["fixed", "allowed", "text", "free"]
 # list of weighted sources, or not at all.
 Card: TypeAlias = Literal["value", "path", "path_or_id", "mixture", "hidden"]
 # What the value names on the disk, so that it can be checked before any large library is imported.
-Names: TypeAlias = Literal["", "files", "weighted_files", "folder", "new_folder", "run", "model", "model_or_gguf"]
+Names: TypeAlias = Literal[
+    "", "files", "weighted_files", "folder", "new_folder", "run", "model", "model_or_gguf", "model_or_weights"
+]
 
 _NOUNS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 

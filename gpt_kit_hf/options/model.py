@@ -12,7 +12,7 @@ from gpt_kit_hf.options.declare import REQUIRED, Options, option
 
 Activation: TypeAlias = Literal["gelu", "gelu_new", "gelu_pytorch_tanh"]
 Shape: TypeAlias = Mapping[str, int | float | str]
-Layout: TypeAlias = Literal["gpt2", "nanogpt", "kit", "gpt-kit", "to-gpt2"]
+Layout: TypeAlias = Literal["gpt2", "llama", "qwen3", "nanogpt", "kit", "gpt-kit", "to-gpt2"]
 
 
 def _shape(n_layer: int, n_embd: int, n_head: int, context: int = 1024, vocab_size: int = 50257) -> Shape:
@@ -184,15 +184,18 @@ class ConvertOptions(Options):
 
     positionals: ClassVar[tuple[str, ...]] = ("source", "destination")
 
-    source: str = option(REQUIRED, "model folder, Hub id, or file of weights", names="model", metavar="SOURCE")
+    source: str = option(
+        REQUIRED, "model folder, Hub id, or file of weights", names="model_or_weights", metavar="SOURCE"
+    )
     destination: str = option(
         REQUIRED, "folder to write; it must be empty or not exist yet", names="new_folder", metavar="DESTINATION"
     )
-    layout: Layout = option(
-        REQUIRED,
-        "gpt2: from a GPT-2 folder or Hub id; gpt2, nanogpt, kit (hand-written), gpt-kit (this package): from a file "
-        "of weights with these names (safetensors, or a pickle that holds only tensors); to-gpt2: from a folder of "
-        "this package to GPT-2",
+    layout: Layout | None = option(
+        None,
+        "gpt2, llama, qwen3: from a folder or Hub id with such a model; gpt2, nanogpt, kit (hand-written), gpt-kit "
+        "(this package): from a file of weights with these names (safetensors, or a pickle that holds only tensors); "
+        "to-gpt2: from a folder of this package to GPT-2",
+        unset="by the config.json of a folder of another program",
     )
     n_head: int | None = option(
         None, "number of attention heads (files of weights)", minimum=1, unset="what the file of weights says"

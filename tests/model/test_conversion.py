@@ -44,7 +44,7 @@ from transformers import (
 )
 
 from gpt_kit_hf.errors import CheckpointError, UsageError
-from gpt_kit_hf.model.checkpoints import conversion
+from gpt_kit_hf.model.checkpoints import folders
 from gpt_kit_hf.model.checkpoints.conversion import (
     convert_checkpoint,
     load_gpt2_checkpoint,
@@ -528,7 +528,7 @@ def test_only_the_files_that_are_needed_are_fetched(
     (repository / "training_args.bin").write_text("")
     (repository / "README.md").write_text("")
     hub = FakeHub(repository, tmp_path / "cache")
-    monkeypatch.setattr(conversion, "snapshot_download", hub)
+    monkeypatch.setattr(folders, "snapshot_download", hub)
     assert difference(theirs, load_gpt2_checkpoint("someone/some-gpt2")) <= 1e-5
     fetched = set.union(*hub.fetched)
     assert not fetched & {"training_args.bin", "README.md"}
@@ -563,7 +563,7 @@ def test_errors_of_the_hub_are_one_line(kind: str, message: str, monkeypatch: py
         made.args = ("403:\n\nthe repository is disabled",)
         raise made
 
-    monkeypatch.setattr(conversion, "snapshot_download", fail)
+    monkeypatch.setattr(folders, "snapshot_download", fail)
     with pytest.raises(UsageError) as caught:
         load_gpt2_checkpoint("someone/some-gpt2")
     assert message in str(caught.value)

@@ -1,6 +1,8 @@
-"""Checkpoints of other programs: `layouts` maps the tensor names of GPT-2, nanoGPT and others to this model's; with it
-`conversion` reads and writes GPT-2 folders, and `state_dicts` builds a model from a file of weights, which
-`weight_files` reads, undoing what training tools wrap around a model.
+"""Checkpoints of other programs: `layouts` maps the tensor names of GPT-2, Llama, nanoGPT and others to this model's.
+
+With it `conversion` reads folders of transformers, whose configurations `gpt2` and `llama` translate in both
+directions. `state_dicts` builds a model from a file of weights, which `weight_files` reads, undoing what training
+tools wrap around a model. `folders` finds folders, and writes them as a whole or not at all.
 """
 
 import lazy_loader

@@ -130,6 +130,15 @@ OWN_NAMES: Mapping[str, str] = MappingProxyType(
 )
 
 
+# Llama and Qwen3 of transformers: the names are the same. Old versions stored the rates of the rotation.
+LLAMA_NAMES: Mapping[str, str] = MappingProxyType(
+    {name: target for name, target in OWN_NAMES.items() if target != POSITIONS}
+    | {name: name for part in ("weight", "bias") for name in (f"model.layers.{{layer}}.mlp.gate_proj.{part}",)}
+    | {name: name for norm in "qk" for name in (f"model.layers.{{layer}}.self_attn.{norm}_norm.weight",)}
+    | {"model.layers.{layer}.self_attn.rotary_emb.inv_freq": ""}
+)
+
+
 def name_of_positions(names: Mapping[str, str]) -> str:
     """Return how a table calls the position embedding, which every model has under one name."""
     return next(theirs for theirs, ours in names.items() if ours == POSITIONS)
@@ -248,6 +257,22 @@ def stored_shapes(
     with torch.device("meta"):
         stored = kind(copy.deepcopy(config)).state_dict()
     return {name: t.shape for name, t in stored.items() if not (config.tie_word_embeddings and name == HEAD)}
+
+
+def stored_tensors(model: GPTKitForCausalLM) -> dict[str, Tensor]:
+    """Return the tensors that a saved model holds: the output projection only if it is not tied.
+
+    Raises UsageError if they are not those of the configuration, as after replacing layers.
+    """
+    config, tensors = copy.deepcopy(model.config), dict(model.state_dict())
+    # An output projection that was untied after construction keeps its values, whatever the configuration says.
+    has_both = {HEAD, TOKENS} <= tensors.keys()
+    if config.tie_word_embeddings and has_both and equal_tensors(tensors[HEAD], tensors[TOKENS]):
+        del tensors[HEAD]
+    else:
+        config.tie_word_embeddings = False
+    check_tensors(tensors, stored_shapes(config), "model")
+    return tensors
 
 
 def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], source: str) -> None:
