@@ -1,15 +1,13 @@
 """Token-by-token decoding with packed weights and a key-value cache of fixed size.
 
-Shapes: B batch size, T input tokens, S cache size in tokens, D model width, H heads, Dh head width, V vocabulary size.
+Shapes: B batch size, T input tokens, S cache size in tokens, D model width, H heads, Hk heads of keys and values,
+Dh head width, V vocabulary size.
 """
 
 from __future__ import annotations
 
 import threading
-import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,41 +15,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpt_kit_hf.errors import UsageError, unknown_name
-from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM, TransformerBlock
+from gpt_kit_hf.generation.decoding_blocks import (
+    Block,
+    Matrices,
+    norm_of,
+    packed_matrices,
+    rotated,
+    rotation_table,
+    unpacked_matrices,
+)
+from gpt_kit_hf.generation.layouts import Layout, has_packed_products, layout_of
+from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
 from gpt_kit_hf.model.own_class import is_gpt_kit, own_model
 from gpt_kit_hf.options.generation import DecodingDtype
-
-Linear: TypeAlias = Callable[[Tensor], Tensor]
-# (weight, bias) -> the linear layer, with its weight in some memory layout.
-_Layout: TypeAlias = Callable[[Tensor, "Tensor | None"], Linear]
 
 # Packing pays off from this number of new tokens on.
 _MIN_TOKENS_TO_PACK = 32
 # Packed weights of dtype "auto" are cached up to this model size.
 _MAX_CACHED_BYTES = 1 << 30
 
-
-class _Block(NamedTuple):
-    """The operations of a transformer block, with its matrices in one layout."""
-
-    attention_norm: Linear
-    query_key_value: Linear
-    attention_output: Linear
-    mlp_norm: Linear
-    up: Linear
-    activation: Linear
-    down: Linear
-
-
-class _Matrices(NamedTuple):
-    """All matrices of a model in one layout."""
-
-    blocks: list[_Block]
-    head: Linear
-
-
 # Packed weights by model and dtype, with the address and version of each parameter at the time of packing.
-_kept: WeakKeyDictionary[nn.Module, dict[str, tuple[list[tuple[int, int]], _Matrices]]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[nn.Module, dict[str, tuple[list[tuple[int, int]], Matrices]]] = WeakKeyDictionary()
 _packing = threading.Lock()
 
 
@@ -73,14 +57,16 @@ class Decoder:
         self._device: torch.device = model.device
         if dtype != "auto" and self._device.type != "cpu":
             raise UsageError(f"dtype={dtype}: only on a CPU, and the model is on {self._device}; use auto")
-        if dtype != "auto" and not _has_packed_products(dtype):
+        if dtype != "auto" and not has_packed_products(dtype):
             raise UsageError(f"dtype={dtype}: this CPU's torch has no such products; use auto")
         self._model, self._dtype, self._keep_packed = model, dtype, keep_packed
         self._compute_dtype = torch.float32 if self._device.type == "cpu" else model.dtype
-        self._unpacked = _unpacked_matrices(model, self._compute_dtype)
-        self._packed: _Matrices | None = None
-        self._norm = _norm(model.model.norm, self._compute_dtype)
-        self._keys: list[Tensor] = []  # (B, H, S, Dh) each
+        self._unpacked = unpacked_matrices(model, self._compute_dtype)
+        self._packed: Matrices | None = None
+        self._norm = norm_of(model.model.norm, self._compute_dtype)
+        self._positions: Tensor | None = None  # (S, D): added to the embeddings of the tokens
+        self._rotation: Tensor | None = None  # (2, S, 1, Dh): see `rotation_table`
+        self._keys: list[Tensor] = []  # (B, Hk, S, Dh) each
         self._values: list[Tensor] = []
         self._length = 0  # tokens in the cache
 
@@ -91,19 +77,19 @@ class Decoder:
         in training mode, whose weights will change, and with "auto" not for a large model, unless `keep_packed` asks
         for it. Threads share one copy.
         """
-        layout = _layout(self._dtype, self._model.dtype, self._device)
+        layout = layout_of(self._dtype, self._model.dtype, self._device)
         if self._packed is None and layout is not None:
             with _packing:
                 self._pack(layout)
 
-    def _pack(self, layout: _Layout) -> None:
+    def _pack(self, layout: Layout) -> None:
         state = [(p.data_ptr(), p._version) for p in self._model.parameters()]
         kept = _kept.setdefault(self._model, {})
         if self._dtype in kept and kept[self._dtype][0] == state:
             self._packed = kept[self._dtype][1]
             return
         kept.pop(self._dtype, None)
-        self._packed = _packed_matrices(self._model, layout, self._compute_dtype)
+        self._packed = packed_matrices(self._model, layout, self._compute_dtype)
         is_small = sum(p.nbytes for p in self._model.parameters()) <= _MAX_CACHED_BYTES
         if not self._model.training and (is_small or self._dtype != "auto" or self._keep_packed):
             kept[self._dtype] = state, self._packed
@@ -138,32 +124,54 @@ class Decoder:
 
     def _read(self, ids: Tensor, length: int) -> Tensor:
         """(B, T) -> (B, T, D), into a new cache of `length` tokens, with the model's own weights."""
-        config = self._model.config
-        shape = (len(ids), config.n_head, length, config.n_embd // config.n_head)  # (B, H, S, Dh)
+        config, base = self._model.config, self._model.model
+        assert config.num_key_value_heads is not None  # the configuration sets both
+        assert config.head_dim is not None
+        shape = (len(ids), config.num_key_value_heads, length, config.head_dim)  # (B, Hk, S, Dh)
         blocks = self._unpacked.blocks
         self._keys = [torch.empty(shape, device=self._device, dtype=self._compute_dtype) for _ in blocks]
         self._values = [torch.empty(shape, device=self._device, dtype=self._compute_dtype) for _ in blocks]
         self._length = 0
+        positions = torch.arange(length, device=self._device)
+        if base.embed_positions is not None:
+            self._positions = base.embed_positions(positions).to(self._compute_dtype)
+        if base.rotary_emb is not None:
+            self._rotation = rotation_table(*base.rotary_emb(positions, self._compute_dtype))
         return self._forward(ids, self._unpacked)
 
-    def _forward(self, ids: Tensor, matrices: _Matrices) -> Tensor:
+    def _forward(self, ids: Tensor, matrices: Matrices) -> Tensor:
         """(B, T) -> (B, T, D): hidden states of the tokens after those in the cache; adds them to the cache."""
-        base, count, heads = self._model.model, ids.shape[1], self._model.config.n_head
-        start, self._length = self._length, self._length + count
-        assert base.embed_positions is not None  # `why_not` has checked it
-        positions = base.embed_positions(torch.arange(start, self._length, device=self._device))
-        hidden = F.embedding(ids, base.embed_tokens.weight).to(self._compute_dtype) + positions.to(self._compute_dtype)
+        start, self._length = self._length, self._length + ids.shape[1]
+        hidden = F.embedding(ids, self._model.model.embed_tokens.weight).to(self._compute_dtype)
+        if self._positions is not None:
+            hidden = hidden + self._positions.narrow(0, start, ids.shape[1])
+        rotation = None if self._rotation is None else self._rotation.narrow(1, start, ids.shape[1])
         for block, keys, values in zip(matrices.blocks, self._keys, self._values, strict=True):
-            projected = block.query_key_value(block.attention_norm(hidden))  # (B, T, 3 D)
-            by_head = projected.view(*ids.shape, 3, heads, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, Dh)
-            query, key, value = by_head.unbind()
-            keys.narrow(2, start, count).copy_(key)
-            values.narrow(2, start, count).copy_(value)
-            seen = keys.narrow(2, 0, self._length), values.narrow(2, 0, self._length)
-            attended = F.scaled_dot_product_attention(query, *seen, is_causal=count > 1)
-            hidden = hidden + block.attention_output(attended.transpose(1, 2).flatten(2))  # (B, H, T, Dh) -> (B, T, D)
-            hidden = hidden + block.down(block.activation(block.up(block.mlp_norm(hidden))))
+            hidden = hidden + self._attend(block, hidden, keys, values, rotation)
+            hidden = hidden + block.mlp(block.mlp_norm(hidden))
         return self._norm(hidden)
+
+    def _attend(self, block: Block, hidden: Tensor, keys: Tensor, values: Tensor, rotation: Tensor | None) -> Tensor:
+        """(B, T, D) -> (B, T, D): adds the tokens to the cache (B, Hk, S, Dh), and attends to all in it."""
+        (rows, count, _), end = hidden.shape, self._length
+        n_queries, n_keys = self._model.config.n_head, keys.shape[1]
+        heads = block.query_key_value(block.attention_norm(hidden)).view(
+            rows, count, -1, keys.shape[3]
+        )  # (B, T, H + 2 Hk, Dh)
+        turned, value = heads.narrow(2, 0, n_queries + n_keys), heads.narrow(2, n_queries + n_keys, n_keys)
+        if block.query_key_norm is not None:
+            turned = block.query_key_norm(turned)
+        if rotation is not None:
+            turned = rotated(turned, rotation)
+        turned = turned.transpose(1, 2)  # -> (B, H + Hk, T, Dh)
+        query, key = turned.narrow(1, 0, n_queries), turned.narrow(1, n_queries, n_keys)
+        keys.narrow(2, end - count, count).copy_(key)
+        values.narrow(2, end - count, count).copy_(value.transpose(1, 2))
+        seen = keys.narrow(2, 0, end), values.narrow(2, 0, end)
+        attended = F.scaled_dot_product_attention(
+            query, *seen, is_causal=count > 1, enable_gqa=n_queries != n_keys
+        )  # (B, H, T, Dh)
+        return block.attention_output(attended.transpose(1, 2).flatten(2))
 
 
 def why_not(model: nn.Module) -> str | None:
@@ -172,8 +180,6 @@ def why_not(model: nn.Module) -> str | None:
     if own is None or type(own) is not GPTKitForCausalLM:
         computes = ", as its code computes something else" if own is None and is_gpt_kit(model) else ""
         return f"{type(model).__name__} is no plain GPTKitForCausalLM{computes}"
-    if own.model.embed_positions is None or own.config.norm != "layernorm" or own.config.mlp != "gelu":
-        return "it has no layer norms, GELU or table of positions"
     device = own.device
     if device.type not in ("cpu", "cuda"):
         return f"the model is on {device}, and only a CPU or a CUDA GPU is supported"
@@ -196,125 +202,3 @@ def why_not(model: nn.Module) -> str | None:
 def pays(new_tokens: int) -> bool:
     """Return whether packing the weights saves time for this number of new tokens."""
     return new_tokens >= _MIN_TOKENS_TO_PACK
-
-
-# --- layouts of a matrix
-
-
-def _row_by_row(weight: Tensor, bias: Tensor | None) -> Linear:
-    return lambda inputs: F.linear(inputs, weight, bias)
-
-
-def _packed_float32(weight: Tensor, bias: Tensor | None) -> Linear:
-    """The blocked layout of oneDNN: twice as fast as row by row for a few tokens."""
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
-    product = torch.ops.mkldnn._linear_pointwise.default
-    return lambda inputs: product(inputs, packed, bias, "none", [], "")
-
-
-def _packed_float16(weight: Tensor, bias: Tensor | None) -> Linear:
-    """Float16 weights, products and sums in float32 (FBGEMM)."""
-    packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
-    product = torch.ops.quantized.linear_dynamic_fp16.default
-    return lambda inputs: product(inputs, packed)
-
-
-def _packed_int8(weight: Tensor, bias: Tensor | None) -> Linear:
-    """8-bit weights with a scale per row, inputs quantized to 8 bits at run time (FBGEMM)."""
-    scales = (weight.abs().amax(dim=1) / 127).clamp(min=1e-12).double()
-    zeros = torch.zeros(len(weight), dtype=torch.long)
-    packed = torch.ops.quantized.linear_prepack(
-        torch.quantize_per_channel(weight, scales, zeros, axis=0, dtype=torch.qint8), bias
-    )
-    product = torch.ops.quantized.linear_dynamic.default
-    # True: inputs use 7 bits only on CPUs whose 16-bit sums would overflow.
-    return lambda inputs: product(inputs, packed, True)
-
-
-def _has_packed_products(dtype: Literal["float16", "int8"]) -> bool:
-    if "fbgemm" not in torch.backends.quantized.supported_engines:
-        return False
-    if dtype == "float16":
-        return hasattr(torch.ops.quantized, "linear_prepack_fp16")
-    return hasattr(torch.ops.quantized, "linear_prepack") and hasattr(torch, "quantize_per_channel")
-
-
-def _layout(dtype: DecodingDtype, model_dtype: torch.dtype, device: torch.device) -> _Layout | None:
-    """Return the layout for single tokens, or None if this machine has none faster than the model's own."""
-    if device.type != "cpu":
-        return _row_by_row  # the gain is one product for query, key and value together
-    if dtype == "int8":
-        return _packed_int8
-    if dtype == "float16" or model_dtype in (torch.float16, torch.bfloat16):
-        return _packed_float16 if _has_packed_products("float16") else None
-    is_x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    has_product = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(
-        torch.ops.mkldnn, "_reorder_linear_weight"
-    )
-    return _packed_float32 if is_x86 and has_product and torch.backends.mkldnn.enabled else None
-
-
-# --- all matrices of a model
-
-
-def _unpacked_matrices(model: GPTKitForCausalLM, dtype: torch.dtype) -> _Matrices:
-    """Return the matrices on the model's own weights; nothing is copied here."""
-
-    def linear(module: nn.Linear) -> Linear:
-        # 16-bit weights on a CPU are converted at each use: most CPUs compute slower in 16 bits than in float32.
-        return lambda inputs: F.linear(
-            inputs, module.weight.to(dtype), None if module.bias is None else module.bias.to(dtype)
-        )
-
-    def joined(*modules: nn.Linear) -> Linear:
-        layers = [linear(module) for module in modules]
-        return layers[0] if len(layers) == 1 else lambda inputs: torch.cat([it(inputs) for it in layers], dim=-1)
-
-    return _matrices(model, joined, dtype, map)
-
-
-def _packed_matrices(model: GPTKitForCausalLM, layout: _Layout, dtype: torch.dtype) -> _Matrices:
-    """Return copies of the matrices in the given layout."""
-
-    @torch.no_grad()  # the grad mode is set per thread
-    def joined(*modules: nn.Linear) -> Linear:
-        weights = [module.weight.to(dtype) for module in modules]
-        biases = [module.bias.to(dtype) for module in modules if module.bias is not None]
-        if len(modules) == 1:
-            return layout(weights[0], biases[0] if biases else None)
-        return layout(torch.cat(weights), torch.cat(biases) if biases else None)
-
-    if layout is _row_by_row:
-        return _matrices(model, joined, dtype, map)
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool, warnings.catch_warnings():  # packing is single-threaded
-        # torch announces the removal of quantized tensors; `_has_packed_products` checks that they are still there.
-        warnings.filterwarnings("ignore", message="torch.quantize_per_tensor, torch.quantize_per_channel")
-        return _matrices(model, joined, dtype, pool.map)
-
-
-def _matrices(
-    model: GPTKitForCausalLM, joined: Callable[..., Linear], dtype: torch.dtype, apply: Callable[..., Iterator[Any]]
-) -> _Matrices:
-    """Return the matrices that `joined` makes of one or several linear modules, computed by `map` or a pool's map."""
-
-    def block(layer: TransformerBlock) -> _Block:
-        attention, mlp = layer.self_attn, layer.mlp
-        return _Block(
-            attention_norm=_norm(layer.input_layernorm, dtype),
-            query_key_value=joined(attention.q_proj, attention.k_proj, attention.v_proj),
-            attention_output=joined(attention.o_proj),
-            mlp_norm=_norm(layer.post_attention_layernorm, dtype),
-            up=joined(mlp.up_proj),
-            activation=mlp.act_fn,
-            down=joined(mlp.down_proj),
-        )
-
-    head = apply(joined, [model.lm_head])  # first: it is the largest matrix
-    blocks = list(apply(block, model.model.layers[: model.config.n_layer]))
-    return _Matrices(blocks, next(iter(head)))
-
-
-def _norm(norm: nn.Module, dtype: torch.dtype) -> Linear:
-    assert isinstance(norm, nn.LayerNorm)  # `why_not` has checked it
-    weight, bias = norm.weight.to(dtype), None if norm.bias is None else norm.bias.to(dtype)
-    return lambda inputs: F.layer_norm(inputs, norm.normalized_shape, weight, bias, norm.eps)

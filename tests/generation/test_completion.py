@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from gpt_kit_hf.generation import fast_decoder
+from gpt_kit_hf.generation import fast_decoder, layouts
 from gpt_kit_hf.generation.completion import Chunk, Sampling
 from gpt_kit_hf.generation.completion_model import CompletionModel
 from gpt_kit_hf.generation.token_bytes import TokenBytes
@@ -132,10 +132,10 @@ def test_packed_weights_are_kept_for_all_requests(tmp_path: Path, monkeypatch: p
     packed: list[object] = []
     monkeypatch.setattr(
         fast_decoder,
-        "_packed_matrices",
-        lambda *arguments: packed.append(arguments) or fast_decoder._unpacked_matrices(model, torch.float32),
+        "packed_matrices",
+        lambda *arguments: packed.append(arguments) or fast_decoder.unpacked_matrices(model, torch.float32),
     )
-    monkeypatch.setattr(fast_decoder, "_layout", lambda *_: fast_decoder._row_by_row)
+    monkeypatch.setattr(fast_decoder, "layout_of", lambda *_: layouts.row_by_row)
     ready = CompletionModel(model, AutoTokenizer.from_pretrained(tmp_path))
     answers: list[list[Chunk]] = [[] for _ in range(6)]
     threads = [

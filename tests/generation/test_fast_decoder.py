@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt_kit_hf import GPTKitConfig, GPTKitForCausalLM, UsageError, generate_text_autoregressive
-from gpt_kit_hf.generation import fast_decoder
+from gpt_kit_hf.generation import fast_decoder, layouts
 from gpt_kit_hf.generation.fast_decoder import Decoder, pays, why_not
 from gpt_kit_hf.options.generation import DecodingDtype
 
@@ -24,6 +24,11 @@ FBGEMM = pytest.mark.skipif(
     "fbgemm" not in torch.backends.quantized.supported_engines, reason="this machine's torch has no FBGEMM"
 )
 VOCAB, CONTEXT = 300, 64
+MODERN: dict[str, Any] = {
+    "position_embedding": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "qk_norm": True, "use_bias": False,
+    "zero_init_residual": True, "layer_norm_epsilon": 1e-6,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 
 
 def model_of(dtype: torch.dtype = torch.float32, **options: Any) -> GPTKitForCausalLM:
@@ -57,6 +62,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "sinusoidal": {"position_embedding": "sinusoidal"},
     "exact gelu, wide": {"hidden_act": "gelu", "n_inner": 80},
     "one head": {"n_head": 1},
+    "modern": MODERN,
+    "modern, grouped heads": {**MODERN, "num_key_value_heads": 2, "head_dim": 12},
+    "one head of keys": {**MODERN, "num_key_value_heads": 1, "qk_norm": False, "tie_word_embeddings": False},
+    "rotary with a scaling": {"position_embedding": "rotary", "rope_parameters": YARN},
+    "gated, with biases": {"mlp": "swiglu", "norm": "rmsnorm"},
 }
 
 
@@ -69,9 +79,10 @@ def test_logits_are_the_models_own(kind: str, rows: int, prompt: int) -> None:
     torch.testing.assert_close(fed(Decoder(model), ids, prompt), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["as GPT-2", "modern, grouped heads"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_weights_in_half_precision_are_computed_in_float32(dtype: torch.dtype) -> None:
-    model, ids = model_of(dtype), ids_of(2, 24)
+def test_weights_in_half_precision_are_computed_in_float32(dtype: torch.dtype, kind: str) -> None:
+    model, ids = model_of(dtype, **KINDS[kind]), ids_of(2, 24)
     with torch.no_grad():
         expected = model.float()(ids).logits[:, 5:]
     model.to(dtype)
@@ -79,9 +90,12 @@ def test_weights_in_half_precision_are_computed_in_float32(dtype: torch.dtype) -
 
 
 @FBGEMM
+@pytest.mark.parametrize("kind", ["as GPT-2", "modern, grouped heads"])
 @pytest.mark.parametrize(("dtype", "most"), [("float16", 1e-5), ("int8", 0.02)])
-def test_lower_precision_costs_little_and_the_decoder_measures_it(dtype: DecodingDtype, most: float) -> None:
-    model, ids = model_of(), ids_of(1, 40)
+def test_lower_precision_costs_little_and_the_decoder_measures_it(
+    dtype: DecodingDtype, most: float, kind: str
+) -> None:
+    model, ids = model_of(**KINDS[kind]), ids_of(1, 40)
     decoder = Decoder(model, dtype)
     divergence, same = decoder.divergence(ids)
     with torch.no_grad():
@@ -147,11 +161,13 @@ CHOICES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.parametrize(
+    ("rows", "kind"), [(1, "as GPT-2"), (6, "as GPT-2"), (1, "modern"), (3, "modern, grouped heads")]
+)
 def test_the_tokens_are_those_of_generate_by_the_same_draws(
-    choice: str, rows: int, without_decoder: pytest.MonkeyPatch
+    choice: str, rows: int, kind: str, without_decoder: pytest.MonkeyPatch
 ) -> None:
-    model, ids = model_of(), ids_of(rows, 8)
+    model, ids = model_of(**KINDS[kind]), ids_of(rows, 8)
     torch.manual_seed(3)
     ours = generate_text_autoregressive(model, ids, 50, **CHOICES[choice])
     without_decoder.setattr("gpt_kit_hf.generation.generate.why_not", lambda model: "as transformers does it")
@@ -159,6 +175,15 @@ def test_the_tokens_are_those_of_generate_by_the_same_draws(
     theirs = generate_text_autoregressive(model, ids, 50, **CHOICES[choice])
     assert ours.tolist() == theirs.tolist()
     assert ours.shape[1] > 8
+
+
+@pytest.mark.parametrize("kind", ["as GPT-2", "modern", "rotary with a scaling"])
+def test_greedy_tokens_up_to_the_end_of_the_context(kind: str) -> None:
+    model, ids = model_of(**KINDS[kind]), ids_of(1, 3)
+    tokens = generate_text_autoregressive(model, ids, CONTEXT - 3)
+    with torch.no_grad():
+        expected = model(tokens).logits[:, 2:-1].argmax(dim=-1)
+    assert tokens[:, 3:].tolist() == expected.tolist()
 
 
 def test_generated_ids_may_be_trained_on() -> None:
@@ -191,7 +216,7 @@ def test_short_answers_do_not_wait_for_packing(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_gpu_path_gives_the_models_own_logits(kind: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast_decoder, "_layout", lambda *_: fast_decoder._row_by_row if packed else None)
+    monkeypatch.setattr(fast_decoder, "layout_of", lambda *_: layouts.row_by_row if packed else None)
     model, ids = model_of(**KINDS[kind]), ids_of(3, 30)
     with torch.no_grad():
         expected = model(ids).logits[:, 6:]
@@ -199,9 +224,11 @@ def test_the_gpu_path_gives_the_models_own_logits(kind: str, packed: bool, monke
 
 
 class _CopiesWithoutCuda(TorchFunctionMode):
-    """A torch without CUDA refuses `Tensor.copy_` to a GPU, also to a fake one, but not the operation itself."""
+    """A torch without CUDA refuses to copy to or to index a tensor on a GPU, also on a fake one, but no operation."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__getitem__ and args[1] == (..., None):
+            return args[0].unsqueeze(-1)
         return (torch.ops.aten.copy_.default if func is Tensor.copy_ else func)(*args, **(kwargs or {}))
 
 
@@ -301,7 +328,7 @@ def test_an_unavailable_dtype_is_named(options: dict[str, Any], message: str) ->
 
 
 def test_a_machine_without_packed_products_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast_decoder, "_has_packed_products", lambda weights: False)
+    monkeypatch.setattr(fast_decoder, "has_packed_products", lambda weights: False)
     with pytest.raises(UsageError, match=r"dtype=float16: this CPU's torch has no such products; use auto"):
         Decoder(model_of(), "float16")
     model, ids = model_of(torch.bfloat16), ids_of(1, 8)
