@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import gpt_kit
+from test_server import started
 from tiny_model import CHAT_TEMPLATE, CONTEXT, write_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -348,3 +349,16 @@ def test_the_options_decide_the_engine(file: Path, folder: Path) -> None:
         return engines.uses_llama_cpp(GenerateOptions(model_name_or_path=str(place), engine=engine))
 
     assert [uses(file, "auto"), uses(folder, "auto"), uses(folder, "llama.cpp")] == [True, False, True]
+
+
+def test_serve_answers_until_interrupted(folder: Path, model: Any) -> None:
+    with started(folder / "plain.gguf") as (process, client, lines):
+        assert "chat requests are refused" in lines[1]
+        name = client.models.list().data[0].id
+        completion = client.completions.create(model=name, prompt="fox", max_tokens=8, temperature=0)
+        assert completion.choices[0].text == bytes(greedy(model, PROMPT, 8)).decode()
+        stream = client.completions.create(model=name, prompt="fox", max_tokens=60, stream=True)
+        assert next(iter(stream)).choices[0].text
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate()
+        assert (process.returncode, errors) == (0, "")

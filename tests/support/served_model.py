@@ -16,17 +16,17 @@ from typing import Any
 import openai
 import uvicorn
 
-from gpt_kit_hf.generation.completion_model import CompletionModel
+from gpt_kit_hf.generation.engine import CompletionEngine
 from gpt_kit_hf.generation.openai_api.app import Defaults, OpenAIServer
 from gpt_kit_hf.generation.server import load
 
 
 @dataclass
 class Served:
-    """A running server, its model and a client."""
+    """A running server, its model, of any engine, and a client."""
 
     name: str
-    model: CompletionModel
+    model: Any
     port: int
     client: openai.OpenAI
 
@@ -56,7 +56,16 @@ class Served:
 def serving(folder: Path, cors_allow_origins: Sequence[str] = ()) -> Iterator[Served]:
     """Serve the model of a folder until the block ends."""
     model, config = load(str(folder), str(folder))
-    app = OpenAIServer(str(folder), model, Defaults.of(config)).app(cors_allow_origins)
+    with serving_engine(str(folder), model, Defaults.of(config), cors_allow_origins) as served:
+        yield served
+
+
+@contextmanager
+def serving_engine(
+    name: str, model: CompletionEngine, defaults: Defaults, cors_allow_origins: Sequence[str] = ()
+) -> Iterator[Served]:
+    """Serve a model of any engine until the block ends."""
+    app = OpenAIServer(name, model, defaults).app(cors_allow_origins)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
@@ -70,7 +79,7 @@ def serving(folder: Path, cors_allow_origins: Sequence[str] = ()) -> Iterator[Se
                 time.sleep(0.01)
             url = f"http://127.0.0.1:{port}/v1"
             with openai.OpenAI(base_url=url, api_key="none", max_retries=0, http_client=transport) as client:
-                yield Served(str(folder), model, port, client)
+                yield Served(name, model, port, client)
         finally:
             server.should_exit = True
             thread.join()
