@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 from safetensors.torch import load_file, save_file
+from shapes import MODERN, both_shapes
 from torch import Tensor, nn
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedModel, StaticCache
 from transformers.modeling_utils import AttentionInterface
@@ -201,8 +202,9 @@ def test_loss_with_shifted_labels_is_that_of_gpt2_and_of_the_formula() -> None:
     assert out.loss.item() == pytest.approx(by_hand.item(), rel=1e-5)
 
 
-def test_a_window_trains_the_same_with_labels_and_shift_labels() -> None:
-    model = tiny_model()
+@both_shapes
+def test_a_window_trains_the_same_with_labels_and_shift_labels(shape: dict[str, Any]) -> None:
+    model = tiny_model(**shape)
     window = random_ids(3, 18)
     shifted = model(window[:, :-1], shift_labels=window[:, 1:]).loss
     assert model(window, labels=window).loss.item() == pytest.approx(shifted.item(), rel=1e-5)
@@ -219,8 +221,9 @@ def test_shifted_targets_given_as_labels_train_two_ahead() -> None:
 
 
 @pytest.mark.parametrize("arrangement", ["labels", "shift_labels"])
-def test_the_loss_divides_by_the_number_given(arrangement: str) -> None:
-    model = tiny_model()
+@both_shapes
+def test_the_loss_divides_by_the_number_given(arrangement: str, shape: dict[str, Any]) -> None:
+    model = tiny_model(**shape)
     ids = random_ids(3, 17)
     kept = {arrangement: ids}
     out = model(ids, **kept, num_items_in_batch=1000)
@@ -321,7 +324,7 @@ def test_positions_survive_the_meta_device(position_embedding: str, tmp_path: Pa
 
 @pytest.mark.parametrize("include_buffers", [False, True])
 @pytest.mark.parametrize("place", ["cpu", "disk"])
-@pytest.mark.parametrize("position_embedding", ["learned", "sinusoidal"])
+@pytest.mark.parametrize("position_embedding", ["learned", "sinusoidal", "rotary"])
 def test_accelerate_fills_an_empty_model(
     position_embedding: str, place: str, include_buffers: bool, tmp_path: Path
 ) -> None:
@@ -331,7 +334,8 @@ def test_accelerate_fills_an_empty_model(
         empty = GPTKitForCausalLM(model.config)
     assert all(parameter.is_meta for parameter in empty.parameters())
     empty.tie_weights()
-    devices = {"": "cpu"} if place == "cpu" else {"model.embed_tokens": "cpu", "model.embed_positions": "cpu"}
+    positions = "rotary_emb" if position_embedding == "rotary" else "embed_positions"
+    devices = {"": "cpu"} if place == "cpu" else {"model.embed_tokens": "cpu", f"model.{positions}": "cpu"}
     if place == "disk":
         devices |= {"model.layers": "disk", "model.norm": "disk", "model.dropout": "cpu", "lm_head": "cpu"}
     filled = load_checkpoint_and_dispatch(
@@ -342,13 +346,13 @@ def test_accelerate_fills_an_empty_model(
 
 
 def test_an_empty_model_computes_shapes() -> None:
-    for position_embedding in ("learned", "sinusoidal"):
+    for position_embedding in ("learned", "sinusoidal", "rotary"):
         with torch.device("meta"):
             model = GPTKitForCausalLM(tiny_model(position_embedding=position_embedding).config)
             assert model(torch.zeros(2, 5, dtype=torch.long)).logits.shape == (2, 5, model.config.vocab_size)
 
 
-@pytest.mark.parametrize("position_embedding", ["learned", "sinusoidal"])
+@pytest.mark.parametrize("position_embedding", ["learned", "sinusoidal", "rotary"])
 def test_computed_buffers_are_not_stored(position_embedding: str, tmp_path: Path) -> None:
     model = tiny_model(position_embedding=position_embedding)
     model.save_pretrained(tmp_path)
@@ -357,7 +361,7 @@ def test_computed_buffers_are_not_stored(position_embedding: str, tmp_path: Path
         assert ("model.embed_positions.weight" in names) == (position_embedding == "learned")
 
 
-@pytest.mark.parametrize("position_embedding", ["learned", "sinusoidal"])
+@pytest.mark.parametrize("position_embedding", ["learned", "sinusoidal", "rotary"])
 def test_a_half_precision_checkpoint_loads_as_such(position_embedding: str, tmp_path: Path) -> None:
     model = tiny_model(position_embedding=position_embedding).bfloat16()
     model.save_pretrained(tmp_path)
@@ -479,14 +483,16 @@ def worst_difference(model: PreTrainedModel, arrangement: Arrangement, cache: st
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+@both_shapes
 def test_a_row_gives_the_same_alone_padded_packed_and_cached(
-    arrangement: Arrangement, cache: str, attention: str
+    arrangement: Arrangement, cache: str, attention: str, shape: dict[str, Any]
 ) -> None:
-    assert worst_difference(tiny_model(attention), arrangement, cache) <= 1e-4
+    assert worst_difference(tiny_model(attention, **shape), arrangement, cache) <= 1e-4
 
 
-def test_rows_of_a_batch_may_be_packed_differently() -> None:
-    model = tiny_model()
+@both_shapes
+def test_rows_of_a_batch_may_be_packed_differently(shape: dict[str, Any]) -> None:
+    model = tiny_model(**shape)
     pieces = [random_ids(length) for length in (4, 8, 7, 5)]
     ids = torch.stack((torch.cat(pieces[:2]), torch.cat(pieces[2:])))
     positions = torch.stack(
@@ -499,8 +505,9 @@ def test_rows_of_a_batch_may_be_packed_differently() -> None:
         assert relative_difference(logits[1], torch.cat(expected[2:])) <= 1e-4
 
 
-def test_a_packed_row_may_be_longer_than_the_table() -> None:
-    model = tiny_model()
+@both_shapes
+def test_a_packed_row_may_be_longer_than_the_table(shape: dict[str, Any]) -> None:
+    model = tiny_model(**shape)
     rows = [random_ids(TABLE - 2) for _ in range(3)]
     inputs, places = packed(rows)
     logits = model(**inputs).logits
@@ -508,8 +515,9 @@ def test_a_packed_row_may_be_longer_than_the_table() -> None:
         assert relative_difference(logits[0, place], model(row[None]).logits[0]) <= 1e-4
 
 
-def test_gradients_do_not_cross_from_one_document_to_another() -> None:
-    model = tiny_model()
+@both_shapes
+def test_gradients_do_not_cross_from_one_document_to_another(shape: dict[str, Any]) -> None:
+    model = tiny_model(**shape)
     inputs, places = packed([random_ids(5), random_ids(7)])
     embeds = model.model.embed_tokens(inputs["input_ids"]).detach().requires_grad_()
     model(inputs_embeds=embeds, position_ids=inputs["position_ids"]).logits[0, places[1][1]].sum().backward()
@@ -544,8 +552,9 @@ def flex(test: Any) -> Any:
 @flex
 @pytest.mark.parametrize("cache", ["no cache", "default", "dynamic", "static"])
 @pytest.mark.parametrize("arrangement", [alone, left_padded, right_padded, packed, packed_right_padded])
-def test_a_row_gives_the_same_in_flex_attention(arrangement: Arrangement, cache: str) -> None:
-    assert worst_difference(tiny_model("flex_attention"), arrangement, cache) <= 1e-4
+@both_shapes
+def test_a_row_gives_the_same_in_flex_attention(arrangement: Arrangement, cache: str, shape: dict[str, Any]) -> None:
+    assert worst_difference(tiny_model("flex_attention", **shape), arrangement, cache) <= 1e-4
 
 
 @pytest.mark.parametrize(
@@ -589,15 +598,19 @@ def check_continued(model: GPTKitForCausalLM, cache: str, side: str | None) -> N
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("cache", ["dynamic", "static", "static, used before"])
 @pytest.mark.parametrize("side", [None, "left", "right"])
-def test_continuing_a_cache_is_as_no_cache(side: str | None, cache: str, attention: str) -> None:
-    check_continued(tiny_model(attention), cache, side)
+@both_shapes
+def test_continuing_a_cache_is_as_no_cache(
+    side: str | None, cache: str, attention: str, shape: dict[str, Any]
+) -> None:
+    check_continued(tiny_model(attention, **shape), cache, side)
 
 
 @flex
 @torch.no_grad()
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_continuing_a_cache_is_as_no_cache_in_flex_attention(cache: str) -> None:
-    model = tiny_model("flex_attention")
+@both_shapes
+def test_continuing_a_cache_is_as_no_cache_in_flex_attention(cache: str, shape: dict[str, Any]) -> None:
+    model = tiny_model("flex_attention", **shape)
     ids = random_ids(1, 11)
     past = cache_arguments(cache, model, 1)["past_key_values"]
     pieces = []
@@ -608,8 +621,9 @@ def test_continuing_a_cache_is_as_no_cache_in_flex_attention(cache: str) -> None
     assert relative_difference(torch.cat(pieces, dim=1), model(ids, use_cache=False).logits) <= 1e-4
 
 
-def test_the_default_cache_can_be_continued() -> None:
-    model = tiny_model()
+@both_shapes
+def test_the_default_cache_can_be_continued(shape: dict[str, Any]) -> None:
+    model = tiny_model(**shape)
     ids = random_ids(2, 11)
     first = model(ids[:, :6])
     second = model(ids[:, 6:], past_key_values=first.past_key_values)
@@ -618,8 +632,9 @@ def test_the_default_cache_can_be_continued() -> None:
     assert expected.past_key_values is None
 
 
-def test_a_mask_of_four_dimensions_is_taken_as_it_is() -> None:
-    model = tiny_model()
+@both_shapes
+def test_a_mask_of_four_dimensions_is_taken_as_it_is(shape: dict[str, Any]) -> None:
+    model = tiny_model(**shape)
     ids = random_ids(1, 6)
     causal = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
     assert relative_difference(model(ids, attention_mask=causal).logits, model(ids).logits) <= 1e-4
@@ -640,7 +655,7 @@ def test_ids_outside_the_vocabulary_are_refused(bad: int) -> None:
         tiny_model()(ids)
 
 
-@pytest.mark.parametrize("position_embedding", ["learned", "sinusoidal"])
+@pytest.mark.parametrize("position_embedding", ["learned", "sinusoidal", "rotary"])
 def test_a_sequence_beyond_the_table_is_refused(position_embedding: str) -> None:
     model = tiny_model(position_embedding=position_embedding)
     assert model(random_ids(1, TABLE)).logits.shape == (1, TABLE, VOCAB)
@@ -669,8 +684,9 @@ def test_a_mask_that_leaves_out_the_cached_tokens_is_refused() -> None:
         model(random_ids(2, 3), attention_mask=torch.ones(2, 3, dtype=torch.long), past_key_values=past)
 
 
-def test_embeddings_go_in_instead_of_ids() -> None:
-    model = tiny_model()
+@both_shapes
+def test_embeddings_go_in_instead_of_ids(shape: dict[str, Any]) -> None:
+    model = tiny_model(**shape)
     ids = random_ids(2, 9)
     embeds = model.get_input_embeddings()(ids)
     assert torch.equal(model(inputs_embeds=embeds).logits, model(ids).logits)
@@ -707,8 +723,9 @@ CASES = ["packed and padded", *(pytest.param(case, marks=pytest.mark.slow) for c
 # Said by torch about itself, where it traces the indexing of a mask function.
 @pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'>:DeprecationWarning")
 @pytest.mark.parametrize("case", CASES)
-def test_one_graph_gives_what_eager_gives(case: str) -> None:
-    model = tiny_model()
+@both_shapes
+def test_one_graph_gives_what_eager_gives(case: str, shape: dict[str, Any]) -> None:
+    model = tiny_model(**shape)
     inputs, options = compiled_case(case)
     expected = model(**inputs, **options).logits
     torch._dynamo.reset()
@@ -720,8 +737,11 @@ def test_one_graph_gives_what_eager_gives(case: str) -> None:
 
 
 @torch.no_grad()
-def test_one_graph_steps_through_a_static_cache() -> None:
-    model = tiny_model()
+@pytest.mark.parametrize(
+    "shape", [pytest.param({}, id="classic", marks=pytest.mark.slow), pytest.param(MODERN, id="modern")]
+)
+def test_one_graph_steps_through_a_static_cache(shape: dict[str, Any]) -> None:
+    model = tiny_model(**shape)
     ids = random_ids(2, 9)
     expected = model(ids, use_cache=False).logits
     past = StaticCache(config=model.config, max_cache_len=16)
@@ -734,8 +754,9 @@ def test_one_graph_steps_through_a_static_cache() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_inductor_gives_what_eager_gives_forward_and_backward() -> None:
-    model: Any = tiny_model()
+@both_shapes
+def test_inductor_gives_what_eager_gives_forward_and_backward(shape: dict[str, Any]) -> None:
+    model: Any = tiny_model(**shape)
     inputs, _ = compiled_case("packed and padded")
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     losses, grads = [], []
@@ -757,8 +778,11 @@ def test_inductor_gives_what_eager_gives_forward_and_backward() -> None:
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_gradient_checkpointing_gives_equal_gradients(dropout: float, use_reentrant: bool) -> None:
-    model = tiny_model(embd_pdrop=dropout, attn_pdrop=dropout, resid_pdrop=dropout).train()
+@both_shapes
+def test_gradient_checkpointing_gives_equal_gradients(
+    dropout: float, use_reentrant: bool, shape: dict[str, Any]
+) -> None:
+    model = tiny_model(embd_pdrop=dropout, attn_pdrop=dropout, resid_pdrop=dropout, **shape).train()
     inputs = packed_right_padded([random_ids(5), random_ids(9), random_ids(3)])[0]
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     calls = 0
@@ -785,9 +809,10 @@ def test_gradient_checkpointing_gives_equal_gradients(dropout: float, use_reentr
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ["embd_pdrop", "attn_pdrop", "resid_pdrop"])
-def test_dropout_acts_in_training_only(name: str, attention: str) -> None:
-    model = tiny_model(attention, **{name: 0.5})
-    without = tiny_model(attention)
+@both_shapes
+def test_dropout_acts_in_training_only(name: str, attention: str, shape: dict[str, Any]) -> None:
+    model = tiny_model(attention, **{name: 0.5}, **shape)
+    without = tiny_model(attention, **shape)
     without.load_state_dict(model.state_dict())
     ids = random_ids(2, 9)
     assert torch.equal(model(ids).logits, without(ids).logits)
@@ -821,8 +846,9 @@ def test_attention_dropout_drops_with_the_given_probability(attention: str) -> N
 # --- outputs and the head
 
 
-def test_attentions_are_causal_and_sum_to_one() -> None:
-    model = tiny_model("eager")
+@both_shapes
+def test_attentions_are_causal_and_sum_to_one(shape: dict[str, Any]) -> None:
+    model = tiny_model("eager", **shape)
     inputs, _ = left_padded([random_ids(5), random_ids(9)])
     attentions = model(**inputs, output_attentions=True).attentions
     seen = torch.ones(9, 9).tril().bool() & inputs["attention_mask"][:, None, None, :].bool()
@@ -833,8 +859,9 @@ def test_attentions_are_causal_and_sum_to_one() -> None:
         assert not by_query[~seen.expand(2, HEADS, 9, 9).transpose(1, 2)[real]].any()
 
 
-def test_a_tuple_comes_back_if_asked_for() -> None:
-    model = tiny_model()
+@both_shapes
+def test_a_tuple_comes_back_if_asked_for(shape: dict[str, Any]) -> None:
+    model = tiny_model(**shape)
     ids = random_ids(2, 9)
     loss, logits, _ = model(ids, labels=ids, return_dict=False)
     out = model(ids, labels=ids)
@@ -842,8 +869,9 @@ def test_a_tuple_comes_back_if_asked_for() -> None:
     assert torch.equal(logits, out.logits)
 
 
-def test_only_the_logits_that_are_wanted_are_made() -> None:
-    model = tiny_model()
+@both_shapes
+def test_only_the_logits_that_are_wanted_are_made(shape: dict[str, Any]) -> None:
+    model = tiny_model(**shape)
     ids = random_ids(2, 9)
     everything = model(ids).logits
     for count in (1, 4):
@@ -857,8 +885,9 @@ def test_only_the_logits_that_are_wanted_are_made() -> None:
     assert relative_difference(model(ids, logits_to_keep=true).logits, everything[true]) <= 1e-5
 
 
-def test_a_tied_head_is_one_tensor_and_stays_so(tmp_path: Path) -> None:
-    model = tiny_model()
+@both_shapes
+def test_a_tied_head_is_one_tensor_and_stays_so(tmp_path: Path, shape: dict[str, Any]) -> None:
+    model = tiny_model(**shape)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     model.save_pretrained(tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
@@ -872,8 +901,9 @@ def test_a_tied_head_is_one_tensor_and_stays_so(tmp_path: Path) -> None:
     assert torch.allclose(loaded(ids).logits[..., :VOCAB], model(ids).logits, atol=1e-5)
 
 
-def test_an_untied_head_is_its_own_and_stays_so(tmp_path: Path) -> None:
-    model = tiny_model(tie_word_embeddings=False)
+@both_shapes
+def test_an_untied_head_is_its_own_and_stays_so(tmp_path: Path, shape: dict[str, Any]) -> None:
+    model = tiny_model(tie_word_embeddings=False, **shape)
     assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
     model.save_pretrained(tmp_path)
     assert "lm_head.weight" in load_file(tmp_path / "model.safetensors")
@@ -884,8 +914,9 @@ def test_an_untied_head_is_its_own_and_stays_so(tmp_path: Path) -> None:
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
-def test_weights_are_saved_in_shards_and_as_safetensors_only(tmp_path: Path) -> None:
-    model = tiny_model()
+@both_shapes
+def test_weights_are_saved_in_shards_and_as_safetensors_only(tmp_path: Path, shape: dict[str, Any]) -> None:
+    model = tiny_model(**shape)
     model.save_pretrained(tmp_path, max_shard_size="40KB")
     shards = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
     assert len(set(shards.values())) > 1
@@ -896,17 +927,21 @@ def test_weights_are_saved_in_shards_and_as_safetensors_only(tmp_path: Path) -> 
 # --- what other tools build on
 
 
-def test_plans_name_modules_that_exist() -> None:
-    model = tiny_model()
+@both_shapes
+def test_plans_name_modules_that_exist(shape: dict[str, Any]) -> None:
+    model = tiny_model(**shape)
     names, config = {name for name, _ in model.model.named_modules()}, model.config
     for plan in (config.base_model_tp_plan, config.base_model_fsdp_plan, config.base_model_pp_plan):
         for pattern in plan:
             assert any(fnmatch(name, pattern) for name in names), pattern
     sharded = {name for name in names for pattern in config.base_model_tp_plan if fnmatch(name, pattern)}
-    assert sharded == {name for name, module in model.model.named_modules() if isinstance(module, nn.Linear)}
+    per_head = {name for name in names if name.endswith(("q_norm", "k_norm"))}
+    assert sharded - per_head == {n for n, module in model.model.named_modules() if isinstance(module, nn.Linear)}
+    assert per_head <= sharded
 
 
-def test_everything_passed_on_reaches_the_attention() -> None:
+@both_shapes
+def test_everything_passed_on_reaches_the_attention(shape: dict[str, Any]) -> None:
     # Packing for FlashAttention (`cu_seq_lens_q` and its like) and continuous batching rely on it.
     seen: list[dict[str, Any]] = []
 
@@ -916,7 +951,7 @@ def test_everything_passed_on_reaches_the_attention() -> None:
 
     AttentionInterface.register("spy", spy)
     try:
-        model = tiny_model("spy")
+        model = tiny_model("spy", **shape)
         lengths = torch.tensor([0, 4, 9], dtype=torch.int32)
         positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
         model(random_ids(1, 9), position_ids=positions, cu_seq_lens_q=lengths, max_length_q=5)
@@ -937,7 +972,7 @@ class NotHere(nn.Identity):
         return args[0] if args else next(iter(kwargs.values()))
 
 
-@pytest.mark.parametrize("position_embedding", ["learned", "sinusoidal"])
+@pytest.mark.parametrize("position_embedding", ["learned", "sinusoidal", "rotary"])
 def test_a_later_pipeline_stage_adds_no_positions(position_embedding: str) -> None:
     model = tiny_model(position_embedding=position_embedding)
     ids = random_ids(2, 9)
@@ -963,16 +998,18 @@ def greedy_without_cache(model: GPTKitForCausalLM, ids: Tensor, count: int) -> T
 
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_greedy_generation_is_the_argmax_loop(attention: str, options: dict[str, Any]) -> None:
-    model = tiny_model(attention)
+@both_shapes
+def test_greedy_generation_is_the_argmax_loop(attention: str, options: dict[str, Any], shape: dict[str, Any]) -> None:
+    model = tiny_model(attention, **shape)
     ids = random_ids(2, 6)
     generated = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, **options)
     assert torch.equal(generated, greedy_without_cache(model, ids, 12))
 
 
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
-def test_a_left_padded_batch_generates_what_each_row_does(options: dict[str, Any]) -> None:
-    model = tiny_model()
+@both_shapes
+def test_a_left_padded_batch_generates_what_each_row_does(options: dict[str, Any], shape: dict[str, Any]) -> None:
+    model = tiny_model(**shape)
     rows = [random_ids(length) for length in (5, 9, 3)]
     inputs, _ = left_padded(rows)
     generated = model.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=0, **options)
@@ -980,8 +1017,9 @@ def test_a_left_padded_batch_generates_what_each_row_does(options: dict[str, Any
         assert torch.equal(generated[index, -12 - len(row) :], greedy_without_cache(model, row[None], 12)[0])
 
 
-def test_beams_score_what_they_return() -> None:
-    model = tiny_model()
+@both_shapes
+def test_beams_score_what_they_return(shape: dict[str, Any]) -> None:
+    model = tiny_model(**shape)
     ids = random_ids(1, 6)
     out: Any = model.generate(
         ids,
@@ -997,8 +1035,9 @@ def test_beams_score_what_they_return() -> None:
     assert out.sequences_scores.item() == pytest.approx(total.item() / 5, rel=1e-4)
 
 
-def test_assisted_decoding_is_greedy_decoding() -> None:
-    model, assistant = tiny_model(), tiny_model(n_layer=1)
+@both_shapes
+def test_assisted_decoding_is_greedy_decoding(shape: dict[str, Any]) -> None:
+    model, assistant = tiny_model(**shape), tiny_model(n_layer=1, **shape)
     ids = random_ids(1, 6)
     generated = model.generate(
         ids, attention_mask=torch.ones_like(ids), assistant_model=assistant, max_new_tokens=12, do_sample=False
