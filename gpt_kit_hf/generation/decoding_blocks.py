@@ -6,6 +6,7 @@ Dh head width, F feed-forward width.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ class Block(NamedTuple):
 
     attention_norm: Linear
     query_key_value: Linear  # (B, T, D) -> (B, T, (H + 2 Hk) Dh)
-    query_key_norm: Linear | None  # (B, T, H + Hk, Dh) -> the same shape
+    query_key_norm: Linear | None  # (B, H + Hk, T, Dh) -> the same shape
     attention_output: Linear
     mlp_norm: Linear
     mlp: Linear
@@ -95,22 +96,33 @@ def _matrices(
 
 def norm_of(norm: nn.LayerNorm | nn.RMSNorm, dtype: torch.dtype) -> Linear:
     """Return the norm (B, T, D) -> (B, T, D), with its weight in the given dtype."""
-    shape, weight, eps = norm.normalized_shape, norm.weight.to(dtype), norm.eps
+    weight = norm.weight.to(dtype)
     if isinstance(norm, nn.RMSNorm):
-        return lambda inputs: F.rms_norm(inputs, shape, weight, eps)
+        return _rms_norm(weight, norm.eps)
     bias = None if norm.bias is None else norm.bias.to(dtype)
-    return lambda inputs: F.layer_norm(inputs, shape, weight, bias, norm.eps)
+    return lambda inputs: F.layer_norm(inputs, norm.normalized_shape, weight, bias, norm.eps)
+
+
+def _rms_norm(weight: Tensor, eps: float | None) -> Linear:
+    """Return x / sqrt(mean(x^2) + eps) * weight, over the last dimension of width n."""
+    assert eps is not None  # the configuration sets it
+    width = weight.shape[-1]
+    if weight.device.type != "cpu":
+        return lambda inputs: F.rms_norm(inputs, (width,), None, eps) * weight
+    # On a CPU torch takes six operations. Here it is x / hypot(|x|, sqrt(n eps)) * (sqrt(n) weight).
+    scaled, least = weight * math.sqrt(width), torch.tensor(math.sqrt(width * eps))
+    return lambda inputs: inputs / torch.linalg.vector_norm(inputs, dim=-1, keepdim=True).hypot(least) * scaled
 
 
 def _query_key_norm(attention: MultiHeadAttention, dtype: torch.dtype) -> Linear | None:
-    """Return the norm of all heads of queries and keys together, (B, T, H + Hk, Dh) -> the same shape."""
+    """Return the norm of all heads of queries and keys together, (B, H + Hk, T, Dh) -> the same shape."""
     query, key = attention.q_norm, attention.k_norm
     if query is None or key is None:
         return None
     heads = attention.config.n_head, attention.config.n_head // attention.num_key_value_groups
     each = [norm.weight.to(dtype).expand(count, -1) for norm, count in zip((query, key), heads, strict=True)]
-    weight = torch.cat(each)  # (H + Hk, Dh)
-    return lambda inputs: F.rms_norm(inputs, query.normalized_shape, None, query.eps) * weight
+    weight = torch.cat(each).unsqueeze(1)  # (H + Hk, 1, Dh)
+    return _rms_norm(weight, query.eps)
 
 
 def _mlp(mlp: FeedForward, joined: Callable[..., Linear]) -> Linear:
@@ -128,12 +140,12 @@ def _mlp(mlp: FeedForward, joined: Callable[..., Linear]) -> Linear:
 
 
 def rotation_table(cosine: Tensor, sine: Tensor) -> Tensor:
-    """(S, Dh) each -> (2, S, 1, Dh): the factors of a head, and of the head with its halves exchanged."""
+    """(S, Dh) each -> (2, S, Dh): the factors of a head, and of the head with its halves exchanged."""
     first, second = sine.chunk(2, dim=-1)
-    return torch.stack((cosine, torch.cat((-first, second), dim=-1))).unsqueeze(2)
+    return torch.stack((cosine, torch.cat((-first, second), dim=-1)))
 
 
 def rotated(heads: Tensor, table: Tensor) -> Tensor:
-    """Turn queries and keys (B, T, H, Dh) by rows of a `rotation_table` (2, T, 1, Dh): `positions.rotate`."""
+    """Turn queries and keys (B, H, T, Dh) by rows of a `rotation_table` (2, T, Dh): `positions.rotate`."""
     cosine, sine = table.unbind()
     return torch.addcmul(heads * cosine, heads.roll(heads.shape[-1] // 2, dims=-1), sine)

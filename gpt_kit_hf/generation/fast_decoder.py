@@ -24,7 +24,7 @@ from gpt_kit_hf.generation.decoding_blocks import (
     rotation_table,
     unpacked_matrices,
 )
-from gpt_kit_hf.generation.layouts import Layout, has_packed_products, layout_of
+from gpt_kit_hf.generation.layouts import Layout, Linear, has_packed_products, layout_of
 from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
 from gpt_kit_hf.model.own_class import is_gpt_kit, own_model
 from gpt_kit_hf.options.generation import DecodingDtype
@@ -65,9 +65,8 @@ class Decoder:
         self._packed: Matrices | None = None
         self._norm = norm_of(model.model.norm, self._compute_dtype)
         self._positions: Tensor | None = None  # (S, D): added to the embeddings of the tokens
-        self._rotation: Tensor | None = None  # (2, S, 1, Dh): see `rotation_table`
-        self._keys: list[Tensor] = []  # (B, Hk, S, Dh) each
-        self._values: list[Tensor] = []
+        self._rotation: Tensor | None = None  # (2, S, Dh): see `rotation_table`
+        self._caches: list[Tensor] = []  # (B, 2 Hk, S, Dh) each: keys, then values
         self._length = 0  # tokens in the cache
 
     def pack(self) -> None:
@@ -127,10 +126,9 @@ class Decoder:
         config, base = self._model.config, self._model.model
         assert config.num_key_value_heads is not None  # the configuration sets both
         assert config.head_dim is not None
-        shape = (len(ids), config.num_key_value_heads, length, config.head_dim)  # (B, Hk, S, Dh)
+        shape = (len(ids), 2 * config.num_key_value_heads, length, config.head_dim)  # (B, 2 Hk, S, Dh)
         blocks = self._unpacked.blocks
-        self._keys = [torch.empty(shape, device=self._device, dtype=self._compute_dtype) for _ in blocks]
-        self._values = [torch.empty(shape, device=self._device, dtype=self._compute_dtype) for _ in blocks]
+        self._caches = [torch.empty(shape, device=self._device, dtype=self._compute_dtype) for _ in blocks]
         self._length = 0
         positions = torch.arange(length, device=self._device)
         if base.embed_positions is not None:
@@ -146,32 +144,35 @@ class Decoder:
         if self._positions is not None:
             hidden = hidden + self._positions.narrow(0, start, ids.shape[1])
         rotation = None if self._rotation is None else self._rotation.narrow(1, start, ids.shape[1])
-        for block, keys, values in zip(matrices.blocks, self._keys, self._values, strict=True):
-            hidden = hidden + self._attend(block, hidden, keys, values, rotation)
+        for block, cache in zip(matrices.blocks, self._caches, strict=True):
+            hidden = hidden + self._attend(block, hidden, cache, rotation)
             hidden = hidden + block.mlp(block.mlp_norm(hidden))
         return self._norm(hidden)
 
-    def _attend(self, block: Block, hidden: Tensor, keys: Tensor, values: Tensor, rotation: Tensor | None) -> Tensor:
-        """(B, T, D) -> (B, T, D): adds the tokens to the cache (B, Hk, S, Dh), and attends to all in it."""
-        (rows, count, _), end = hidden.shape, self._length
-        n_queries, n_keys = self._model.config.n_head, keys.shape[1]
-        heads = block.query_key_value(block.attention_norm(hidden)).view(
-            rows, count, -1, keys.shape[3]
-        )  # (B, T, H + 2 Hk, Dh)
-        turned, value = heads.narrow(2, 0, n_queries + n_keys), heads.narrow(2, n_queries + n_keys, n_keys)
-        if block.query_key_norm is not None:
-            turned = block.query_key_norm(turned)
-        if rotation is not None:
-            turned = rotated(turned, rotation)
-        turned = turned.transpose(1, 2)  # -> (B, H + Hk, T, Dh)
-        query, key = turned.narrow(1, 0, n_queries), turned.narrow(1, n_queries, n_keys)
-        keys.narrow(2, end - count, count).copy_(key)
-        values.narrow(2, end - count, count).copy_(value.transpose(1, 2))
-        seen = keys.narrow(2, 0, end), values.narrow(2, 0, end)
+    def _attend(self, block: Block, hidden: Tensor, cache: Tensor, rotation: Tensor | None) -> Tensor:
+        """(B, T, D) -> (B, T, D): adds the tokens to the cache (B, 2 Hk, S, Dh), and attends to all in it."""
+        rows, count, _ = hidden.shape
+        n_queries, n_cached = self._model.config.n_head, cache.shape[1]  # H, 2 Hk
+        heads = block.query_key_value(block.attention_norm(hidden)).view(rows, count, -1, cache.shape[3])
+        heads = heads.transpose(1, 2)  # (B, T, H + 2 Hk, Dh) -> (B, H + 2 Hk, T, Dh)
+        if block.query_key_norm is not None or rotation is not None:
+            heads = _turned(heads, n_queries + n_cached // 2, block.query_key_norm, rotation)
+        cache.narrow(2, self._length - count, count).copy_(heads.narrow(1, n_queries, n_cached))
+        keys, values = cache.narrow(2, 0, self._length).chunk(2, dim=1)  # (B, Hk, S, Dh) each
         attended = F.scaled_dot_product_attention(
-            query, *seen, is_causal=count > 1, enable_gqa=n_queries != n_keys
-        )  # (B, H, T, Dh)
-        return block.attention_output(attended.transpose(1, 2).flatten(2))
+            heads.narrow(1, 0, n_queries), keys, values, is_causal=count > 1, enable_gqa=n_queries != n_cached // 2
+        )
+        return block.attention_output(attended.transpose(1, 2).flatten(2))  # (B, H, T, Dh) -> (B, T, D)
+
+
+def _turned(heads: Tensor, count: int, norm: Linear | None, rotation: Tensor | None) -> Tensor:
+    """Normalise and rotate the first `count` heads, those of queries and keys, of (B, H + 2 Hk, T, Dh)."""
+    turned = heads.narrow(1, 0, count)
+    if norm is not None:
+        turned = norm(turned)
+    if rotation is not None:
+        turned = rotated(turned, rotation)
+    return torch.cat((turned, heads.narrow(1, count, heads.shape[1] - count)), dim=1)
 
 
 def why_not(model: nn.Module) -> str | None:

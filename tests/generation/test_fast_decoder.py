@@ -257,7 +257,7 @@ def test_on_a_gpu_everything_stays_there(kind: str, dtype: torch.dtype, monkeypa
         for _ in range(4):
             logits = decoder.step(logits.argmax(dim=-1))
         assert (logits.device.type, logits.dtype, tuple(logits.shape)) == ("cuda", torch.float32, (2, VOCAB))
-        assert {(keys.device.type, keys.dtype) for keys in decoder._keys} == {("cuda", dtype)}
+        assert {(cache.device.type, cache.dtype) for cache in decoder._caches} == {("cuda", dtype)}
         with pytest.raises(RuntimeError, match="device"):
             decoder.step(torch.zeros(2, dtype=torch.long))
 
