@@ -1,9 +1,10 @@
-"""Greedy decoding by the package beside transformers' `generate`, on the same weights.
+"""Greedy decoding by the package beside transformers' `generate` and llama.cpp, on the same weights.
 
 `python benchmarks/generate.py` continues a prompt of 16 tokens by 64 with a 124M model: transformers' GPT-2 by
-`generate` with its defaults, and the package's `generate_text_autoregressive`, its weights as they are and in fewer
-bytes. It checks first that both predict the same tokens, and prints the time to the first token, tokens/s behind the
-first, the ratio, and the share of what memory bandwidth allows: a token needs all weights read once.
+`generate` with its defaults, the package's `generate_text_autoregressive`, its weights as they are and in fewer bytes,
+and, with the extra llama, llama.cpp with F32, F16 and Q8_0 weights. It checks first that all predict the same tokens,
+and prints the time to the first token, tokens/s behind the first, the ratio, and the share of what memory bandwidth
+allows: a token needs all weights read once.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast, get_args
 
+import llama_cpp_peer
 import measure
 import peers
 import torch
@@ -32,8 +36,13 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=16, help="tokens")
     parser.add_argument("--new", type=int, default=64, help="tokens to add")
     parser.add_argument("--dtype", nargs="+", choices=get_args(DecodingDtype), help="of ours; on a GPU only auto")
+    parser.add_argument("--without_llama_cpp", action="store_true", help="leave llama.cpp out")
     parser.add_argument("--static", action="store_true", help="transformers with a static cache, compiled, too")
-    options = parser.parse_args()
+    with TemporaryDirectory() as folder:
+        compare(parser.parse_args(), Path(folder))
+
+
+def compare(options: argparse.Namespace, folder: Path) -> None:
     work = peers.work_of(options)
     model = peers.our_model(work).eval()
     gpt2 = peers.gpt2_of(model).to(work.dtype).eval()
@@ -44,6 +53,8 @@ def main() -> None:
         methods["transformers, static cache"] = theirs(gpt2, cache_implementation="static")
     for dtype in options.dtype or (get_args(DecodingDtype) if options.device == "cpu" else ["auto"]):
         methods[f"gpt_kit_hf, dtype {dtype}"] = ours(model, dtype)
+    if options.device == "cpu" and options.batch == 1 and not options.without_llama_cpp:
+        methods |= llama_cpp_peer.methods(model, folder)
     prompt = torch.randint(options.vocabulary, (options.batch, options.prompt)).to(options.device)
     check(methods, prompt, options.new, exact=work.dtype == torch.float32)
     first = measure.interleaved({n: lambda g=g: g(prompt, 1) for n, g in methods.items()}, options.rounds, work.device)
@@ -75,7 +86,7 @@ def check(methods: dict[str, Generate], prompt: Tensor, new: int, *, exact: bool
     for name, method in methods.items():
         same = (method(prompt, new) == expected).float().mean().item()
         print(f"tokens   {same:.0%} as transformers': {name}")
-        if exact and same < 1.0 and "float16" not in name and "int8" not in name:
+        if exact and same < 1.0 and "float16" not in name and "int8" not in name and "llama.cpp" not in name:
             raise SystemExit(f"{name} predicts other tokens: not the same work")
 
 
@@ -96,7 +107,7 @@ def report(
     for name in whole:
         behind = [all_ - one for all_, one in zip(whole[name], first[name], strict=True)]
         seconds = statistics.median(behind) / (options.new - 1)
-        width = 1 if "int8" in name else 2 if "float16" in name or work.dtype == torch.bfloat16 else 4
+        width = _bytes_of_a_weight(name, work.dtype)
         limit = bandwidth / (read * width)
         rows.append(
             [
@@ -110,6 +121,11 @@ def report(
         figures[name] = {"first": first[name], "whole": whole[name], "tokens_per_second": options.batch / seconds}
     measure.show(rows, ["", "first token", "tokens/s", "times transformers", "of the bandwidth"])
     measure.keep(options.json, {"options": vars(options), "bandwidth": bandwidth, "methods": figures})
+
+
+def _bytes_of_a_weight(name: str, dtype: torch.dtype) -> float:
+    in_name = {"int8": 1, "Q8_0": 34 / 32, "float16": 2, "F16": 2, "F32": 4}
+    return next((size for each, size in in_name.items() if each in name), dtype.itemsize)
 
 
 if __name__ == "__main__":

@@ -49,8 +49,8 @@ class EngineOptions(Options):
     )
     engine: EngineName = option(
         "auto",
-        "what computes the model: torch, or llama.cpp on a CPU, which needs the extra llama and writes a temporary "
-        "GGUF file of a folder; auto is llama.cpp for a GGUF file, else torch",
+        "what computes the model: torch, or llama.cpp (extra llama), which runs GGUF files on a CPU; auto is "
+        "llama.cpp for a GGUF file, else torch",
     )
 
 

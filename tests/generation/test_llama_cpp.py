@@ -289,6 +289,12 @@ REFUSED = {
     ("chat", "OTHER"): "is no GGUF file: it begins with b'text'",
     ("serve", "OTHER"): "is no GGUF file: it begins with b'text'",
     ("serve", "none.gguf"): "'none.gguf': no such file",
+    (
+        "generate",
+        "FOLDER",
+        "--engine",
+        "llama.cpp",
+    ): "is no GGUF file, which llama.cpp needs: leave --engine out",
     ("generate", "FILE", "--engine", "llama"): "unknown engine 'llama'; did you mean 'llama.cpp'?",
 }
 
@@ -299,7 +305,7 @@ def test_what_llama_cpp_cannot_do_is_refused_before_it_starts(
 ) -> None:
     (tmp_path / "broken.gguf").write_bytes(file.read_bytes()[:20_000])
     (tmp_path / "other.gguf").write_text("text")
-    names = {"FILE": file, "BROKEN": tmp_path / "broken.gguf", "OTHER": tmp_path / "other.gguf"}
+    names = {"FILE": file, "FOLDER": file.parent, "BROKEN": tmp_path / "broken.gguf", "OTHER": tmp_path / "other.gguf"}
     monkeypatch.setattr(llama_server, "LlamaServer", None)  # or it would be started
     ended = gpt_kit(*(names.get(part, part) for part in line))
     assert (ended.exit_code, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)

@@ -33,7 +33,7 @@ TEXTS = (
     "",
 )
 _GREEDY_TOKENS = 64
-_POSITIONS = 16  # whose distributions are compared: each is as many numbers as the vocabulary has tokens
+_POSITIONS = 8  # whose distributions are compared: each is as many numbers as the vocabulary has tokens
 
 
 @dataclass(frozen=True, kw_only=True)
