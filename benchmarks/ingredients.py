@@ -136,11 +136,11 @@ def table(options: argparse.Namespace, results: studies.Results) -> list[list[An
             above: dict[int, float] = {}
             for rung, runs in runs_of(corpus, width, options, results).items():
                 losses = {made["seed"]: made["loss"] for made in runs}
-                mean, spread = mean_and_spread(list(losses.values()))
                 changes = [loss - above[seed] for seed, loss in losses.items() if seed in above]
-                change = "{:+.4f} ({:.4f})".format(*mean_and_spread(changes)) if changes else ""
+                mean, spread = statistics.mean(losses.values()), spread_of(list(losses.values()))
+                change = f"{statistics.mean(changes):+.4f} {spread_of(changes, '({:.4f})')}".strip() if changes else ""
                 size = runs[0]["parameters"]
-                rows.append([rung, corpus, width, size, len(losses), f"{mean:.4f}", f"{spread:.4f}", change])
+                rows.append([rung, corpus, width, size, len(losses), f"{mean:.4f}", spread, change])
                 above = losses
     return rows
 
@@ -154,8 +154,9 @@ def runs_of(
     return {rung: runs for rung, runs in found.items() if runs}
 
 
-def mean_and_spread(values: list[float]) -> tuple[float, float]:
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+def spread_of(values: list[float], form: str = "{:.4f}") -> str:
+    """Return the standard deviation as text, nothing for a single value."""
+    return form.format(statistics.stdev(values)) if len(values) > 1 else ""
 
 
 def costs(results: studies.Results) -> list[list[str]]:
@@ -170,7 +171,8 @@ def costs(results: studies.Results) -> list[list[str]]:
 def draw(options: argparse.Namespace, results: studies.Results) -> None:
     """Draw the losses: a panel for each corpus and width, a dot for each seed, and the means."""
     panels = [(corpus, width) for corpus in options.corpora for width in options.widths]
-    figure, axes = plt.subplots(1, len(panels), figsize=(13, 3), sharey=True, squeeze=False, constrained_layout=True)
+    size = (3 * len(panels) + 2, 3)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, constrained_layout=True)
     for axis, (corpus, width) in zip(axes[0], panels, strict=True):
         runs = runs_of(corpus, width, options, results)
         losses = {rung: [made["loss"] for made in found] for rung, found in runs.items()}
