@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from shapes import both_shapes
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -168,8 +169,9 @@ WAYS: dict[str, Callable[[Tensor], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_model_gives_the_same_loss_without_logits(way: str, tied: bool) -> None:
-    model = small_model(tie_word_embeddings=tied)
+@both_shapes
+def test_the_model_gives_the_same_loss_without_logits(way: str, tied: bool, shape: dict[str, Any]) -> None:
+    model = small_model(tie_word_embeddings=tied, **shape)
     ids = torch.randint(211, (3, 20), generator=torch.Generator().manual_seed(1))
     targets = ids.clone()
     targets[0, :5] = targets[2, 11:] = IGNORED

@@ -16,15 +16,16 @@ import pytest
 import torch
 from conftest import start_child
 from safetensors.torch import load_file, save_file
+from shapes import MODERN, both_shapes
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     Cache,
     DynamicCache,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    Qwen3Config,
 )
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.modeling_utils import AttentionInterface
@@ -172,16 +173,17 @@ def test_nothing_that_transformers_removed_is_used() -> None:
     assert isinstance(random_model()(random_ids(1, 3)).past_key_values, Cache)
 
 
-# Llama has all that this model has, under the same names, and a third projection in its feed-forward.
+# Qwen3 has all that this model has, under the same names.
 PLANS = ["base_model_tp_plan", "base_model_pp_plan", "base_model_fsdp_plan"]
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_the_plans_are_those_of_llama_for_the_modules_that_both_have(plan: str) -> None:
-    model = random_model()
+@both_shapes
+def test_the_plans_are_those_of_qwen3_for_the_modules_that_both_have(plan: str, shape: dict[str, Any]) -> None:
+    model = random_model(**shape)
     names = [name for name, _ in model.model.named_modules()]
     theirs = {
-        name: style for name, style in getattr(LlamaConfig, plan).items() if any(fnmatch(n, name) for n in names)
+        name: style for name, style in getattr(Qwen3Config, plan).items() if any(fnmatch(n, name) for n in names)
     }
     assert theirs
     assert getattr(model.config, plan) == theirs
@@ -250,6 +252,7 @@ def attention_by_lengths(
     assert attention_mask is None
     assert torch.equal(cu_seq_lens_q, cu_seq_lens_k)
     assert max_length_q == max_length_k == int(cu_seq_lens_q.diff().max())
+    key, value = (it.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for it in (key, value))
     # (B, H, T, Dh) -> (H, B * T, Dh)
     flat_query, flat_key, flat_value = (it.transpose(0, 1).flatten(1, 2) for it in (query, key, value))
     documents = []
@@ -264,14 +267,15 @@ def attention_by_lengths(
 
 
 @pytest.mark.parametrize("given", [True, False])
-def test_lengths_of_documents_keep_the_rows_of_a_packed_batch_apart(given: bool) -> None:
+@both_shapes
+def test_lengths_of_documents_keep_the_rows_of_a_packed_batch_apart(given: bool, shape: dict[str, Any]) -> None:
     lengths = [(4, 8), (7, 5)]  # of two documents in each of two rows
     rows = [[random_ids(length) for length in row] for row in lengths]
     bounds = torch.tensor([0, 4, 12, 19, 24], dtype=torch.int32)
     told = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 8, "max_length_k": 8}
     AttentionInterface.register("flash_by_lengths", attention_by_lengths)
     try:
-        model = random_model()
+        model = random_model(**shape)
         model.config._attn_implementation = "flash_by_lengths"  # the setter looks for a library of this name
         logits = model(
             torch.stack([torch.cat(row) for row in rows]),
@@ -289,8 +293,9 @@ def test_lengths_of_documents_keep_the_rows_of_a_packed_batch_apart(given: bool)
 
 
 @torch.no_grad()
-def test_no_block_is_cut_in_two_where_memory_is_short(tmp_path: Path) -> None:
-    model, ids = random_model(), random_ids(2, 5)
+@both_shapes
+def test_no_block_is_cut_in_two_where_memory_is_short(tmp_path: Path, shape: dict[str, Any]) -> None:
+    model, ids = random_model(**shape), random_ids(2, 5)
     model.save_pretrained(tmp_path)
     for share in (0.6, 0.7, 0.8, 0.9):
         room = int(model.get_memory_footprint() * share)
@@ -322,10 +327,17 @@ def on_two_ranks(folder: Path, body: Callable[[], None]) -> None:
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
 
 
-@pytest.mark.parametrize(("kind", "tied"), [("fsdp_size", True), ("pp_size", True), ("pp_size", False)])
+@pytest.mark.parametrize(
+    ("kind", "tied", "shape"),
+    [("fsdp_size", True, {}), ("fsdp_size", True, MODERN), ("pp_size", True, MODERN), ("pp_size", False, {})],
+    ids=["fsdp, classic", "fsdp, modern", "pp, modern", "pp, classic"],
+)
 @torch.no_grad()
-def test_two_processes_hold_half_the_model_each_and_give_what_one_does(kind: str, tied: bool, tmp_path: Path) -> None:
-    model, ids, padded = random_model(tie_word_embeddings=tied), random_ids(2, 9), torch.ones(2, 9, dtype=torch.long)
+def test_two_processes_hold_half_the_model_each_and_give_what_one_does(
+    kind: str, tied: bool, shape: dict[str, Any], tmp_path: Path
+) -> None:
+    model = random_model(tie_word_embeddings=tied, **shape)
+    ids, padded = random_ids(2, 9), torch.ones(2, 9, dtype=torch.long)
     model.save_pretrained(tmp_path)
     padded[1, :4] = 0
     expected = [model(ids).logits, model(ids, attention_mask=padded, use_cache=False).logits[padded.bool()]]

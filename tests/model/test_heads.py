@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hand_written_models import CONTEXT, END, HEADS, LAYERS, SHAPE, VOCAB, WIDTH, randomize
+from shapes import MODERN
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -38,6 +39,8 @@ from gpt_kit_hf.model.checkpoints.layouts import GPT2_NAMES, rename_tensors
 
 LABELS = 4
 ROWS = [[3, 1, 4, 1, 5, 9, 2, 6], [29, 7, 1], [8], [1, 2, 3, 4, END]]
+# Three heads share one of keys and values.
+SHAPES = [{}, {"position_embedding": "sinusoidal"}, {**MODERN, "num_key_value_heads": 1}]
 AUTO = {
     GPTKitForSequenceClassification: AutoModelForSequenceClassification,
     GPTKitForTokenClassification: AutoModelForTokenClassification,
@@ -124,15 +127,13 @@ def test_answers_are_marked_as_gpt2_does() -> None:
     torch.testing.assert_close(first.loss, second.loss)
 
 
-@pytest.mark.parametrize("position_embedding", ["learned", "sinusoidal"])
+@pytest.mark.parametrize("shape", SHAPES, ids=["learned", "sinusoidal", "modern"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("pad", [0, END])
-def test_a_row_has_the_same_logits_alone_and_padded(
-    side: str, pad: int, attention: str, position_embedding: str
-) -> None:
+def test_a_row_has_the_same_logits_alone_and_padded(side: str, pad: int, attention: str, shape: str) -> None:
     # Also for a row that ends with the token that pads: the mask tells which is which.
-    model = classifier(position_embedding=position_embedding, pad_token_id=pad, score_bias=True)
+    model = classifier(**shape, pad_token_id=pad, score_bias=True)
     model.set_attn_implementation(attention)
     ids, mask = padded(ROWS, side, pad)
     together = model(ids, attention_mask=mask).logits
@@ -168,8 +169,9 @@ def test_only_the_rows_last_tokens_reach_the_head() -> None:
 
 
 @pytest.mark.parametrize("head", AUTO)
-def test_a_head_is_put_on_a_language_model_and_saved(head: Any, tmp_path: Path) -> None:
-    base = randomize(GPTKitForCausalLM(GPTKitConfig(**SHAPE, max_position_embeddings=CONTEXT)))
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2]], ids=["classic", "modern"])
+def test_a_head_is_put_on_a_language_model_and_saved(head: Any, shape: dict[str, Any], tmp_path: Path) -> None:
+    base = randomize(GPTKitForCausalLM(GPTKitConfig(**SHAPE, max_position_embeddings=CONTEXT, **shape)))
     base.save_pretrained(tmp_path / "base")
     options = {} if head is GPTKitForQuestionAnswering else {"num_labels": LABELS}
     model, report = AUTO[head].from_pretrained(tmp_path / "base", output_loading_info=True, **options)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hand_written_models import is_tied
 from safetensors import safe_open
+from shapes import MODERN
 from torch import Tensor, nn
 from torchao.core.config import AOBaseConfig  # type: ignore[import-untyped]
 from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig  # type: ignore[import-untyped]
@@ -37,12 +38,12 @@ def strides(rows: int, length: int) -> Tensor:
     return (start + step * torch.arange(length)) % VOCAB
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+@pytest.fixture(scope="module", params=[{}, {"tie_word_embeddings": False, **MODERN}], ids=["tied", "untied, modern"])
 def trained(request: pytest.FixtureRequest) -> GPTKitForCausalLM:
     """A model that continues such sequences; three seconds of training."""
     torch.manual_seed(0)
     shape = {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 2, "n_head": 4, "max_position_embeddings": 32}
-    model = GPTKitForCausalLM(GPTKitConfig(**shape, tie_word_embeddings=request.param))
+    model = GPTKitForCausalLM(GPTKitConfig(**shape, **request.param))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(120):
         ids = strides(32, 24)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from shapes import SHAPES
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
@@ -52,9 +53,9 @@ def names_in(folder: Path) -> set[str]:
 # --- with the package imported
 
 
-@pytest.mark.parametrize("position_embedding", ["learned", "sinusoidal"])
-def test_auto_classes_load_a_folder_with_no_trust_flag(position_embedding: str, tmp_path: Path) -> None:
-    model = random_model(position_embedding=position_embedding)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_auto_classes_load_a_folder_with_no_trust_flag(shape: str, tmp_path: Path) -> None:
+    model = random_model(**SHAPES[shape])
     model.save_pretrained(tmp_path)
     assert type(AutoConfig.from_pretrained(tmp_path)) is GPTKitConfig
 
@@ -244,7 +245,7 @@ def test_a_process_without_the_package_loads_it_as_remote_code(tmp_path: Path) -
 
     ids = torch.randint(61, (2, 9))
     save_file({"ids": ids}, tmp_path / "ids.safetensors")
-    models = {kind: random_model(position_embedding=kind) for kind in ("learned", "sinusoidal")}
+    models = {kind: random_model(**shape) for kind, shape in SHAPES.items()}
     for kind, model in models.items():
         model.save_pretrained(tmp_path / kind)
 

@@ -17,4 +17,11 @@ MODERN: dict[str, Any] = {
     "layer_norm_epsilon": 1e-6,
 }
 
+# What `position_embedding` tells apart in tests that need no more than one modern case.
+SHAPES: dict[str, dict[str, Any]] = {
+    "learned": {"position_embedding": "learned"},
+    "sinusoidal": {"position_embedding": "sinusoidal"},
+    "modern": MODERN,
+}
+
 both_shapes = pytest.mark.parametrize("shape", [pytest.param({}, id="classic"), pytest.param(MODERN, id="modern")])
