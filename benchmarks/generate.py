@@ -22,7 +22,8 @@ import peers
 import torch
 from torch import Tensor
 
-from gpt_kit_hf import generate_text_autoregressive
+from gpt_kit_hf import GPTKitForCausalLM, create_model_config, generate_text_autoregressive
+from gpt_kit_hf.export.native import as_native
 from gpt_kit_hf.options.generation import DecodingDtype
 
 Generate = Callable[[Tensor, int], Tensor]
@@ -36,6 +37,9 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=16, help="tokens")
     parser.add_argument("--new", type=int, default=64, help="tokens to add")
     parser.add_argument("--dtype", nargs="+", choices=get_args(DecodingDtype), help="of ours; on a GPU only auto")
+    parser.add_argument(
+        "--modern", action="store_true", help="the modern shape of 124M, which transformers runs as Qwen3"
+    )
     parser.add_argument("--without_llama_cpp", action="store_true", help="leave llama.cpp out")
     parser.add_argument("--static", action="store_true", help="transformers with a static cache, compiled, too")
     with TemporaryDirectory() as folder:
@@ -44,16 +48,16 @@ def main() -> None:
 
 def compare(options: argparse.Namespace, folder: Path) -> None:
     work = peers.work_of(options)
-    model = peers.our_model(work).eval()
-    gpt2 = peers.gpt2_of(model).to(work.dtype).eval()
-    gpt2.config.use_cache = True
+    model = (modern_model(work) if options.modern else peers.our_model(work)).eval()
+    native = cast("Any", as_native(model)).to(device=work.device, dtype=work.dtype).eval()
+    native.set_attn_implementation("sdpa")
     model.to(work.dtype)
-    methods: dict[str, Generate] = {"transformers": theirs(gpt2)}
+    methods: dict[str, Generate] = {"transformers": theirs(native)}
     if options.static:
-        methods["transformers, static cache"] = theirs(gpt2, cache_implementation="static")
+        methods["transformers, static cache"] = theirs(native, cache_implementation="static")
     for dtype in options.dtype or (get_args(DecodingDtype) if options.device == "cpu" else ["auto"]):
         methods[f"gpt_kit_hf, dtype {dtype}"] = ours(model, dtype)
-    if options.device == "cpu" and options.batch == 1 and not options.without_llama_cpp:
+    if options.device == "cpu" and options.batch == 1 and not (options.without_llama_cpp or options.modern):
         methods |= llama_cpp_peer.methods(model, folder)
     prompt = torch.randint(options.vocabulary, (options.batch, options.prompt)).to(options.device)
     check(methods, prompt, options.new, exact=work.dtype == torch.float32)
@@ -64,9 +68,17 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
     report(options, work, model, first, whole)
 
 
-def theirs(gpt2: Any, **options: Any) -> Generate:
+def modern_model(work: peers.Work) -> GPTKitForCausalLM:
+    torch.manual_seed(0)
+    config = create_model_config(
+        "modern-124m", vocab_size=work.vocabulary, max_position_embeddings=work.context, zero_init_residual=False
+    )
+    return GPTKitForCausalLM(config).to(work.device)
+
+
+def theirs(native: Any, **options: Any) -> Generate:
     def generate(prompt: Tensor, new: int) -> Tensor:
-        tokens: Tensor = gpt2.generate(
+        tokens: Tensor = native.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, min_new_tokens=new, do_sample=False,
             pad_token_id=0, **options,
         )  # fmt: skip
@@ -98,7 +110,8 @@ def report(
     whole: dict[str, list[float]],
 ) -> None:
     bandwidth = measure.bandwidth_ceiling(work.device)
-    read = sum(p.numel() for p in model.parameters()) - work.context * work.width
+    table = 0 if options.modern else work.context * work.width  # of positions: a token reads one row
+    read = sum(p.numel() for p in model.parameters()) - table
     print(f"machine  {measure.machine(work.device)}; {measure.versions('torch', 'transformers')}")
     print(f"work     {read / 1e6:.0f}M weights a token, {options.batch} rows, {options.precision}")
     print(f"ceiling  {bandwidth / 1e9:.1f} GB/s of reading memory")
