@@ -93,6 +93,8 @@ OTHERS = {
     "cpu",
     "machine_rank",
     "kills",
+    "modern",
+    "rounds",
     "nproc_per_node",
 }
 
