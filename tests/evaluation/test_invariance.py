@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import Ended, gpt_kit
+from shapes import SHAPES, both_shapes
 from tiny_model import write_tiny_model
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
@@ -51,9 +52,9 @@ def by_caches(*layouts: str) -> set[str]:
 # --- what holds
 
 
-@pytest.mark.parametrize("position_embedding", ["learned", "sinusoidal"])
-def test_our_model_holds_in_every_cell(position_embedding: str) -> None:
-    report = check_invariance(ours(position_embedding=position_embedding), attention=PLAIN)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_our_model_holds_in_every_cell(shape: str) -> None:
+    report = check_invariance(ours(**SHAPES[shape]), attention=PLAIN)
     assert report.holds, report.table()
     assert len({cell.name for cell in report.cells}) == len(report.cells) == 2 * 2 * len(LAYOUTS) * len(CACHES)
     assert report.remarks == ()
@@ -70,16 +71,18 @@ def test_our_model_holds_in_every_cell(position_embedding: str) -> None:
 
 
 @FLEX
-def test_our_model_holds_in_flex_attention() -> None:
-    report = fp32(ours(), "flex_attention")
+@both_shapes
+def test_our_model_holds_in_flex_attention(shape: dict[str, Any]) -> None:
+    report = fp32(ours(**shape), "flex_attention")
     assert report.holds, report.table()
     assert "ran uncompiled" in report.remarks[0]
 
 
 @FLEX
 @pytest.mark.slow
-def test_our_model_holds_in_every_attention_and_precision() -> None:
-    report = check_invariance(ours())
+@both_shapes
+def test_our_model_holds_in_every_attention_and_precision(shape: dict[str, Any]) -> None:
+    report = check_invariance(ours(**shape))
     assert report.holds, report.table()
     assert len(report.cells) == 72
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from shapes import SHAPES
 from test_modeling import SHAPE, TABLE, gpt2_like, left_padded, random_ids, relative_difference
 from tiny_model import write_tiny_model
 from torch import Tensor
@@ -91,9 +92,9 @@ CACHES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", CACHES, ids=str)
-@pytest.mark.parametrize("shape", [("sdpa", "learned"), ("eager", "sinusoidal")])
+@pytest.mark.parametrize("shape", [("sdpa", "learned"), ("eager", "sinusoidal"), ("sdpa", "modern")])
 def test_a_left_padded_batch_generates_what_each_row_does(shape: tuple[str, str], options: dict[str, Any]) -> None:
-    check_greedy(lively_model(shape[0], position_embedding=shape[1]), **options)
+    check_greedy(lively_model(shape[0], **SHAPES[shape[1]]), **options)
 
 
 @pytest.mark.parametrize("cache", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
@@ -314,10 +315,10 @@ def in_continuous_batches(model: GPTKitForCausalLM, rows: list[Tensor], **option
     return [by_prompt[tuple(prompt)] for prompt in prompts]
 
 
-@pytest.mark.parametrize("position_embedding", ["learned", "sinusoidal"])
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_continuous_batches_generate_what_each_row_does(attention: str, position_embedding: str) -> None:
-    model = lively_model(attention, position_embedding=position_embedding)
+def test_continuous_batches_generate_what_each_row_does(attention: str, shape: str) -> None:
+    model = lively_model(attention, **SHAPES[shape])
     start = random_ids(7)
     rows = [random_ids(3), torch.cat((start, random_ids(9))), random_ids(1), torch.cat((start, random_ids(2)))]
     expected = [continuation(model, row) for row in rows]

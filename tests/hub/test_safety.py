@@ -21,6 +21,7 @@ import torch
 import torchao.quantization  # type: ignore[import-untyped]
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from shapes import MODERN
 from test_pretrain import killed_copy
 from test_pretrain import options as run_options
 from tiny_model import write_tiny_model
@@ -655,14 +656,23 @@ def test_a_folder_of_fifty_gigabytes_passes_by_its_headers(tmp_path: Path) -> No
     assert sum(read.values()) < 200_000
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(6))
 def test_the_shapes_are_those_of_the_model(seed: int, tmp_path: Path) -> None:
     draw = random.Random(seed)
-    config = GPTKitConfig(
-        vocab_size=draw.randrange(5, 50), n_layer=draw.randrange(1, 4), n_head=2, n_embd=2 * draw.randrange(3, 9),
-        n_inner=draw.randrange(4, 40), max_position_embeddings=draw.randrange(4, 40), use_bias=seed % 2 == 0,
-        tie_word_embeddings=seed < 2, position_embedding="learned" if seed % 3 else "sinusoidal",
-    )  # fmt: skip
+    shape: dict[str, Any] = {
+        "vocab_size": draw.randrange(5, 50),
+        "n_layer": draw.randrange(1, 4),
+        "n_head": 2,
+        "n_embd": 2 * draw.randrange(3, 9),
+        "n_inner": draw.randrange(4, 40),
+        "max_position_embeddings": draw.randrange(4, 40),
+        "use_bias": seed % 2 == 0,
+        "tie_word_embeddings": seed < 2,
+        "position_embedding": "learned" if seed % 3 else "sinusoidal",
+    }
+    if seed >= 4:
+        shape |= {**MODERN, "num_key_value_heads": draw.randrange(1, 3), "head_dim": 2 * draw.randrange(1, 9)}
+    config = GPTKitConfig(**shape)
     config.save_pretrained(tmp_path)
     shapes = dict(stored_shapes(config))
     file = tmp_path / "model.safetensors"

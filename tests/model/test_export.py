@@ -10,6 +10,7 @@ from typing import Any
 import onnxruntime  # type: ignore[import-untyped]
 import pytest
 import torch
+from shapes import SHAPES
 from test_backends import continuation, lively_model
 from test_modeling import TABLE, left_padded, packed, random_ids, relative_difference, right_padded
 from torch import Tensor
@@ -109,7 +110,7 @@ def check_unchanged(model: GPTKitForCausalLM) -> None:
 # --- torch.export
 
 
-KINDS = [("sdpa", "learned"), ("eager", "sinusoidal")]
+KINDS = [("sdpa", "learned"), ("eager", "sinusoidal"), ("sdpa", "modern")]
 
 
 @pytest.mark.parametrize(
@@ -117,12 +118,14 @@ KINDS = [("sdpa", "learned"), ("eager", "sinusoidal")]
     [
         *((KINDS[0], arrangement) for arrangement in (side_by_side, left_padded, packed_then_padded)),
         (KINDS[1], left_padded),
+        (KINDS[2], packed_then_padded),
+        pytest.param(KINDS[2], left_padded, marks=pytest.mark.slow),
         pytest.param(KINDS[0], packed, marks=pytest.mark.slow),
         pytest.param(KINDS[1], packed_then_padded, marks=pytest.mark.slow),
     ],
 )
 def test_an_exported_graph_takes_batches_of_other_shapes(kind: tuple[str, str], arrangement: Arrangement) -> None:
-    model = frozen(kind[0], position_embedding=kind[1])
+    model = frozen(kind[0], **SHAPES[kind[1]])
     graph = export(model, arrangement).module()
     check_rows(lambda **inputs: graph(**inputs).logits, model, arrangement)
     check_unchanged(model)
@@ -143,9 +146,9 @@ def test_an_exported_graph_refuses_more_than_the_table() -> None:
         graph(input_ids=random_ids(2, TABLE + 1))
 
 
-@pytest.mark.parametrize("position_embedding", ["learned", "sinusoidal"])
-def test_a_saved_graph_is_the_graph(position_embedding: str, tmp_path: Path) -> None:
-    model = frozen(position_embedding=position_embedding)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_saved_graph_is_the_graph(shape: str, tmp_path: Path) -> None:
+    model = frozen(**SHAPES[shape])
     kept = copy.deepcopy(model)
     torch.export.save(export(model, left_padded), tmp_path / "model.pt2")
     for tensor in (*model.parameters(), *model.buffers()):  # the file must hold them all
@@ -187,7 +190,7 @@ def step_by_step(graph: Any, row: Tensor, count: int) -> list[int]:
 @pytest.mark.filterwarnings(SIDE_EFFECTS)
 @pytest.mark.parametrize("kind", KINDS, ids=" ".join)
 def test_a_graph_with_a_static_cache_generates_what_generate_does(kind: tuple[str, str]) -> None:
-    model = static_model(kind[0], position_embedding=kind[1])
+    model = static_model(kind[0], **SHAPES[kind[1]])
     graph = convert_and_export_with_cache(model).module()
     for row in (random_ids(6), random_ids(3)):  # the second overwrites the cache of the first
         generated = model.generate(row[None], attention_mask=row[None] * 0 + 1)[0, len(row) :].tolist()
@@ -297,7 +300,8 @@ def onnx_logits(model: GPTKitForCausalLM, arrangement: Arrangement, file: Path) 
 @pytest.mark.parametrize(
     ("kind", "arrangement"),
     [
-        (KINDS[0], left_padded),
+        (KINDS[2], left_padded),
+        pytest.param(KINDS[0], left_padded, marks=pytest.mark.slow),
         pytest.param(KINDS[1], left_padded, marks=pytest.mark.slow),
         pytest.param(KINDS[0], side_by_side, marks=pytest.mark.slow),
         pytest.param(KINDS[0], packed, marks=pytest.mark.slow),
@@ -307,6 +311,6 @@ def onnx_logits(model: GPTKitForCausalLM, arrangement: Arrangement, file: Path) 
 def test_the_onnx_runtime_gives_the_same_logits(
     kind: tuple[str, str], arrangement: Arrangement, tmp_path: Path
 ) -> None:
-    model = frozen(kind[0], position_embedding=kind[1])
+    model = frozen(kind[0], **SHAPES[kind[1]])
     check_rows(onnx_logits(model, arrangement, tmp_path / "model.onnx"), model, arrangement)
     check_unchanged(model)

@@ -17,6 +17,7 @@ import torch
 import transformers
 from hand_written_models import is_tied
 from safetensors.torch import load_file
+from shapes import MODERN
 from test_backends import lively_model
 from test_modeling import random_ids, relative_difference
 from torch import Tensor
@@ -29,6 +30,7 @@ from gpt_kit_hf import GPTKitForCausalLM
 
 RANKS = 2
 CASES: dict[str, dict[str, Any]] = {
+    "modern": {**MODERN, "tie_word_embeddings": True, "vocab_size": 62},
     "tied": {"tie_word_embeddings": True, "vocab_size": 62},
     "untied, eager, sinusoidal": {"attention": "eager", "position_embedding": "sinusoidal", "vocab_size": 62},
     "without biases, a vocabulary that two do not divide": {"use_bias": False, "vocab_size": 61},
@@ -184,8 +186,11 @@ def test_two_halves_generate_as_the_whole(case: Path) -> None:
 def test_each_process_holds_half_of_each_matrix(case: Path) -> None:
     model: GPTKitForCausalLM = AutoModelForCausalLM.from_pretrained(case)
     vocab, width = model.lm_head.weight.shape
-    halves = {"q_proj": [width // 2, width], "k_proj": [width // 2, width], "v_proj": [width // 2, width]}
-    halves |= {"o_proj": [width, width // 2], "up_proj": [2 * width, width], "down_proj": [width, 2 * width]}
+    keys = model.config.num_key_value_heads * width // model.config.n_head
+    inner = model.config.n_inner
+    halves = {"q_proj": [width // 2, width], "k_proj": [keys // 2, width], "v_proj": [keys // 2, width]}
+    halves |= {"o_proj": [width, width // 2], "down_proj": [width, inner // 2]}
+    halves |= {"up_proj": [inner // 2, width], "gate_proj": [inner // 2, width]}
     vocabulary = [[(vocab + 1) // 2, width], [vocab // 2, width]]
     for rank, found in enumerate(both_ranks(case)):
         assert found["shares"].keys() == dict(model.named_parameters()).keys()
