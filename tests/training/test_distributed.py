@@ -14,7 +14,14 @@ from foreign_models import write_model
 from tiny_model import write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
-SHAPE = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--max_position_embeddings=32", "--max_length=32"]
+SHAPE = [
+    "--model=modern-xs",
+    "--n_layer=2",
+    "--n_head=2",
+    "--n_embd=32",
+    "--max_position_embeddings=32",
+    "--max_length=32",
+]
 COURSE = ["--encoding=bytes", "--batch_size=8", "--per_device_train_batch_size=3", "--max_steps=8", "--eval_steps=3"]
 QUIET = [
     "--max_eval_samples=5",
