@@ -2,15 +2,50 @@
 
 from __future__ import annotations
 
-from gpt_kit_hf.commands.running import write
+from importlib.util import find_spec
+from pathlib import Path
+
+from gpt_kit_hf.commands.running import note, write
+from gpt_kit_hf.errors import UsageError
+from gpt_kit_hf.export.gguf_file import import_gguf
+from gpt_kit_hf.export.modelfile import modelfile
+from gpt_kit_hf.generation.llama_cpp.source import write_gguf
 from gpt_kit_hf.hub.native_form import export_native
 from gpt_kit_hf.options.hub import ExportOptions
+from gpt_kit_hf.storage.atomic_files import write_synced
 
 
 def export(options: ExportOptions) -> None:
     """Write a model for programs that do not know this package."""
+    if options.format == "gguf":
+        _export_gguf(options)
+        return
     done = export_native(options.source, options.destination)
     write(
         f"the model was written to {options.destination} as {done.class_name}\n"
         f"read again  {done.tensors} tensors equal to the bit, logits within {done.difference:.1e}\n"
     )
+
+
+def _export_gguf(options: ExportOptions) -> None:
+    import_gguf()
+    path = Path(options.destination)
+    beside = path.with_suffix(".Modelfile")
+    if beside.exists():
+        raise UsageError(f"{str(beside)!r} exists; nothing is overwritten")
+    model, encoding, chat_template, done = write_gguf(options.source, path, options.quantization or "f16")
+    text = modelfile(path.name, context=model.config.max_position_embeddings, chat_template=chat_template)
+    write_synced(beside, text.encode())
+    types = ", ".join(f"{count} {kind}" for kind, count in done.types.items())
+    write(
+        f"the model was written to {path}, architecture {done.architecture}, and {beside.name} for Ollama beside it\n"
+        f"read again  {done.tokens} tokens and all tensors equal to the bit: {types}\n"
+    )
+    if find_spec("xllamacpp") is None:
+        note('not run: llama.cpp is not installed; pip install "gpt-kit-hf[llama]" lets the export compare it')
+        return
+    from gpt_kit_hf.generation.llama_cpp.compare import compare_with_llama_cpp
+
+    found = compare_with_llama_cpp(model, encoding, path)
+    write(f"{found.line()}\n")
+    found.require()

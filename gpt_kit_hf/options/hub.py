@@ -11,7 +11,8 @@ from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.options.declare import REQUIRED, Options, option
 
 CardBase: TypeAlias = Literal["hub", "run"]
-ExportFormat: TypeAlias = Literal["transformers"]
+ExportFormat: TypeAlias = Literal["transformers", "gguf"]
+Quantization: TypeAlias = Literal["f32", "f16", "bf16", "q8_0"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +100,26 @@ class ExportOptions(Options):
 
     source: str = option(REQUIRED, "folder of a run or model, or Hub id", names="model", metavar="SOURCE")
     destination: str = option(
-        REQUIRED, "folder to write; it must be empty or not exist yet", names="new_folder", metavar="DESTINATION"
+        REQUIRED,
+        "folder to write, which must be empty or not exist yet; for gguf a file NAME.gguf, which must not exist",
+        names="new_folder",
+        metavar="DESTINATION",
     )
     format: ExportFormat = option(
-        REQUIRED, "transformers: a folder that transformers and others load by a class of transformers itself"
+        REQUIRED,
+        "transformers: a folder that transformers and others load by a class of transformers itself; gguf: a file for "
+        "llama.cpp, with a Modelfile for Ollama beside it (needs the extra gguf)",
     )
+    quantization: Quantization | None = option(
+        None, "type of the matrices in a GGUF file; q8_0 has 8 bits and a scale per 32 weights", unset="f16"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.format == "transformers":
+            if self.quantization is not None:
+                raise UsageError(f"quantization={self.quantization} is for format=gguf; leave it out")
+        elif Path(self.destination).suffix != ".gguf":
+            raise UsageError(f"destination must end in .gguf with format=gguf, got {self.destination!r}")
+        elif Path(self.destination).exists():
+            raise UsageError(f"destination {self.destination!r} exists; nothing is overwritten")

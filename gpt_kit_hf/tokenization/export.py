@@ -117,10 +117,10 @@ def build_tokenizer(encoding: tiktoken.Encoding) -> Tokenizer:
         raise UsageError(f"encoding {encoding.name!r} has no {EOS_TOKEN!r} token, which ends a document")
     _check_pattern(pattern)
     # Special tokens are in the vocabulary itself, as in GPT-2's own file, so that `vocab_size` counts every id.
-    vocab = {_as_characters(token): rank for token, rank in ranks.items()} | specials
+    vocab = {written_token(token): rank for token, rank in ranks.items()} | specials
     if len(vocab) != len(ranks) + len(specials):
         raise UsageError(f"encoding {encoding.name!r} has a special token that is an ordinary token, too")
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=_merges_of(encoding)))
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges_of(encoding)))
     tokenizer.pre_tokenizer = byte_level_split(pattern)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
@@ -146,13 +146,14 @@ def byte_characters() -> list[str]:
 _CHARACTERS = dict(enumerate(byte_characters()))
 
 
-def _as_characters(token: bytes) -> str:
+def written_token(token: bytes) -> str:
+    """Return the characters that stand for a token's bytes in `tokenizer.json` and in a GGUF file."""
     # Latin-1 maps byte b to code point b.
     return token.decode("latin-1").translate(_CHARACTERS)
 
 
 @functools.lru_cache(maxsize=2)
-def _merges_of(encoding: tiktoken.Encoding) -> list[tuple[str, str]]:
+def merges_of(encoding: tiktoken.Encoding) -> list[tuple[str, str]]:
     """Return the merges of an encoding, cached: a run exports its tokenizer with each checkpoint."""
     return _merges(encoding._mergeable_ranks)
 
@@ -166,7 +167,7 @@ def _merges(ranks: dict[bytes, int]) -> list[tuple[str, str]]:
         merged = _merged_below(token, ranks)
         if len(merged) != 2:
             raise UsageError(f"token {token!r} ({ranks[token]}) does not merge from two tokens of lower rank")
-        pairs.append((_as_characters(merged[0]), _as_characters(merged[1])))
+        pairs.append((written_token(merged[0]), written_token(merged[1])))
     return pairs
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
+from gpt_kit_hf.errors import CheckpointError
 from gpt_kit_hf.generation.generate import context_length, generate_text_autoregressive
 from gpt_kit_hf.generation.llama_cpp.model import LlamaCppModel
 from gpt_kit_hf.model.losses import evaluation_mode
@@ -49,6 +50,11 @@ class Comparison:
     n_tokens: int
     n_same_tokens: int
     divergence: float
+
+    def require(self) -> None:
+        """Raise CheckpointError if llama.cpp gives other ids: it would then answer another text."""
+        if self.n_same_texts < self.n_texts:
+            raise CheckpointError(f"llama.cpp gives other ids for {self.n_texts - self.n_same_texts} texts")
 
     def line(self) -> str:
         """Return the result in one line."""
