@@ -61,6 +61,7 @@ def random_model(preset: str, seed: int = 0, **fields: Any) -> GPTModel:
             parameter.normal_(mean, deviation)
         # A tied head repeats one token for ever; this one is tied, and predicts another token than the last.
         model.model.embed_tokens.weight[1::2] *= -0.5
+        model.model.embed_tokens.weight[256:] *= 0.05  # never the most likely: it would end the text
     return model
 
 
@@ -72,7 +73,7 @@ def test_llama_cpp_gives_the_same_greedy_tokens(shape: str, tmp_path: Path) -> N
 
     architecture, preset, fields = SHAPES[shape]
     # llama.cpp's GELU is a table in half precision: these weights give two tokens nowhere nearly the same logit.
-    seed = {"classic": 10, "sinusoidal": 19}.get(shape, 0)
+    seed = {"classic": 9, "sinusoidal": 4, "modern": 2}.get(shape, 0)
     model, path = random_model(preset, seed=seed, **fields), tmp_path / "model.gguf"
     model.generation_config.eos_token_id = None
     done = save_as_gguf(model, BYTES, path, quantization="f32")
