@@ -30,6 +30,7 @@ from .evaluation.metrics import Evaluation as Evaluation
 from .evaluation.metrics import evaluate_stream as evaluate_stream
 from .evaluation.score import ScoreReport as ScoreReport
 from .evaluation.score import score_model as score_model
+from .export.gguf_file import save_as_gguf as save_as_gguf
 from .export.native import save_as_native as save_as_native
 from .generation.chat import Conversation as Conversation
 from .generation.generate import generate_text_autoregressive as generate_text_autoregressive

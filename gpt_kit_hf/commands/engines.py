@@ -38,7 +38,7 @@ def check_engine(options: EngineOptions) -> None:
             "--max_new_tokens, or give the folder of the model and --engine torch"
         )
     if not is_file:
-        raise UsageError(f"engine=llama.cpp: {named!r} is no GGUF file, which llama.cpp needs: leave --engine out")
+        return  # a temporary file is written of it, in the precision that `dtype` names
     if isinstance(options, SamplingOptions) and options.dtype != "auto":
         raise UsageError(
             f"dtype={options.dtype}: the weights of a GGUF file have the precision that it was written in; give "

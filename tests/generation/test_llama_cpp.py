@@ -289,12 +289,6 @@ REFUSED = {
     ("chat", "OTHER"): "is no GGUF file: it begins with b'text'",
     ("serve", "OTHER"): "is no GGUF file: it begins with b'text'",
     ("serve", "none.gguf"): "'none.gguf': no such file",
-    (
-        "generate",
-        "FOLDER",
-        "--engine",
-        "llama.cpp",
-    ): "is no GGUF file, which llama.cpp needs: leave --engine out",
     ("generate", "FILE", "--engine", "llama"): "unknown engine 'llama'; did you mean 'llama.cpp'?",
 }
 
@@ -368,3 +362,10 @@ def test_serve_answers_until_interrupted(folder: Path, model: Any) -> None:
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate()
         assert (process.returncode, errors) == (0, "")
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float16"])
+def test_llama_cpp_runs_a_folder_when_asked(dtype: str, folder: Path) -> None:
+    line = ("generate", folder, "--prompt", "to be", "--max_new_tokens", "30", "--temperature", "0")
+    ended = gpt_kit(*line, "--engine", "llama.cpp", "--dtype", dtype)
+    assert (ended.exit_code, ended.stdout) == (0, gpt_kit(*line).stdout)
