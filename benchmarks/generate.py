@@ -57,7 +57,7 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
         methods["transformers, static cache"] = theirs(native, cache_implementation="static")
     for dtype in options.dtype or (get_args(DecodingDtype) if options.device == "cpu" else ["auto"]):
         methods[f"gpt_kit_hf, dtype {dtype}"] = ours(model, dtype)
-    if options.device == "cpu" and options.batch == 1 and not (options.without_llama_cpp or options.modern):
+    if options.device == "cpu" and options.batch == 1 and not options.without_llama_cpp:
         methods |= llama_cpp_peer.methods(model, folder)
     prompt = torch.randint(options.vocabulary, (options.batch, options.prompt)).to(options.device)
     check(methods, prompt, options.new, exact=work.dtype == torch.float32)

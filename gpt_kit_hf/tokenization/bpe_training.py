@@ -18,11 +18,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from gpt_kit_hf.errors import RunError
 from gpt_kit_hf.tokenization.export import byte_characters, byte_level_split
 
-# Splits text as `encodings._TRAINED_PATTERN` does, except that a pre-token has at most 256 characters: the trainer's
+# Splits text as `export.GPT2_PATTERN` does, except that a pre-token has at most 256 characters: the trainer's
 # time grows with the square of the longest. A text without longer ones gives the same tokens. `(?>...)` is possessive
 # in Oniguruma, which reads `{1,256}+` as a repeat of a repeat.
 LEARNED_PATTERN = (
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}{1,256}| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]{1,256}"
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}{1,256}| ?\p{N}{1,256}| ?[^\s\p{L}\p{N}]{1,256}"
     r"|(?>\s{1,256})$|\s{1,256}(?!\S)|\s"
 )
 

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 # Other modules read these two from here.
 __all__ = ["EOS_TOKEN", "load_encoding", "save_tokenizer"]
 
-# GPT-2's pattern with one change from cl100k_base (tiktoken): at most three digits in a pre-token, so that no merge is
-# spent on a long number. It is part of the fingerprint of every vocabulary trained here, so it must not change.
-_TRAINED_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# The pattern of vocabularies that earlier versions trained: GPT-2's with at most three digits in a pre-token. New ones
+# have GPT-2's own, which llama.cpp knows (benchmarks/patterns.py).
+_EARLIER_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 # Nothing merges, so any split gives the same ids. 64 characters encode three times as fast as one, and the bound keeps
 # the memory for a long text small.
@@ -101,7 +101,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, pad_token: bool = False)
     for token in learn_tokens(_checked_corpus(texts), vocab_size - 1 - pad_token):
         # Single bytes are in `ranks` already, with their own value.
         ranks.setdefault(token, len(ranks))
-    encoding = _encoding("bpe", _TRAINED_PATTERN, ranks)
+    encoding = _encoding("bpe", GPT2_PATTERN, ranks)
     return with_pad_token(encoding) if pad_token else encoding
 
 
@@ -203,7 +203,7 @@ def may_cut(encoding: tiktoken.Encoding | None) -> bool:
     This holds if the pattern always splits there: for the patterns of this package, including the one of a vocabulary
     that is not trained yet (None).
     """
-    return encoding is None or encoding._pat_str in (GPT2_PATTERN, _TRAINED_PATTERN, _BYTES_PATTERN)
+    return encoding is None or encoding._pat_str in (GPT2_PATTERN, _EARLIER_PATTERN, _BYTES_PATTERN)
 
 
 def text_to_token_ids(text: str, tokenizer: AnyTokenizer) -> torch.Tensor:

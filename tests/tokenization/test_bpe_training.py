@@ -21,8 +21,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from gpt_kit_hf.errors import RunError
 from gpt_kit_hf.tokenization import bpe_training
 from gpt_kit_hf.tokenization.bpe_training import LEARNED_PATTERN
-from gpt_kit_hf.tokenization.encodings import _TRAINED_PATTERN, train_bpe
-from gpt_kit_hf.tokenization.export import byte_characters, byte_level_split
+from gpt_kit_hf.tokenization.encodings import train_bpe
+from gpt_kit_hf.tokenization.export import GPT2_PATTERN, byte_characters, byte_level_split
 
 PIECES = [
     "a",
@@ -55,7 +55,7 @@ def random_text(seed: int, longest: int) -> str:
 def plainly_trained(texts: list[str], size: int) -> dict[bytes, int]:
     """The ranks of a vocabulary that the trainer of `tokenizers` learns by the pattern itself."""
     learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = byte_level_split(_TRAINED_PATTERN)
+    learner.pre_tokenizer = byte_level_split(GPT2_PATTERN)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=size, min_frequency=2, initial_alphabet=alphabet, show_progress=False)
     learner.train_from_iterator(texts, trainer)
@@ -68,7 +68,7 @@ def plainly_trained(texts: list[str], size: int) -> dict[bytes, int]:
 
 
 def test_the_pattern_of_the_trainer_splits_as_that_of_the_vocabulary() -> None:
-    plain, bounded = byte_level_split(_TRAINED_PATTERN), byte_level_split(LEARNED_PATTERN)
+    plain, bounded = byte_level_split(GPT2_PATTERN), byte_level_split(LEARNED_PATTERN)
     lengths: set[int] = set()
     for seed in range(300):
         text = random_text(seed, longest=20 if seed % 2 else 60)
@@ -206,7 +206,7 @@ def test_encodings_of_both_trainers_encode_alike() -> None:
     texts = [random_text(seed, longest=9) for seed in range(30)]
     ranks = plainly_trained(texts, 400)
     plain = tiktoken.Encoding(
-        "plain", pat_str=_TRAINED_PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)}
+        "plain", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)}
     )
     trained = train_bpe(texts, 401)
     for seed in range(50):

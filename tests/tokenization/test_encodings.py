@@ -120,7 +120,7 @@ def test_export_gives_the_same_ids_for_every_code_point(
 
 @pytest.mark.parametrize(
     ("pattern", "limit"),
-    [(GPT2_PATTERN, 0x110000), (encodings._TRAINED_PATTERN, 0x10000)],
+    [(GPT2_PATTERN, 0x110000), (encodings._EARLIER_PATTERN, 0x10000)],
     ids=["gpt2", "trained"],
 )
 def test_export_splits_every_assigned_plane_alike(pattern: str, limit: int) -> None:
@@ -484,8 +484,7 @@ def test_train_bpe_orders_the_ids(trained_encoding: tiktoken.Encoding) -> None:
     ranks = trained_encoding._mergeable_ranks
     assert {bytes([byte]): byte for byte in range(256)}.items() <= ranks.items()
     assert sorted(ranks.values()) == list(range(399))
-    longest_number = max(len(token) for token in ranks if token.strip().isdigit())
-    assert longest_number <= 4  # a space and three digits
+    assert trained_encoding._pat_str == GPT2_PATTERN  # llama.cpp has it
 
 
 def test_every_merge_is_a_most_frequent_pair(trained_encoding: tiktoken.Encoding) -> None:
