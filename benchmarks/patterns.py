@@ -1,15 +1,15 @@
 """Which of the patterns that llama.cpp has is the best for a new vocabulary: tokens, bits per byte and speed.
 
-`python benchmarks/patterns.py --prose tinyshakespeare.txt` trains a BPE by each pattern on prose and on Python's standard
-library, and encodes the rest of each text, a tenth, with it. It prints
+`python benchmarks/patterns.py --prose tinyshakespeare.txt` trains a BPE by each pattern on prose and on Python's
+standard library, and encodes the rest of each text, a tenth, with it. It prints
 
 1. bytes a token, and the bits per byte of the rest under models that count words of two and three tokens
    (interpolated as Witten and Bell 1991 do);
 2. with `--steps`, the bits per byte of a small transformer after as many steps of equally many tokens;
 3. the speed of encoding, in turns, best of `--rounds`.
 
-`gpt-4o` and `deepseek-v3` are not among them: llama.cpp splits by their expressions with a recursive matcher, which ends
-the process with a segmentation fault at a run of 30,000 letters.
+`gpt-4o` and `deepseek-v3` are not among them: llama.cpp splits by their expressions with a recursive matcher, which
+ends the process with a segmentation fault at a run of 30,000 letters.
 """
 
 from __future__ import annotations
