@@ -53,8 +53,8 @@ def add_vocabulary(
     writer.add_tokenizer_pre(check_vocabulary(encoding))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    # llama.cpp refuses a file without merges. This one makes no token of the vocabulary of bytes, so it does nothing.
-    nothing = written_token(bytes(2)).replace("", " ").strip()
+    # llama.cpp needs a merge. No text has these two bytes: they do not occur in UTF-8.
+    nothing = " ".join(written_token(b"\xff") * 2)
     writer.add_token_merges([" ".join(pair) for pair in merges_of(encoding)] or [nothing])
     eos = get_eos_token_id(encoding)
     assert eos is not None  # `load_text_encoding` has seen to it
