@@ -25,7 +25,7 @@ def methods(model: Any, folder: Path) -> dict[str, Callable[[Tensor, int], Tenso
 
 
 def _method(model: Any, file: Path) -> Callable[[Tensor, int], Tensor]:
-    from gpt_kit_hf.generation.llama_cpp import LlamaCppModel
+    from gpt_kit_hf.generation.llama_cpp.model import LlamaCppModel
 
     model.generation_config.eos_token_id = model.config.vocab_size - 1  # hardly ever the most likely
     # Only ids are read and written, so the vocabulary does not matter.

@@ -97,7 +97,9 @@ def serve(options: ServeOptions) -> None:
 def _text_engine(options: GenerateOptions | ChatCommandOptions, overflow: Overflow = "error") -> Iterator[TextEngine]:
     """Load a model into the engine that the options name, within the block."""
     if uses_llama_cpp(options):
-        from gpt_kit_hf.generation.llama_cpp import LlamaCppModel, LlamaCppText, gguf_file
+        from gpt_kit_hf.generation.llama_cpp.model import LlamaCppModel
+        from gpt_kit_hf.generation.llama_cpp.source import gguf_file
+        from gpt_kit_hf.generation.llama_cpp.text import LlamaCppText
 
         with gguf_file(options.model_name_or_path, options.dtype) as path:
             model = LlamaCppModel(path)

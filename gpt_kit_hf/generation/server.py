@@ -114,7 +114,8 @@ class _Loaded(NamedTuple):
 @contextmanager
 def _gguf(place: str) -> Iterator[_Loaded]:
     """Load a GGUF file, or the model of a folder as one, into llama.cpp."""
-    from gpt_kit_hf.generation.llama_cpp import LlamaCppModel, gguf_file
+    from gpt_kit_hf.generation.llama_cpp.model import LlamaCppModel
+    from gpt_kit_hf.generation.llama_cpp.source import gguf_file
     from gpt_kit_hf.generation.openai_api.app import JOBS_AT_ONCE, Defaults
 
     with gguf_file(place) as path:

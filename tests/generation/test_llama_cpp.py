@@ -28,8 +28,9 @@ pytest.importorskip("xllamacpp", reason="xllamacpp is not installed: pip install
 
 from gguf_models import write_tiny_gguf
 
-from gpt_kit_hf.generation.llama_cpp import LlamaCppModel, compare_with_llama_cpp
 from gpt_kit_hf.generation.llama_cpp import server as llama_server
+from gpt_kit_hf.generation.llama_cpp.compare import compare_with_llama_cpp
+from gpt_kit_hf.generation.llama_cpp.model import LlamaCppModel
 
 PROMPT = list(b"fox")
 # llama.cpp looks GELU up in a table of 16-bit numbers.

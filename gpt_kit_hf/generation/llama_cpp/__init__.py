@@ -4,16 +4,3 @@
 and `text` continues the text of a terminal; `source` finds or writes the file of a model; `compare` holds a file
 against the model that it was written from.
 """
-
-import lazy_loader
-
-# The public names, loaded when they are first used.
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={
-        "compare": ["compare_with_llama_cpp"],
-        "model": ["LlamaCppModel"],
-        "source": ["gguf_file"],
-        "text": ["LlamaCppText"],
-    },
-)

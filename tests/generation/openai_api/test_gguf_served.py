@@ -19,7 +19,7 @@ pytest.importorskip("xllamacpp", reason="xllamacpp is not installed: pip install
 
 from gguf_models import write_tiny_gguf
 
-from gpt_kit_hf.generation.llama_cpp import LlamaCppModel
+from gpt_kit_hf.generation.llama_cpp.model import LlamaCppModel
 
 CLOSE = 5e-3  # llama.cpp looks GELU up in a table of 16-bit numbers
 
