@@ -65,7 +65,10 @@ def random_model(preset: str, seed: int = 0, **fields: Any) -> GPTModel:
     return model
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape",
+    [pytest.param(each, marks=pytest.mark.slow) if each in ("sinusoidal", "linear") else each for each in SHAPES],
+)
 def test_llama_cpp_gives_the_same_greedy_tokens(shape: str, tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp", reason="needs the extra llama")
     from gpt_kit_hf.generation.llama_cpp.compare import compare_with_llama_cpp
