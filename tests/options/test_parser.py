@@ -202,6 +202,7 @@ NEEDED: dict[str, list[str]] = {
     "push": [".", "a/b", "--private=false"],
     "pull": ["a/b", "folder"],
     "convert": ["a", "b", "--layout=gpt2"],
+    "export": ["a", "b.gguf", "--format=gguf"],
 }
 
 
