@@ -48,6 +48,7 @@ def test_the_ladder_leads_from_a_classic_preset_to_a_modern_one() -> None:
         }
 
 
+@pytest.mark.slow
 def test_a_study_is_continued_and_its_table_is_that_of_its_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

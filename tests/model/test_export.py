@@ -116,8 +116,9 @@ KINDS = [("sdpa", "learned"), ("eager", "sinusoidal"), ("sdpa", "modern")]
 @pytest.mark.parametrize(
     ("kind", "arrangement"),
     [
-        *((KINDS[0], arrangement) for arrangement in (side_by_side, left_padded, packed_then_padded)),
-        (KINDS[1], left_padded),
+        *((KINDS[0], arrangement) for arrangement in (side_by_side, left_padded)),
+        pytest.param(KINDS[0], packed_then_padded, marks=pytest.mark.slow),
+        pytest.param(KINDS[1], left_padded, marks=pytest.mark.slow),
         (KINDS[2], packed_then_padded),
         pytest.param(KINDS[2], left_padded, marks=pytest.mark.slow),
         pytest.param(KINDS[0], packed, marks=pytest.mark.slow),
