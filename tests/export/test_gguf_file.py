@@ -90,7 +90,7 @@ def test_llama_cpp_gives_the_same_greedy_tokens(shape: str, tmp_path: Path) -> N
     assert len(set(expected)) > 5
 
 
-# Bounds of KL(model, file) in nats a token, for weights of random models; the docs state those of a trained one.
+# Bounds of KL(model, file) in nats a token, for models with random weights, which are sharper than trained ones.
 @pytest.mark.parametrize(("quantization", "bound"), [("f16", 1e-4), ("bf16", 5e-3), ("q8_0", 2e-2)])
 @pytest.mark.parametrize("shape", ["classic", "modern"])
 def test_lower_precisions_are_close(shape: str, quantization: Any, bound: float, tmp_path: Path) -> None:
