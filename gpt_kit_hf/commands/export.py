@@ -33,8 +33,8 @@ def _export_gguf(options: ExportOptions) -> None:
     beside = path.with_suffix(".Modelfile")
     if beside.exists():
         raise UsageError(f"{str(beside)!r} exists; nothing is overwritten")
-    model, encoding, chat_template, done = write_gguf(options.source, path, options.quantization or "f16")
-    text = modelfile(path.name, context=model.config.max_position_embeddings, chat_template=chat_template)
+    model, tokenizer, done = write_gguf(options.source, path, options.quantization or "f16")
+    text = modelfile(path.name, context=model.config.max_position_embeddings, chat_template=tokenizer.chat_template)
     write_synced(beside, text.encode())
     types = ", ".join(f"{count} {kind}" for kind, count in done.types.items())
     write(
@@ -46,6 +46,7 @@ def _export_gguf(options: ExportOptions) -> None:
         return
     from gpt_kit_hf.generation.llama_cpp.compare import compare_with_llama_cpp
 
-    found = compare_with_llama_cpp(model, encoding, path)
+    # Not with the encoding: that reads special tokens other than EOS as plain text, unlike llama.cpp and transformers.
+    found = compare_with_llama_cpp(model, tokenizer, path)
     write(f"{found.line()}\n")
     found.require()

@@ -13,19 +13,16 @@ from gpt_kit_hf.options.hub import Quantization
 from gpt_kit_hf.storage.gguf_header import is_gguf
 
 if TYPE_CHECKING:
-    import tiktoken
-
     from gpt_kit_hf.export.gguf_file import GGUFExport
 
 _QUANTIZATIONS: dict[DecodingDtype, Quantization] = {"float16": "f16", "int8": "q8_0"}
 
 
 class WrittenModel(NamedTuple):
-    """A model that was written as a GGUF file, its encoding and chat template, and what the file holds."""
+    """A model that was written as a GGUF file, its tokenizer of transformers, and what the file holds."""
 
     model: Any
-    encoding: tiktoken.Encoding
-    chat_template: str | None
+    tokenizer: Any
     export: GGUFExport
 
 
@@ -60,7 +57,7 @@ def write_gguf(place: str, path: Path, quantization: Quantization | None) -> Wri
     folder = find_model_folder(place)
     model = load_pretrained(AutoModelForCausalLM, folder, place)
     check_tokenizer(folder, model.config)
-    template = load_pretrained(AutoTokenizer, folder, place).chat_template
+    tokenizer = load_pretrained(AutoTokenizer, folder, place)
     encoding = load_text_encoding(folder, place)
     own: dict[torch.dtype, Quantization] = {torch.bfloat16: "bf16", torch.float16: "f16"}
     done = save_as_gguf(
@@ -68,6 +65,6 @@ def write_gguf(place: str, path: Path, quantization: Quantization | None) -> Wri
         encoding,
         path,
         quantization=quantization or own.get(model.dtype, "f32"),
-        chat_template=template,
+        chat_template=tokenizer.chat_template,
     )
-    return WrittenModel(model, encoding, template, done)
+    return WrittenModel(model, tokenizer, done)
