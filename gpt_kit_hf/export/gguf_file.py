@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -159,6 +159,8 @@ def _new_file(final: Path) -> Iterator[Path]:
     """Yield the path of a hidden file that takes its name at the end, and is removed after an error."""
     if final.exists():
         raise UsageError(f"{str(final)!r} exists; nothing is overwritten")
+    if final.parent.is_file():
+        raise UsageError(f"{str(final)!r} cannot be written: {str(final.parent)!r} is a file, not a folder")
     stage = final.with_name(f".{final.name}.{os.getpid()}")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -171,4 +173,5 @@ def _new_file(final: Path) -> Iterator[Path]:
     except OSError as error:
         raise CheckpointError(f"{final} was not written: {error}") from error
     finally:
-        stage.unlink(missing_ok=True)
+        with suppress(OSError):  # or it would hide why nothing was written
+            stage.unlink()
