@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 
 from gpt_kit_hf.data.order import BatchPlan
 from gpt_kit_hf.errors import DataError, RunError
 from gpt_kit_hf.model.losses import Batch
 from gpt_kit_hf.options.run import OptionsOfRun
 from gpt_kit_hf.training.optim.optimizer import create_optimizer, learning_rate_at, set_learning_rate
+from gpt_kit_hf.training.runtime.available_memory import out_of_memory
 from gpt_kit_hf.training.state.batch_digests import batch_digest, chained, content_digest, halves, joined
 from gpt_kit_hf.training.state.training_state import restore_training_state
 from gpt_kit_hf.training.task import RunContext, Task
@@ -217,14 +218,6 @@ class Steps:
         own = torch.tensor([*halves(content), int(stop)], device=self._accelerator.device)
         low, high, stops = self._accelerator.reduce(own, reduction="sum").tolist()
         return joined(low, high), stops > 0
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Return whether an update failed for want of memory.
-
-    On a CPU torch raises a plain RuntimeError, which only its text tells from others: Accelerate knows the texts.
-    """
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)
 
 
 def _split(batch: Batch, count: int) -> list[Batch]:

@@ -1,5 +1,6 @@
 """The processes of a run and the machine that they run on.
 
 `launch` checks that a launcher started all processes, and ends them; `signals` turns SIGTERM, SIGINT and SIGHUP into a
-stop between two steps; `compilation` compiles the model's blocks; `memory` tunes the C library's allocator.
+stop between two steps; `compilation` compiles the model's blocks; `memory` tunes the C library's allocator;
+`available_memory` says how much memory is left, and which errors mean that there was not enough.
 """
