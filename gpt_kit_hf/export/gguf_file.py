@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from gpt_kit_hf.errors import CheckpointError, UsageError, unknown_name
 from gpt_kit_hf.export.gguf_shape import Architecture, add_metadata, choose_architecture, tensors_of
 from gpt_kit_hf.export.gguf_vocabulary import add_vocabulary, check_vocabulary
+from gpt_kit_hf.model.checkpoints.conversion import as_gpt_kit
 from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
-from gpt_kit_hf.model.own_class import own_model
 from gpt_kit_hf.options.hub import Quantization
 from gpt_kit_hf.storage.atomic_files import sync_path
 
@@ -52,6 +52,7 @@ def save_as_gguf(
 ) -> GGUFExport:
     """Write a model and its vocabulary as a GGUF file, read it again and compare.
 
+    The model is one of this package, or a GPT2LMHeadModel, LlamaForCausalLM or Qwen3ForCausalLM of transformers.
     `quantization` is the type of the matrices; vectors, and the table of positions, stay in float32. Rows that no
     block of q8_0 divides are written as f16. After an error there is no file. Raises UsageError for a file that
     exists, a model or vocabulary that llama.cpp does not compute exactly, with what stands in the way, and without
@@ -59,9 +60,7 @@ def save_as_gguf(
     """
     if quantization not in get_args(Quantization):
         raise UsageError(unknown_name("quantization", str(quantization), get_args(Quantization)))
-    own = own_model(model)
-    if own is None:
-        raise UsageError(f"model is a {type(model).__name__}; it must be a GPTKitForCausalLM: see gpt-kit convert")
+    own = as_gpt_kit(model)
     architecture = choose_architecture(own.config)
     check_vocabulary(encoding)
     if encoding.n_vocab > own.config.vocab_size:

@@ -5,6 +5,7 @@ The tables of tensor names are in `layouts`. Reading a checkpoint runs no code f
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, TypeAlias, get_args
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel, Qwen3ForCausalLM
 
 from gpt_kit_hf.errors import UsageError, one_line, unknown_name
 from gpt_kit_hf.model.checkpoints.folders import (
@@ -48,7 +49,8 @@ from gpt_kit_hf.model.own_class import is_gpt_kit, own_model
 from gpt_kit_hf.options.model import Activation, Layout
 from gpt_kit_hf.storage.atomic_files import load_json
 
-ConfigReader: TypeAlias = Callable[[Path, Mapping[str, Any]], GPTKitConfig]
+ConfigReader: TypeAlias = Callable[[Path | str, Mapping[str, Any]], GPTKitConfig]
+_CLASSES = (GPT2LMHeadModel, LlamaForCausalLM, Qwen3ForCausalLM)
 # By model_type of a folder: what reads its configuration, the names of its tensors, and one that every model has.
 _FOLDERS: Mapping[str, tuple[ConfigReader, Mapping[str, str], str]] = MappingProxyType(
     {
@@ -90,10 +92,31 @@ def save_as_gpt2(model: GPTKitForCausalLM, path: str | Path, *, tokenizer_folder
     """
     own = own_model(model)
     if own is None:
-        computes = ", and its code computes something else than this package's" if is_gpt_kit(model) else ""
-        raise UsageError(f"model is a {type(model).__name__}{computes}; it must be a GPTKitForCausalLM")
+        raise _other_class(model, "a GPTKitForCausalLM")
     with new_folder(path) as stage:
         write_folder(as_gpt2(own), stage, tokenizer_folder)
+
+
+def as_gpt_kit(model: PreTrainedModel) -> GPTKitForCausalLM:
+    """Return a model of this package, or what computes the same as a GPT-2, Llama or Qwen3 of transformers: a copy.
+
+    Raises UsageError for a model of another class, and for settings that this package's model does not support.
+    """
+    own = own_model(model)
+    if own is not None:
+        return own
+    if type(model) not in _CLASSES:
+        raise _other_class(model, f"a GPTKitForCausalLM, {', '.join(kind.__name__ for kind in _CLASSES)}")
+    source, stored = type(model).__name__, model.config.to_dict()
+    config_of, names, _ = _FOLDERS[stored["model_type"]]
+    config = config_of(source, stored)
+    tensors = rename_tensors(model.state_dict(), names, source)
+    _untie_if_unequal(config, tensors)
+    made = build_model(config, tensors, _common_dtype(tensors), source)
+    assert isinstance(made, GPTKitForCausalLM)
+    made.generation_config = copy.deepcopy(model.generation_config)
+    made.train(model.training)
+    return made
 
 
 def convert_checkpoint(
@@ -165,13 +188,23 @@ def _load_folder(
     tensors = rename_tensors(stored, names, source)
     del stored  # otherwise it would keep the memory that `build_model` releases
     kind = choose_class(tensors, config, source, drop=drop_classifier)
-    if HEAD in tensors and TOKENS in tensors and not equal_tensors(tensors[HEAD], tensors[TOKENS]):
-        config.tie_word_embeddings = False
+    _untie_if_unequal(config, tensors)
     generation_config = read_generation_config(folder, config)
     model = build_model(config, tensors, dtype or _common_dtype(tensors), source, kind)
     if model.can_generate():
         model.generation_config = generation_config
     return model
+
+
+def _other_class(model: PreTrainedModel, known: str) -> UsageError:
+    computes = ", and its code computes something else than this package's" if is_gpt_kit(model) else ""
+    return UsageError(f"model is a {type(model).__name__}{computes}; it must be {known}")
+
+
+def _untie_if_unequal(config: GPTKitConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Say in the configuration that the output projection is a tensor of its own, if it is."""
+    if HEAD in tensors and TOKENS in tensors and not equal_tensors(tensors[HEAD], tensors[TOKENS]):
+        config.tie_word_embeddings = False
 
 
 def _common_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:

@@ -45,7 +45,7 @@ _GPT2_SWITCHES = MappingProxyType(
 )
 
 
-def config_of_gpt2(path: Path, stored: Mapping[str, Any]) -> GPTKitConfig:
+def config_of_gpt2(path: Path | str, stored: Mapping[str, Any]) -> GPTKitConfig:
     """Return the configuration for the content of a GPT-2's config.json; `path` names it in error messages."""
     gpt2 = checked(lambda: GPT2Config.from_dict(dict(stored)), path)
     for name, value in _GPT2_SWITCHES.items():

@@ -38,7 +38,7 @@ _SHAPE = MappingProxyType(
 )
 
 
-def config_of_llama(path: Path, stored: Mapping[str, Any]) -> GPTKitConfig:
+def config_of_llama(path: Path | str, stored: Mapping[str, Any]) -> GPTKitConfig:
     """Return the configuration for the content of a Llama's or Qwen3's config.json; `path` names it in messages.
 
     Raises UsageError with the field that this model cannot represent.
@@ -51,7 +51,7 @@ def config_of_llama(path: Path, stored: Mapping[str, Any]) -> GPTKitConfig:
     return checked(lambda: GPTKitConfig(**_SHAPE, **fields, rope_parameters=dict(native.rope_parameters)), path)
 
 
-def _check_represented(path: Path, found: Mapping[str, Any]) -> None:
+def _check_represented(path: Path | str, found: Mapping[str, Any]) -> None:
     """Raise UsageError with the first field whose value this model has no switch for."""
     # Qwen3's feed-forward layers never have biases.
     needed = {"hidden_act": "silu", "attention_bias": found.get("mlp_bias", False), "partial_rotary_factor": 1.0}
