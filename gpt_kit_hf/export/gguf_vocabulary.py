@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import tiktoken
 
 from gpt_kit_hf.errors import UsageError
-from gpt_kit_hf.tokenization.encodings import get_eos_token_id, get_pad_token_id
+from gpt_kit_hf.tokenization.encodings import EOS_TOKEN, get_eos_token_id, get_pad_token_id
 from gpt_kit_hf.tokenization.export import GPT2_PATTERN, merges_of, written_token
 
 if TYPE_CHECKING:
@@ -25,11 +25,11 @@ def check_vocabulary(encoding: tiktoken.Encoding) -> str:
     ranks, pattern = encoding._mergeable_ranks, encoding._pat_str
     if len(ranks) == _BYTES:
         return "gpt-2"  # nothing merges, so any split gives the same ids
+    other = "so llama.cpp would give other ids: export with --format transformers, or train a new vocabulary and model"
+    if not ranks:
+        raise UsageError(f"the tokenizer {encoding.name!r} is not a plain byte-level BPE with {EOS_TOKEN}, {other}")
     if pattern not in _NAMES:
-        raise UsageError(
-            f"the vocabulary {encoding.name!r} was trained with a pattern that llama.cpp does not have, so it would "
-            "give other ids there: train a new vocabulary and a model with it, or export with --format transformers"
-        )
+        raise UsageError(f"the vocabulary {encoding.name!r} does not split text by GPT-2's pattern, {other}")
     return _NAMES[pattern]
 
 

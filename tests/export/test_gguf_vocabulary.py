@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import tiktoken
 import torch
+from foreign_models import write_tokenizer
 
 from gpt_kit_hf import GPTModel, create_model_config, get_encoding
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.export.gguf_file import save_as_gguf
 from gpt_kit_hf.export.gguf_vocabulary import check_vocabulary
+from gpt_kit_hf.hub.model_folder import load_text_encoding
 from gpt_kit_hf.tokenization import encodings
 from gpt_kit_hf.tokenization.encodings import train_bpe, with_pad_token
 
@@ -91,5 +93,14 @@ def test_a_vocabulary_of_an_earlier_version_is_refused_with_what_to_do(texts: li
         mergeable_ranks=new._mergeable_ranks,
         special_tokens=new._special_tokens,
     )
-    with pytest.raises(UsageError, match=r"'mine' was trained with a pattern .* train a new vocabulary"):
+    with pytest.raises(UsageError, match=r"vocabulary 'mine' does not split .* train a new vocabulary"):
         check_vocabulary(earlier)
+
+
+def test_a_tokenizer_of_another_kind_is_refused(tmp_path: Path) -> None:
+    write_tokenizer("llama", tmp_path)
+    encoding = load_text_encoding(str(tmp_path), "theirs")
+    with pytest.raises(
+        UsageError, match=r"the tokenizer 'theirs' is not a plain byte-level BPE with <\|endoftext\|>, so"
+    ):
+        check_vocabulary(encoding)
