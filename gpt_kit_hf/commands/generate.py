@@ -6,14 +6,16 @@ import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from gpt_kit_hf.commands.engines import uses_llama_cpp
-from gpt_kit_hf.commands.running import note, write
+from gpt_kit_hf.commands.running import note, quiet_libraries, write
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.generation.chat import TextConversation, converse
 from gpt_kit_hf.generation.engine import TextEngine
 from gpt_kit_hf.options.generation import ChatCommandOptions, DecodingDtype, GenerateOptions, Overflow, ServeOptions
+from gpt_kit_hf.storage.gguf_header import is_gguf
 
 _TOKENS_COMPARED = 128  # tokens on which the reduced precision is compared with the model's own
 _MAX_NEW_TOKENS = 200  # where --max_new_tokens is not given
@@ -83,6 +85,7 @@ def serve(options: ServeOptions) -> None:
     """Serve a model over an OpenAI-compatible API until interrupted."""
     from gpt_kit_hf.generation.server import serve as serve_model
 
+    _import_transformers(options.model_name_or_path)
     serve_model(
         options.model_name_or_path,
         llama_cpp=uses_llama_cpp(options),
@@ -96,6 +99,7 @@ def serve(options: ServeOptions) -> None:
 @contextmanager
 def _text_engine(options: GenerateOptions | ChatCommandOptions, overflow: Overflow = "error") -> Iterator[TextEngine]:
     """Load a model into the engine that the options name, within the block."""
+    _import_transformers(options.model_name_or_path)
     if uses_llama_cpp(options):
         from gpt_kit_hf.generation.llama_cpp.model import LlamaCppModel
         from gpt_kit_hf.generation.llama_cpp.source import gguf_file
@@ -120,6 +124,14 @@ def _text_engine(options: GenerateOptions | ChatCommandOptions, overflow: Overfl
         dtype=options.dtype,
         overflow=overflow,
     )
+
+
+def _import_transformers(place: str) -> None:
+    """Import what loads a folder, and turn off its progress bars. A GGUF file is run without it."""
+    if not is_gguf(Path(place)):
+        import transformers  # noqa: F401
+
+        quiet_libraries()
 
 
 def _load(place: str, device: str) -> tuple[Any, Any]:

@@ -248,6 +248,13 @@ def test_generate_needs_no_torch_and_writes_nothing_else(file: Path) -> None:
     assert done.stdout == gpt_kit("generate", file, "--prompt", "fox", "--temperature", "0").stdout
 
 
+def test_generate_of_a_folder_shows_no_progress_bar(folder: Path) -> None:
+    line = [sys.executable, "-m", "gpt_kit_hf.commands.main", "generate", str(folder), "--engine", "llama.cpp"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Loading weights" not in done.stderr
+
+
 def test_chat_says_what_the_model_says(file: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = []
     for place in (file, folder, folder / "plain.gguf"):

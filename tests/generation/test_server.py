@@ -96,6 +96,7 @@ def test_the_command_serves_until_interrupted(folder: Path) -> None:
         _, errors = process.communicate()
         assert process.returncode == 0, errors
         assert "Traceback" not in errors
+        assert "Loading weights" not in errors  # no progress bar
     assert contents(folder) == before
 
 
