@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from gpt_kit_hf.commands.running import note, write
-from gpt_kit_hf.errors import UsageError
+from gpt_kit_hf.errors import CheckpointError, GPTKitError, UsageError
 from gpt_kit_hf.export.gguf_file import import_gguf
 from gpt_kit_hf.export.modelfile import modelfile
 from gpt_kit_hf.generation.llama_cpp.source import write_gguf
@@ -44,6 +45,14 @@ def _export_gguf(options: ExportOptions) -> None:
     if find_spec("xllamacpp") is None:
         note('not run: llama.cpp is not installed; pip install "gpt-kit-hf[llama]" lets the export compare it')
         return
+    try:
+        _run_and_compare(model, tokenizer, path)
+    except GPTKitError as error:
+        raise CheckpointError(f"{path} was written, but it is not verified: {error}") from error
+
+
+def _run_and_compare(model: Any, tokenizer: Any, path: Path) -> None:
+    """Run a GGUF file beside its model, and write how they compare. Raises GPTKitError if they differ."""
     from gpt_kit_hf.generation.llama_cpp.compare import compare_with_llama_cpp
 
     # Not with the encoding: that reads special tokens other than EOS as plain text, unlike llama.cpp and transformers.

@@ -17,10 +17,10 @@ from test_server import started
 from tiny_model import CHAT_TEMPLATE, CONTEXT, write_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gpt_kit_hf import get_encoding, text_to_token_ids
+from gpt_kit_hf import get_encoding, save_as_gguf, text_to_token_ids
 from gpt_kit_hf.commands import engines
 from gpt_kit_hf.commands.main import main
-from gpt_kit_hf.errors import UsageError
+from gpt_kit_hf.errors import CheckpointError, UsageError
 from gpt_kit_hf.generation.completion import Chunk, Sampling
 from gpt_kit_hf.generation.completion_model import CompletionModel
 
@@ -214,6 +214,10 @@ def test_a_file_is_compared_with_its_model(file: Path, folder: Path, model: Any)
     assert (found.n_same_texts, found.n_same_tokens) == (found.n_texts, found.n_tokens)
     assert found.n_tokens == CONTEXT - 1
     assert abs(found.divergence) < 1e-5
+    assert found.line() == (
+        f"llama.cpp: the same ids for {found.n_texts} of {found.n_texts} texts, the same greedy tokens for the first "
+        f"63 of 63, KL divergence {found.divergence:.2g} nats a token, the mean of 8"
+    )
     other = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         other.lm_head.weight.copy_(other.lm_head.weight.roll(1, dims=0))
@@ -221,7 +225,18 @@ def test_a_file_is_compared_with_its_model(file: Path, folder: Path, model: Any)
     assert worse.n_same_texts == worse.n_texts
     assert worse.n_same_tokens == 0
     assert worse.divergence > 0.1
-    assert worse.line().startswith(f"llama.cpp: the same ids for {worse.n_texts} of {worse.n_texts} texts, the same ")
+    with pytest.raises(CheckpointError, match=r"llama\.cpp computes another model: KL divergence"):
+        worse.require()
+
+
+def test_the_comparison_does_not_end_with_the_text(folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.lm_head.weight[256] = 3 * model.lm_head.weight[97]
+    save_as_gguf(model, get_encoding("bytes"), tmp_path / "model.gguf", quantization="f32")
+    assert LlamaCppModel(tmp_path / "model.gguf", threads=1).greedy([256], 63)[-1] == 256
+    found = compare_with_llama_cpp(model, get_encoding("bytes"), tmp_path / "model.gguf", threads=1)
+    assert (found.n_tokens, found.n_same_tokens, found.n_positions) == (63, 63, 8)
 
 
 # --- the commands

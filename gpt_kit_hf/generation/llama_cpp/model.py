@@ -98,10 +98,11 @@ class LlamaCppModel:
                     if choice.finished:
                         return
 
-    def greedy(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
-        """Return the most likely tokens after a prompt, up to EOS, which is one of them."""
+    def greedy(self, prompt: Sequence[int], max_new_tokens: int, *, left_out: Sequence[int] = ()) -> list[int]:
+        """Return the most likely tokens after a prompt, those `left_out` never, up to EOS, which is one of them."""
         with self._server.slot() as slot:
             body = {**_GREEDY, "prompt": list(prompt), "n_predict": max_new_tokens, "id_slot": slot}
+            body["logit_bias"] = [[token, False] for token in left_out]
             found = self._server.ask(_COMPLETION, {**body, "cache_prompt": False, "return_tokens": True})
         return [int(token) for token in found["tokens"]]
 

@@ -31,9 +31,14 @@ class GGUFTokenizer:
         return len(self._tokens)
 
     @property
+    def all_special_ids(self) -> list[int]:
+        """The ids of special tokens."""
+        return [index for index, kind in enumerate(self._types) if kind == _CONTROL]
+
+    @property
     def all_special_tokens(self) -> list[str]:
         """The tokens that a message must not hold as text."""
-        return [token for token, kind in zip(self._tokens, self._types, strict=True) if kind == _CONTROL]
+        return [self._tokens[index] for index in self.all_special_ids]
 
     def encode(self, text: str, add_special_tokens: bool = True, *, verbose: bool = True) -> list[int]:
         """Return the ids of a text, in which special tokens are read as such; nothing is `verbose` here.
