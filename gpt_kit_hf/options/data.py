@@ -140,6 +140,13 @@ class TextOptions(Options):
     shuffle_windows: int = option(
         1024, "size of the shuffle buffer of a streamed text, in windows of max_length tokens", minimum=1
     )
+    stream_shards: int | None = option(
+        None,
+        "parts in which a streamed text is read at once, a divisor of batch_size; a part that several processes share "
+        "is tokenized by each of them",
+        unset="up to 8",
+        minimum=1,
+    )
     num_proc: int = option(1, "threads that tokenize", minimum=1, resume="free")
 
     def __post_init__(self) -> None:
@@ -165,6 +172,8 @@ class TextOptions(Options):
             )
         if self.streaming and self.mixture:
             raise UsageError("streaming and mixture: a mixture is read from stored tokens; give one of them")
+        if self.stream_shards is not None and not self.streaming:
+            raise UsageError(f"stream_shards={self.stream_shards} is for streaming: add it, or leave this out")
         if self.streaming and not (self.eval_files or self.dataset_test_split):
             raise UsageError("streaming needs eval_files or dataset_test_split: a stream has no end to split off")
         weighted_sources(self.mixture or [])

@@ -351,7 +351,7 @@ class StreamingTask(TextTask):
         text, chosen = self.options.text, self.context.options
         _, source = train_sources(text)[0]
         shards = source.streamed_shards(encodings.may_cut(self.encoding))
-        count = stream_shard_count(len(shards), chosen.batch_size)
+        count = stream_shard_count(len(shards), chosen.batch_size, text.stream_shards)
         bounds = [index * len(shards) // count for index in range(count + 1)]
         self.stream_shards = [
             StreamShard(

@@ -6,6 +6,7 @@ number, so that a step's batch does not depend on how many processes and workers
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from gpt_kit_hf.data.order import BatchPlan, shuffled
 from gpt_kit_hf.data.text.dataset_shards import DatasetShard, RowsShard
 from gpt_kit_hf.data.text.shards import FileShard
-from gpt_kit_hf.data.text.windows import collate_windows, window_item
+from gpt_kit_hf.data.text.windows import window_item
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.model.losses import Batch
 from gpt_kit_hf.options.data import WindowOptions
@@ -51,9 +52,22 @@ class _WindowIds(NamedTuple):
     seen: dict[str, int]  # and up to the end of its last one
 
 
-def stream_shard_count(text_shards: int, batch_size: int) -> int:
-    """Return the number of stream shards: a power of two up to 8 that divides the batch, one text shard each."""
-    return next(n for n in (8, 4, 2, 1) if batch_size % n == 0 and (n <= text_shards or n == 1))
+def stream_shard_count(text_shards: int, batch_size: int, wanted: int | None = None) -> int:
+    """Return the number of stream shards, which have one text shard or more each.
+
+    By default a power of two up to 8 that divides the batch. Raises UsageError for a `wanted` number that the batch or
+    the text does not have.
+    """
+    if wanted is None:
+        return next(n for n in (8, 4, 2, 1) if batch_size % n == 0 and (n <= text_shards or n == 1))
+    if batch_size % wanted:
+        raise UsageError(f"stream_shards={wanted} must divide the batch, batch_size={batch_size}")
+    if wanted > text_shards:
+        raise UsageError(
+            f"stream_shards={wanted} is above the {text_shards} parts that the text has: files, dataset shards or "
+            "blocks of some kilobytes"
+        )
+    return wanted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,11 +151,24 @@ def _gather(held: Sequence[_TokenChunk], skip: int, length: int) -> _WindowIds:
     return _WindowIds(np.concatenate(arrays), np.array(starts, np.int64), (first.place, skip), first.read, last.seen)
 
 
-class _StepSamples(IterableDataset[tuple[dict[int, list[Window]], dict[int, State]]]):
-    """For each step, the samples of each of a worker's stream shards, and their states after the step."""
+class _Taken(NamedTuple):
+    """Samples of a stream shard in a step: their numbers in the batch, and their stacked tensors, (n, T) each."""
 
-    def __init__(self, shards: dict[int, StreamShard], states: dict[int, State], per_shard: int, steps: int) -> None:
-        self.shards, self.states, self.per_shard, self.steps = shards, states, per_shard, steps
+    numbers: list[int]
+    columns: list[Tensor]
+
+
+class _StepSamples(IterableDataset[tuple[dict[int, _Taken], dict[int, State]]]):
+    """For each step, the samples that the plan's process takes of each of a worker's stream shards, and their states.
+
+    Sample k of a batch is the next one of stream shard k modulo `count`, and belongs to process k modulo their number.
+    """
+
+    def __init__(
+        self, shards: dict[int, StreamShard], count: int, states: dict[int, State], plan: BatchPlan, steps: int
+    ) -> None:
+        self.shards, self.count, self.states = shards, count, states
+        self.plan, self.steps = plan, steps
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
@@ -149,47 +176,55 @@ class _StepSamples(IterableDataset[tuple[dict[int, list[Window]], dict[int, Stat
         readers = {number: self.shards[number].samples(self.states.get(number)) for number in own}
         try:
             for _ in range(self.steps):
-                drawn = {n: [next(reader) for _ in range(self.per_shard)] for n, reader in readers.items()}
-                samples = {n: [window for window, _ in taken] for n, taken in drawn.items()}
-                yield samples, {n: taken[-1][1] for n, taken in drawn.items()}
+                drawn = {number: self._draw(number, reader) for number, reader in readers.items()}
+                yield {n: taken for n, (taken, _) in drawn.items()}, {n: state for n, (_, state) in drawn.items()}
         except DataError as error:
             yield error  # an error raised here would reach the user inside the traceback of a worker
 
+    def _draw(self, number: int, reader: Iterator[tuple[Window, State]]) -> tuple[_Taken, State]:
+        """Return the process's samples of a stream shard in the next step, and the shard's state after the step."""
+        plan, taken = self.plan, {}
+        for place in range(number, plan.batch_size, self.count):
+            window, state = next(reader)
+            if place % plan.num_processes == plan.process_index:
+                taken[place] = window
+        # Stacked here: a worker sends each tensor by itself.
+        return _Taken(list(taken), [torch.stack(column) for column in zip(*taken.values(), strict=True)]), state
+
 
 class StreamBatches:
-    """The micro-batches of one process's share of a stream; `states` are its stream shards' after each step."""
+    """The micro-batches of one process's share of a stream; `states` are its stream shards' after each step.
+
+    Where there are more processes than stream shards, several read the same one, and each takes its own samples of it.
+    """
 
     def __init__(self, shards: Sequence[StreamShard], plan: BatchPlan, *, num_workers: int, pin_memory: bool) -> None:
-        if len(shards) % plan.num_processes:
-            raise UsageError(
-                f"the stream has {len(shards)} stream shards, which {plan.num_processes} processes cannot share "
-                "evenly: there are 8, 4 or 2 where that many divide batch_size, and the text has as many files, "
-                "dataset shards or blocks of some kilobytes"
-            )
         self.shards, self.plan = shards, plan
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self.states: dict[int, State] = {}
 
     def steps(self, first_step: int, last_step: int, states: dict[int, State]) -> Iterator[Batch]:
         """Yield the micro-batches of the steps; `states` are the stream shards' before the first of them."""
-        plan = self.plan
-        own = {n: shard for n, shard in enumerate(self.shards) if n % plan.num_processes == plan.process_index}
+        plan, count = self.plan, len(self.shards)
+        apart = math.gcd(plan.num_processes, count)
+        own = {n: shard for n, shard in enumerate(self.shards) if n % apart == plan.process_index % apart}
         self.states = {number: state for number, state in states.items() if number in own}
         workers = min(self.num_workers, len(own))
-        samples = _StepSamples(own, self.states, plan.batch_size // len(self.shards), last_step - first_step)
-        loader = DataLoader(
-            samples, batch_size=None, num_workers=workers, pin_memory=self.pin_memory, generator=torch.Generator()
-        )
+        samples = _StepSamples(own, count, self.states, plan, last_step - first_step)
+        loader = DataLoader(samples, batch_size=None, num_workers=workers, generator=torch.Generator())
         loaded = iter(loader)
         for _ in range(first_step, last_step):
-            taken: dict[int, list[Window]] = {}
+            taken: list[_Taken] = []
             for _ in range(max(1, workers)):
                 result = next(loaded)
                 if isinstance(result, DataError):
                     raise result
-                taken.update(result[0])
+                taken += result[0].values()
                 self.states.update(result[1])
             # In sample order: the first of each stream shard, then the second.
-            items = [item for row in zip(*(taken[number] for number in sorted(taken)), strict=True) for item in row]
-            for first in range(0, len(items), plan.micro_batch_size):
-                yield collate_windows(items[first : first + plan.micro_batch_size])
+            order = torch.tensor([number for each in taken for number in each.numbers]).argsort()
+            columns = [torch.cat(parts)[order] for parts in zip(*(each.columns for each in taken), strict=True)]
+            # The batch, not each sample: a copy to the device waits unless what it reads is pinned.
+            columns = [column.pin_memory() for column in columns] if self.pin_memory else columns
+            for first in range(0, len(order), plan.micro_batch_size):
+                yield Batch(*(column[first : first + plan.micro_batch_size] for column in columns))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -209,12 +210,37 @@ def test_a_stream_without_text_is_an_error(tmp_path: Path) -> None:
         run(file_stream_shards(tmp_path), plan(), range(1))
 
 
-def test_stream_shards_that_processes_cannot_share_are_refused(tmp_path: Path) -> None:
+def test_more_processes_than_stream_shards_read_the_batches_of_one(tmp_path: Path) -> None:
+    """16 processes over 8 stream shards, and 3 over 2, which they cannot divide: each sample is in one share."""
     write_texts(tmp_path)
-    stream_shards = file_stream_shards(tmp_path)[:2]
-    four = plan(processes=4)
-    with pytest.raises(UsageError, match="has 2 stream shards, which 4 processes cannot share evenly"):
-        StreamBatches(stream_shards, four, num_workers=0, pin_memory=False)
+    for processes, count, workers in ((16, 8, 0), (3, 2, 0), (12, 8, 2)):
+        stream_shards = file_stream_shards(tmp_path)[:count]
+        whole = BatchPlan(order=StreamOrder(), batch_size=48, micro_batch_size=48)
+        alone = run(stream_shards, whole, range(4))
+        shares = [
+            run(
+                stream_shards,
+                replace(whole, micro_batch_size=2, num_processes=processes, process_index=rank),
+                range(4),
+                workers=workers,
+            )
+            for rank in range(processes)
+        ]
+        for step, (batches, states) in enumerate(alone):
+            parts = [rows(share[step][0]) for share in shares]
+            assert [len(part) for part in parts] == [48 // processes] * processes
+            # In the order of the batch: process p has the samples p, p + processes, and so on.
+            assert [row for each in zip(*parts, strict=True) for row in each] == rows(batches)
+            assert {number: s for share in shares for number, s in share[step][1].items()} == states
+
+
+def test_the_stacked_batch_is_pinned_not_its_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_texts(tmp_path)
+    pinned: list[tuple[int, ...]] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (pinned.append(tuple(tensor.shape)), tensor)[1])
+    batches = StreamBatches(file_stream_shards(tmp_path), plan(micro=4), num_workers=0, pin_memory=True)
+    assert [len(batch.input_ids) for batch in batches.steps(0, 2, {})] == [4] * 4
+    assert pinned == [(BATCH, 24)] * 4  # the inputs and targets of two steps
 
 
 @pytest.mark.parametrize(
@@ -224,11 +250,21 @@ def test_the_number_of_stream_shards_follows_from_shards_and_batch(shards: int, 
     assert stream_shard_count(shards, batch_size) == count
 
 
+def test_a_number_of_stream_shards_that_is_asked_for_must_fit() -> None:
+    assert stream_shard_count(100, 48, 24) == 24
+    with pytest.raises(UsageError, match="stream_shards=16 must divide the batch, batch_size=24"):
+        stream_shard_count(100, 24, 16)
+    with pytest.raises(UsageError, match="stream_shards=12 is above the 11 parts"):
+        stream_shard_count(11, 24, 12)
+
+
 def test_options_of_a_stream_ask_for_what_it_lacks() -> None:
     with pytest.raises(UsageError, match="streaming needs eval_files or dataset_test_split"):
         TextOptions(text_files=["a.txt"], streaming=True)
     with pytest.raises(UsageError, match="streaming and mixture"):
         TextOptions(mixture=["1:a.txt"], streaming=True, eval_files=["b.txt"])
+    with pytest.raises(UsageError, match="stream_shards=16 is for streaming"):
+        TextOptions(text_files=["a.txt"], stream_shards=16)
 
 
 def test_a_streamed_dataset_needs_its_column(tmp_path: Path) -> None:
