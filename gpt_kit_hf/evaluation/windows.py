@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from gpt_kit_hf.data.text.windows import IGNORED, TokenStream
+from gpt_kit_hf.data.text.token_stream import TokenStream
+from gpt_kit_hf.data.text.windows import IGNORED
 from gpt_kit_hf.errors import DataError, UsageError, unknown_name
 from gpt_kit_hf.model.losses import Batch
 from gpt_kit_hf.options.data import check_stride
@@ -46,7 +47,7 @@ class DocumentWindows(Dataset["tuple[Tensor, Tensor]"]):
         check_stride(stride, max_length)
         self.stream, self.max_length, self.stride = stream, max_length, stride
         self._before = end_of_text if begin_of_text is None else begin_of_text
-        starts = stream.document_starts
+        starts = np.asarray(stream.document_starts)
         stops = np.append(starts[1:], len(stream))
         filled = starts < stops
         starts, stops = starts[filled], stops[filled]

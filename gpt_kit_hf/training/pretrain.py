@@ -25,7 +25,8 @@ from gpt_kit_hf.data.text.documents import READ
 from gpt_kit_hf.data.text.report import Reading, describe_documents, describe_stream
 from gpt_kit_hf.data.text.sources import source_notes, train_sources
 from gpt_kit_hf.data.text.streaming import StreamBatches, StreamShard, stream_shard_count
-from gpt_kit_hf.data.text.windows import TokenStream, TokenWindows, collate_windows
+from gpt_kit_hf.data.text.token_stream import TokenStream
+from gpt_kit_hf.data.text.windows import TokenWindows, collate_windows
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.evaluation.metrics import (
     Evaluation,

@@ -3,9 +3,9 @@
 `sources` finds the files and datasets that the options name; `files/` tells what a file is, refuses what is no text,
 and converts archives, tables and other encodings. `shards` reads text, JSON Lines and Parquet files in shards,
 `dataset_shards` does so for datasets; `documents` decides where a document ends and what is left out. `token_cache`
-encodes shards once and keeps the ids on the disk. `corpus` chooses the encoding and puts all together; `report` says
-what was read. `windows` splits off the evaluation documents and cuts stored ids into windows; `streaming` cuts text
-that is tokenized during training.
+encodes shards once and keeps the ids on the disk; `stored_arrays` reads parts of them, and `token_stream` is all of
+them in order, with the split for evaluation. `corpus` chooses the encoding and puts all together; `report` says what
+was read. `windows` cuts stored ids into windows; `streaming` cuts text that is tokenized during training.
 """
 
 import lazy_loader
@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "corpus": ["Corpus", "choose_encoding", "prepare_corpus"],
-        "windows": ["GPTPretrainingDataset", "TokenStream", "TokenWindows", "create_pretraining_dataloader"],
+        "token_stream": ["TokenStream"],
+        "windows": ["GPTPretrainingDataset", "TokenWindows", "create_pretraining_dataloader"],
     },
 )

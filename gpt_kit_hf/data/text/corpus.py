@@ -17,7 +17,7 @@ from gpt_kit_hf.data.text.report import Reading, separator_warnings
 from gpt_kit_hf.data.text.shards import CHUNK_BYTES, FileShard
 from gpt_kit_hf.data.text.sources import TextSource, eval_source, train_sources
 from gpt_kit_hf.data.text.token_cache import store_tokens
-from gpt_kit_hf.data.text.windows import TokenStream, join_streams, split_eval
+from gpt_kit_hf.data.text.token_stream import TokenStream, join_streams, split_eval
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.options.data import TRAINED_BPE, EncodingOptions, TextOptions
 from gpt_kit_hf.tokenization import encodings

@@ -23,7 +23,7 @@ from gpt_kit_hf.data.text.documents import (
     replaced,
 )
 from gpt_kit_hf.data.text.shards import FileShard
-from gpt_kit_hf.data.text.windows import TokenStream
+from gpt_kit_hf.data.text.token_stream import TokenStream
 from gpt_kit_hf.errors import DataError
 from gpt_kit_hf.options.data import TextOptions
 from gpt_kit_hf.text import escaped
@@ -97,17 +97,16 @@ def _listed(counts: dict[str, int]) -> str:
 
 def describe_documents(stream: TokenStream, encoding: tiktoken.Encoding) -> list[str]:
     """Return log lines with the lengths of the documents, and the first and last lines of three of them."""
-    starts = stream.document_starts
-    stops = np.append(starts[1:], len(stream))
-    chosen = sorted({0, len(starts) // 2, len(starts) - 1})
+    documents = len(stream.document_starts)
     ends = []
-    for number in chosen:
-        start, stop = int(starts[number]), int(stops[number])
+    for number in sorted({0, documents // 2, documents - 1}):
+        start, *after = stream.document_starts.read(number, min(number + 2, documents)).tolist()
+        stop = after[0] if after else len(stream)
         head = _text(encoding, stream.read(start, min(stop, start + _ENDS)))
         tail = _text(encoding, stream.read(max(start, stop - _ENDS), stop))
         ends.append((number + 1, head, tail))
-    added = 1 if begin_of_text(encoding) is None else 2  # EOS, and what a document starts with
-    lengths = [_lengths(stops - starts - added)] if len(starts) > 1 else []  # one is counted in the line before
+    # One is counted in the line before.
+    lengths = [_lengths(_counted_lengths(stream, encoding))] if documents > 1 else []
     return [*lengths, *(_shown(*each) for each in ends)]
 
 
@@ -124,14 +123,27 @@ def describe_stream(shards: Shards, encoding: tiktoken.Encoding, separator: str 
                     lengths.append(len(encoding.encode_ordinary(text)))
     measured = f", of {len(lengths):,} document{'s' * (len(lengths) != 1)}"
     return [
-        *([_lengths(np.array(lengths), measured)] if lengths else []),
+        *([_lengths(Counter(lengths), measured)] if lengths else []),
         *(_shown(*each, "shard") for each in shown),
         *(f"warning  {warning}" for warning in separator_warnings(separator, tally, [*sampled.values()])),
     ]
 
 
-def _lengths(lengths: Any, of: str = "") -> str:
-    low, median, most, high = np.quantile(lengths, [0, 0.5, 0.9, 1], method="nearest").astype(int)
+def _counted_lengths(stream: TokenStream, encoding: tiktoken.Encoding) -> Counter[int]:
+    """Return how many documents have each length, in tokens of their text."""
+    added = 1 if begin_of_text(encoding) is None else 2  # EOS, and what a document starts with
+    counted = Counter[int]()
+    for starts in stream.document_starts.blocks(len(stream)):
+        lengths, counts = np.unique(np.diff(starts) - added, return_counts=True)
+        counted.update(dict(zip(lengths.tolist(), counts.tolist(), strict=True)))
+    return counted
+
+
+def _lengths(counted: Counter[int], of: str = "") -> str:
+    lengths = sorted(counted)
+    reached = np.cumsum([counted[length] for length in lengths])
+    places = [round(share * (int(reached[-1]) - 1)) for share in (0, 0.5, 0.9, 1)]
+    low, median, most, high = (lengths[int(np.searchsorted(reached, place, side="right"))] for place in places)
     return f"lengths  tokens per document{of}: min {low:,}, median {median:,}, 90% up to {most:,}, max {high:,}"
 
 

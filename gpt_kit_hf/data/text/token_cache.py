@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-import os
 import time
-import weakref
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -25,52 +22,14 @@ import tiktoken
 from gpt_kit_hf.data.text.dataset_shards import RowsShard
 from gpt_kit_hf.data.text.documents import Policy
 from gpt_kit_hf.data.text.shards import CHUNK_BYTES, FileShard
-from gpt_kit_hf.errors import DataError
+from gpt_kit_hf.data.text.stored_arrays import Pieces, StoredIds, open_file
+from gpt_kit_hf.data.text.token_stream import DocumentStarts
 from gpt_kit_hf.storage.atomic_files import replace_file
 from gpt_kit_hf.tokenization import encodings
 
 _LAYOUT = "ids-3"  # in every key, so that another layout of the files is another file
 _ROWS = b"rows"
 _SECONDS_A_DAY = 24 * 60 * 60
-
-
-class _OpenFile:
-    """A file's descriptor, closed with the last reference to it."""
-
-    def __init__(self, name: str) -> None:
-        self.descriptor = os.open(name, os.O_RDONLY)
-        weakref.finalize(self, os.close, self.descriptor)
-
-
-# Opening a file for each window is slow where the cache lies on a network file system.
-_open_file = functools.lru_cache(maxsize=128)(_OpenFile)
-
-
-@dataclass(frozen=True)
-class StoredIds:
-    """Ids in a file, sliced and read like an array.
-
-    Read, not memory-mapped: pages that a run has read do not count as its memory.
-    """
-
-    file: str
-    first_byte: int
-    size: int
-    dtype: np.dtype[Any]
-
-    def __getitem__(self, wanted: slice) -> StoredIds:
-        start, stop, step = wanted.indices(self.size)
-        assert step == 1
-        return StoredIds(self.file, self.first_byte + start * self.dtype.itemsize, max(0, stop - start), self.dtype)
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
-        file, length, data = _open_file(self.file), self.size * self.dtype.itemsize, b""
-        while left := length - len(data):  # one call reads at most 2 GB
-            block = os.pread(file.descriptor, left, self.first_byte + len(data))
-            if not block:
-                raise DataError(f"{self.file} was cut short; remove it, and it is made again")
-            data = data + block if data else block
-        return np.frombuffer(data, self.dtype).astype(dtype or self.dtype, copy=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +41,7 @@ class StoredTokens:
     """
 
     chunks: list[StoredIds]
-    document_starts: npt.NDArray[np.int64]
+    document_starts: DocumentStarts
     key: str
     made: int
     tally: Counter[str]
@@ -226,7 +185,7 @@ def _encode_shard(
         writer.write_table(table)
     replace_file(entry.ids(tally), sink.getvalue().to_pybytes())
     entry.keep(tally)
-    _open_file.cache_clear()  # a damaged file of this name may be open
+    open_file.cache_clear()  # a damaged file of this name may be open
     return int(ids.size), tally
 
 
@@ -239,21 +198,31 @@ def _is_whole(file: Path) -> bool:
     return False
 
 
-def _join(files: Sequence[Path]) -> tuple[list[StoredIds], npt.NDArray[np.int64]]:
+def _join(files: Sequence[Path]) -> tuple[list[StoredIds], DocumentStarts]:
     """Return the ids in the files, and the positions in all of them together where documents begin."""
-    chunks, starts, total, ended = [], [np.empty(0, np.int64)], 0, True
+    chunks: list[StoredIds] = []
+    starts: list[StoredIds] = []
+    begins, total, ended = [], 0, True
     for file in files:
         with pa.memory_map(str(file)) as source:
             base = source.read_buffer(1).address
             source.seek(0)
             for batch in pa.ipc.open_stream(source):
-                rows, whole = batch.column("input_ids"), batch.column("ends_document").to_numpy(zero_copy_only=False)
+                rows = batch.column("input_ids")
                 if not len(rows):
                     continue
-                ids, dtype = rows.values, np.dtype(rows.values.type.to_pandas_dtype())
-                first_byte = ids.buffers()[1].address - base + ids.offset * dtype.itemsize
-                chunks.append(StoredIds(str(file), first_byte, len(ids), dtype))
-                begins = np.concatenate(([ended], whole[:-1]))
-                starts.append(total + rows.offsets.to_numpy()[:-1][begins])
-                total, ended = total + len(ids), bool(whole[-1])
-    return chunks, np.concatenate(starts).astype(np.int64)
+                chunks.append(_stored(file, base, rows.values))
+                # The first row may go on from the file before; all but the last end a document.
+                starts.append(_stored(file, base, rows.offsets)[int(not ended) : len(rows)])
+                begins.append(total)
+                total, ended = total + len(rows.values), batch.column("ends_document")[-1].as_py()
+    kept = [number for number, each in enumerate(starts) if each.size]
+    shift = np.array([begins[number] for number in kept], np.int64)
+    return chunks, DocumentStarts(Pieces.whole([starts[number] for number in kept]), shift, shift)
+
+
+def _stored(file: Path, base: int, values: Any) -> StoredIds:
+    """Return where an Arrow array lies in its file, which begins at the address `base`."""
+    dtype = np.dtype(values.type.to_pandas_dtype())
+    first_byte = values.buffers()[1].address - base + values.offset * dtype.itemsize
+    return StoredIds(str(file), first_byte, len(values), dtype)

@@ -1,12 +1,11 @@
-"""Windows of tokens: the token stream, its split for evaluation, and the datasets and loader of windows."""
+"""Windows of tokens: the datasets and loader of windows of a token stream."""
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from gpt_kit_hf.data.text.documents import MARKS_IN_TEXT, Policy, document_ends
-from gpt_kit_hf.data.text.token_cache import StoredIds
+from gpt_kit_hf.data.text.token_stream import TokenStream
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.model.losses import Batch
 from gpt_kit_hf.options.data import EosInText, check_stride
@@ -23,100 +22,6 @@ from gpt_kit_hf.tokenization import encodings
 
 # A target of this id is not trained: the default `ignore_index` of torch's cross-entropy.
 IGNORED = -100
-
-
-Ids: TypeAlias = "npt.NDArray[Any] | StoredIds"
-
-
-class TokenStream:
-    """The token ids of documents, one after another, read by position without a copy of the corpus.
-
-    `chunks` are consecutive integer arrays, or ids in the token cache. `document_starts` are the positions where
-    documents begin, ascending from 0.
-    """
-
-    def __init__(self, chunks: Sequence[Ids], document_starts: npt.NDArray[np.int64]) -> None:
-        self.chunks = [chunk for chunk in chunks if chunk.size]
-        self.document_starts = document_starts
-        self._ends = np.cumsum([chunk.size for chunk in self.chunks], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if self.chunks else 0
-
-    def views(self, start: int, stop: int) -> list[Ids]:
-        """Return the ids at positions start..stop-1 as views, one per chunk."""
-        assert 0 <= start <= stop <= len(self), (start, stop, len(self))
-        index = int(np.searchsorted(self._ends, start, side="right"))
-        views = []
-        while start < stop:
-            chunk, end = self.chunks[index], int(self._ends[index])
-            first = end - chunk.size
-            views.append(chunk[start - first : stop - first])
-            start, index = end, index + 1
-        return views
-
-    def read(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """Return the ids at positions start..stop-1, (stop - start,)."""
-        views = [np.asarray(view) for view in self.views(start, stop)]
-        return np.concatenate(views).astype(np.int64) if views else np.empty(0, np.int64)
-
-    def counts(self, n_vocab: int) -> npt.NDArray[np.int64]:
-        """Return how often each id occurs, (n_vocab,)."""
-        totals = np.zeros(n_vocab, dtype=np.int64)
-        for block in self._blocks():
-            totals += np.bincount(block, minlength=n_vocab)
-        return totals
-
-    def fingerprint(self) -> str:
-        """Return a digest of the ids and the document starts; how the ids are chunked does not change it."""
-        digest = hashlib.sha256(self.document_starts.astype("<i8").tobytes())
-        for block in self._blocks():
-            digest.update(block.astype("<u4").tobytes())
-        return digest.hexdigest()[:16]
-
-    def _blocks(self) -> Iterator[npt.NDArray[Any]]:
-        for chunk in self.chunks:
-            for first in range(0, chunk.size, 1 << 20):
-                yield np.asarray(chunk[first : first + (1 << 20)])
-
-
-def join_streams(streams: Sequence[TokenStream]) -> TokenStream:
-    """Return the streams as one, in order."""
-    shifts = np.cumsum([0, *map(len, streams)])[:-1]
-    starts = [stream.document_starts + shift for stream, shift in zip(streams, shifts, strict=True)]
-    return TokenStream([chunk for stream in streams for chunk in stream.chunks], np.concatenate(starts))
-
-
-def split_eval(stream: TokenStream, fraction: float, seed: int) -> tuple[TokenStream, TokenStream]:
-    """Split a stream into one to train on and one to evaluate on, which gets `fraction` of the tokens.
-
-    Whole documents, drawn by the seed, go to evaluation, and of the last one drawn only its end. A single document is
-    so cut where its last `fraction` begins. Both streams keep the order of the documents.
-    """
-    starts = stream.document_starts
-    ends = np.append(starts[1:], len(stream))
-    wanted = round(len(stream) * fraction)
-    drawn = np.random.default_rng(seed).permutation(len(starts))
-    reached = np.cumsum((ends - starts)[drawn])
-    whole = int(np.searchsorted(reached, wanted, side="right"))
-    cuts = starts.copy()  # where the evaluation's end of each document begins
-    cuts[drawn[whole:]] = ends[drawn[whole:]]
-    missing = wanted - (int(reached[whole - 1]) if whole else 0)
-    if missing:
-        cuts[drawn[whole]] -= missing
-    return _select(stream, starts, cuts), _select(stream, cuts, ends)
-
-
-def _select(stream: TokenStream, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]) -> TokenStream:
-    """Return the stream of the spans starts[i]..stops[i]-1, one document each, without the empty ones."""
-    filled = starts < stops
-    starts, stops = starts[filled], stops[filled]
-    # Adjacent spans are read as one chunk.
-    firsts = starts[np.append(True, starts[1:] != stops[:-1])[: len(starts)]]
-    lasts = stops[np.append(starts[1:] != stops[:-1], True)[: len(stops)]]
-    chunks = [view for first, last in zip(firsts, lasts, strict=True) for view in stream.views(int(first), int(last))]
-    document_starts = np.cumsum(np.append(0, stops - starts), dtype=np.int64)[:-1]
-    return TokenStream(chunks, document_starts)
 
 
 class TokenWindows(Dataset["tuple[Tensor, ...]"]):
@@ -165,8 +70,7 @@ class TokenWindows(Dataset["tuple[Tensor, ...]"]):
         inside = None
         if self.packing:
             starts = self.stream.document_starts
-            bounds = np.searchsorted(starts, (start, start + self.max_length), side="right")
-            inside = starts[slice(*bounds)] - start
+            inside = starts.read(starts.count_to(start), starts.count_to(start + self.max_length)) - start
         window = window_item(self.stream.read(start, start + self.max_length + 1), inside)
         window[1][: self.max_length - fresh] = IGNORED
         return window

@@ -23,7 +23,7 @@ from gpt_kit_hf import (
 )
 from gpt_kit_hf.data.text import corpus, shards, sources
 from gpt_kit_hf.data.text.corpus import Corpus, choose_encoding, prepare_corpus
-from gpt_kit_hf.data.text.windows import TokenStream
+from gpt_kit_hf.data.text.token_stream import TokenStream
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.options.data import EncodingOptions, TextOptions
 from gpt_kit_hf.storage.atomic_files import read_jsonl
@@ -138,7 +138,7 @@ def test_tokens_are_those_of_the_encoding_with_an_end_after_each_document(tmp_pa
     np.testing.assert_array_equal(made.train.read(0, len(made.train)), np.concatenate(expected))
     np.testing.assert_array_equal(made.train.document_starts, np.cumsum([0, *map(len, expected)])[:-1])
     assert made.documents == 150
-    assert len(made.train.chunks) > 5
+    assert len(made.train.views(0, len(made.train))) > 5
 
 
 @pytest.mark.usefixtures("_small_shards")

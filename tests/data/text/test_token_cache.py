@@ -22,7 +22,7 @@ import pytest
 import tiktoken
 from conftest import KILLED, in_child
 
-from gpt_kit_hf.data.text import shards, token_cache
+from gpt_kit_hf.data.text import shards, stored_arrays, token_cache
 from gpt_kit_hf.data.text.documents import (
     AS_IT_IS,
     MARKS_AT_LINE_ENDS,
@@ -33,8 +33,9 @@ from gpt_kit_hf.data.text.documents import (
     replaced,
 )
 from gpt_kit_hf.data.text.shards import FileShard, Tally, TextChunk, file_shards
-from gpt_kit_hf.data.text.token_cache import StoredIds, StoredTokens, store_tokens
-from gpt_kit_hf.data.text.windows import TokenStream
+from gpt_kit_hf.data.text.stored_arrays import StoredIds
+from gpt_kit_hf.data.text.token_cache import StoredTokens, store_tokens
+from gpt_kit_hf.data.text.token_stream import TokenStream
 from gpt_kit_hf.errors import DataError
 from gpt_kit_hf.tokenization import encodings
 from gpt_kit_hf.tokenization.encodings import EOS_TOKEN, get_encoding, train_bpe
@@ -552,10 +553,10 @@ def test_more_files_than_may_be_open_are_read_in_any_order() -> None:
     chunks = store_tokens(found, get_encoding("bytes")).chunks
     assert len({chunk.file for chunk in chunks}) == 170
     rng = random.Random(0)
-    own = len(list(Path("/proc/self/fd").iterdir())) - token_cache._open_file.cache_info().currsize
+    own = len(list(Path("/proc/self/fd").iterdir())) - stored_arrays.open_file.cache_info().currsize
     for number in [*range(170), *rng.choices(range(170), k=300)]:
         assert bytes(np.asarray(chunks[number][:-1]).tolist()) == f"text number {number}".encode()
-    assert token_cache._open_file.cache_info().currsize == 128
+    assert stored_arrays.open_file.cache_info().currsize == 128
     assert len(list(Path("/proc/self/fd").iterdir())) <= own + 128
 
 

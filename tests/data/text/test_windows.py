@@ -17,14 +17,13 @@ from transformers import AutoTokenizer, DynamicCache
 from gpt_kit_hf import GPTModel, create_model_config
 from gpt_kit_hf.data.order import BatchPlan, PlannedBatches, ShuffledOrder
 from gpt_kit_hf.data.text.corpus import prepare_text
+from gpt_kit_hf.data.text.token_stream import TokenStream, split_eval
 from gpt_kit_hf.data.text.windows import (
     IGNORED,
     GPTPretrainingDataset,
-    TokenStream,
     TokenWindows,
     collate_windows,
     create_pretraining_dataloader,
-    split_eval,
 )
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.evaluation.invariance import _flex_attention
