@@ -26,7 +26,7 @@ from gpt_kit_hf.options.generation import ChatCommandOptions, GenerateOptions, S
 from gpt_kit_hf.options.hub import CardOptions, ExportOptions, PullOptions, PushCommandOptions
 from gpt_kit_hf.options.model import ConvertOptions
 from gpt_kit_hf.options.parser import parse_options
-from gpt_kit_hf.options.run import FinetuneOptions, RunOptions
+from gpt_kit_hf.options.run import FinetuneOptions, RunOptions, TokenizeOptions
 
 ABOUT = "Train, evaluate, use and publish a GPT of your own."
 
@@ -56,6 +56,13 @@ COMMANDS = {
     command.name: command
     for command in (
         Command(name="train", summary="Pretrain a GPT on text.", options=RunOptions, module="train"),
+        Command(
+            name="tokenize",
+            summary="Tokenize a text before training, without a GPU, on one machine or several.",
+            about="gpt-kit train with the same text, encoding and token_cache_dir then tokenizes nothing.",
+            options=TokenizeOptions,
+            module="tokenize",
+        ),
         Command(
             name="finetune",
             summary="Finetune a model on instruction rows.",

@@ -147,7 +147,14 @@ class TextOptions(Options):
         unset="up to 8",
         minimum=1,
     )
-    num_proc: int = option(1, "threads that tokenize", minimum=1, resume="free")
+    num_proc: int = option(1, "threads of a machine that tokenize", minimum=1, resume="free")
+    token_cache_dir: str | None = option(
+        None,
+        "folder in which the tokens are kept; in one on a shared file system, the machines of a run divide the work",
+        unset="gpt-kit-tokens in the cache of datasets",
+        resume="free",
+        metavar="FOLDER",
+    )
 
     def __post_init__(self) -> None:
         if sum(1 for name in ("text_files", "dataset_name", "mixture") if getattr(self, name)) != 1:
@@ -239,6 +246,21 @@ class EncodingOptions(Options):
         if self.vocab_size < 258:
             raise UsageError(
                 f"vocab_size must be at least 258 (256 bytes, end of text, padding), got {self.vocab_size}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShareOptions(Options):
+    """The share of a text that one machine tokenizes."""
+
+    num_shards: int = option(1, "number of shares into which the text is divided, one per machine", minimum=1)
+    shard_index: int = option(0, "the share to tokenize, counted from 0", minimum=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shard_index >= self.num_shards:
+            raise UsageError(
+                f"shard_index={self.shard_index} must be below num_shards={self.num_shards}: it counts from 0"
             )
 
 

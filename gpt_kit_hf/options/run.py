@@ -1,4 +1,4 @@
-"""All options of a training run, and the rules for resuming one with other options."""
+"""All options of a training run and of tokenizing its text, and the rules for resuming a run with other options."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from gpt_kit_hf.options.data import (
     TRAINED_BPE,
     EncodingOptions,
     RowOptions,
+    ShareOptions,
     SupervisionOptions,
     TextOptions,
     WindowOptions,
@@ -78,6 +79,19 @@ class FinetuneOptions:
 
     def __post_init__(self) -> None:
         check_allow_changes(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizeOptions:
+    """All options of tokenizing the text of a run before it, by section."""
+
+    text: TextOptions
+    encoding: EncodingOptions = dataclasses.field(default_factory=EncodingOptions)
+    share: ShareOptions = dataclasses.field(default_factory=ShareOptions)
+
+    def __post_init__(self) -> None:
+        if self.text.streaming:
+            raise UsageError("streaming stores no tokens: leave it out to tokenize before training")
 
 
 class OptionsOfRun(Protocol):

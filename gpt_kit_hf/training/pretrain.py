@@ -25,7 +25,9 @@ from gpt_kit_hf.data.text.documents import READ
 from gpt_kit_hf.data.text.report import Reading, describe_documents, describe_stream
 from gpt_kit_hf.data.text.sources import source_notes, train_sources
 from gpt_kit_hf.data.text.streaming import StreamBatches, StreamShard, stream_shard_count
+from gpt_kit_hf.data.text.token_cache import cache_folder
 from gpt_kit_hf.data.text.token_stream import TokenStream
+from gpt_kit_hf.data.text.tokenize import stored_shards, tokenize_text
 from gpt_kit_hf.data.text.windows import TokenWindows, collate_windows
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.evaluation.metrics import (
@@ -41,7 +43,7 @@ from gpt_kit_hf.hub.model_folder import load_text_encoding, write_model_folder
 from gpt_kit_hf.model.losses import Batch
 from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
 from gpt_kit_hf.model.presets import build_config
-from gpt_kit_hf.options.data import TRAINED_BPE, WindowOptions
+from gpt_kit_hf.options.data import TRAINED_BPE, ShareOptions, WindowOptions
 from gpt_kit_hf.options.run import CHANGED_TEXT, RunOptions
 from gpt_kit_hf.text import short
 from gpt_kit_hf.tokenization import encodings
@@ -49,8 +51,9 @@ from gpt_kit_hf.tokenization.export import load_encoding
 from gpt_kit_hf.tokenization.model_encoding import encoding_of
 from gpt_kit_hf.training.log.run_log import RunResult
 from gpt_kit_hf.training.loop import run_training
+from gpt_kit_hf.training.runtime.preparation import Preparation, prepare_together
 from gpt_kit_hf.training.state.sharded_state import unsharded_model
-from gpt_kit_hf.training.task import RunContext, Task, check_max_length, decide_on_main, generate_sample
+from gpt_kit_hf.training.task import RunContext, Task, check_max_length, generate_sample
 
 
 def train(options: RunOptions, *, stream: TextIO | None = sys.stdout) -> RunResult:
@@ -76,12 +79,12 @@ class TextTask(Task):
         self.options, self.context = options, context
         self.base = self._load_base()
         self.windows = self._choose_windows()
-        self.encoding = decide_on_main(context.accelerator, self._choose_encoding)
+        with prepare_together(context.accelerator) as together:
+            self.encoding = together.on_main(self._choose_encoding)
+            self._tokenize(together)
         self._eos = self.encoding.encode_single_token(encodings.EOS_TOKEN)
         self._begin = encodings.begin_of_text(self.encoding)
-        # One process of a machine tokenises; the others read what it stored.
-        with context.accelerator.local_main_process_first():
-            self.eval_text = self._read_text()
+        self.eval_text = self._read_text()
         self._check_eval_text()
         self._eval_fingerprint = self.eval_text.fingerprint()
         self.byte_lengths = token_byte_lengths(self.encoding)
@@ -196,6 +199,19 @@ class TextTask(Task):
         if self.options.encoding.encoding == TRAINED_BPE:
             self.context.console.log(f"training a bpe of {self.options.encoding.vocab_size:,} tokens on the text")
         return choose_encoding(self.options.text, self.options.encoding)
+
+    def _tokenize(self, together: Preparation) -> None:
+        """Fill the token cache: each process that sees it tokenizes its share."""
+        accelerator, text = self.context.accelerator, self.options.text
+        if accelerator.num_processes == 1:
+            return
+        # Archives and tables are converted when they are listed: by one process of a machine.
+        together.run(lambda: stored_shards(text, self.encoding), here=accelerator.is_local_main_process)
+        peers = together.sharing(cache_folder(text.token_cache_dir))
+        share = ShareOptions(num_shards=len(peers), shard_index=peers.index(accelerator.process_index))
+        machines = together.gather(accelerator.local_process_index).count(0)
+        own = replace(text, num_proc=max(1, text.num_proc * machines // accelerator.num_processes))
+        together.run(lambda: tokenize_text(own, self.encoding, share))
 
     def _check_vocabulary(self, base: BaseModel, encoding: tiktoken.Encoding) -> None:
         """Refuse a tokenizer that is not the model's, and an option that names another."""

@@ -16,7 +16,7 @@ from gpt_kit_hf.data.text.documents import READ
 from gpt_kit_hf.data.text.report import Reading, separator_warnings
 from gpt_kit_hf.data.text.shards import CHUNK_BYTES, FileShard
 from gpt_kit_hf.data.text.sources import TextSource, eval_source, train_sources
-from gpt_kit_hf.data.text.token_cache import store_tokens
+from gpt_kit_hf.data.text.token_cache import cache_folder, store_tokens
 from gpt_kit_hf.data.text.token_stream import TokenStream, join_streams, split_eval
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.options.data import TRAINED_BPE, EncodingOptions, TextOptions
@@ -75,7 +75,7 @@ def choose_encoding(text: TextOptions, options: EncodingOptions) -> tiktoken.Enc
 def prepare_corpus(text: TextOptions, encoding: tiktoken.Encoding, *, seed: int) -> Corpus:
     """Read, tokenize and split the text; shards in the token cache are not tokenized again."""
     weights, sources = zip(*train_sources(text), strict=True)
-    streams, keys, readings = zip(*(_tokenized(source, encoding, text.num_proc) for source in sources), strict=True)
+    streams, keys, readings = zip(*(_tokenized(source, encoding, text) for source in sources), strict=True)
     whole, eval_reading = join_streams(streams), None
     if eval_source(text) is not None:
         eval_stream, key, eval_reading = prepare_eval(text, encoding)
@@ -101,7 +101,7 @@ def prepare_corpus(text: TextOptions, encoding: tiktoken.Encoding, *, seed: int)
 
 def prepare_text(text: TextOptions, encoding: tiktoken.Encoding) -> ReadText:
     """Return all tokens of the text, their fingerprint, and what was found."""
-    read = [_tokenized(source, encoding, text.num_proc) for _, source in train_sources(text)]
+    read = [_tokenized(source, encoding, text) for _, source in train_sources(text)]
     streams, keys, readings = zip(*read, strict=True)
     key = hashlib.sha256(repr(list(keys)).encode()).hexdigest()[:16]
     return ReadText(join_streams(streams), key, join_readings(readings))
@@ -119,7 +119,7 @@ def prepare_eval(text: TextOptions, encoding: tiktoken.Encoding) -> ReadText:
         raise UsageError(f"eval_files: {min(both)} is trained on as well; evaluate on a file that is not")
     if text.streaming and source.dataset is not None:
         return _streamed_head(source, encoding, text.eval_max_tokens)
-    return _tokenized(source, encoding, text.num_proc)
+    return _tokenized(source, encoding, text)
 
 
 def _streamed_head(source: TextSource, encoding: tiktoken.Encoding, max_tokens: int) -> ReadText:
@@ -138,9 +138,9 @@ def _streamed_head(source: TextSource, encoding: tiktoken.Encoding, max_tokens: 
     return ReadText(stream, stream.fingerprint(), reading)
 
 
-def _tokenized(source: TextSource, encoding: tiktoken.Encoding, num_proc: int) -> ReadText:
+def _tokenized(source: TextSource, encoding: tiktoken.Encoding, text: TextOptions) -> ReadText:
     shards = source.shards(encodings.may_cut(encoding))
-    stored = store_tokens(shards, encoding, num_proc)
+    stored = store_tokens(shards, encoding, text.num_proc, cache_folder(text.token_cache_dir))
     warnings = separator_warnings(source.separator, stored.tally, shards)
     reading = Reading(tally=stored.tally, used=stored.document_starts.size, warnings=tuple(warnings))
     added = 1 if encodings.begin_of_text(encoding) is None else 2  # EOS, and what a document starts with

@@ -163,13 +163,14 @@ class FileShard:
     def stamp(self) -> str | None:
         """Return the files' inodes and change times, which no user can set; None if a file has just changed.
 
-        While the stamp stays, so does the content key, which is slower to get.
+        While the stamp stays, so does the content key, which is slower to get. Machines that share a file system see
+        the same stamp: the number of the device is not in it.
         """
         stats = [span.file.stat() for span in self.spans]
         # A second change within the resolution of the clock would not show.
         if time.time_ns() - max(stat.st_ctime_ns for stat in stats) < 2 * 10**9:
             return None
-        changes = [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stats]
+        changes = [(s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stats]
         return repr((self.column, self.separator, self.may_cut, self.spans, changes))
 
     def chunks(self, position: Position | None = None, tally: Tally | None = None) -> Iterator[TextChunk]:

@@ -37,13 +37,14 @@ class StoredTokens:
     """The ids of a corpus in consecutive chunks, and the positions where its documents begin.
 
     `key` changes with the text, the vocabulary and the way documents are read. `made` is the number of shards that
-    were encoded now; the others were in the cache. `tally` counts what was found in all of them.
+    were encoded now, to `made_tokens` ids; the others were in the cache. `tally` counts what was found in all of them.
     """
 
     chunks: list[StoredIds]
     document_starts: DocumentStarts
     key: str
     made: int
+    made_tokens: int
     tally: Counter[str]
 
 
@@ -91,15 +92,23 @@ class _Entry:
         replace_file(self.note, json.dumps(dict(tally)))
 
 
+def cache_folder(named: str | None = None) -> Path:
+    """Return the folder of the token cache: the one that an option names, or the one in the cache of `datasets`."""
+    return Path(datasets.config.HF_DATASETS_CACHE) / "gpt-kit-tokens" if named is None else Path(named).expanduser()
+
+
 def store_tokens(
-    shards: Sequence[FileShard | RowsShard], encoding: tiktoken.Encoding, num_proc: int = 1
+    shards: Sequence[FileShard | RowsShard],
+    encoding: tiktoken.Encoding,
+    num_proc: int = 1,
+    folder: Path | None = None,
 ) -> StoredTokens:
     """Return the ids of all shards; those in the cache, also of an interrupted run, are not encoded again.
 
-    `num_proc` threads encode at once: tiktoken releases Python's lock. Raises DataError for text that cannot be read
-    or encoded; the shards that were encoded before stay in the cache.
+    `num_proc` threads encode at once: tiktoken releases Python's lock. `folder` is that of the cache. Raises DataError
+    for text that cannot be read or encoded; the shards that were encoded before stay in the cache.
     """
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "gpt-kit-tokens"
+    folder = cache_folder() if folder is None else folder
     folder.mkdir(parents=True, exist_ok=True)
     for stage in folder.glob(".*.arrow.*"):  # left by a killed process, if it is that old
         if time.time() - stage.stat().st_mtime > _SECONDS_A_DAY:
@@ -112,7 +121,8 @@ def store_tokens(
             entries = [_Entry(folder, vocabulary, content, shard.policy) for shard, content in pairs]
             tallies = dict(zip(entries, pool.map(_Entry.tally, entries, shards), strict=True))
             missing = {e: shard for e, shard in zip(entries, shards, strict=True) if tallies[e] is None}
-            found = {**tallies, **_encode_all(missing, encoding, pool)}
+            encoded, made_tokens = _encode_all(missing, encoding, pool)
+            found = {**tallies, **encoded}
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -120,7 +130,9 @@ def store_tokens(
     key = hashlib.sha256(" ".join(entry.key(tally) for entry, tally in each).encode()).hexdigest()[:16]
     chunks, starts = _join([entry.ids(tally) for entry, tally in each])
     total = sum((tally for _, tally in each), Counter[str]())
-    return StoredTokens(chunks=chunks, document_starts=starts, key=key, made=len(missing), tally=total)
+    return StoredTokens(
+        chunks=chunks, document_starts=starts, key=key, made=len(missing), made_tokens=made_tokens, tally=total
+    )
 
 
 def _content(shard: FileShard | RowsShard, folder: Path) -> str:
@@ -138,11 +150,11 @@ def _content(shard: FileShard | RowsShard, folder: Path) -> str:
 
 def _encode_all(
     missing: dict[_Entry, FileShard | RowsShard], encoding: tiktoken.Encoding, pool: ThreadPoolExecutor
-) -> dict[_Entry, Counter[str]]:
-    """Write the ids of the shards; return what was found in each."""
+) -> tuple[dict[_Entry, Counter[str]], int]:
+    """Write the ids of the shards; return what was found in each, and the number of ids."""
     found: dict[_Entry, Counter[str]] = {}
     if not missing:
-        return found
+        return found, 0
     began, tokens = time.perf_counter(), 0
     total = sum(shard.size for shard in missing.values())
     jobs = {pool.submit(_encode_shard, shard, encoding, entry): entry for entry, shard in missing.items()}
@@ -153,7 +165,7 @@ def _encode_all(
             tokens += size
             bar.set_postfix_str(f"{tokens / (time.perf_counter() - began):,.0f} tokens/s")
             bar.update(missing[entry].size)
-    return found
+    return found, tokens
 
 
 def _encode_shard(
