@@ -47,8 +47,11 @@ def run_command(command: Callable[[], object]) -> int:
         if sys.getfilesystemencoding() == "utf-8":
             raise
         return _fail(_not_encoded(error.object), USAGE_ERROR)
-    except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED)
+    except KeyboardInterrupt as error:
+        if str(error) in ("", "SIGINT"):
+            return _fail("interrupted", INTERRUPTED)
+        # A scheduler, which starts the run again: it had not begun, so there was nothing to save.
+        return _fail(f"stopped by {error} before the first step", EXIT_STOPPED)
     return 0
 
 

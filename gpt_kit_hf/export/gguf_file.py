@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -160,7 +161,7 @@ def _new_file(final: Path) -> Iterator[Path]:
         raise UsageError(f"{str(final)!r} exists; nothing is overwritten")
     if final.parent.is_file():
         raise UsageError(f"{str(final)!r} cannot be written: {str(final.parent)!r} is a file, not a folder")
-    stage = final.with_name(f".{final.name}.{os.getpid()}")
+    stage = final.with_name(f".{final.name}.{secrets.token_hex(8)}")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         yield stage

@@ -1,6 +1,7 @@
 """Files that survive a kill, and the layout of a run folder.
 
 `atomic_files` writes and reads JSON, JSONL and tensors; `checkpoints` saves, verifies and rotates checkpoint folders;
-`lock` admits one writer to a run folder; `run_folder` names its files and decides whether a run may use it; `digests`
-computes sizes and hashes of files; `gguf_header` reads what a GGUF file says of itself.
+`lock` admits one writer to a run folder, and `processes` tells whether the last one still runs; `run_folder` names its
+files and decides whether a run may use it; `digests` computes sizes and hashes of files; `gguf_header` reads what a
+GGUF file says of itself.
 """

@@ -32,7 +32,13 @@ Report = Callable[[str], None]
 
 def sync_path(path: Path) -> None:
     """Flush a file's bytes, or a folder's entries, to the disk (fsync)."""
-    descriptor = os.open(path, os.O_RDONLY)
+    flags = os.O_RDONLY
+    if not hasattr(os, "O_DIRECTORY"):
+        # Windows opens no folder, and flushes a file only if it is open for writing.
+        if path.is_dir():
+            return
+        flags = os.O_RDWR
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:

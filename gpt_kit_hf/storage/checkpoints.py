@@ -42,7 +42,7 @@ def save_checkpoint(
     *,
     keep_last: int,
     keep: Collection[int] = (),
-    barrier: Callable[[], None] = lambda: None,
+    check: Callable[[], None] = lambda: None,
     required_bytes: int = 0,
     report: Report = _log.warning,
 ) -> Path:
@@ -50,8 +50,8 @@ def save_checkpoint(
 
     `write` fills the empty folder that it is given. It is not called if the step has an intact checkpoint; a damaged
     one is moved aside. Kept are the newest `keep_last` checkpoints up to this step, those of the steps in `keep`, and
-    all newer ones. `barrier` is called exactly once, before the rename and also if the write failed, as the other
-    processes wait there; if it raises, nothing is renamed. Save one checkpoint at a time, and hold the run's lock.
+    all newer ones. `check` is called before anything is changed, and again before the rename; if it raises, nothing is
+    renamed. Save one checkpoint at a time, and hold the run's lock.
 
     Raises CheckpointError, and keeps all older checkpoints, if fewer than `required_bytes` are free or the folder
     cannot be written.
@@ -59,12 +59,14 @@ def save_checkpoint(
     if step < 0 or keep_last < 1:
         raise UsageError(f"step={step}, keep_last={keep_last}: must be at least 0 and 1")
     final = run / "checkpoints" / f"step-{step:08d}"
-    stage = final.with_name(f".stage-{final.name}")
+    # Not only the step: a process that lost the run's lock may still write to its stage.
+    stage = final.with_name(f".stage-{final.name}-{secrets.token_hex(4)}")
+    check()
     try:
         try:
             staged = _fill_stage(stage, final, write, required_bytes, report)
         finally:
-            barrier()
+            check()
         if staged:
             stage.rename(final)
             sync_path(final.parent)

@@ -1,62 +1,160 @@
-"""The lock of a run folder, valid across hosts, and moving an old run aside."""
+"""The lock of a run folder, a lease that is valid across hosts, and moving an old run aside."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import secrets
-import socket
+import threading
+import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from gpt_kit_hf.errors import CheckpointError
-from gpt_kit_hf.storage.atomic_files import free_name, load_json, parse_object, write_synced
+from gpt_kit_hf.errors import CheckpointError, RunError
+from gpt_kit_hf.storage.atomic_files import Report, free_name, parse_object, write_synced
+from gpt_kit_hf.storage.processes import is_of_this_machine, is_running, this_process
+
+# A holder renews its lease six times in this time, so a file system that hangs for a minute does not end it.
+LEASE_SECONDS = 90.0
+_RENEWALS = 6
+_READS = 180  # of a contender in the time of a lease
+
+_log = logging.getLogger(__name__)
 
 
 class RunLock:
     """Context manager that holds the lock of a run folder; a missing folder is created.
 
-    The lock is the file `run.lock` with {host, pid, started}. It is created by a hard link, which is atomic on local
-    disks and on NFS and shows the complete record at once. A lock that is only an `flock` would not do: many cluster
-    file systems support it within one host or not at all, and a worker forked from a killed process would keep it.
+    The lock is the file `run.lock` with the process, a random id, the lease in seconds and a counter. A thread renews
+    the lease by counting up. Creation is by a hard link, which is atomic on local disks and on NFS and shows the
+    complete record at once. An `flock` would not do: many cluster file systems support it within one host or not at
+    all, Windows lacks it, and a worker forked from a killed process would keep it.
 
-    The lock of a process of this host that has ended is taken over: contenders take turns by an `flock` of the stale
-    file, and the first replaces it by a rename. Raises CheckpointError while another process of this host holds the
-    lock, and for any process of another host, as that cannot be checked from here. Hosts are told apart by name.
+    The lock of a process of this machine that has ended is taken over at once. That of another machine is taken over
+    if this process sees its counter unchanged for its whole lease; no clocks are compared. `report` gets a line before
+    such a wait. Raises CheckpointError if the holder runs on this machine, or renews its lease during the wait.
+
+    A holder that was paused for longer than its lease must not write: call `check` before each write.
     """
 
-    def __init__(self, run: Path) -> None:
-        self.run = run
-        self._record: dict[str, object] = {}
+    def __init__(self, run: Path, *, lease: float | None = None, report: Report = _log.warning) -> None:
+        self.run, self._report = run, report
+        self._lease = LEASE_SECONDS if lease is None else lease
+        self._record: dict[str, Any] = {}
+        self._released = threading.Event()
+        self._renewal = threading.Thread(target=self._renew, name="run-lock", daemon=True)
+
+    @property
+    def path(self) -> Path:
+        """The lock file."""
+        return self.run / "run.lock"
 
     def __enter__(self) -> RunLock:
-        path = self.run / "run.lock"
-        record = {"host": socket.gethostname(), "pid": os.getpid(), "started": _process_start(os.getpid())}
-        temporary = path.with_name(f".run.lock.{secrets.token_hex(8)}")
+        record = {**this_process(), "id": secrets.token_hex(8), "lease": self._lease, "renewed": f"{0:012d}"}
+        temporary = self.path.with_name(f".run.lock.{secrets.token_hex(8)}")
         try:
             try:
                 self.run.mkdir(parents=True, exist_ok=True)
                 write_synced(temporary, json.dumps(record).encode())
-                # One iteration, unless a lock appears or disappears between the two calls.
-                if not any(_link(temporary, path) or _take_over(temporary, path) for _ in range(100)):
-                    raise CheckpointError(f"{path} cannot be taken: remove it if no process uses this run")
+                self._acquire(temporary)
             finally:
                 temporary.unlink(missing_ok=True)
         except OSError as error:
             raise CheckpointError(f"{self.run} cannot be locked: {error}") from error
         self._record = record
+        self._renewal.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Delete the lock file if it is still that of this process; a forked child does not delete its parent's."""
+        if self._record.get("pid") != os.getpid():
+            return
+        self._released.set()
+        self._renewal.join(timeout=self._lease / _RENEWALS)
         # An error here must not hide the exception of the block; the lock is stale when the process has ended.
-        with suppress(OSError, CheckpointError):
-            path = self.run / "run.lock"
-            if self._record.get("pid") == os.getpid() and load_json(path) == self._record:
-                path.unlink()
+        with suppress(OSError):
+            if self._is_own(self.path.read_bytes()):
+                self.path.unlink()
+
+    def check(self) -> None:
+        """Raise RunError if another process took the lock over, or it was removed: nothing may be written any more.
+
+        It reads a file of 300 bytes. Raises CheckpointError if that fails for another reason.
+        """
+        try:
+            data = self.path.read_bytes()
+        except FileNotFoundError:
+            raise RunError(f"{self.path} was removed: this process stops and writes nothing more") from None
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error}") from error
+        if not self._is_own(data):
+            owner = _owner(self.path, data)
+            raise RunError(
+                f"{self.run} was taken over by process {owner['pid']} on {owner['host']}, as this one had not renewed "
+                f"its lease for {self._lease:.0f} s: it stops and writes nothing more"
+            )
+
+    def _is_own(self, data: bytes) -> bool:
+        return str(self._record["id"]).encode() in data
+
+    def _renew(self) -> None:
+        """Count up in the lock file until it is released; a failure is left to `check`."""
+        for count in range(1, 10**12):
+            if self._released.wait(self._lease / _RENEWALS):
+                return
+            record = json.dumps({**self._record, "renewed": f"{count:012d}"}).encode()
+            # Into the same file, at the same length: a new one could replace that of a process which took over.
+            with suppress(OSError), self.path.open("r+b", buffering=0) as file:
+                if self._is_own(file.read(4096)):
+                    file.seek(0)
+                    file.write(record)
+
+    def _acquire(self, temporary: Path) -> None:
+        """Give the file of this process the name of the lock, when that is free or may be taken over."""
+        reads, unchanged, seen, first = 0, 0, b"", None
+        while not _link(temporary, self.path):
+            try:
+                data = self.path.read_bytes()
+            except FileNotFoundError:
+                continue
+            owner = _owner(self.path, data)
+            lease = self._time_left(owner)
+            # Reads are counted, not seconds: while the file system hangs, the holder cannot renew its lease either.
+            reads, unchanged = reads + 1, unchanged + 1 if data == seen else 0
+            seen, first = data, first or owner
+            if reads == 1 and lease:
+                self._report(
+                    f"{self.run} is locked by process {owner['pid']} on {owner['host']}: waiting for its lease to "
+                    f"end, {lease:.0f} s unless it is renewed"
+                )
+            if owner.get("id") != first.get("id") or (reads > _READS and unchanged < _READS / 3):
+                raise CheckpointError(f"{self.run} is in use by process {owner['pid']} on {owner['host']}")
+            # A claim that is still there after the lease's time again is that of a contender which was killed.
+            if (unchanged >= _READS or not lease) and _take_over(
+                self.path, seen, temporary, abandoned=unchanged >= 2 * _READS
+            ):
+                return
+            time.sleep(lease / _READS or 0.02)
+
+    def _time_left(self, owner: Mapping[str, Any]) -> float:
+        """Return the seconds that a lock must stay unchanged to be taken over; raise CheckpointError if it may not."""
+        pid, host, lease = owner["pid"], owner["host"], owner.get("lease")
+        if is_of_this_machine(owner):
+            if is_running(pid, owner.get("started")):
+                raise CheckpointError(f"{self.run} is in use by process {pid} on this host, {host}")
+            return 0.0
+        if not isinstance(lease, (int, float)):
+            raise CheckpointError(
+                f"{self.run} is in use by process {pid} on {host}; if that one is surely gone, remove {self.path}"
+            )
+        return float(lease)
 
 
 def move_aside(run: Path) -> Path:
@@ -92,63 +190,35 @@ def _link(temporary: Path, path: Path) -> bool:
     return True
 
 
-def _take_over(temporary: Path, path: Path) -> bool:
-    """Replace the lock of a process that has ended; return False if the lock changed meanwhile."""
-    # Not at the top: Windows has no fcntl, and the rest of the package works there.
-    import fcntl
+def _take_over(path: Path, seen: bytes, temporary: Path, *, abandoned: bool) -> bool:
+    """Replace the lock with the content `seen`; return False if it changed or another contender is doing the same.
 
+    Only the contender that creates the claim, a file named after that content, may replace the lock. `abandoned`
+    removes a claim that is there.
+    """
+    claim = path.with_name(f".run.lock.{hashlib.sha256(seen).hexdigest()[:16]}")
+    if abandoned:
+        claim.unlink(missing_ok=True)
+    if not _link(temporary, claim):
+        return False
     try:
-        with path.open("r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            try:
-                # Another contender may have replaced the file while this one waited.
-                if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                    return False
-                _refuse_if_held(path, file.read(4096))
-                temporary.replace(path)
-            finally:
-                # Not left to closing: a child forked meanwhile would keep the flock.
-                fcntl.flock(file, fcntl.LOCK_UN)
+        if path.read_bytes() != seen:
+            return False
+        temporary.replace(path)
     except FileNotFoundError:
         return False
+    finally:
+        claim.unlink(missing_ok=True)
     return True
 
 
-def _refuse_if_held(path: Path, data: bytes) -> None:
+def _owner(path: Path, data: bytes) -> dict[str, Any]:
+    """Return the record in a lock file; raise CheckpointError if it has none."""
     try:
         owner = parse_object(data, str(path))
     except CheckpointError:
         owner = {}
     host, pid = owner.get("host"), owner.get("pid")
-    if not isinstance(host, str) or type(pid) is not int or pid < 1:
+    if not isinstance(host, str) or type(pid) is not int or not 0 < pid < 2**31:
         raise CheckpointError(f"the lock {path} is unreadable: remove it if no process uses this run")
-    if host != socket.gethostname():
-        raise CheckpointError(
-            f"{path.parent} is in use by process {pid} on {host}; if that one is surely gone, remove {path}"
-        )
-    if _is_running(pid, owner.get("started")):
-        raise CheckpointError(f"{path.parent} is in use by process {pid} on this host, {host}")
-
-
-def _is_running(pid: int, started: object) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    now = _process_start(pid)
-    # If the start time is unknown, a process with this pid counts as the owner: a refusal loses no data.
-    return not (started and now) or started == now
-
-
-def _process_start(pid: int) -> str:
-    """Return the start of a process, which differs if its pid is reused; "ended" for a zombie, "" if unknown."""
-    try:
-        status = Path(f"/proc/{pid}/stat").read_bytes()
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-    # After the command in parentheses, which may contain any byte: the state, 18 other fields, the start time.
-    fields = status.rpartition(b")")[2].split()
-    return "ended" if fields[0] in (b"Z", b"X") else f"{int(fields[19])} ticks after boot {boot}"
+    return owner

@@ -76,9 +76,9 @@ def _begin_or_resume(
         stop = stack.enter_context(StopSignals(launcher_pid()))
         resumes = decide_on_main(accelerator, lambda: _resumes(folder, chosen.resume, chosen.overwrite))
         changes: dict[str, Any] = {}
+        lock = RunLock(folder, report=console.log)
         if resumes:
-            if accelerator.is_main_process:
-                stack.enter_context(RunLock(folder))
+            decide_on_main(accelerator, lambda: _take_lock(stack, lock))
             changes = changed_options(load_json(folder / OPTIONS_FILE), options, folder)
             longer = changes.keys() & {"training.max_steps", "training.num_train_epochs"}
             other_text = CHANGED_TEXT in (chosen.allow_changes or ())
@@ -93,13 +93,13 @@ def _begin_or_resume(
         )
         task = build_task(context)
         new_data = None if checkpoint is None else data_change(task, checkpoint, folder, chosen.allow_changes)
-        loop = _Loop(options, context, task, changes, new_data)
+        loop = _Loop(options, context, task, changes, new_data, lock)
         if not resumes and accelerator.is_main_process:
             # Only now, as options that do not fit must leave everything as it was.
             moved = make_run_folder(folder, overwrite=chosen.overwrite)
             if moved is not None:
                 console.log(f"moved the previous run from {folder} to {moved}")
-            stack.enter_context(RunLock(folder))
+            _take_lock(stack, lock)
             if holds_run(folder):
                 raise UsageError(f"output_dir {str(folder)!r}: another run began there meanwhile; name another folder")
         return loop.run()
@@ -119,6 +119,10 @@ def _accelerator(options: OptionsOfRun) -> Accelerator:
     if accelerator.device.type == "cpu":
         reuse_freed_memory()
     return accelerator
+
+
+def _take_lock(stack: ExitStack, lock: RunLock) -> None:
+    stack.enter_context(lock)
 
 
 def _resumes(folder: Path, resume: bool, overwrite: bool) -> bool:
@@ -150,6 +154,7 @@ class _Loop:
         task: Task,
         changes: Mapping[str, Any],
         new_data: Mapping[str, Any] | None,
+        lock: RunLock,
     ) -> None:
         self.options, self.chosen, self.task = options, options.training, task
         self.changes, self.new_data = changes, new_data
@@ -157,8 +162,8 @@ class _Loop:
         self.folder, self.checkpoint = context.folder, context.checkpoint
         self.steps = Steps(options, context, task)
         self._check_steps_left()
-        self.record = RunRecord(self.folder, self.accelerator, self.console.log)
-        self.checkpoints = RunCheckpoints(context, task, self.steps, self.record)
+        self.record = RunRecord(self.folder, self.accelerator, self.console.log, lock.check)
+        self.checkpoints = RunCheckpoints(context, task, self.steps, self.record, lock.check)
 
     def _check_steps_left(self) -> None:
         """Refuse new data for a run that has no step left to train on it."""

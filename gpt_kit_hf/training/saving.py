@@ -36,14 +36,21 @@ def checkpoint_to_resume(run: Path, accelerator: Accelerator, log: Report) -> Pa
 class RunCheckpoints:
     """Writes the checkpoints of a run and decides which are kept.
 
-    `scores` holds the eval losses that the best ones are chosen by, {step: loss}, on the main process.
+    `scores` holds the eval losses that the best ones are chosen by, {step: loss}, on the main process. `check` raises
+    if this process may not write to the run any more.
     """
 
-    def __init__(self, context: RunContext, task: Task, steps: Steps, record: RunRecord) -> None:
+    def __init__(
+        self, context: RunContext, task: Task, steps: Steps, record: RunRecord, check: Callable[[], None]
+    ) -> None:
         self._folder, self._chosen, self._accelerator = context.folder, context.options, context.accelerator
         self._task, self._steps, self._record, self._log = task, steps, record, context.console.log
         self.writer = CheckpointWriter(
-            context.folder, keep_last=context.options.save_total_limit, report=self._log, last=context.checkpoint
+            context.folder,
+            keep_last=context.options.save_total_limit,
+            report=self._log,
+            last=context.checkpoint,
+            check=check,
         )
         self.scores: dict[int, float] = {}
 

@@ -165,7 +165,9 @@ def test_a_killed_process_is_succeeded(tmp_path: Path) -> None:
         pass
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    assert names(tmp_path) == [".stage-step-00000002", "step-00000001"]
+    left, whole = names(tmp_path)
+    assert left.startswith(".stage-step-00000002-")
+    assert whole == "step-00000001"
     with RunLock(tmp_path):
         assert latest_checkpoint(tmp_path, report=no_report) == tmp_path / "checkpoints" / "step-00000001"
         save(tmp_path, 2)
@@ -202,28 +204,41 @@ def test_an_intact_checkpoint_is_kept_and_a_damaged_one_moved_aside(tmp_path: Pa
     folder = save(tmp_path, 10)
     calls: list[str] = []
     with_other_content = lambda stage: (stage / "other").write_text("x") and None  # noqa: E731
-    barrier = lambda: calls.append("barrier")  # noqa: E731
-    save_checkpoint(tmp_path, 10, with_other_content, keep_last=1, barrier=barrier, report=no_report)
-    assert calls == ["barrier"]
+    check = lambda: calls.append("check")  # noqa: E731
+    save_checkpoint(tmp_path, 10, with_other_content, keep_last=1, check=check, report=no_report)
+    assert calls == ["check", "check"]
     assert (folder / "config.json").is_file()
 
     (folder / "config.json").write_text('{"n_layer": 3}')
     save_checkpoint(tmp_path, 10, with_other_content, keep_last=1, report=calls.append)
     assert (folder / "other").is_file()
-    assert "config.json has changed" in calls[1]
+    assert "config.json has changed" in calls[2]
     assert names(tmp_path) == ["damaged-step-00000010-1", "step-00000010"]
 
 
-def test_the_barrier_stands_between_manifest_and_name(tmp_path: Path) -> None:
+def test_who_may_not_write_changes_nothing_and_names_nothing(tmp_path: Path) -> None:
     checkpoints = tmp_path / "checkpoints"
+    (checkpoints / ".stage-step-00000001-of-another").mkdir(parents=True)
+    allowed: list[bool] = []
 
-    def barrier() -> None:
-        assert (checkpoints / ".stage-step-00000001" / "manifest.json").is_file()
-        assert list_checkpoints(tmp_path) == []
-        raise RuntimeError("another process failed")
+    def check() -> None:
+        if not allowed.pop():
+            raise RuntimeError("taken over")
+        assert names(tmp_path) == [".stage-step-00000001-of-another"]
 
-    with pytest.raises(RuntimeError, match="another process failed"):
-        save_checkpoint(tmp_path, 1, fill, keep_last=1, barrier=barrier)
+    allowed[:] = [False]
+    with pytest.raises(RuntimeError, match="taken over"):
+        save_checkpoint(tmp_path, 1, fill, keep_last=1, check=check)
+    assert names(tmp_path) == [".stage-step-00000001-of-another"]
+
+    def fill_completely(folder: Path) -> None:
+        fill(folder)
+        assert names(tmp_path) == [folder.name]
+        assert folder.name.startswith(".stage-step-00000001-")
+
+    allowed[:] = [False, True]
+    with pytest.raises(RuntimeError, match="taken over"):
+        save_checkpoint(tmp_path, 1, fill_completely, keep_last=1, check=check)
     assert names(tmp_path) == []
 
 
@@ -236,9 +251,9 @@ def test_a_failed_write_keeps_the_old_one_and_frees_the_others(tmp_path: Path) -
         raise OSError(28, "No space left on device")
 
     with pytest.raises(CheckpointError, match=r"step 2 was not saved: .*No space left") as caught:
-        save_checkpoint(tmp_path, 2, full, keep_last=1, barrier=lambda: calls.append("barrier"))
+        save_checkpoint(tmp_path, 2, full, keep_last=1, check=lambda: calls.append("check"))
     assert "\n" not in str(caught.value)
-    assert calls == ["barrier"]
+    assert calls == ["check", "check"]
     assert names(tmp_path) == ["step-00000001"]
     with pytest.raises(CheckpointError, match="needs 1,152,921,504,606,846,976 bytes"):
         save_checkpoint(tmp_path, 2, no_report, keep_last=1, required_bytes=1 << 60)  # type: ignore[arg-type]

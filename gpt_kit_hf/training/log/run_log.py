@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -41,10 +41,13 @@ class RunResult:
 
 
 class RunRecord:
-    """Writes the record of a run. Every process calls its methods, only the main one writes."""
+    """Writes the record of a run. Every process calls its methods, only the main one writes.
 
-    def __init__(self, folder: Path, accelerator: Accelerator, log: Report) -> None:
-        self._accelerator, self._log = accelerator, log
+    `check` raises if the main process may not write to the run any more.
+    """
+
+    def __init__(self, folder: Path, accelerator: Accelerator, log: Report, check: Callable[[], None]) -> None:
+        self._accelerator, self._log, self._check = accelerator, log, check
         self._name, self._curve = folder.resolve().name, folder / CURVE_FILE
         self._options, self._record, self._metrics = folder / OPTIONS_FILE, folder / RECORD_FILE, folder / METRICS_FILE
         self._facts: dict[str, Any] = {}
@@ -72,6 +75,7 @@ class RunRecord:
                 self.notes += change_notes(new_data, done)
             self._facts = {"options": dict(options), "steps": total, "versions": session["versions"], **facts}
             self._facts["sessions"] = [*sessions, session]
+            self._check()
             save_json(self._options, options)
             save_json(self._record, self._facts)
             # The last evaluation follows the last checkpoint, and will be written again.
@@ -120,6 +124,7 @@ class RunRecord:
         results = {"loss": score.loss, "bits_per_byte": score.bits_per_byte, "tokens": score.tokens}
         results |= {"text_bytes": score.text_bytes, "steps": step}
         self._facts |= facts
+        self._check()
         self._facts["results"] = {**results, "beside_bits_per_byte": dict(baselines)}
         save_json(self._record, self._facts)
         return draw_curve(read_jsonl(self._metrics), self._curve, f"{self._name}: loss")
@@ -150,6 +155,7 @@ class RunRecord:
                 self._log(f"{error}; the line is kept in memory until it can be written")
 
     def _drain(self) -> None:
+        self._check()
         while self._unwritten:
             append_jsonl(self._metrics, self._unwritten[0])
             del self._unwritten[0]

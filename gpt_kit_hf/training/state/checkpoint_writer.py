@@ -18,8 +18,10 @@ class CheckpointWriter:
     continues and saves again at its next save.
     """
 
-    def __init__(self, run: Path, *, keep_last: int, report: Report, last: Path | None) -> None:
-        self._run, self._keep_last, self._report = run, keep_last, report
+    def __init__(
+        self, run: Path, *, keep_last: int, report: Report, last: Path | None, check: Callable[[], None]
+    ) -> None:
+        self._run, self._keep_last, self._report, self._check = run, keep_last, report, check
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._last = last
@@ -53,6 +55,7 @@ class CheckpointWriter:
                     write,
                     keep_last=self._keep_last,
                     keep=keep,
+                    check=self._check,
                     required_bytes=required_bytes,
                     report=self._report,
                 )

@@ -6,8 +6,10 @@ disks and altered bytes; what they come to is compared, to the bit, with a run t
 
 from __future__ import annotations
 
+import glob
 import inspect
 import itertools
+import json
 import multiprocessing
 import os
 import re
@@ -42,6 +44,7 @@ from transformers import AutoModelForCausalLM
 from gpt_kit_hf import Batch, RunOptions, run_command, train
 from gpt_kit_hf.storage.atomic_files import load_json, read_jsonl
 from gpt_kit_hf.storage.checkpoints import checkpoint_step, latest_checkpoint, list_checkpoints
+from gpt_kit_hf.training import pretrain
 from gpt_kit_hf.training.runtime.signals import EXIT_STOPPED
 from gpt_kit_hf.training.steps import Steps
 
@@ -232,13 +235,17 @@ def continued(runs: Runs, run: Path, whole: Path, newest: Path) -> str:
 
 
 def when(there: Path, act: Inject) -> None:
-    """Act at the first thing that Python does after a file or folder has come to be."""
-    acted: list[str] = []
+    """Act at the first thing that Python does after a file or folder, whose name may be a pattern, has come to be."""
+    looking: list[str] = []
 
     def audit(event: str, _: tuple[object, ...]) -> None:
-        if not acted and os.path.exists(there):  # noqa: PTH110  (which raises no event of its own)
-            acted.append(event)
+        if looking:
+            return
+        looking.append(event)  # looking raises events of its own
+        if glob.glob(str(there)):  # noqa: PTH207
             act()
+        else:
+            looking.clear()
 
     sys.addaudithook(audit)
 
@@ -335,6 +342,11 @@ def unreachable(steps: Steps) -> Inject:
     return lambda: None
 
 
+def stop_at_the_start() -> None:
+    """Send SIGTERM when the model is to be built."""
+    pretrain.build_config = lambda *arguments, **options: signal.raise_signal(signal.SIGTERM)  # type: ignore[assignment]
+
+
 def kill_a_worker() -> None:
     [worker] = multiprocessing.active_children()
     os.kill(worker.pid or 0, signal.SIGKILL)
@@ -360,7 +372,7 @@ FILES = [
     "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "optimizer.safetensors",
     "training_state.json", "manifest.json",
 ]  # fmt: skip
-STAGE = "checkpoints/.stage-step-00000006"
+STAGE = "checkpoints/.stage-step-00000006-*"
 KILLS = {
     **{f"kill at a save's {file}": (f"{STAGE}/{file}", "step-00000004") for file in FILES},
     "kill after a save's name is given": ("checkpoints/step-00000006", "step-00000006"),
@@ -385,7 +397,7 @@ def test_a_kill_in_a_save(fault: str, runs: Runs, whole: Path, tmp_path: Path, t
 def test_a_kill_amid_the_bytes_of_a_file(runs: Runs, whole: Path, tmp_path: Path, table: Table) -> None:
     run = tmp_path / "run"
     assert runs.go(run, partial(die_amid, run / STAGE)).code == -signal.SIGXFSZ
-    sizes = {path.name: path.stat().st_size for path in (run / STAGE).iterdir()}
+    sizes = {path.name: path.stat().st_size for path in run.glob(f"{STAGE}/*")}
     assert max(sizes.values()) <= 60_000
     assert not sizes.keys() & {"tokenizer.json", "manifest.json"}
     newest = loadable(run)
@@ -437,7 +449,35 @@ def test_a_dead_rank(runs: Runs, tmp_path: Path, table: Table) -> None:
     table.add("dead rank at the start", "SIGKILL to the first, continuing", newest.name, CONTINUES, second.refusal)
 
 
+def test_a_run_that_was_taken_over(runs: Runs, whole: Path, tmp_path: Path, table: Table) -> None:
+    """As if it had been paused, and a process of another host had waited for the end of its lease."""
+    run = tmp_path / "run"
+    another = {"host": "elsewhere", "pid": 7, "id": "another", "lease": 0.5}
+    replaced = partial((run / "run.lock").write_text, json.dumps(another))
+    ended = runs.go(run, partial(before_step, 6, replaced), async_save=False)
+    assert ended.code == 1
+    assert ended.refusal == (
+        f"{run} was taken over by process 7 on elsewhere, as this one had not renewed its lease for 90 s: it stops "
+        "and writes nothing more"
+    )
+    assert read_jsonl(run / "metrics.jsonl")[-1]["step"] == 5
+    assert load_json(run / "run.lock") == another
+    newest = loadable(run)
+    assert newest.name == "step-00000004"
+    table.add("taken over", "another's lock", newest.name, continued(runs, run, whole, newest), ended.refusal)
+
+
 # --- processes that are asked to stop, or are one too many ----------------------------------------------------
+
+
+def test_sigterm_before_the_first_step(runs: Runs, whole: Path, tmp_path: Path, table: Table) -> None:
+    run = tmp_path / "run"
+    ended = runs.go(run, stop_at_the_start)
+    assert ended.code == EXIT_STOPPED
+    assert ended.refusal == "stopped by SIGTERM before the first step"
+    assert runs.go(run).code == 0
+    assert differences(whole, run) == []
+    table.add("SIGTERM at the start", "itself", "none", "begins again, equal to the bit", ended.refusal)
 
 
 def test_sigterm(runs: Runs, whole: Path, tmp_path: Path, table: Table) -> None:
