@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,11 @@ from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.adamw import adamw
 
 from gpt_kit_hf.errors import UsageError
+from gpt_kit_hf.training.optim.owners import computed_by_owners, computed_by_replicas
 from gpt_kit_hf.training.state.sharded_state import is_dtensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # Elements of a batch of matrices: enough to keep a device busy, and little memory compared with the model's.
 _MAX_BATCH_ELEMENTS = 1 << 24
@@ -27,9 +31,12 @@ class MuonWithAdamW(Optimizer):
     but orthogonalises all matrices of one shape together, in bfloat16 on an accelerator and in float32 on a CPU, as
     most CPUs compute bfloat16 many times slower.
 
-    `step` raises UsageError, with nothing changed, if one of Muon's matrices is sharded: the update of a matrix cannot
-    be computed from its shards separately.
+    Processes divide the matrices among them: those that hold the same ones, by DDP, if `replicas` is their process
+    group; and those that hold FSDP2's shards of rows, whose momentum is sharded in the same way. Results are the same
+    for any number of processes, up to rounding. `step` raises UsageError, with nothing changed, for other shards.
     """
+
+    replicas: ProcessGroup | None = None  # of the class, as a copied or unpickled optimizer is not initialised
 
     def __init__(self, muon: Muon, adamw: AdamW) -> None:
         # Both optimizers have completed their groups, so no defaults apply to these.
@@ -45,7 +52,7 @@ class MuonWithAdamW(Optimizer):
                 loss = closure()
         muon_groups = [group for group in self.param_groups if "momentum" in group]
         # Checked at each step: Accelerate replaces parameters by their shards when it prepares a model for FSDP.
-        require_whole(parameter for group in muon_groups for parameter in group["params"])
+        check_matrices(parameter for group in muon_groups for parameter in group["params"])
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if parameters:
@@ -58,22 +65,55 @@ class MuonWithAdamW(Optimizer):
         for matrix, gradient in zip(matrices, gradients, strict=True):
             if "momentum_buffer" not in self.state[matrix]:
                 self.state[matrix]["momentum_buffer"] = torch.zeros_like(gradient)
-        means = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
+        gradients = [_here(gradient) for gradient in gradients]
+        means = [_here(self.state[matrix]["momentum_buffer"]) for matrix in matrices]
+        here = [_here(matrix) for matrix in matrices]
         rate, momentum = float(group["lr"]), group["momentum"]
         torch._foreach_lerp_(means, gradients, 1.0 - momentum)
         updates = list(torch._foreach_lerp(gradients, means, momentum)) if group["nesterov"] else means
-        torch._foreach_mul_(matrices, 1.0 - rate * group["weight_decay"])
-        for indices in _batches(matrices):
-            stacked = torch.stack([updates[index] for index in indices])  # (N, rows, columns)
-            steps = orthogonalised(stacked, group["ns_coefficients"], group["ns_steps"], group["eps"])
-            rows, columns = matrices[indices[0]].shape
+        torch._foreach_mul_(here, 1.0 - rate * group["weight_decay"])
+        for indices in self._batches(matrices):
+            first = matrices[indices[0]]
+            stacked = torch.stack([updates[index] for index in indices])  # (N, rows here, columns)
+            steps = self._orthogonalised(stacked, first, group)
+            rows, columns = first.shape
             # How the step's size depends on the shape, by torch's names.
             scales = {
                 "original": math.sqrt(max(1, rows / columns)),
                 "match_rms_adamw": 0.2 * max(rows, columns) ** 0.5,
             }
             scale = scales[group["adjust_lr_fn"] or "original"]
-            torch._foreach_add_([matrices[index] for index in indices], list(steps.unbind()), alpha=-rate * scale)
+            torch._foreach_add_([here[index] for index in indices], list(steps.unbind()), alpha=-rate * scale)
+
+    def _orthogonalised(self, stacked: Tensor, matrix: Tensor, group: dict[str, Any]) -> Tensor:
+        """Return the rows here of orthogonalised matrices of `matrix`'s shape: (N, rows here, columns) -> the same."""
+
+        def compute(matrices: Tensor) -> Tensor:
+            return orthogonalised(matrices, group["ns_coefficients"], group["ns_steps"], group["eps"])
+
+        processes = self._processes(matrix)
+        if processes is None:
+            return compute(stacked)
+        sent = stacked.to(_compute_dtype(stacked.device))  # no more than what is computed with
+        if is_dtensor(matrix):
+            return computed_by_owners(sent, matrix.shape[0], processes, compute).to(stacked.dtype)
+        return computed_by_replicas(sent, processes, compute).to(stacked.dtype)
+
+    def _processes(self, matrix: Any) -> ProcessGroup | None:
+        """Return the processes that divide the work on a matrix among them, or None."""
+        group: ProcessGroup | None = matrix.device_mesh.get_group() if is_dtensor(matrix) else self.replicas
+        return group
+
+    def _batches(self, matrices: list[Tensor]) -> Iterator[list[int]]:
+        """Yield the indices of matrices of one shape, dtype and device, in batches of bounded size a process."""
+        alike: dict[Any, list[int]] = defaultdict(list)
+        for index, matrix in enumerate(matrices):
+            alike[matrix.shape, matrix.dtype, matrix.device].append(index)
+        for indices in alike.values():
+            first = matrices[indices[0]]
+            processes = self._processes(first)
+            most = max(1, _MAX_BATCH_ELEMENTS // first.numel()) * (1 if processes is None else processes.size())
+            yield from (indices[start : start + most] for start in range(0, len(indices), most))
 
     def _adamw_update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         keys = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
@@ -102,24 +142,26 @@ _ADAMW_ARGUMENTS = (
 )  # fmt: skip
 
 
-def require_whole(matrices: Iterable[Tensor]) -> None:
-    """Raise UsageError if one of Muon's parameters is a shard of a matrix."""
+def check_matrices(matrices: Iterable[Any]) -> None:
+    """Raise UsageError if one of Muon's parameters is neither a whole matrix nor sharded by rows, as by FSDP2."""
     for matrix in matrices:
-        if matrix.dim() != 2 or is_dtensor(matrix):
+        # Shards of a mesh of more dimensions are replicated, or cut by columns.
+        whole = not is_dtensor(matrix) or (matrix.device_mesh.ndim == 1 and matrix.placements[0].is_shard(0))
+        if matrix.dim() != 2 or not whole:
             raise UsageError(
-                f"optimizer=muon needs whole matrices, one of shape {tuple(matrix.shape)} is sharded: "
-                "use optimizer=adamw"
+                f"optimizer=muon needs whole matrices, or FSDP2's shards of their rows; one of shape "
+                f"{tuple(matrix.shape)} is sharded otherwise: use optimizer=adamw"
             )
 
 
-def _batches(matrices: list[Tensor]) -> Iterator[list[int]]:
-    """Yield the indices of matrices of one shape, dtype and device, in batches of bounded size."""
-    alike: dict[Any, list[int]] = defaultdict(list)
-    for index, matrix in enumerate(matrices):
-        alike[matrix.shape, matrix.dtype, matrix.device].append(index)
-    for indices in alike.values():
-        most = max(1, _MAX_BATCH_ELEMENTS // matrices[indices[0]].numel())
-        yield from (indices[first : first + most] for first in range(0, len(indices), most))
+def _here(tensor: Any) -> Tensor:
+    """Return the rows that this process holds; changes of them change the tensor."""
+    found: Tensor = tensor.to_local() if is_dtensor(tensor) else tensor
+    return found
+
+
+def _compute_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def orthogonalised(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
@@ -127,7 +169,7 @@ def orthogonalised(matrices: Tensor, coefficients: tuple[float, float, float], s
 
     Newton-Schulz iteration with a quintic polynomial of these coefficients (Jordan et al. 2024).
     """
-    found = matrices.float() if matrices.device.type == "cpu" else matrices.bfloat16()
+    found = matrices.to(_compute_dtype(matrices.device))
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     if is_tall:  # X X^T is then the smaller product
         found = found.mT

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import distribute_tensor, init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from torch.optim import AdamW, Muon, Optimizer
 from transformers import (
     GPT2Config,
@@ -493,11 +493,11 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("process_group")
-def test_sharded_matrices_are_refused_before_and_after() -> None:
+def test_matrices_sharded_by_columns_are_refused_before_and_after() -> None:
     mesh = init_device_mesh("cpu", (1,))
     sharded = tiny_model()
-    fully_shard(sharded, mesh=mesh)
-    with pytest.raises(UsageError, match=r"one of shape \(16, 16\) is sharded: use optimizer=adamw"):
+    fully_shard(sharded, mesh=mesh, shard_placement_fn=lambda parameter: Shard(parameter.dim() - 1))
+    with pytest.raises(UsageError, match=r"one of shape \(16, 16\) is sharded otherwise: use optimizer=adamw"):
         create_optimizer(sharded, MUON)
 
     model = tiny_model()
@@ -506,7 +506,7 @@ def test_sharded_matrices_are_refused_before_and_after() -> None:
     before = copy.deepcopy(model)
     # What Accelerate does when it prepares a model for FSDP.
     group = optimizer.param_groups[0]
-    group["params"] = [nn.Parameter(distribute_tensor(p.detach(), mesh)) for p in group["params"]]
+    group["params"] = [nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(1)])) for p in group["params"]]
     with pytest.raises(UsageError, match="optimizer=muon needs whole matrices"):
         optimizer.step()
     assert_same_weights(model, before)
