@@ -99,6 +99,12 @@ class TrainingOptions(Options):
     dataloader_num_workers: int = option(
         0, "worker processes that load batches; 0 loads them in the training process", minimum=0, resume="free"
     )
+    ddp_timeout: int = option(
+        1800,
+        "seconds that a process waits for another one during training before the run fails",
+        minimum=1,
+        resume="free",
+    )
     max_skipped_updates: int = option(
         20,
         "consecutive updates that may be skipped, for non-finite or exploding gradients, before the run stops",

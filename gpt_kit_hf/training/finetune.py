@@ -58,6 +58,11 @@ class InstructionTask(Task):
     eval_before_training = True
 
     def __init__(self, options: FinetuneOptions, context: RunContext, format_fn: FormatFn | None) -> None:
+        if options.adapter.lora_r > 0 and context.accelerator.is_fsdp2:
+            raise UsageError(
+                "lora_r: an adapter is not trained with FSDP2; use DDP, which exchanges the gradients of the adapter "
+                "alone: accelerate launch --config_file examples/accelerate/ddp.yaml ..."
+            )
         self.options, self.context = options, context
         self._lora, self._named = options.adapter.lora_r > 0, options.base.model_name_or_path
         self.base = BaseModel(

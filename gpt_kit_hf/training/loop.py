@@ -12,7 +12,6 @@ from typing import Any, NoReturn, TextIO
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration
 
 from gpt_kit_hf.errors import DataError, NonFiniteError, RunError, StoppedError, UsageError
 from gpt_kit_hf.evaluation.metrics import Evaluation
@@ -34,7 +33,7 @@ from gpt_kit_hf.training.data_changes import data_change
 from gpt_kit_hf.training.log.console import Console, Pace, trackers
 from gpt_kit_hf.training.log.run_log import RunRecord, RunResult, finished_before
 from gpt_kit_hf.training.runtime.compilation import compile_blocks
-from gpt_kit_hf.training.runtime.launch import check_launch, end_processes, launcher_pid
+from gpt_kit_hf.training.runtime.launch import check_launch, create_accelerator, end_processes, launcher_pid
 from gpt_kit_hf.training.runtime.memory import reuse_freed_memory
 from gpt_kit_hf.training.runtime.signals import EXIT_STOPPED, StopSignals
 from gpt_kit_hf.training.saving import RunCheckpoints, checkpoint_to_resume
@@ -107,15 +106,13 @@ def _begin_or_resume(
 
 def _accelerator(options: OptionsOfRun) -> Accelerator:
     chosen = options.training
-    accelerator = Accelerator(
-        cpu=chosen.use_cpu,
-        mixed_precision="no",  # AMPTrainer does it
-        log_with=trackers(chosen.report_to) or None,
-        project_config=ProjectConfiguration(chosen.output_dir, logging_dir=f"{chosen.output_dir}/tensorboard"),
+    accelerator = create_accelerator(
+        use_cpu=chosen.use_cpu,
+        timeout=chosen.ddp_timeout,
+        trackers=trackers(chosen.report_to),
+        folder=chosen.output_dir,
     )
     check_launch(accelerator)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise UsageError("DeepSpeed is not supported: use examples/accelerate/fsdp2.yaml or ddp.yaml")
     if accelerator.device.type == "cpu":
         reuse_freed_memory()
     return accelerator
@@ -269,8 +266,10 @@ class _Loop:
 
     def _evaluate(self, max_samples: int | None) -> Evaluation:
         """Score evaluation samples, all of them for None; save and stop if asked to meanwhile."""
-        # The score on all of them is that of the saved weights, so in fp32, whatever the precision of training.
-        autocast = nullcontext if max_samples is None else self.steps.trainer.autocast
+        # The score on all of them is that of the saved weights, so in fp32, whatever the precision of training. FSDP2
+        # gathers the weights in the precision of training, always.
+        in_fp32 = max_samples is None and not self.accelerator.is_fsdp2
+        autocast = nullcontext if in_fp32 else self.steps.trainer.autocast
         try:
             score = self.task.evaluate(max_samples, self.steps.plan.micro_batch_size, autocast)
         except StoppedError:

@@ -21,6 +21,7 @@ from gpt_kit_hf.training.finetune import InstructionTask
 from gpt_kit_hf.training.log.console import Console
 from gpt_kit_hf.training.pretrain import text_task
 from gpt_kit_hf.training.runtime.compilation import compile_blocks
+from gpt_kit_hf.training.runtime.launch import create_accelerator
 from gpt_kit_hf.training.runtime.signals import StopSignals
 from gpt_kit_hf.training.steps import StepReport, Steps
 from gpt_kit_hf.training.task import RunContext, Task
@@ -57,7 +58,7 @@ def replay_steps(
     """
     lines = recorded_steps(run, first, last)
     options = _options(run)
-    accelerator = Accelerator(cpu=options.training.use_cpu, mixed_precision="no")
+    accelerator = create_accelerator(use_cpu=options.training.use_cpu, timeout=options.training.ddp_timeout)
     with StopSignals() as stop:
         context = RunContext(
             options=options.training,

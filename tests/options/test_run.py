@@ -26,7 +26,8 @@ FREE = {
     "training.keep_best", "training.async_save", "training.logging_steps", "training.sample_steps",
     "training.sample_prompt", "training.sample_max_new_tokens", "training.report_to",
     "training.dataloader_num_workers", "training.max_skipped_updates", "training.out_of_memory",
-    "training.gradient_checkpointing", "training.allow_changes", "text.num_proc", "text.token_cache_dir",
+    "training.ddp_timeout", "training.gradient_checkpointing", "training.allow_changes", "text.num_proc",
+    "text.token_cache_dir",
     "rows.unknown_keys",
 }  # fmt: skip
 ALLOWED = {

@@ -1,4 +1,4 @@
-"""Checks that a launch started the processes that it was asked for; finds the launcher; ends the processes."""
+"""Connects the processes of a launch, checks what was asked for, finds the launcher, and ends the processes."""
 
 from __future__ import annotations
 
@@ -8,17 +8,27 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    parse_flag_from_env,
+)
 
 from gpt_kit_hf.errors import UsageError
 
 _TORCHRUN = ("torchrun", "torch.distributed.run", "torch.distributed.launch")
 _ACCELERATE = ("accelerate", "accelerate.commands.accelerate_cli")
 _ACCELERATE_LAUNCH = ("accelerate-launch", "accelerate.commands.launch")
+
+_FSDP2 = "use FSDP2: accelerate launch --config_file examples/accelerate/fsdp2.yaml ..."
 
 _destroyed_groups: list[object] = []
 
@@ -31,6 +41,56 @@ class _Launcher:
     is_torchrun: bool
     arguments: list[str]
     folder: Path
+
+
+def create_accelerator(
+    *, use_cpu: bool = False, timeout: float = 1800.0, trackers: Sequence[str] = (), folder: str | None = None
+) -> Accelerator:
+    """Return the Accelerator of a run, which connects its processes.
+
+    `timeout` is the time in seconds after which a process gives up waiting for another one. `trackers` write into
+    `folder`. Raises UsageError for a launch with DeepSpeed, Megatron-LM or FSDP1, and for one that divides anything
+    but the batch.
+    """
+    _check_environment()
+    accelerator = Accelerator(
+        cpu=use_cpu,
+        mixed_precision="no",  # AMPTrainer does it
+        log_with=list(trackers) or None,
+        project_config=ProjectConfiguration(folder, logging_dir=None if folder is None else f"{folder}/tensorboard"),
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)),
+            # The gradients lie in the buffers that are communicated, which saves a copy of them.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
+    )
+    check_backend(accelerator)
+    return accelerator
+
+
+def _check_environment() -> None:
+    """Refuse what Accelerate would fail to import, and what it would ignore on a CPU."""
+    for variable, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):
+        if parse_flag_from_env(variable):
+            raise UsageError(f"{name} is not supported: {_FSDP2}")
+    # Accelerate's default version is 1.
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UsageError(f"FSDP1 (fsdp_version 1) is not supported: {_FSDP2}")
+
+
+def check_backend(accelerator: Accelerator) -> None:
+    """Raise UsageError if an Accelerator does not divide the batch, and only that, over processes by DDP or FSDP2."""
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise UsageError(f"{kind.value} is not supported: {_FSDP2}")
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise UsageError(f"FSDP1 (fsdp_version 1) is not supported: {_FSDP2}")
+    parallel = accelerator.parallelism_config
+    if parallel is not None and parallel.non_data_parallel_size > 1:
+        raise UsageError(
+            f"tensor, context and sequence parallelism are not supported ({', '.join(parallel.non_dp_dim_names)} in "
+            "parallelism_config): each process must have its own part of the batch"
+        )
 
 
 def end_processes(accelerator: Accelerator) -> None:
