@@ -83,14 +83,14 @@ def summed_batch_loss(
     """
     _check_batch(input_batch, target_batch)
     device = _device_of(model, input_batch) if device is None else device
-    inputs = input_batch.to(device)
+    inputs = _on_device(input_batch, device)
     # No attention mask: rows are padded on the right, where causal attention never looks, and padding is not trained.
-    packing = {} if position_ids is None else {"position_ids": position_ids.to(device)}
+    packing = {} if position_ids is None else {"position_ids": _on_device(position_ids, device)}
     inner = _unwrap(model)
     if is_gpt_kit(inner) and "skip_logits" in inspect.signature(inner.forward).parameters:
         config: Any = inner.config
         _check_targets(target_batch, config.vocab_size, ignore_index)
-        targets = target_batch.to(device)
+        targets = _on_device(target_batch, device)
         # The model divides the sum by the number of items.
         asked = {"shift_labels": targets, "num_items_in_batch": 1, "ignore_index": ignore_index, "skip_logits": True}
         output = model(inputs, use_cache=False, **packing, **asked)
@@ -104,7 +104,7 @@ def summed_batch_loss(
             "they must be (batch, seq_len, vocab_size)"
         )
     _check_targets(target_batch, logits.shape[-1], ignore_index)
-    targets = target_batch.to(device)
+    targets = _on_device(target_batch, device)
     # (B, T, V), (B, T) -> (); in float32 for logits in half precision, too.
     loss_sum = F.cross_entropy(
         logits.flatten(0, 1).float(), targets.flatten(), ignore_index=ignore_index, reduction="sum"
@@ -229,6 +229,11 @@ def _logits_of(output: object) -> Tensor:
     if not isinstance(logits, Tensor):
         raise UsageError(f"model returned {type(output).__name__}; it must return logits, or an object with .logits")
     return logits
+
+
+def _on_device(batch: Tensor, device: torch.device | str) -> Tensor:
+    """Return the batch on a device; the copy of pinned memory is queued, so that the processor goes on at once."""
+    return batch.to(device, non_blocking=batch.is_pinned())
 
 
 def _device_of(model: nn.Module, input_batch: Tensor) -> torch.device:

@@ -15,7 +15,6 @@ from typing import Any, TextIO
 
 import tiktoken
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 
@@ -53,7 +52,7 @@ from gpt_kit_hf.training.log.run_log import RunResult
 from gpt_kit_hf.training.loop import run_training
 from gpt_kit_hf.training.runtime.preparation import Preparation, prepare_together
 from gpt_kit_hf.training.state.sharded_state import unsharded_model
-from gpt_kit_hf.training.task import RunContext, Task, check_max_length, generate_sample
+from gpt_kit_hf.training.task import RunContext, Task, check_max_length, generate_sample, joined_position
 
 
 def train(options: RunOptions, *, stream: TextIO | None = sys.stdout) -> RunResult:
@@ -331,10 +330,9 @@ class StreamingTask(TextTask):
         return self._batches.steps(first_step, last_step, states)
 
     def position(self) -> dict[str, Any]:
-        """Return the state of every stream shard, gathered from all processes."""
+        """Return the state of every stream shard that this process reads."""
         assert self._batches is not None
-        states: list[tuple[int, Any]] = gather_object(list(self._batches.states.items()))
-        return {str(shard): state for shard, state in sorted(states, key=lambda each: each[0])}
+        return {str(shard): state for shard, state in sorted(self._batches.states.items())}
 
     def describe(self) -> list[str]:
         """Return log lines that describe the stream and the model."""
@@ -356,7 +354,7 @@ class StreamingTask(TextTask):
     def final_facts(self) -> dict[str, Any]:
         """Return what was read of the stream, also as log lines."""
         tally = Counter[str]()
-        for state in self.position().values():
+        for state in joined_position(self.position()).values():
             tally.update(state.get("seen", {}))
         reading = Reading(tally=tally, used=0)
         reading = dataclasses.replace(reading, used=tally[READ] - sum(reading.left_out.values()))

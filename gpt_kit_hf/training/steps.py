@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import multiprocessing
 import multiprocessing.connection
@@ -24,7 +25,7 @@ from gpt_kit_hf.training.optim.optimizer import create_optimizer, learning_rate_
 from gpt_kit_hf.training.runtime.available_memory import out_of_memory
 from gpt_kit_hf.training.state.batch_digests import batch_digest, chained, content_digest, halves, joined
 from gpt_kit_hf.training.state.training_state import restore_training_state
-from gpt_kit_hf.training.task import RunContext, Task
+from gpt_kit_hf.training.task import RunContext, Task, joined_position
 from gpt_kit_hf.training.trainer import AMPTrainer, UpdateReport
 
 # The spike limit is a multiple of the median of the last so many gradient norms; a tenth of them must be known.
@@ -53,6 +54,20 @@ class BatchError(DataError):
 
 class _AbandonedError(Exception):
     """The run is asked to stop, and the step would take long."""
+
+
+@dataclass(kw_only=True)
+class _Fetched:
+    """The batches of a process for a step and the position after them, or the error that reading them raised.
+
+    `trained_tokens` is their number in the batches of all processes, None if not known yet.
+    """
+
+    micro_batches: Sequence[Batch] = ()
+    own_tokens: int = 0
+    trained_tokens: int | None = None
+    position: Any = None
+    error: Exception | None = None
 
 
 class Steps:
@@ -90,6 +105,7 @@ class Steps:
         self._data_position: Any = None
         self._splits = 1  # into which each micro-batch is cut, after running out of memory
         self._batches: Iterator[Batch] = iter(())
+        self._next: _Fetched | None = None  # the batches of the next step
         self._loaders: list[Any] = []  # the DataLoader's processes
 
     def restore(self, checkpoint: Path) -> None:
@@ -102,15 +118,14 @@ class Steps:
     def begin(self, last: int | None = None) -> None:
         """Start reading the batches of the steps up to `last`, by default all."""
         self._batches = self.task.batches(self.plan, self.step, last or self.total, self._data_position)
+        self._next = None
 
     def position(self) -> dict[str, Any]:
         """Return the position for `restore`; every process calls, between two steps."""
-        if not self._alone:
-            self._data_position = self.task.position()
         return {
             "step": self.step,
             "corpus": self.task.fingerprint,
-            "data_position": self._data_position,
+            "data_position": joined_position(self._data_position),
             "skipped_in_a_row": self.skipped_in_a_row,
             "recent_norms": list(self._norms),
             "chain": self._chain,
@@ -127,31 +142,57 @@ class Steps:
             return None
         if self._chosen.dataloader_num_workers:
             self._loaders = multiprocessing.active_children()
-        micro_batches = [next(self._batches) for _ in range(self.plan.micro_steps)]
-        self._check_ids(micro_batches)
+        fetched = self._fetch() if self._next is None else self._next
+        if fetched.error is not None:
+            raise fetched.error
+        self._next = None
         rate = learning_rate_at(self.step, self.total, self._options.optimizer)
         set_learning_rate(self.trainer.optimizer, rate)
         try:
-            update = self._update(micro_batches, began)
+            update = self._update(fetched, began)
         except _AbandonedError:
             self.trainer.optimizer.zero_grad(set_to_none=True)
             return None
-        content, stop = self._sum_over_processes(content_digest(micro_batches))
-        batch = batch_digest(self.plan.sample_ids(self.step), content)
+        assert self._next is not None  # fetched by _meanwhile
+        low, high, stops, self._next.trained_tokens = update.sums
+        batch = batch_digest(self.plan.sample_ids(self.step), joined(low, high))
         self._chain = chained(self._chain, batch)
         self.step += 1
         self.skipped_in_a_row = 0 if update.skipped is None else self.skipped_in_a_row + 1
         if math.isfinite(update.grad_norm):
             self._norms = [*self._norms, update.grad_norm][-_NORMS:]
-        if self._alone:  # several processes would have to communicate: they do so when the position is saved
-            self._data_position = self.task.position()
-        return StepReport(update=update, learning_rate=rate, batch=batch, chain=self._chain, stop=stop)
+        self._data_position = fetched.position
+        return StepReport(update=update, learning_rate=rate, batch=batch, chain=self._chain, stop=stops > 0)
 
     def loader_ended(self) -> bool:
         """Return whether a DataLoader process has ended since the step began, or ends within a second."""
         return bool(multiprocessing.connection.wait([loader.sentinel for loader in self._loaders], timeout=1.0))
 
     # --- inside a step
+
+    def _fetch(self) -> _Fetched:
+        """Read this process's batches of the next step, none after the last; an error is kept for that step."""
+        try:
+            micro_batches = list(itertools.islice(self._batches, self.plan.micro_steps))
+            self._check_ids(micro_batches)
+        except Exception as error:
+            return _Fetched(error=error)
+        own = self.trainer.count_trained_tokens(micro_batches)
+        return _Fetched(
+            micro_batches=micro_batches,
+            own_tokens=own,
+            trained_tokens=own if self._alone else None,
+            position=self.task.position(),
+        )
+
+    def _meanwhile(self, micro_batches: Sequence[Batch]) -> tuple[int, ...]:
+        """Fetch the next step's batches, while a GPU computes this step's; return what is summed over processes.
+
+        These are the content digest in halves, whether to stop, and the trained tokens of the next step.
+        """
+        if self._next is None:  # else the step is repeated
+            self._next = self._fetch()
+        return *halves(content_digest(micro_batches)), int(self._context.stop.asked()), self._next.own_tokens
 
     def _check_ids(self, micro_batches: Sequence[Batch]) -> None:
         """Raise BatchError for ids outside the vocabulary, which on a GPU end in a device-side assert."""
@@ -161,16 +202,22 @@ class Steps:
             if len(outside):
                 raise BatchError(f"input_ids must lie between 0 and {size - 1} (vocab_size={size}), got {outside[0]}")
 
-    def _update(self, micro_batches: Sequence[Batch], began: float) -> UpdateReport:
+    def _update(self, fetched: _Fetched, began: float) -> UpdateReport:
         """Update the weights; after running out of memory again, with micro-batches half as large."""
         while True:
-            chunks = [chunk for batch in micro_batches for chunk in _split(batch, self._splits)]
+            chunks = [chunk for batch in fetched.micro_batches for chunk in _split(batch, self._splits)]
 
             def before(index: int, count: int = len(chunks)) -> None:
                 self._before_micro_batch(index, count, began)
 
             try:
-                return self.trainer.update(chunks, before_micro_batch=before, spike_limit=self._spike_limit())
+                return self.trainer.update(
+                    chunks,
+                    trained_tokens=fetched.trained_tokens,
+                    before_micro_batch=before,
+                    meanwhile=lambda: self._meanwhile(fetched.micro_batches),
+                    spike_limit=self._spike_limit(),
+                )
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
@@ -209,15 +256,6 @@ class Steps:
         if not self._chosen.spike_factor or len(self._norms) < _NORMS // 10:
             return math.inf
         return self._chosen.spike_factor * statistics.median(self._norms)
-
-    def _sum_over_processes(self, content: int) -> tuple[int, bool]:
-        """Return the content digest of the global batch, and whether any process was asked to stop."""
-        stop = self._context.stop.asked()
-        if self._alone:
-            return content, stop
-        own = torch.tensor([*halves(content), int(stop)], device=self._accelerator.device)
-        low, high, stops = self._accelerator.reduce(own, reduction="sum").tolist()
-        return joined(low, high), stops > 0
 
 
 def _split(batch: Batch, count: int) -> list[Batch]:

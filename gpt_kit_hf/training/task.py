@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
@@ -57,6 +57,14 @@ def decide_on_main(accelerator: Accelerator, decide: Callable[[], T]) -> T:
     return value  # type: ignore[no-any-return]
 
 
+def joined_position(position: Any) -> Any:
+    """Return the position in the data that all processes have together, each a part of it; every process calls."""
+    parts = gather_object([position])
+    if not isinstance(position, dict):
+        return position
+    return {key: part[key] for part in parts for key in part}
+
+
 class Task(ABC):
     """A model with the data that it is trained and evaluated on."""
 
@@ -74,12 +82,15 @@ class Task(ABC):
     def batches(self, plan: BatchPlan, first_step: int, last_step: int, position: Any) -> Iterator[Batch]:
         """Yield this process's micro-batches of the steps first_step..last_step-1.
 
-        `position` is what `position()` returned after the step before `first_step`.
+        `position` is what `joined_position` returned after the step before `first_step`.
         """
         return map_batches(self.dataset, self.collate, plan, (first_step, last_step), self.context)
 
     def position(self) -> Any:
-        """Return what `batches` needs besides the step number to continue, as JSON; every process calls."""
+        """Return what `batches` needs besides the step number to continue after what it has yielded, as JSON.
+
+        A part of it, as a dictionary, if other processes have the rest: `joined_position` joins them.
+        """
         return None
 
     @abstractmethod

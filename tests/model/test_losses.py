@@ -207,6 +207,27 @@ def test_ignore_index_may_be_a_token(generator: torch.Generator) -> None:
     assert loss.item() == pytest.approx(math.fsum(expected) / len(expected), rel=1e-5)
 
 
+def test_pinned_batches_are_copied_without_waiting(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy of other memory must not go on after the call: its caller may change it."""
+    seen: list[bool] = []
+    to = Tensor.to
+
+    def recorded(tensor: Tensor, *arguments: Any, **more: Any) -> Tensor:
+        if tensor.dtype == torch.int64:
+            seen.append(more.get("non_blocking", False))
+        return to(tensor, *arguments, **more)
+
+    batch = random_batch(generator)
+    for pinned in (False, True):
+        monkeypatch.setattr(Tensor, "is_pinned", lambda tensor, pinned=pinned: pinned)
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "to", recorded)
+            compute_batch_loss(*batch, Bigram())
+    assert seen == [False] * 2 + [True] * 2
+
+
 def test_device_none_is_the_models_own_and_a_name_is_obeyed(generator: torch.Generator) -> None:
     model = Bigram().to("meta")
     inputs, targets = random_batch(generator)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from test_pretrain import assert_same_run, options, text_file, update_lines  # n
 
 from gpt_kit_hf import AMPTrainer, NonFiniteError, train
 from gpt_kit_hf.errors import RunError
+from gpt_kit_hf.model.losses import Batch
 from gpt_kit_hf.storage.checkpoints import list_checkpoints
 from gpt_kit_hf.training.loop import lost_process
+from gpt_kit_hf.training.pretrain import PretrainingTask
 
 
 @pytest.fixture(
@@ -36,6 +39,30 @@ def small_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         return whole(self, parts, **more)
 
     monkeypatch.setattr(AMPTrainer, "update", update)
+
+
+def test_the_next_batches_are_read_before_the_device_is_waited_for(
+    text_file: str,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a GPU they are read while it computes."""
+    read, at_updates = [0], []
+    batches, finish = PretrainingTask.batches, AMPTrainer._step
+
+    def counted(*arguments: Any) -> Iterator[Batch]:
+        for batch in batches(*arguments):
+            read[0] += 1
+            yield batch
+
+    def step(*arguments: Any) -> Any:
+        at_updates.append(read[0])
+        return finish(*arguments)
+
+    monkeypatch.setattr(PretrainingTask, "batches", counted)
+    monkeypatch.setattr(AMPTrainer, "_step", step)
+    train(options(tmp_path / "run", text_file), stream=None)
+    assert at_updates == [2 * min(step + 1, 12) for step in range(1, 13)]  # two micro-batches a step
 
 
 def no_dropout(run: Any) -> Any:

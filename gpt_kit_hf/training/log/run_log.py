@@ -100,7 +100,8 @@ class RunRecord:
 
     def update(self, step: int, report: StepReport) -> None:
         """Write the line of a step."""
-        update = {name: value for name, value in asdict(report.update).items() if value is not None}
+        # The sums are the digest's, of which `batch` is made.
+        update = {name: value for name, value in asdict(report.update).items() if name != "sums" and value is not None}
         line = {"kind": "train", "step": step, **update, "learning_rate": report.learning_rate}
         self._write({**line, "batch": report.batch, "chain": report.chain})
 

@@ -1,0 +1,143 @@
+"""Whole runs by several processes, with DDP and with FSDP2, against those of one: the same batches and losses."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from ranks import run_ranks
+from test_pretrain import LINES, killed_copy, options, update_lines
+from test_sharded_run import sharding
+from tiny_model import write_tiny_model
+
+from gpt_kit_hf import OptimizerOptions, RunOptions, TextOptions, UsageError, finetune, parse_finetune_options, train
+from gpt_kit_hf.options.data import WindowOptions
+from gpt_kit_hf.storage.checkpoints import list_checkpoints
+from gpt_kit_hf.training import loop
+
+KINDS, HOWS = ("packed", "streamed"), ("ddp", "fsdp2")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    for index in range(8):
+        (folder / f"{index}.txt").write_text("".join(LINES[index:] + LINES[:index]) * 60)
+    (folder / "held.out").write_text("".join(LINES) * 4)
+    return folder
+
+
+def options_of(kind: str, folder: Path, texts: Path, **changes: Any) -> RunOptions:
+    """Options of a run with Muon, two micro-batches in one process, and no dropout, which is seeded by process."""
+    steps = {
+        "batch_size": 8,
+        "max_steps": 4,
+        "eval_steps": 9,
+        "save_steps": 2,
+        "sample_steps": 0,
+        "report_to": ["none"],
+    }
+    asked = options(folder, "unused", **{**steps, **changes})
+    files = {"text_files": [str(texts / "*.txt")], "eval_files": [str(texts / "held.out")]}
+    return replace(
+        asked,
+        text=TextOptions(**files, streaming=True, shuffle_windows=8) if kind == "streamed" else TextOptions(**files),
+        windows=WindowOptions(max_length=16, packing=kind == "packed"),
+        model=replace(asked.model, dropout=0.0),
+        optimizer=OptimizerOptions(optimizer="muon", learning_rate=5e-3),
+    )
+
+
+def prepare(how: str, folder: Path, rank: int, world: int) -> None:
+    """Make ready for the next run of this process: a run ends the process group."""
+    create = loop.create_accelerator
+    if how == "fsdp2":
+        loop.create_accelerator = lambda **given: sharding(create(**given))
+    if AcceleratorState._shared_state:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    if not dist.is_initialized():
+        number = next(_STORES)
+        dist.init_process_group("gloo", init_method=f"file://{folder}/{number}.store", rank=rank, world_size=world)
+
+
+_STORES = itertools.count()
+
+
+def run_in_each_way(rank: int, world: int, folder: Path, texts: Path, kinds: tuple[str, ...]) -> None:
+    whole = loop.create_accelerator
+    for kind, how in itertools.product(kinds, HOWS):
+        prepare(how, folder, rank, world)
+        train(options_of(kind, folder / f"{kind}-{how}", texts), stream=None)
+        loop.create_accelerator = whole
+    prepare("fsdp2", folder, rank, world)
+    train(options_of("packed", folder / "bf16", texts, mixed_precision="bf16", sample_steps=2), stream=None)
+
+
+def resume(rank: int, world: int, folder: Path, texts: Path) -> None:
+    prepare("fsdp2", folder, rank, world)
+    train(options_of("packed", folder, texts, resume=True), stream=None)
+
+
+def refused_adapter(rank: int, world: int, folder: Path) -> str:
+    """Return why an adapter is not trained with FSDP2; the rows are not there, so they were not read before."""
+    prepare("fsdp2", folder, rank, world)
+    given = [f"--output_dir={folder / 'run'}", "--rows=missing.jsonl", f"--model_name_or_path={folder / 'base'}"]
+    try:
+        finetune(parse_finetune_options([*given, "--lora_r=2", "--use_cpu", "--batch_size=2"], prog="test"))
+    except UsageError as error:
+        return str(error)
+    return "not refused"
+
+
+def assert_same(alone: Path, other: Path) -> None:
+    for one, two in zip(update_lines(alone), update_lines(other), strict=True):
+        assert [one[key] for key in ("step", "batch", "chain")] == [two[key] for key in ("step", "batch", "chain")]
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, texts: Path) -> Path:
+    folder = tmp_path_factory.mktemp("alone")
+    for kind in KINDS:
+        train(options_of(kind, folder / kind, texts), stream=None)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("world", "kinds"),
+    [(2, KINDS), pytest.param(4, KINDS, marks=pytest.mark.slow), pytest.param(8, KINDS, marks=pytest.mark.slow)],
+)
+def test_processes_train_on_the_same_batches_as_one(
+    world: int, kinds: tuple[str, ...], alone: Path, texts: Path, tmp_path: Path
+) -> None:
+    run_ranks(run_in_each_way, world, tmp_path, tmp_path, texts, kinds)
+    for kind, how in itertools.product(kinds, HOWS):
+        assert_same(alone / kind, tmp_path / f"{kind}-{how}")
+    if world != 2:
+        return
+    # With weights that are gathered in bf16, also for evaluations and samples.
+    losses = [[line["loss"] for line in update_lines(folder)] for folder in (alone / "packed", tmp_path / "bf16")]
+    assert losses[1] == pytest.approx(losses[0], abs=2e-2)
+    assert losses[1] != losses[0]
+    # Muon's sharded momentum, in one process and in another number of processes.
+    assert (list_checkpoints(tmp_path / "packed-fsdp2")[-1] / "sharded").is_dir()
+    for processes in (1, 4):
+        resumed = killed_copy(tmp_path / "packed-fsdp2", tmp_path / f"resumed-{processes}", "step-00000004")
+        if processes == 1:
+            train(options_of("packed", resumed, texts, resume=True), stream=None)
+        else:
+            run_ranks(resume, processes, resumed, resumed, texts)
+        assert_same(alone / "packed", resumed)
+
+
+def test_an_adapter_with_fsdp2_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "base")
+    [why] = run_ranks(refused_adapter, 1, tmp_path, tmp_path)
+    assert why.startswith("lora_r: an adapter is not trained with FSDP2; use DDP")
+    assert not (tmp_path / "run").exists()
