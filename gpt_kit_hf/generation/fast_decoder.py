@@ -7,7 +7,8 @@ Dh head width, V vocabulary size.
 from __future__ import annotations
 
 import threading
-from typing import get_args
+from collections.abc import Callable
+from typing import TypeAlias, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,6 +29,9 @@ from gpt_kit_hf.generation.layouts import Layout, Linear, has_packed_products, l
 from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
 from gpt_kit_hf.model.own_class import is_gpt_kit, own_model
 from gpt_kit_hf.options.generation import DecodingDtype
+
+# Adds queries, keys and values (B, H + 2 Hk, T, Dh) to a cache (B, 2 Hk, S, Dh); returns the result (B, H, T, Dh).
+Attend: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 # Packing pays off from this number of new tokens on.
 _MIN_TOKENS_TO_PACK = 32
@@ -55,6 +59,7 @@ class Decoder:
             raise UsageError(f"dtype={dtype}: {reason}")
         model = own_model(model) or model  # `why_not` has checked that there is one
         self._device: torch.device = model.device
+        self.on_gpu = _is_gpu(self._device)
         if dtype != "auto" and self._device.type != "cpu":
             raise UsageError(f"dtype={dtype}: only on a CPU, and the model is on {self._device}; use auto")
         if dtype != "auto" and not has_packed_products(dtype):
@@ -68,6 +73,8 @@ class Decoder:
         self._rotation: Tensor | None = None  # (2, S, Dh): see `rotation_table`
         self._caches: list[Tensor] = []  # (B, 2 Hk, S, Dh) each: keys, then values
         self._length = 0  # tokens in the cache
+        self._place: Tensor | None = None  # (1,): the same number on a GPU, where `step` reads and increases it
+        self._slots: Tensor | None = None  # (S,): 0, 1, ...
 
     def pack(self) -> None:
         """Copy the weights into a layout that is fast for single tokens.
@@ -101,9 +108,14 @@ class Decoder:
         return self._unpacked.head(self._read(prompt, length).select(1, -1)).float()
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Add a token to each row, (B,); return the next token's logits (B, V)."""
+        """Add a token to each row, (B,); return the next token's logits (B, V).
+
+        On a GPU all shapes and addresses are the same in each step, and nothing is read back, so that a CUDA graph can
+        capture it.
+        """
         matrices = self._packed or self._unpacked
-        return matrices.head(self._forward(tokens.unsqueeze(1), matrices).squeeze(1)).float()
+        forward = self._forward_one if self.on_gpu else self._forward
+        return matrices.head(forward(tokens.unsqueeze(1), matrices).squeeze(1)).float()
 
     @torch.no_grad()
     def divergence(self, ids: Tensor) -> tuple[float, float]:
@@ -116,6 +128,8 @@ class Decoder:
         logits = self._unpacked.head(self._read(ids, ids.shape[1]))  # (B, T) -> (B, T, V)
         own = logits.float().log_softmax(dim=-1)
         self._length = 0
+        if self._place is not None:
+            self._place.zero_()
         packed = torch.stack([self.step(token).log_softmax(dim=-1) for token in ids.unbind(dim=1)], dim=1)
         kl = F.kl_div(packed, own, reduction="none", log_target=True).sum(dim=-1)  # (B, T, V) -> (B, T)
         same = own.argmax(dim=-1) == packed.argmax(dim=-1)
@@ -130,39 +144,80 @@ class Decoder:
         blocks = self._unpacked.blocks
         self._caches = [torch.empty(shape, device=self._device, dtype=self._compute_dtype) for _ in blocks]
         self._length = 0
-        positions = torch.arange(length, device=self._device)
+        self._slots = positions = torch.arange(length, device=self._device)
         if base.embed_positions is not None:
             self._positions = base.embed_positions(positions).to(self._compute_dtype)
         if base.rotary_emb is not None:
             self._rotation = rotation_table(*base.rotary_emb(positions, self._compute_dtype))
+        if self.on_gpu:
+            self._place = torch.full((1,), ids.shape[1], device=self._device)
         return self._forward(ids, self._unpacked)
 
     def _forward(self, ids: Tensor, matrices: Matrices) -> Tensor:
         """(B, T) -> (B, T, D): hidden states of the tokens after those in the cache; adds them to the cache."""
         start, self._length = self._length, self._length + ids.shape[1]
-        hidden = F.embedding(ids, self._model.model.embed_tokens.weight).to(self._compute_dtype)
-        if self._positions is not None:
-            hidden = hidden + self._positions.narrow(0, start, ids.shape[1])
+        positions = None if self._positions is None else self._positions.narrow(0, start, ids.shape[1])
         rotation = None if self._rotation is None else self._rotation.narrow(1, start, ids.shape[1])
+        n_queries = self._model.config.n_head
+
+        def attend(heads: Tensor, cache: Tensor) -> Tensor:
+            n_cached = cache.shape[1]  # 2 Hk
+            cache.narrow(2, start, ids.shape[1]).copy_(heads.narrow(1, n_queries, n_cached))
+            keys, values = cache.narrow(2, 0, self._length).chunk(2, dim=1)  # (B, Hk, S, Dh) each
+            is_grouped = n_queries != n_cached // 2
+            return F.scaled_dot_product_attention(
+                heads.narrow(1, 0, n_queries), keys, values, is_causal=ids.shape[1] > 1, enable_gqa=is_grouped
+            )
+
+        return self._through_blocks(ids, matrices, positions, rotation, attend)
+
+    def _forward_one(self, ids: Tensor, matrices: Matrices) -> Tensor:
+        """(B, 1) -> (B, 1, D): the same for a token, with the number of cached tokens in a tensor."""
+        place, slots, n_queries = self._place, self._slots, self._model.config.n_head
+        assert place is not None
+        assert slots is not None
+        positions = None if self._positions is None else self._positions.index_select(0, place)
+        rotation = None if self._rotation is None else self._rotation.index_select(1, place)
+        is_filled = (slots <= place).view(1, 1, 1, -1)  # (S,) -> (1, 1, 1, S)
+
+        def attend(heads: Tensor, cache: Tensor) -> Tensor:
+            rows, n_cached, _, width = cache.shape
+            cache.index_copy_(2, place, heads.narrow(1, n_queries, n_cached))
+            keys, values = cache.chunk(2, dim=1)  # (B, Hk, S, Dh) each
+            # The queries of a group read the same keys, so they may stand where those of several tokens would.
+            queries = heads.narrow(1, 0, n_queries).reshape(rows, n_cached // 2, -1, width)  # (B, Hk, H / Hk, Dh)
+            attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=is_filled)
+            return attended.reshape(rows, n_queries, 1, width)
+
+        hidden = self._through_blocks(ids, matrices, positions, rotation, attend)
+        place.add_(1)
+        return hidden
+
+    def _through_blocks(
+        self, ids: Tensor, matrices: Matrices, positions: Tensor | None, rotation: Tensor | None, attend: Attend
+    ) -> Tensor:
+        """(B, T) -> (B, T, D)"""
+        hidden = F.embedding(ids, self._model.model.embed_tokens.weight).to(self._compute_dtype)
+        if positions is not None:
+            hidden = hidden + positions
         for block, cache in zip(matrices.blocks, self._caches, strict=True):
-            hidden = hidden + self._attend(block, hidden, cache, rotation)
+            heads = self._heads(block, hidden, cache, rotation)
+            attended = attend(heads, cache).transpose(1, 2).flatten(2)  # (B, H, T, Dh) -> (B, T, H Dh)
+            hidden = hidden + block.attention_output(attended)
             hidden = hidden + block.mlp(block.mlp_norm(hidden))
         return self._norm(hidden)
 
-    def _attend(self, block: Block, hidden: Tensor, cache: Tensor, rotation: Tensor | None) -> Tensor:
-        """(B, T, D) -> (B, T, D): adds the tokens to the cache (B, 2 Hk, S, Dh), and attends to all in it."""
-        rows, count, _ = hidden.shape
-        n_queries, n_cached = self._model.config.n_head, cache.shape[1]  # H, 2 Hk
-        heads = block.query_key_value(block.attention_norm(hidden)).view(rows, count, -1, cache.shape[3])
-        heads = heads.transpose(1, 2)  # (B, T, H + 2 Hk, Dh) -> (B, H + 2 Hk, T, Dh)
-        if block.query_key_norm is not None or rotation is not None:
-            heads = _turned(heads, n_queries + n_cached // 2, block.query_key_norm, rotation)
-        cache.narrow(2, self._length - count, count).copy_(heads.narrow(1, n_queries, n_cached))
-        keys, values = cache.narrow(2, 0, self._length).chunk(2, dim=1)  # (B, Hk, S, Dh) each
-        attended = F.scaled_dot_product_attention(
-            heads.narrow(1, 0, n_queries), keys, values, is_causal=count > 1, enable_gqa=n_queries != n_cached // 2
-        )
-        return block.attention_output(attended.transpose(1, 2).flatten(2))  # (B, H, T, Dh) -> (B, T, D)
+    def _heads(self, block: Block, hidden: Tensor, cache: Tensor, rotation: Tensor | None) -> Tensor:
+        """(B, T, D) -> (B, H + 2 Hk, T, Dh): queries, keys and values."""
+        heads = block.query_key_value(block.attention_norm(hidden))
+        heads = heads.view(*hidden.shape[:2], -1, cache.shape[3]).transpose(1, 2)  # -> (B, H + 2 Hk, T, Dh)
+        if block.query_key_norm is None and rotation is None:
+            return heads
+        return _turned(heads, self._model.config.n_head + cache.shape[1] // 2, block.query_key_norm, rotation)
+
+
+def _is_gpu(device: torch.device) -> bool:
+    return device.type != "cpu"
 
 
 def _turned(heads: Tensor, count: int, norm: Linear | None, rotation: Tensor | None) -> Tensor:

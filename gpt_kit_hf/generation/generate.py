@@ -14,7 +14,8 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Pre
 from transformers.generation.streamers import BaseStreamer
 
 from gpt_kit_hf.errors import UsageError, unknown_name
-from gpt_kit_hf.generation.fast_decoder import Decoder, pays, why_not
+from gpt_kit_hf.generation.decode_loop import decode
+from gpt_kit_hf.generation.fast_decoder import Decoder, why_not
 from gpt_kit_hf.model.losses import evaluation_mode
 from gpt_kit_hf.options.generation import DecodingDtype, Overflow
 from gpt_kit_hf.tokenization.encodings import text_to_token_ids
@@ -227,55 +228,13 @@ def _extend(
             f'model\'s max_position_embeddings={context}; ask for fewer, or pass overflow="slide"'
         )
     if fits and (dtype != "auto" or why_not(model) is None):
-        return _decode(Decoder(model, dtype), prompt, max_new_tokens, decoding, streamer)
+        return decode(Decoder(model, dtype), prompt, max_new_tokens, decoding, streamer)
     if dtype != "auto":
         raise UsageError(f"dtype={dtype}: not with a text that exceeds the model's positions; use auto")
     with _generation_config(model, decoding), evaluation_mode(model):
         if context is None or fits:
             return _generate(model, prompt, max_new_tokens, streamer)
         return _slide(model, prompt, max_new_tokens, context, decoding, streamer)
-
-
-def _decode(
-    decoder: Decoder, ids: Tensor, max_new_tokens: int, decoding: GenerationConfig, streamer: BaseStreamer | None
-) -> Tensor:
-    """(B, T) -> (B, T + N): the tokens of ``generate``, with the same random draws."""
-    eos = torch.tensor(decoding.eos_token_id or [], dtype=torch.long, device=ids.device)
-    ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    if streamer is not None:
-        streamer.put(ids.cpu())
-    with torch.inference_mode(), torch.autocast(ids.device.type, enabled=False):
-        logits = decoder.start(ids, ids.shape[1] + max_new_tokens)
-        tokens: list[Tensor] = []  # (B,) each
-        while True:
-            token = _next_tokens(logits, decoding)
-            if decoding.eos_token_id:
-                token = token.masked_fill(ended, decoding.pad_token_id)
-                ended |= torch.isin(token, eos)
-            tokens.append(token)
-            if streamer is not None:
-                streamer.put(token.cpu())
-            # Without EOS ids, `ended` is not read: reading it waits for the GPU.
-            if len(tokens) == max_new_tokens or (decoding.eos_token_id and ended.all()):
-                break
-            if len(tokens) == 1 and pays(max_new_tokens):
-                decoder.pack()  # after the first token, so as not to delay it
-            logits = decoder.step(token)
-    if streamer is not None:
-        streamer.end()
-    # Outside of inference mode: the result may be used in training.
-    return torch.cat((ids, torch.stack(tokens, dim=1)), dim=1)
-
-
-def _next_tokens(logits: Tensor, decoding: GenerationConfig) -> Tensor:
-    """(B, V) -> (B,)"""
-    if not decoding.do_sample:
-        return logits.argmax(dim=-1)
-    scores = logits / decoding.temperature
-    if decoding.top_k:
-        least = scores.topk(decoding.top_k, dim=-1).values[:, -1:]
-        scores = scores.masked_fill(scores < least, -math.inf)
-    return torch.multinomial(scores.softmax(dim=-1), num_samples=1)[:, 0]
 
 
 def _generate(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -13,10 +15,12 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from transformers import GPT2Config, GPT2LMHeadModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from gpt_kit_hf import GPTKitConfig, GPTKitForCausalLM, UsageError, generate_text_autoregressive
-from gpt_kit_hf.generation import fast_decoder, layouts
+from gpt_kit_hf.generation import decode_loop, fast_decoder, layouts
 from gpt_kit_hf.generation.fast_decoder import Decoder, pays, why_not
 from gpt_kit_hf.options.generation import DecodingDtype
 
@@ -217,6 +221,7 @@ def test_short_answers_do_not_wait_for_packing(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_gpu_path_gives_the_models_own_logits(kind: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast_decoder, "layout_of", lambda *_: layouts.row_by_row if packed else None)
+    monkeypatch.setattr(fast_decoder, "_is_gpu", lambda device: True)
     model, ids = model_of(**KINDS[kind]), ids_of(3, 30)
     with torch.no_grad():
         expected = model(ids).logits[:, 6:]
@@ -238,6 +243,82 @@ def on_a_fake_gpu(tensors: dict[str, Tensor | None], dtype: torch.dtype) -> None
             kept = dtype if tensor.is_floating_point() else tensor.dtype
             there = torch.empty(tensor.shape, dtype=kept, device="cuda")
             tensors[name] = nn.Parameter(there, False) if isinstance(tensor, nn.Parameter) else there
+
+
+class _Operations(TorchDispatchMode):
+    """Records each operation with the shapes, strides and types of its tensors and with its other arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        leaves = tree_flatten((args, kwargs))[0]
+        seen = [(tuple(it.shape), it.stride(), it.dtype) if isinstance(it, Tensor) else str(it) for it in leaves]
+        self.found.append((str(func), seen))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("kind", ["as GPT-2", "modern, grouped heads"])
+def test_a_cuda_graph_can_capture_a_token(kind: str, choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tokens take the same operations on tensors of the same shapes, and none reads a number back."""
+    monkeypatch.setattr(fast_decoder, "_is_gpu", lambda device: True)
+    model, ids = model_of(**KINDS[kind]), ids_of(3, 8)
+    decoder = Decoder(model)
+    chosen = {"do_sample": "temperature" in CHOICES[choice], **CHOICES[choice]}
+    choices = decode_loop._Choice(ids, GenerationConfig(pad_token_id=7, **chosen))
+    with torch.inference_mode():
+        choices.choose(decoder.start(ids, 20))
+        before = [*decoder._caches, choices.token, choices._ended]
+        recorded = []
+        for _ in range(3):
+            with _Operations() as operations:
+                choices.choose(decoder.step(choices.token))
+            recorded.append(operations.found)
+    assert recorded[0] == recorded[1] == recorded[2]
+    assert len(recorded[0]) > 100
+    assert not [name for name, _ in recorded[0] if "local_scalar" in name or "nonzero" in name]
+    assert all(it is now for it, now in zip(before, [*decoder._caches, choices.token, choices._ended], strict=True))
+
+
+class _Graph:
+    """Stands for torch.cuda.CUDAGraph: the capture computes the step, so the first replay has nothing to do."""
+
+    captured: Any = None
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        if self.replays > 1:
+            self.captured()
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_the_gpu_path_generates_the_same_tokens(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = model_of(**MODERN), ids_of(3, 8)
+    torch.manual_seed(3)
+    expected = generate_text_autoregressive(model, ids, 50, **CHOICES[choice])
+    graphs: list[_Graph] = []
+    monkeypatch.setattr(fast_decoder, "_is_gpu", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(wait_stream=lambda other: None))
+    monkeypatch.setattr(torch.cuda, "current_stream", torch.cuda.Stream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: graphs.append(graph) or nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", _Graph)
+    made = decode_loop.CapturedStep.__init__
+
+    def remember(self: Any, step: Any) -> None:
+        made(self, step)
+        self._graph.captured = step
+
+    monkeypatch.setattr(decode_loop.CapturedStep, "__init__", remember)
+    torch.manual_seed(3)
+    tokens = generate_text_autoregressive(model, ids, 50, **CHOICES[choice])
+    assert tokens.tolist() == expected.tolist()
+    assert [graph.replays for graph in graphs] == [47] if "eos_token_id" not in CHOICES[choice] else len(graphs) == 1
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor:UserWarning")
