@@ -1,8 +1,8 @@
 """Text generation.
 
 `generate` samples token ids (temperature, top-k) and streams text; `fast_decoder` is the forward pass with packed
-weights and a cache of fixed size, with its parts in `decoding_blocks` and `layouts`, and `decode_loop` chooses its tokens
-one by one, on a GPU by a CUDA graph; `chat` is a conversation in a
+weights and a cache of fixed size, with its parts in `decoding_blocks` and `layouts`; `decode_loop` chooses its
+tokens one by one, on a GPU by a CUDA graph; `chat` is a conversation in a
 terminal. `engine` declares what commands and servers ask of a model, whatever computes it. `completion` holds what a
 server's requests need (top-p, penalties, log-probabilities, stop strings); `completion_model` answers them with a
 model of transformers, for which `token_bytes` spells single tokens, and `llama_cpp/` with a GGUF file. `server`
