@@ -20,7 +20,7 @@ from gpt_kit_hf.training.optim.optimizer import create_optimizer
 from gpt_kit_hf.training.runtime.compilation import compile_blocks
 
 # (layers, width, heads)
-SHAPES = {"small": (6, 384, 6), "gpt2": (12, 768, 12), "tiny": (2, 64, 2)}
+SHAPES = {"small": (6, 384, 6), "gpt2": (12, 768, 12), "tiny": (2, 64, 2), "gpt2-xl": (48, 1600, 25)}
 RATE = 1e-4
 
 
@@ -117,16 +117,19 @@ def _take(module: Any, sources: Iterable[Any]) -> None:
     module.bias.copy_(torch.cat([source.bias for source in sources]))
 
 
-def our_model(work: Work) -> GPTKitForCausalLM:
-    torch.manual_seed(0)
-    config = GPTKitConfig(
+def our_config(work: Work) -> GPTKitConfig:
+    return GPTKitConfig(
         vocab_size=work.vocabulary,
         n_layer=work.layers,
         n_embd=work.width,
         n_head=work.heads,
         max_position_embeddings=work.context,
     )
-    return GPTKitForCausalLM(config).to(work.device).train()
+
+
+def our_model(work: Work) -> GPTKitForCausalLM:
+    torch.manual_seed(0)
+    return GPTKitForCausalLM(our_config(work)).to(work.device).train()
 
 
 def gpt2_of(model: GPTKitForCausalLM) -> Any:
@@ -180,7 +183,7 @@ def _loop(work: Work, model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tens
     optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.99), fused=True)
 
     def step(ids: Tensor, targets: Tensor) -> float:
-        with torch.autocast(work.device, work.dtype, enabled=work.dtype != torch.float32):
+        with torch.autocast(torch.device(work.device).type, work.dtype, enabled=work.dtype != torch.float32):
             loss = loss_of(ids.to(work.device), targets.to(work.device))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

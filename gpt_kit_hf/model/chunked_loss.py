@@ -3,7 +3,7 @@
 Shapes: B batch size, T tokens of a row, N tokens, D model width, V vocabulary size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.import_utils import is_tracing
 
-# Logits computed at once: enough rows for a fast matrix product, little memory compared to the model.
-_CPU_LOGITS, _DEVICE_LOGITS = 1 << 26, 1 << 27
+# Logits computed at once on a CPU, and their bytes on other devices: enough rows for a fast matrix product, little
+# memory compared to the model. Each block of a device also reads and writes the gradient of the weight.
+_CPU_LOGITS, _DEVICE_BYTES = 1 << 26, 1 << 29
 # Columns are padded to a multiple of this: products with unaligned rows are a third slower.
 _ALIGNMENT = 64
 
@@ -63,7 +64,7 @@ def summed_cross_entropy(hidden_states: Tensor, weight: Tensor, targets: Tensor,
     together with the loss; the backward pass only scales them, so it can run once. Products use autocast's dtype,
     sums and softmax float32. On a CPU, untrained rows are skipped.
     """
-    if targets.device.type == "cpu":  # on other devices, reading the number of rows would wait for the device
+    if _on_cpu(targets):  # on other devices, reading the number of rows would wait for the device
         trained = targets != ignore_index
         if not trained.all():
             rows = trained.nonzero().flatten()
@@ -115,11 +116,12 @@ def _loss_and_gradients(
     losses = torch.zeros(len(targets), dtype=exact, device=targets.device)
     hidden_grad = torch.empty_like(hidden_states) if wanted[0] else None
     weight_grad = None
+    replace = _replace_by_gradients if _on_cpu(weight) else _compiled  # on a CPU, it would not be faster
     with torch.autocast(hidden_states.device.type, enabled=False):
-        inputs, projection = hidden_states.to(dtype), weight.to(dtype)
-        for rows, scores in _blocks(inputs, projection, exact):
-            losses[rows] = _replace_by_gradients(scores, targets[rows], ignore_index, needed=any(wanted))
-            gradients = scores.to(dtype)
+        inputs, projection = hidden_states.to(dtype), _aligned(weight, dtype)
+        for rows, logits in _blocks(inputs, projection):
+            losses[rows] = replace(logits, len(weight), targets[rows], ignore_index, needed=any(wanted))
+            gradients = logits[:, : len(projection)]
             if hidden_grad is not None:
                 hidden_grad[rows] = gradients @ projection  # (n, V) @ (V, D) -> (n, D)
             if wanted[1] and weight_grad is None:
@@ -130,25 +132,53 @@ def _loss_and_gradients(
                 weight_grad += gradients.T @ inputs[rows]
         if wanted[1] and weight_grad is None:  # no row is trained
             weight_grad = torch.zeros_like(weight, dtype=exact)
-    return losses.sum(), hidden_grad, weight_grad
+    return losses.sum(), hidden_grad, None if weight_grad is None else weight_grad[: len(weight)]
 
 
-def _blocks(hidden_states: Tensor, weight: Tensor, exact: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yield blocks of rows, as slices, with their logits (n, V) in `exact`; all blocks share one buffer."""
-    count, columns = len(hidden_states), len(weight)
-    padded = -(-columns // _ALIGNMENT) * _ALIGNMENT
-    most = max(1, (_CPU_LOGITS if weight.device.type == "cpu" else _DEVICE_LOGITS) // padded)
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def _aligned(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the weight (V, D) in `dtype`; with rows of zeros up to a multiple of the alignment, except on a CPU.
+
+    There the copy costs more time than the aligned products of a whole block save.
+    """
+    missing = -len(weight) % _ALIGNMENT
+    if missing == 0 or _on_cpu(weight):
+        return weight.to(dtype)
+    padded = weight.new_empty(len(weight) + missing, weight.shape[1], dtype=dtype)
+    padded[: len(weight)] = weight
+    padded[len(weight) :] = 0.0
+    return padded
+
+
+def _blocks(hidden_states: Tensor, projection: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield blocks of rows, as slices, with their logits in aligned rows (n, V padded); all blocks share one buffer.
+
+    What lies behind the columns of the projection is undefined.
+    """
+    count, columns = len(hidden_states), len(projection)
+    padded = columns + -columns % _ALIGNMENT
+    logits_at_once = _CPU_LOGITS if _on_cpu(projection) else _DEVICE_BYTES // projection.element_size()
+    most = max(1, logits_at_once // padded)
     size = min(count, 1 << (most.bit_length() - 1))  # a power of two, or all rows
     buffer = hidden_states.new_empty(size, padded)
     for first in range(0, count, max(1, size)):
         rows = slice(first, min(first + size, count))
-        scores = buffer[: rows.stop - first, :columns]
-        torch.mm(hidden_states[rows], weight.T, out=scores)
-        yield rows, scores.to(exact)
+        logits = buffer[: rows.stop - first]
+        torch.mm(hidden_states[rows], projection.T, out=logits[:, :columns])
+        yield rows, logits
 
 
-def _replace_by_gradients(scores: Tensor, targets: Tensor, ignore_index: int, *, needed: bool) -> Tensor:
-    """Return the loss of each row (n,); replace logits (n, V) by their gradients: softmax minus 1 at the target."""
+def _replace_by_gradients(logits: Tensor, columns: int, targets: Tensor, ignore_index: int, *, needed: bool) -> Tensor:
+    """Return the loss of each row (n,), in float32 or wider; replace logits by their gradients, if needed.
+
+    `logits` are (n, V padded), the first `columns` of which count: (n, V). The gradients are softmax minus 1 at the
+    target. Few passes and little memory, operation by operation.
+    """
+    logits = logits[:, :columns]
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
     trained = (targets != ignore_index)[:, None]
     column = targets.where(trained[:, 0], 0)[:, None]
     scores -= scores.amax(dim=-1, keepdim=True)
@@ -157,5 +187,54 @@ def _replace_by_gradients(scores: Tensor, targets: Tensor, ignore_index: int, *,
     losses = torch.where(trained, total.log() - at_target, 0.0)
     if needed:
         scores *= torch.where(trained, total.reciprocal(), 0.0)
-        scores.scatter_add_(1, column, -trained.to(scores.dtype))
+        scores.scatter_(1, column, scores.gather(1, column) - trained.to(scores.dtype))
+        if scores.dtype != logits.dtype:
+            logits.copy_(scores)
     return losses[:, 0]
+
+
+def _replace_by_gradients_fused(
+    logits: Tensor, columns: int, targets: Tensor, ignore_index: int, *, needed: bool
+) -> Tensor:
+    """Return and do the same as `_replace_by_gradients`, in a form that torch.compile makes one kernel of.
+
+    It reads the logits for the sum, and again to replace them; nothing of their size is stored beside them.
+    """
+    scores = logits[:, :columns].to(torch.promote_types(logits.dtype, torch.float32))
+    trained = (targets != ignore_index)[:, None]
+    column = targets.where(trained[:, 0], 0)[:, None]
+    highest = scores.amax(dim=-1, keepdim=True)
+    total = (scores - highest).exp().sum(dim=-1, keepdim=True)
+    # Gathered from the logits themselves: from the scores, the compiler would store all of these.
+    losses = torch.where(trained, total.log() + highest - logits.gather(1, column), 0.0)
+    if needed:
+        # A comparison is a part of the same kernel, as a scatter is not.
+        is_target = torch.arange(columns, device=logits.device) == column
+        softmax = (scores - highest).exp() / total
+        logits[:, :columns] = torch.where(trained, softmax - is_target.to(scores.dtype), 0.0)
+    return losses[:, 0]
+
+
+class _Compiled:
+    """`_replace_by_gradients_fused` as one kernel, or `_replace_by_gradients` where torch cannot compile it."""
+
+    def __init__(self) -> None:
+        self.function: Callable[..., Tensor] | None = None
+
+    def __call__(self, logits: Tensor, columns: int, targets: Tensor, ignore_index: int, *, needed: bool) -> Tensor:
+        """Call the function; the first call compiles it."""
+        import torch._dynamo  # takes a second, which a CPU does not need to spend
+
+        if self.function is None:
+            # As one graph: compiling fails before anything was computed, so nothing is computed twice.
+            self.function = torch.compile(_replace_by_gradients_fused, fullgraph=True)
+        for tensor in (logits, targets):  # one kernel for any number of rows
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        try:
+            return self.function(logits, columns, targets, ignore_index, needed=needed)
+        except torch._dynamo.exc.TorchDynamoException:
+            self.function = _replace_by_gradients
+            return self.function(logits, columns, targets, ignore_index, needed=needed)
+
+
+_compiled = _Compiled()

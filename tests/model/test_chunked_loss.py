@@ -143,6 +143,82 @@ def test_rows_that_are_not_trained_cost_nothing_on_a_cpu() -> None:
     assert sum(rows for rows, _ in forward) == 5
 
 
+# --- devices other than a CPU
+
+
+@pytest.fixture
+def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Compute on the CPU what other devices compute, uncompiled."""
+    monkeypatch.setattr(chunked_loss, "_on_cpu", lambda tensor: False)
+    monkeypatch.setattr(chunked_loss, "_compiled", chunked_loss._replace_by_gradients_fused)
+    monkeypatch.setattr(chunked_loss, "_DEVICE_BYTES", 1 << 13)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "columns", "width"), [(7, 64, 4), (33, 257, 16), (1, 2, 3)])
+@pytest.mark.usefixtures("as_on_a_device")
+def test_a_device_computes_the_same(rows: int, columns: int, width: int, dtype: torch.dtype, ignored: float) -> None:
+    hidden, weight, targets = operands(rows, columns, width, ignored, dtype)
+    loss = summed_cross_entropy(hidden, weight, targets)
+    got = (loss, *torch.autograd.grad(loss * 0.37, (hidden, weight)))
+    tolerance = 0.02 if dtype == torch.bfloat16 else 1e-5
+    for ours, exact in zip(got, reference(hidden, weight, targets, 0.37), strict=True):
+        assert float((ours.detach().double() - exact).norm()) <= tolerance * float(exact.norm()) + 1e-9
+
+
+@pytest.mark.parametrize("needed", [True, False])
+def test_where_compiling_fails_the_loss_is_the_same(needed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(function: Any, **_: Any) -> Any:
+        def fails(*args: Any, **kwargs: Any) -> Any:
+            raise torch._dynamo.exc.BackendCompilerFailed(torch.compile, RuntimeError("no Triton"), None)
+
+        return fails
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    compiled, results = chunked_loss._Compiled(), []
+    for function in (compiled, compiled, chunked_loss._replace_by_gradients):
+        logits = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+        results.append((function(logits, 50, torch.arange(5), 3, needed=needed), logits))
+    for losses, logits in results[:2]:
+        assert torch.equal(losses, results[2][0])
+        assert torch.equal(logits, results[2][1])
+
+
+def test_memory_that_runs_out_is_not_taken_for_a_failed_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: full)
+    with pytest.raises(torch.OutOfMemoryError):
+        chunked_loss._Compiled()(torch.zeros(5, 64), 50, torch.arange(5), 3, needed=True)
+
+
+@pytest.mark.slow  # torch's compiler takes half a minute
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch itself
+def test_compiled_it_stores_nothing_of_the_size_of_the_logits() -> None:
+    """One kernel for any number of rows, which a CPU compiles by the same rules."""
+    import torch._dynamo.testing
+
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    compiled = chunked_loss._Compiled()
+    for rows in (64, 33):
+        generator = torch.Generator().manual_seed(rows)
+        logits = torch.randn(rows, 20032, generator=generator).bfloat16()
+        targets = torch.randint(20000, (rows,), generator=generator)
+        targets[3] = IGNORED
+        eager = logits.clone()
+        losses = chunked_loss._replace_by_gradients(eager, 20000, targets, IGNORED, needed=True)
+        with torch.profiler.profile(profile_memory=True) as profiled:
+            got = compiled(logits, 20000, targets, IGNORED, needed=True)
+        torch.testing.assert_close(got, losses)
+        torch.testing.assert_close(logits[:, :20000], eager[:, :20000])
+    largest = max(event.cpu_memory_usage for event in profiled.events())
+    assert 0 < largest < logits.nbytes / 10
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
+
+
 # --- the model
 
 
