@@ -288,8 +288,8 @@ class GPTKitModel(GPTKitPreTrainedModel):
 
         Packed documents are marked by `position_ids` (B, T) that restart at 0; they do not attend to each other.
         Without `position_ids`, positions are counted from `attention_mask` (B, S), so a padded row gives the same
-        result as the row alone. Raises ValueError if a row is longer than the position table, and for ids outside of
-        their table (on the CPU only: reading the ids would stall an accelerator).
+        result as the row alone. Raises ValueError if a row is longer than `max_position_embeddings`, and for ids
+        outside of their table (on the CPU only: reading the ids would stall an accelerator).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")

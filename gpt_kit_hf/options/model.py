@@ -69,6 +69,7 @@ PRESETS: Mapping[str, Shape] = MappingProxyType(
         "modern-1.5b (1558M)": _modern(48, 1600, 25),
     }
 )
+_CLASSIC: Shape = MappingProxyType({"position_embedding": "learned", "mlp": "gelu"})  # what presets leave out
 PRESET_KEYS = tuple(full.split(" ")[0] for full in PRESETS)
 
 
@@ -113,6 +114,8 @@ class ModelOptions(Options):
     dropout: float | None = option(
         None,
         "dropout probability of embeddings, attention and residual connections",
+        minimum=0,
+        below=1,
         unset="0, or that of model_name_or_path",
     )
     mlp: Literal["gelu", "swiglu"] | None = option(
@@ -135,8 +138,8 @@ class ModelOptions(Options):
     tie_word_embeddings: bool | None = option(
         None, "share the token embedding with the output projection", unset="true"
     )
-    layer_norm_epsilon: float | None = option(None, "epsilon of the norms", unset="the preset's")
-    initializer_range: float | None = option(None, "standard deviation of the initial weights", unset="0.02")
+    layer_norm_epsilon: float | None = option(None, "epsilon of the norms", above=0, unset="the preset's")
+    initializer_range: float | None = option(None, "standard deviation of the initial weights", above=0, unset="0.02")
     zero_init_residual: bool | None = option(
         None, "start each block as the identity: its two output projections are zero at first", unset="the preset's"
     )
@@ -146,20 +149,38 @@ class ModelOptions(Options):
         if self.model_name_or_path is not None:
             changed = [name for name in SHAPE if getattr(self, name) != getattr(type(self), name)]
             check_no_shape(self.model_name_or_path, {name: getattr(self, name) for name in changed})
-        n_embd, n_head = int(self._value("n_embd")), int(self._value("n_head"))
-        if n_embd % n_head and self.head_dim is None:
-            raise UsageError(f"n_embd must be divisible by n_head, got {n_embd} and {n_head}")
+        self._check_shape()
 
     @property
     def context(self) -> int:
-        """The size of the position table, in tokens."""
+        """The longest context, in tokens."""
         return int(self._value("max_position_embeddings"))
+
+    def _check_shape(self) -> None:
+        """Raise UsageError for numbers that do not fit each other; the configuration checks them again."""
+        n_embd, n_head = int(self._value("n_embd")), int(self._value("n_head"))
+        positions = self._value("position_embedding")
+        if n_embd % n_head and self.head_dim is None:
+            raise UsageError(f"n_embd must be divisible by n_head, got {n_embd} and {n_head}")
+        if n_head % (self.num_key_value_heads or n_head):
+            raise UsageError(
+                f"n_head must be divisible by num_key_value_heads, got {n_head} and {self.num_key_value_heads}"
+            )
+        head_dim = self.head_dim or n_embd // n_head
+        if positions == "rotary" and head_dim % 2:
+            raise UsageError(f"head_dim must be even for rotary positions, got {head_dim}")
+        if positions == "sinusoidal" and n_embd % 2:
+            raise UsageError(f"n_embd must be even for sinusoidal positions, got {n_embd}")
+        if positions != "rotary" and self.rope_theta is not None:
+            raise UsageError(f"rope_theta={self.rope_theta} needs position_embedding=rotary, got {positions}")
+        if self.hidden_act is not None and self._value("mlp") != "gelu":
+            raise UsageError(f"hidden_act={self.hidden_act} needs mlp=gelu, got {self._value('mlp')}")
 
     def _value(self, name: str) -> int | float | str:
         """Return what was given for a field, or the preset's value."""
         given: int | float | str | None = getattr(self, name)
         preset = next(shape for full, shape in PRESETS.items() if full.split(" ")[0] == preset_key(self.model))
-        return preset[name] if given is None else given
+        return {**_CLASSIC, **preset}[name] if given is None else given
 
 
 # The options that say what a new model is.

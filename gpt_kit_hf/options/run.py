@@ -53,8 +53,8 @@ class RunOptions:
             object.__setattr__(self, "windows", dataclasses.replace(self.windows, max_length=DEFAULT_MAX_LENGTH))
         if self.windows.length > self.model.context:
             raise UsageError(
-                f"max_length={self.windows.length} is above the position table, "
-                f"max_position_embeddings={self.model.context}: raise that, or lower max_length"
+                f"max_length={self.windows.length} is above max_position_embeddings={self.model.context}: raise that, "
+                "or lower max_length"
             )
 
     @staticmethod

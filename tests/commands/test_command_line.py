@@ -81,7 +81,7 @@ BAD_OPTIONS = {
     "missing file": (["--text_files=nowhere.txt"], "text_files 'nowhere.txt': no such file"),
     "stride 0": (["--stride=0"], "stride must lie between 1 and max_length=16, got 0"),
     "stride too large": (["--stride=17"], "stride must lie between 1 and max_length=16, got 17"),
-    "above the table": (["--max_length=65"], "max_length=65 is above the position table, max_position_embeddings=64"),
+    "above the table": (["--max_length=65"], "max_length=65 is above max_position_embeddings=64"),
     "width and heads": (["--n_head=3"], "n_embd must be divisible by n_head, got 16 and 3"),
     "preset": (["--model=gpt2-smal"], "unknown model preset 'gpt2-smal'; did you mean 'gpt2-small'"),
     "encoding": (["--encoding=gtp2"], "unknown encoding 'gtp2'; did you mean 'gpt2'"),

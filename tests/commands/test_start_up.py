@@ -85,7 +85,14 @@ REFUSED = {
     "generate m --device gpu": "unknown device 'gpu'; did you mean 'xpu' or 'cpu'",
     "train --output_dir x --text_files python-stdlib --report_to tensorbord": "did you mean 'tensorboard'?",
     "train --output_dir docs --text_files python-stdlib": "output_dir 'docs' holds other files",
-    "train --output_dir x --text_files python-stdlib --max_length 999": "max_length=999 is above the position table",
+    "train --output_dir x --text_files README.md --max_length 999": "is above max_position_embeddings=256",
+    "train --output_dir x --text_files README.md --model modern-xs --max_length 999": "max_position_embeddings=256",
+    "train --output_dir x --text_files README.md --rope_theta 5": "rope_theta=5.0 needs position_embedding=rotary",
+    "train --output_dir x --text_files README.md --num_key_value_heads 3": "num_key_value_heads, got 4 and 3",
+    "train --output_dir x --text_files README.md --model modern-xs --head_dim 33": "head_dim must be even for rotary",
+    "train --output_dir x --text_files README.md --model modern-xs --hidden_act gelu": "hidden_act=gelu needs mlp",
+    "train --output_dir x --text_files README.md --position_embedding sinusoidal --n_embd 5 --n_head 5": "be even",
+    "train --output_dir x --text_files README.md --dropout 1": "dropout must be at least 0 and below 1, got 1.0",
 }
 
 

@@ -220,7 +220,7 @@ def test_existing_run_is_never_overwritten(finished: tuple[Path, str], tmp_path:
     with pytest.raises(UsageError, match=r"cannot resume .*learning_rate was 0.005, is 0.1"):
         train(changed, stream=None)
     # Options that do not fit leave the old run where it is, even with overwrite.
-    with pytest.raises(UsageError, match="max_length=64 is above the position table"):
+    with pytest.raises(UsageError, match="max_length=64 is above max_position_embeddings="):
         train(replace(options(folder, text_file, overwrite=True), windows=WindowOptions(max_length=64)), stream=None)
     assert sorted((f, f.stat().st_mtime_ns) for f in folder.rglob("*")) == before
     output = io.StringIO()
