@@ -14,7 +14,7 @@ from gpt_kit_hf.options.files import PYTHON_STDLIB, find_files, may_be_hub_id
 from gpt_kit_hf.options.generation import EngineOptions
 from gpt_kit_hf.options.run import RunOptions
 from gpt_kit_hf.options.training import TrainingOptions
-from gpt_kit_hf.storage.atomic_files import load_json
+from gpt_kit_hf.storage.atomic_files import check_can_be_made, load_json
 from gpt_kit_hf.storage.gguf_header import is_gguf
 from gpt_kit_hf.storage.run_folder import check_run_folder, holds_run, recorded_steps
 
@@ -80,6 +80,7 @@ def _check(option: Option, named: str, text: bool) -> None:
     elif option.names == "new_folder":
         if place.exists() and not (place.is_dir() and not any(place.iterdir())):
             raise UsageError(f"{option.name} {named!r} exists and is not an empty folder; nothing is overwritten")
+        check_can_be_made(place)
     else:
         pattern = named.partition(":")[2] if option.names == "weighted_files" else named
         if pattern == PYTHON_STDLIB or pattern.startswith("dataset:"):

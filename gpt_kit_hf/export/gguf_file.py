@@ -25,7 +25,7 @@ from gpt_kit_hf.export.gguf_vocabulary import add_vocabulary, check_vocabulary
 from gpt_kit_hf.model.checkpoints.conversion import as_gpt_kit
 from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
 from gpt_kit_hf.options.hub import Quantization
-from gpt_kit_hf.storage.atomic_files import sync_path
+from gpt_kit_hf.storage.atomic_files import check_can_be_made, sync_path
 
 if TYPE_CHECKING:
     import gguf
@@ -159,8 +159,7 @@ def _new_file(final: Path) -> Iterator[Path]:
     """Yield the path of a hidden file that takes its name at the end, and is removed after an error."""
     if final.exists():
         raise UsageError(f"{str(final)!r} exists; nothing is overwritten")
-    if final.parent.is_file():
-        raise UsageError(f"{str(final)!r} cannot be written: {str(final.parent)!r} is a file, not a folder")
+    check_can_be_made(final)
     stage = final.with_name(f".{final.name}.{secrets.token_hex(8)}")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from gpt_kit_hf.errors import CheckpointError
+from gpt_kit_hf.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -201,6 +201,13 @@ def parse_object(data: bytes, source: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{source}: must be a JSON object, is a {type(value).__name__}")
     return value
+
+
+def check_can_be_made(path: str | Path) -> None:
+    """Raise UsageError if a file stands where a folder above `path` would be."""
+    existing = next(each for each in Path(path).absolute().parents if each.exists())
+    if not existing.is_dir():
+        raise UsageError(f"{str(path)!r} cannot be written: {str(existing)!r} is a file, not a folder")
 
 
 def free_name(path: Path) -> Path:

@@ -156,7 +156,7 @@ def test_nothing_is_overwritten_and_nothing_is_left_behind(tmp_path: Path, monke
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "text").touch()
     with pytest.raises(UsageError, match="text' is a file, not a folder"):
-        save_as_gguf(model, BYTES, tmp_path / "text" / "model.gguf")
+        save_as_gguf(model, BYTES, tmp_path / "text" / "below" / "model.gguf")
 
 
 def test_ids_without_a_token_are_marked_and_rows_that_no_block_divides_are_f16(tmp_path: Path) -> None:

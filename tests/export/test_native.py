@@ -252,6 +252,12 @@ def test_gpt2_is_not_written_of_a_shape_that_it_lacks(shape: dict[str, Any], tmp
         save_as_gpt2(tiny_gpt_kit(**shape), tmp_path / "gpt2")
 
 
+def test_a_folder_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text").touch()
+    with pytest.raises(UsageError, match="text' is a file, not a folder"):
+        save_as_native(ours("qwen3"), tmp_path / "text" / "below" / "native")
+
+
 def test_another_tokenizer_is_refused(place: Path, tmp_path: Path) -> None:
     model = ours("qwen3")
     model.config.tokenizer_fingerprint = "0" * 16

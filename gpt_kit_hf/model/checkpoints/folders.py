@@ -19,7 +19,7 @@ from gpt_kit_hf.model.checkpoints.weight_files import PICKLES, SAFETENSORS, tens
 from gpt_kit_hf.model.configuration_gpt_kit import GPTKitConfig
 from gpt_kit_hf.model.presets import config_error_message
 from gpt_kit_hf.options.files import may_be_hub_id
-from gpt_kit_hf.storage.atomic_files import load_json
+from gpt_kit_hf.storage.atomic_files import check_can_be_made, load_json
 
 _T = TypeVar("_T")
 
@@ -98,6 +98,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     final = Path(path).absolute()
     if final.exists() and not (final.is_dir() and next(final.iterdir(), None) is None):
         raise UsageError(f"{str(path)!r} exists and is not an empty folder; nothing is overwritten")
+    check_can_be_made(path)
     stage = final.with_name(f".{final.name}.{secrets.token_hex(8)}")
     try:
         stage.mkdir(parents=True)
