@@ -8,6 +8,7 @@ from pathlib import Path
 from gpt_kit_hf.commands.engines import check_engine
 from gpt_kit_hf.data.text.files.file_types import file_refusal
 from gpt_kit_hf.errors import DataError, UsageError
+from gpt_kit_hf.options.data import TextOptions
 from gpt_kit_hf.options.declare import Option, sections_of
 from gpt_kit_hf.options.evaluation import VerifyOptions
 from gpt_kit_hf.options.files import PYTHON_STDLIB, find_files, may_be_hub_id
@@ -45,7 +46,9 @@ def check_options(options: object) -> None:
                 if each.names and named is not None:
                     # In another encoding, text may hold NUL bytes.
                     text = each.name in _TEXT and getattr(holder, "encoding_of_files", None) is None
-                    _check(each, named, text)
+                    # Beside token files, these may be some, too.
+                    ids = isinstance(holder, TextOptions) and holder.token_files and each.name == "eval_files"
+                    _check(each, named, text and not ids)
     if isinstance(options, EngineOptions):
         check_engine(options)
     if isinstance(options, VerifyOptions) and options.steps is not None:

@@ -86,6 +86,15 @@ class TextOptions(Options):
         card="path",
         names="files",
     )
+    token_files: list[str] | None = option(
+        None,
+        "files of token ids that another program wrote, read where they lie: .bin of nanoGPT, llm.c and Megatron-LM "
+        "(with .idx), .ds of datatrove (with .ds.index); needs encoding unless a file states it",
+        unset="none",
+        excludes=("text_files", "dataset_name", "mixture"),
+        card="path",
+        names="files",
+    )
     dataset_name: str | None = option(
         None,
         "dataset on the Hub, or local folder that the datasets library can load or has saved (save_to_disk)",
@@ -113,7 +122,7 @@ class TextOptions(Options):
     )
     eval_files: list[str] | None = option(
         None,
-        "files or globs to evaluate on",
+        "files or globs to evaluate on; with token_files, .bin and .ds files are token files",
         unset="eval_fraction of the text",
         excludes=("dataset_test_split",),
         card="path",
@@ -157,14 +166,17 @@ class TextOptions(Options):
     )
 
     def __post_init__(self) -> None:
-        if sum(1 for name in ("text_files", "dataset_name", "mixture") if getattr(self, name)) != 1:
+        if sum(1 for name in ("text_files", "token_files", "dataset_name", "mixture") if getattr(self, name)) != 1:
             raise UsageError(
-                "give text: exactly one of text_files, dataset_name and mixture (try text_files python-stdlib)"
+                "give text: exactly one of text_files, token_files, dataset_name and mixture (try text_files "
+                "python-stdlib)"
             )
         super().__post_init__()
         check_encoding_of_files(self.encoding_of_files)
         if self.document_separator == "":
             raise UsageError("document_separator must not be empty; leave it out if a file is one document")
+        if self.token_files and (self.streaming or self.document_separator is not None):
+            raise UsageError("streaming and document_separator are for text: token_files hold ids, and know documents")
         if self.document_separator is not None and self.dataset_name:
             raise UsageError("document_separator is for text_files: a row of dataset_name is one document")
         if self.dataset_test_split is not None and not self.dataset_name:

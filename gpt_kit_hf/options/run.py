@@ -90,6 +90,8 @@ class TokenizeOptions:
     share: ShareOptions = dataclasses.field(default_factory=ShareOptions)
 
     def __post_init__(self) -> None:
+        if self.text.token_files:
+            raise UsageError("token_files are tokens already: train on them")
         if self.text.streaming:
             raise UsageError("streaming stores no tokens: leave it out to tokenize before training")
 

@@ -195,7 +195,7 @@ class TextTask(Task):
             return found
         if self.context.checkpoint is not None:
             return load_encoding(self.context.checkpoint)
-        if self.options.encoding.encoding == TRAINED_BPE:
+        if self.options.encoding.encoding == TRAINED_BPE and not self.options.text.token_files:
             self.context.console.log(f"training a bpe of {self.options.encoding.vocab_size:,} tokens on the text")
         return choose_encoding(self.options.text, self.options.encoding)
 

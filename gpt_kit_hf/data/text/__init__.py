@@ -4,9 +4,9 @@
 and converts archives, tables and other encodings. `shards` reads text, JSON Lines and Parquet files in shards,
 `dataset_shards` does so for datasets; `documents` decides where a document ends and what is left out. `token_cache`
 encodes shards once and keeps the ids on the disk; `stored_arrays` reads parts of them, and `token_stream` is all of
-them in order, with the split for evaluation; `tokenize` fills the cache before training, in shares. `corpus` chooses
-the encoding and puts all together; `report` says what was read. `windows` cuts stored ids into windows; `streaming`
-cuts text that is tokenized during training.
+them in order, with the split for evaluation; `tokenize` fills the cache before training, in shares. `token_files`
+reads the ids that other programs wrote. `corpus` chooses the encoding and puts all together; `report` says what was
+read. `windows` cuts stored ids into windows; `streaming` cuts text that is tokenized during training.
 """
 
 import lazy_loader

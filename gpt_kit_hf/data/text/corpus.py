@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,12 +16,15 @@ from gpt_kit_hf.data.text.dataset_shards import DatasetShard, RowsShard
 from gpt_kit_hf.data.text.documents import READ
 from gpt_kit_hf.data.text.report import Reading, separator_warnings
 from gpt_kit_hf.data.text.shards import CHUNK_BYTES, FileShard
-from gpt_kit_hf.data.text.sources import TextSource, eval_source, train_sources
+from gpt_kit_hf.data.text.sources import TextSource, eval_source, eval_token_files, train_sources
 from gpt_kit_hf.data.text.token_cache import cache_folder, store_tokens
+from gpt_kit_hf.data.text.token_files import TokenFile, find_token_files, read_token_files, stated_tokenizer
 from gpt_kit_hf.data.text.token_stream import TokenStream, join_streams, split_eval
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.options.data import TRAINED_BPE, EncodingOptions, TextOptions
 from gpt_kit_hf.tokenization import encodings
+
+_GPT2 = ("gpt2", "openai-community/gpt2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,23 +65,45 @@ def choose_encoding(text: TextOptions, options: EncodingOptions) -> tiktoken.Enc
     If the evaluation text is a fraction of the training files, the vocabulary has seen it. From a corpus larger than
     `vocab_text_mb`, it has seen the start of many shards.
     """
+    if text.token_files:
+        return _encoding_of_ids(text.token_files, options.encoding)
     if options.encoding == TRAINED_BPE:
         texts = _vocabulary_text(text, options.vocab_text_mb << 20)
         return encodings.train_bpe(texts, options.vocab_size, pad_token=True)
-    chosen = encodings.get_encoding(options.encoding)
-    if options.encoding == "bytes":  # gpt2 and stored vocabularies stay as they are
+    return _named_encoding(options.encoding)
+
+
+def _named_encoding(name: str) -> tiktoken.Encoding:
+    chosen = encodings.get_encoding(name)
+    if name == "bytes":  # gpt2 and stored vocabularies stay as they are
         return encodings.with_pad_token(chosen)
     if encodings.EOS_TOKEN not in chosen.special_tokens_set:
-        raise UsageError(f"encoding {options.encoding!r} has no {encodings.EOS_TOKEN}, which must end each document")
+        raise UsageError(f"encoding {name!r} has no {encodings.EOS_TOKEN}, which must end each document")
+    return chosen
+
+
+def _encoding_of_ids(files: list[str], named: str) -> tiktoken.Encoding:
+    """Return the encoding of token files: the one named, which must be the one that they state, or that."""
+    stated = stated_tokenizer(find_token_files(files))
+    place = Path(stated or "")
+    own = "gpt2" if stated in _GPT2 else str(place.parent if place.is_file() else place) if place.is_absolute() else ""
+    if named == TRAINED_BPE:
+        if not own:
+            made = "the files do not state it" if stated is None else f"a folder with the tokenizer.json of {stated!r}"
+            raise UsageError(f"token_files need --encoding, the encoding that they were made with: {made}")
+        return _named_encoding(own)
+    chosen = _named_encoding(named)
+    if own and encodings.fingerprint(chosen) != encodings.fingerprint(_named_encoding(own)):
+        raise UsageError(f"encoding={named!r} is not the tokenizer that token_files were made with, {stated!r}")
     return chosen
 
 
 def prepare_corpus(text: TextOptions, encoding: tiktoken.Encoding, *, seed: int) -> Corpus:
     """Read, tokenize and split the text; shards in the token cache are not tokenized again."""
-    weights, sources = zip(*train_sources(text), strict=True)
-    streams, keys, readings = zip(*(_tokenized(source, encoding, text) for source in sources), strict=True)
+    weights, read = zip(*_read_sources(text, encoding), strict=True)
+    streams, keys, readings = zip(*read, strict=True)
     whole, eval_reading = join_streams(streams), None
-    if eval_source(text) is not None:
+    if text.eval_files or text.dataset_test_split:
         eval_stream, key, eval_reading = prepare_eval(text, encoding)
         split: tuple[object, ...] = (key,)
     else:
@@ -99,6 +125,18 @@ def prepare_corpus(text: TextOptions, encoding: tiktoken.Encoding, *, seed: int)
     )
 
 
+def _read_sources(text: TextOptions, encoding: tiktoken.Encoding) -> list[tuple[float, ReadText]]:
+    """Return what each source holds, with its weight."""
+    if text.token_files:
+        return [(1.0, _ids_of(find_token_files(text.token_files), encoding, text))]
+    return [(weight, _tokenized(source, encoding, text)) for weight, source in train_sources(text)]
+
+
+def _ids_of(files: list[TokenFile], encoding: tiktoken.Encoding, text: TextOptions) -> ReadText:
+    stream, key, tally = read_token_files(files, encoding, cache_folder(text.token_cache_dir))
+    return ReadText(stream, key, Reading(tally=tally, used=len(stream.document_starts)))
+
+
 def prepare_text(text: TextOptions, encoding: tiktoken.Encoding) -> ReadText:
     """Return all tokens of the text, their fingerprint, and what was found."""
     read = [_tokenized(source, encoding, text) for _, source in train_sources(text)]
@@ -112,6 +150,11 @@ def prepare_eval(text: TextOptions, encoding: tiktoken.Encoding) -> ReadText:
 
     Raises UsageError if one of the files is a training file as well.
     """
+    if files := eval_token_files(text):
+        same = {file.name for file in files} & {file.name for file in find_token_files(text.token_files or [])}
+        if same:
+            raise UsageError(f"eval_files: {min(same)} is trained on as well; evaluate on a file that is not")
+        return _ids_of(files, encoding, text)
     source = eval_source(text)
     assert source is not None
     both = source.resolved_files() & {file for _, trained in train_sources(text) for file in trained.resolved_files()}

@@ -14,6 +14,7 @@ from gpt_kit_hf.data.text.documents import Policy
 from gpt_kit_hf.data.text.files.file_cache import PlainFile
 from gpt_kit_hf.data.text.files.plain_files import FileReading, plain_files
 from gpt_kit_hf.data.text.shards import SHARD_BYTES, FileShard, file_shards
+from gpt_kit_hf.data.text.token_files import TokenFile, describe_files, find_token_files
 from gpt_kit_hf.errors import DataError
 from gpt_kit_hf.options.data import TextOptions, weighted_sources
 from gpt_kit_hf.options.files import find_files, folder_notes
@@ -22,7 +23,9 @@ _SMALLEST_SHARD = 1 << 12
 
 
 def train_sources(options: TextOptions) -> list[tuple[float, TextSource]]:
-    """Return the sources to train on, with their weights."""
+    """Return the sources of text to train on, with their weights; none of them for token files."""
+    if options.token_files:
+        return []
     if options.mixture is None:
         return [(1.0, _source(options, options.text_files, options.dataset_name, options.dataset_train_split))]
     return [
@@ -32,19 +35,27 @@ def train_sources(options: TextOptions) -> list[tuple[float, TextSource]]:
 
 
 def eval_source(options: TextOptions) -> TextSource | None:
-    """Return the source to evaluate on, or None if a fraction of the training text is."""
-    if options.eval_files is not None:
+    """Return the text to evaluate on, or None if a fraction of the training text or token files are."""
+    if options.eval_files is not None and not eval_token_files(options):
         return _source(options, options.eval_files, None, "", "eval_files")
     if options.dataset_test_split is not None:
         return _source(options, None, options.dataset_name, options.dataset_test_split, "dataset_test_split")
     return None
 
 
+def eval_token_files(options: TextOptions) -> list[TokenFile]:
+    """Return the token files to evaluate on, if `eval_files` names some."""
+    named = options.eval_files or []
+    is_ids = [name.endswith((".bin", ".ds")) for name in named]
+    return find_token_files(named, "eval_files") if options.token_files and any(is_ids) else []
+
+
 def source_notes(options: TextOptions) -> list[str]:
-    """Return lines on what was left out of the folders and archives that the options name."""
+    """Return lines on token files, and on what was left out of the folders and archives that the options name."""
     held_out = eval_source(options)
     sources = [source for _, source in train_sources(options)] + ([held_out] if held_out is not None else [])
-    return list(dict.fromkeys(note for source in sources for note in source.notes()))
+    read = [*find_token_files(options.token_files or []), *eval_token_files(options)]
+    return list(dict.fromkeys([*(note for source in sources for note in source.notes()), *describe_files(read)]))
 
 
 def _streamed_size(size: int) -> int:

@@ -12,8 +12,9 @@ from gpt_kit_hf.data.text.dataset_shards import RowsShard
 from gpt_kit_hf.data.text.documents import READ
 from gpt_kit_hf.data.text.report import Reading
 from gpt_kit_hf.data.text.shards import FileShard
-from gpt_kit_hf.data.text.sources import eval_source, train_sources
+from gpt_kit_hf.data.text.sources import eval_source, eval_token_files, train_sources
 from gpt_kit_hf.data.text.token_cache import cache_folder, store_tokens
+from gpt_kit_hf.data.text.token_files import find_token_files, read_token_files
 from gpt_kit_hf.options.data import ShareOptions, TextOptions
 from gpt_kit_hf.text import duration
 from gpt_kit_hf.tokenization import encodings
@@ -67,6 +68,9 @@ def tokenize_text(text: TextOptions, encoding: tiktoken.Encoding, share: ShareOp
     """
     share, began, folder = share or ShareOptions(), time.perf_counter(), cache_folder(text.token_cache_dir)
     every = stored_shards(text, encoding)
+    if text.token_files and share.shard_index == 0:  # they are read once, to be known by their content
+        files = [*find_token_files(text.token_files), *eval_token_files(text)]
+        read_token_files(files, encoding, folder)
     own = every[share.shard_index :: share.num_shards]
     stored = store_tokens(own, encoding, text.num_proc, folder)
     left_out = sum(Reading(tally=stored.tally, used=0).left_out.values())

@@ -57,7 +57,7 @@ def source(found: Mapping[str, Any]) -> str:
 def sources(options: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return what a run trained on: name, Hub id, weight in a mixture, and the dataset's configuration and split."""
     found: list[Any] = []
-    for option in ("text.text_files", "text.mixture", "rows.rows"):
+    for option in ("text.text_files", "text.token_files", "text.mixture", "rows.rows"):
         found += [{"name": each} if isinstance(each, str) else each for each in options.get(option, [])]
     found += [options[f"{group}.dataset_name"] for group in _DATA if f"{group}.dataset_name" in options]
     # A run has options of text or of rows.
