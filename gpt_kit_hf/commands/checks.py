@@ -11,7 +11,7 @@ from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.options.data import TextOptions
 from gpt_kit_hf.options.declare import Option, sections_of
 from gpt_kit_hf.options.evaluation import VerifyOptions
-from gpt_kit_hf.options.files import PYTHON_STDLIB, find_files, may_be_hub_id
+from gpt_kit_hf.options.files import PYTHON_STDLIB, check_local, find_files, is_url, may_be_hub_id
 from gpt_kit_hf.options.generation import EngineOptions
 from gpt_kit_hf.options.run import RunOptions
 from gpt_kit_hf.options.training import TrainingOptions
@@ -81,6 +81,7 @@ def _check(option: Option, named: str, text: bool) -> None:
         if option.names == "run" and not holds_run(place):
             raise UsageError(f"{option.name} {named!r} holds no run")
     elif option.names == "new_folder":
+        check_local(option.name, named)
         if place.exists() and not (place.is_dir() and not any(place.iterdir())):
             raise UsageError(f"{option.name} {named!r} exists and is not an empty folder; nothing is overwritten")
         check_can_be_made(place)
@@ -88,6 +89,8 @@ def _check(option: Option, named: str, text: bool) -> None:
         pattern = named.partition(":")[2] if option.names == "weighted_files" else named
         if pattern == PYTHON_STDLIB or pattern.startswith("dataset:"):
             return
+        if is_url(pattern) and option.name in ("text_files", "mixture", "eval_files"):
+            return  # it is looked for when it is read
         found = find_files([pattern], option.name)
         # Reading the text checks every file, and more of it.
         for file in found[:_FILES_CHECKED] if text else ():

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 from gpt_kit_hf.errors import UsageError, unknown_name
 from gpt_kit_hf.options.declare import Options, Resume, option
+from gpt_kit_hf.options.files import check_local
 
 TRAINED_BPE = "bpe"
 KEEP = "keep"
@@ -78,8 +79,9 @@ class TextOptions(Options):
 
     text_files: list[str] | None = option(
         None,
-        "files, folders or globs, or - for the standard input: plain text (one document per file), .jsonl, .csv, .tsv "
-        "or .parquet (one document per row), also compressed as .gz or .zst, and .tar or .zip archives of these; "
+        "files, folders, globs or URLs of these such as s3://..., or - for the standard input: plain text (one "
+        "document per file), .jsonl, .csv, .tsv or .parquet (one document per row), also compressed as .gz or .zst, "
+        "and .tar or .zip archives of these; "
         "python-stdlib is the source code of the running Python's standard library",
         unset="none",
         excludes=("dataset_name", "mixture"),
@@ -173,6 +175,7 @@ class TextOptions(Options):
             )
         super().__post_init__()
         check_encoding_of_files(self.encoding_of_files)
+        check_local("token_cache_dir", self.token_cache_dir or "")
         if self.document_separator == "":
             raise UsageError("document_separator must not be empty; leave it out if a file is one document")
         if self.token_files and (self.streaming or self.document_separator is not None):

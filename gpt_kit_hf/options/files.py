@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import stat
 import sys
 import sysconfig
 from pathlib import Path
 
-from gpt_kit_hf.errors import DataError
+from gpt_kit_hf.errors import DataError, UsageError
 
 PYTHON_STDLIB = "python-stdlib"
 STANDARD_INPUT = Path("/dev/stdin")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 # Tests repeat themselves and hold files that are not UTF-8 on purpose.
 _STDLIB_WITHOUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib-dynload"}
+
+
+def is_url(name: str) -> bool:
+    """Return whether a name is a URL, such as s3://bucket/*.jsonl."""
+    return _URL.match(name) is not None
+
+
+def check_local(option: str, place: str) -> None:
+    """Raise UsageError for a URL where a folder of this machine's file systems is needed."""
+    if is_url(place):
+        raise UsageError(f"{option} {place!r} is a URL: name a folder of a file system, and copy it from there")
 
 
 def find_files(patterns: list[str], option: str = "text_files") -> list[Path]:
@@ -60,6 +73,8 @@ def folder_notes(patterns: list[str]) -> list[str]:
 def _matching_files(pattern: str, option: str) -> list[Path]:
     if not pattern:
         raise DataError(f"{option}: a name is empty")
+    if is_url(pattern):
+        raise DataError(f"{option} {pattern!r}: a URL is read by text_files, mixture and eval_files of text only")
     if pattern == "-" and sys.stdin is not None and sys.stdin.isatty():
         raise DataError(f"{option} '-': the standard input is a terminal: pipe text into the command")
     name = str(STANDARD_INPUT) if pattern == "-" else os.path.expanduser(pattern)  # noqa: PTH111 (keeps ./ and globs)

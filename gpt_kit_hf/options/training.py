@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 from gpt_kit_hf.errors import UsageError, unknown_name
 from gpt_kit_hf.options.declare import REQUIRED, Options, option
+from gpt_kit_hf.options.files import check_local
 
 OptimizerName: TypeAlias = Literal["adamw", "muon"]
 # The trackers of Accelerate; a test compares them with the installed version's.
@@ -137,6 +138,7 @@ class TrainingOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_local("output_dir", self.output_dir)
         if 0.0 < self.spike_factor <= 1.0:
             raise UsageError(f"spike_factor must be above 1, or 0 to disable it, got {self.spike_factor}")
         if len(self.report_to) > 1 and (alone := {"auto", "none"} & set(self.report_to)):

@@ -13,11 +13,12 @@ from gpt_kit_hf.data.text.dataset_shards import DatasetShard, RowsShard, load_sp
 from gpt_kit_hf.data.text.documents import Policy
 from gpt_kit_hf.data.text.files.file_cache import PlainFile
 from gpt_kit_hf.data.text.files.plain_files import FileReading, plain_files
+from gpt_kit_hf.data.text.files.remote_files import remote_files
 from gpt_kit_hf.data.text.shards import SHARD_BYTES, FileShard, file_shards
 from gpt_kit_hf.data.text.token_files import TokenFile, describe_files, find_token_files
 from gpt_kit_hf.errors import DataError
 from gpt_kit_hf.options.data import TextOptions, weighted_sources
-from gpt_kit_hf.options.files import find_files, folder_notes
+from gpt_kit_hf.options.files import find_files, folder_notes, is_url
 
 _SMALLEST_SHARD = 1 << 12
 
@@ -98,8 +99,9 @@ class TextSource:
         return str(self.dataset) if self.files is None else ", ".join(self.files[:3])
 
     def resolved_files(self) -> set[Path]:
-        """Return the absolute paths of the files, with symbolic links resolved."""
-        return set() if self.files is None else {file.resolve() for file in find_files(self.files, self.option)}
+        """Return the absolute paths of the files, or of their copies, with symbolic links resolved."""
+        local, remote = self._found()
+        return {file.resolve() for file in (*local, *(each.file for each in remote))}
 
     def notes(self) -> list[str]:
         """Return lines on what was left out of folders and archives, and on columns that were chosen."""
@@ -132,7 +134,13 @@ class TextSource:
     def _plain_files(self) -> tuple[list[PlainFile], list[str]]:
         keep_bad = self.policy.on_bad_text != "stop"
         reading = FileReading(column=self.column, encoding=self.encoding, keep_bad=keep_bad)
-        return plain_files(find_files(self.files or [], self.option), reading)
+        return plain_files(*self._found(), reading)
+
+    def _found(self) -> tuple[list[Path], list[PlainFile]]:
+        """Return the files of this machine's file systems, and the copies of those behind URLs."""
+        named = self.files or []
+        remote = [file for name in named if is_url(name) for file in remote_files(name, self.option)]
+        return find_files([name for name in named if not is_url(name)], self.option), remote
 
     def _file_shards(self, may_cut: bool, shard_bytes: int | None) -> list[FileShard]:
         found, _ = self._plain_files()

@@ -1,4 +1,4 @@
-"""Copies of files in another form, in the cache of `datasets`, and copies of pipes; named by their content."""
+"""Copies in the cache of `datasets`: of files in another form and of pipes, named by their content, and of URLs."""
 
 from __future__ import annotations
 
@@ -84,6 +84,17 @@ def converted(place: PlainFile, how: tuple[object, ...], write: Callable[[Path],
         if _read_index(folder) is None:  # another process may have made it meanwhile
             _publish(stage, folder)
     return folder, index
+
+
+def downloaded(identity: str, name: str, fetch: Callable[[Path], None]) -> Path:
+    """Return the copy, under its `name`, of what `identity` stands for; `fetch` writes it unless it is there."""
+    file = _cache() / f"remote-{hashlib.sha256(identity.encode()).hexdigest()[:32]}" / name
+    if not file.is_file():
+        with _stage() as stage:
+            fetch(stage / name)
+            if not file.is_file():
+                _publish(stage, file.parent)
+    return file
 
 
 def _read_index(folder: Path) -> Index | None:

@@ -68,8 +68,10 @@ class FileReading:
         return marked_encoding(head) or (codecs.lookup(self.encoding).name if self.encoding else "utf-8")
 
 
-def plain_files(files: list[Path], reading: FileReading) -> tuple[list[PlainFile], list[str]]:
-    """Return the files to read in place of `files`, and a line on each of which something was left out or chosen.
+def plain_files(files: list[Path], remote: list[PlainFile], reading: FileReading) -> tuple[list[PlainFile], list[str]]:
+    """Return the files to read in place of `files` and of the copies of `remote` ones.
+
+    Also returns a line on each of which something was left out or chosen.
 
     Raises DataError, with what would work, for a file that is no text.
     """
@@ -79,6 +81,8 @@ def plain_files(files: list[Path], reading: FileReading) -> tuple[list[PlainFile
         # A shell's "< rows.jsonl" makes /dev/stdin the file itself, whose name tells its form.
         named = file.resolve() if file.is_relative_to("/dev") else file
         place = PlainFile(named, str(named)) if named.is_file() else spooled(file)
+        found += _plain(place, reading, notes, 0)
+    for place in remote:
         found += _plain(place, reading, notes, 0)
     return found, notes
 
