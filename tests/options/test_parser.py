@@ -168,7 +168,7 @@ def test_an_option_replaces_its_alternative_in_the_file(tmp_path: Path) -> None:
     assert (options.text.text_files, options.text.dataset_name) == (None, "d")
     assert (options.text.eval_files, options.text.dataset_test_split) == (None, "test")
     assert (options.training.max_steps, options.training.num_train_epochs) == (None, 2.0)
-    with pytest.raises(UsageError, match="exactly one of text_files, dataset_name and mixture"):
+    with pytest.raises(UsageError, match="exactly one of text_files, token_files, dataset_name and mixture"):
         parse_run_options([*asked, "--text_files=c"])
     file.write_text("data: [a]\n")
     options = parse_options(EvaluateOptions, ["m", f"--config={file}", "--tasks", "t"], prog="evaluate")

@@ -228,7 +228,7 @@ def test_rows_to_finetune_on_are_read_from_a_folder_that_save_to_disk_wrote(tmp_
 
 def test_options_ask_for_one_source() -> None:
     for given in ({}, {"text_files": ["a"], "dataset_name": "b"}, {"text_files": ["a"], "mixture": ["1:b"]}):
-        with pytest.raises(UsageError, match="exactly one of text_files, dataset_name and mixture"):
+        with pytest.raises(UsageError, match="exactly one of text_files, token_files, dataset_name and mixture"):
             TextOptions(**given)
 
 
