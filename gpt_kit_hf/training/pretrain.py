@@ -54,6 +54,9 @@ from gpt_kit_hf.training.runtime.preparation import Preparation, prepare_togethe
 from gpt_kit_hf.training.state.sharded_state import unsharded_model
 from gpt_kit_hf.training.task import RunContext, Task, check_max_length, generate_sample, joined_position
 
+# Tokens of the training text that are counted for a baseline: the other processes wait meanwhile.
+_COUNTED = 1 << 28
+
 
 def train(options: RunOptions, *, stream: TextIO | None = sys.stdout) -> RunResult:
     """Pretrain a GPT on text, or resume to; progress is written to `stream`.
@@ -81,9 +84,10 @@ class TextTask(Task):
         with prepare_together(context.accelerator) as together:
             self.encoding = together.on_main(self._choose_encoding)
             self._tokenize(together)
+            self.eval_text = self._read_text()
+            together.gather(None)  # opening the shards of a large corpus takes minutes
         self._eos = self.encoding.encode_single_token(encodings.EOS_TOKEN)
         self._begin = encodings.begin_of_text(self.encoding)
-        self.eval_text = self._read_text()
         self._check_eval_text()
         self._eval_fingerprint = self.eval_text.fingerprint()
         self.byte_lengths = token_byte_lengths(self.encoding)
@@ -302,7 +306,8 @@ class PretrainingTask(TextTask):
 
     def baselines(self) -> dict[str, float]:
         """Return what gzip and the frequencies of bytes reach on the evaluation text."""
-        counts = [text.counts(self.encoding.n_vocab) for text in (self.corpus.train, self.eval_text)]
+        size = self.encoding.n_vocab
+        counts = [self.corpus.train.counts(size, at_most=_COUNTED), self.eval_text.counts(size)]
         return {**super().baselines(), "byte unigram": unigram_bits_per_byte(counts[0], counts[1], self.encoding)}
 
     def _read_text(self) -> TokenStream:

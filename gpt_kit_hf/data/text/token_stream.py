@@ -129,10 +129,13 @@ class TokenStream:
         views = [np.asarray(view) for view in self.views(start, stop)]
         return np.concatenate(views).astype(np.int64) if views else np.empty(0, np.int64)
 
-    def counts(self, n_vocab: int) -> npt.NDArray[np.int64]:
-        """Return how often each id occurs, (n_vocab,)."""
+    def counts(self, n_vocab: int, at_most: int | None = None) -> npt.NDArray[np.int64]:
+        """Return how often each id occurs, (n_vocab,): in all blocks of a million ids, or evenly spaced ones.
+
+        These hold about `at_most` ids together.
+        """
         totals = np.zeros(n_vocab, dtype=np.int64)
-        for block in self._blocks():
+        for block in self._blocks(1 if at_most is None else max(1, round(len(self) / at_most))):
             totals += np.bincount(block, minlength=n_vocab)
         return totals
 
@@ -145,8 +148,8 @@ class TokenStream:
             digest.update(block.astype("<u4").tobytes())
         return digest.hexdigest()[:16]
 
-    def _blocks(self) -> Iterator[npt.NDArray[Any]]:
-        for first in range(0, len(self), _BLOCK):
+    def _blocks(self, step: int = 1) -> Iterator[npt.NDArray[Any]]:
+        for first in range(0, len(self), step * _BLOCK):
             yield from map(np.asarray, self.views(first, min(first + _BLOCK, len(self))))
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from gpt_kit_hf.data.text import token_stream
 from gpt_kit_hf.data.text.stored_arrays import Pieces, StoredIds
 from gpt_kit_hf.data.text.token_stream import DocumentStarts, TokenStream, join_streams, split_eval
 from gpt_kit_hf.data.text.windows import TokenWindows
@@ -77,6 +78,16 @@ def test_a_stream_on_the_disk_is_read_split_and_joined_like_one_in_memory(seed: 
     check(split_eval(both[0], 0.3, seed + 1)[0], again[0])
     other, more, begins = stored_stream(rng, tmp_path / "b", documents=7)
     check(join_streams([both[0], other]), [*trained, *np.split(more, begins[1:])])
+
+
+def test_counts_of_a_large_stream_are_of_evenly_spaced_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_stream, "_BLOCK", 10)
+    ids = np.random.default_rng(0).integers(0, 50, 1_003)
+    stream = TokenStream([ids[:37], ids[37:]], np.zeros(1, np.int64))
+    for at_most in (None, 5_000, 1_003, 900):
+        np.testing.assert_array_equal(stream.counts(50, at_most), np.bincount(ids, minlength=50))
+    spaced = ids[:1_000].reshape(-1, 10)[::4].ravel()
+    np.testing.assert_array_equal(stream.counts(50, 250), np.bincount(np.append(spaced, ids[1_000:]), minlength=50))
 
 
 @pytest.mark.parametrize("size", [1, 2, 200, 255, 256, 70_000])
