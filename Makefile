@@ -10,7 +10,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 OLDEST := .venv-oldest
 OLDEST_VERSIONS := s/^transformers==.*/transformers==5.17.0/; s/^huggingface_hub==.*/huggingface_hub==1.33.0/
 
-.PHONY: help quickstart test test-all test-oldest conformance check docs build clean
+.PHONY: help quickstart test test-all test-oldest conformance gpu check docs build clean
 
 help:
 	@echo "quickstart    train a small GPT on the source of the Python standard library and generate from it"
@@ -18,6 +18,7 @@ help:
 	@echo "test-all      the same with the slow tests"
 	@echo "test-oldest   all tests with the oldest supported transformers"
 	@echo "conformance   the common model tests of transformers on this package's classes"
+	@echo "gpu           measure and test on this machine's GPU, in about ten minutes"
 	@echo "check         lint, types and import levels"
 	@echo "docs          build the documentation into site/, without network access"
 	@echo "build         build the source distribution and the wheel into dist/"
@@ -36,6 +37,10 @@ test-all: $(VENV)/.test check
 # The common model tests of transformers, taken from its source distribution, on this package's classes.
 conformance: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow tests/conformance
+
+# What only a GPU can show; torch must be one with CUDA.
+gpu: $(VENV)/.test
+	$(BIN)/python benchmarks/gpu.py
 
 # All tests with the oldest supported transformers and the same torch.
 test-oldest: $(OLDEST)/.test
