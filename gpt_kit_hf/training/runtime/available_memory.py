@@ -36,7 +36,8 @@ def available_memory(root: Path = Path("/")) -> int:
     A container or a Slurm job may have less than the system. Pages of files that are not in use count as free, as the
     kernel drops them first. `root` is the folder that holds `proc` and `sys`.
     """
-    return min([psutil.virtual_memory().available, *_left_in_cgroups(root)])
+    available: int = psutil.virtual_memory().available  # psutil has no type
+    return min([available, *_left_in_cgroups(root)])
 
 
 def _left_in_cgroups(root: Path) -> list[int]:
