@@ -18,10 +18,12 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
+from typing import TypeAlias
 
 from safetensors import SafetensorError
 
@@ -31,6 +33,8 @@ from gpt_kit_hf.storage.digests import FileDigest, digest_of
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
+# What fills a stage folder; returns the digests of the files that are flushed to the disk already, {name: digest}.
+Write: TypeAlias = Callable[[Path], Mapping[str, FileDigest] | None]
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +42,7 @@ _log = logging.getLogger(__name__)
 def save_checkpoint(
     run: Path,
     step: int,
-    write: Callable[[Path], None],
+    write: Write,
     *,
     keep_last: int,
     keep: Collection[int] = (),
@@ -139,7 +143,7 @@ def _is_checkpoint(path: Path) -> bool:
         return False
 
 
-def _fill_stage(stage: Path, final: Path, write: Callable[[Path], None], required_bytes: int, report: Report) -> bool:
+def _fill_stage(stage: Path, final: Path, write: Write, required_bytes: int, report: Report) -> bool:
     """Fill the stage folder and write its manifest; return False if the final folder exists and is intact."""
     final.parent.mkdir(parents=True, exist_ok=True)
     sync_path(final.parent.parent)
@@ -157,13 +161,15 @@ def _fill_stage(stage: Path, final: Path, write: Callable[[Path], None], require
     if free < required_bytes:
         raise CheckpointError(f"it needs {required_bytes:,} bytes, {final.parent} has {free:,} free")
     stage.mkdir()
-    write(stage)
-    _write_manifest(stage, checkpoint_step(final))
+    _write_manifest(stage, checkpoint_step(final), write(stage) or {})
     return True
 
 
-def _write_manifest(stage: Path, step: int) -> None:
-    """Give the staged files their ordinary mode, flush them to the disk and describe them in the manifest."""
+def _write_manifest(stage: Path, step: int, known: Mapping[str, FileDigest]) -> None:
+    """Give the staged files their ordinary mode, flush them to the disk and describe them in the manifest.
+
+    The files in `known` are flushed and hashed already, perhaps by other processes.
+    """
     found, problems = _scan(stage)
     if problems or MANIFEST in found or not found:
         raise CheckpointError(problems[0] if problems else f"only {MANIFEST}, or no file, was written")
@@ -173,10 +179,17 @@ def _write_manifest(stage: Path, step: int) -> None:
         # chmod, so it is called only for a change.
         if stat.S_IMODE(path.stat().st_mode) != mode:
             path.chmod(mode)
-        sync_path(path)
-    for folder in {parent for path in found.values() for parent in path.parents if stage in parent.parents}:
-        sync_path(folder)
-    files = {name: asdict(digest_of(path)) for name, path in found.items()}
+    wrong = [name for name, digest in known.items() if name not in found or found[name].stat().st_size != digest.size]
+    if wrong:
+        raise CheckpointError(f"{wrong[0]} is not as the process that wrote it left it")
+    rest = [path for name, path in found.items() if name not in known]
+    folders = {parent for path in found.values() for parent in path.parents if stage in parent.parents}
+    # The disk is waited for while the files are hashed.
+    with ThreadPoolExecutor() as pool:
+        flushed = pool.map(sync_path, [*rest, *folders])
+        hashed = dict(zip(rest, pool.map(digest_of, rest), strict=True))
+        list(flushed)  # raises what a flush raised
+    files = {name: asdict(known[name] if name in known else hashed[path]) for name, path in found.items()}
     # This flushes the stage folder, too.
     save_json(stage / MANIFEST, {"format": _FORMAT, "step": step, "files": files})
 

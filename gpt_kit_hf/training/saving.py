@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from gpt_kit_hf.errors import CheckpointError
 from gpt_kit_hf.hub.safety import check_model_folder
 from gpt_kit_hf.storage.atomic_files import Report
 from gpt_kit_hf.storage.checkpoints import checkpoint_step, latest_checkpoint, list_checkpoints
+from gpt_kit_hf.storage.digests import FileDigest
 from gpt_kit_hf.training.log.run_log import RunRecord
 from gpt_kit_hf.training.state.checkpoint_writer import CheckpointWriter
-from gpt_kit_hf.training.state.sharded_state import full_state, write_sharded_state
-from gpt_kit_hf.training.state.training_state import SHARDS, training_state, write_position
+from gpt_kit_hf.training.state.host_copies import HostCopies
+from gpt_kit_hf.training.state.sharded_saves import ShardedSaves
+from gpt_kit_hf.training.state.sharded_state import full_state, sharded_optimizer
+from gpt_kit_hf.training.state.training_state import SHARDS, position_and_scale, training_state, write_position
 from gpt_kit_hf.training.steps import Steps
 from gpt_kit_hf.training.task import RunContext, Task, decide_on_main
 
@@ -45,6 +47,9 @@ class RunCheckpoints:
     ) -> None:
         self._folder, self._chosen, self._accelerator = context.folder, context.options, context.accelerator
         self._task, self._steps, self._record, self._log = task, steps, record, context.console.log
+        self._shards = ShardedSaves() if self._accelerator.is_fsdp2 else None
+        sharing = 1 if self._shards is None else self._shards.on_this_host
+        self._copies = HostCopies(self._accelerator.device, self._log, sharing=sharing)
         self.writer = CheckpointWriter(
             context.folder,
             keep_last=context.options.save_total_limit,
@@ -60,17 +65,20 @@ class RunCheckpoints:
         return f"the last good checkpoint is {last.name}" if last else "there is no checkpoint yet"
 
     def save(self, *, must: bool) -> None:
-        """Write the checkpoint of this step; every process calls.
+        """Write the checkpoint of this step, unless it was written already; every process calls.
 
         With `must` it is complete on return, or CheckpointError is raised. Without, it may be written in the
         background, and a failure is only logged.
         """
         position = self._steps.position()
+        if self.writer.written == self._steps.step:
+            return
+        in_background = self._chosen.async_save and not must
         try:
-            if self._accelerator.is_fsdp2:
-                self._save_shards(position)
+            if self._shards is not None:
+                self._save_sharded(self._shards, position, in_background=in_background)
             elif self._accelerator.is_main_process:
-                self._save_whole(position, in_background=self._chosen.async_save and not must)
+                self._save_whole(position, in_background=in_background)
         except CheckpointError as error:
             if must and self._accelerator.is_main_process:
                 raise
@@ -85,50 +93,54 @@ class RunCheckpoints:
         return [step for _, step in ranked[: self._chosen.keep_best]]
 
     def _save_whole(self, position: Mapping[str, Any], *, in_background: bool) -> None:
-        self.writer.wait()  # else there could be two copies of the state in memory
-        state = training_state(self._task.model, self._steps.trainer, position, copied=in_background)
+        copies = self._copies if in_background else None
+        state = training_state(self._task.model, self._steps.trainer, position, copies)
 
         def write(folder: Path) -> None:
             self._task.write_model(folder, state.weights)
             state.write(folder)
 
-        self._write(write, required_bytes=state.required_bytes, in_background=in_background and state.own)
-
-    def _save_shards(self, position: Mapping[str, Any]) -> None:
-        """Save a sharded model: the main process announces the folder, and every process writes its shards there.
-
-        Raises CheckpointError in all processes if the main one fails.
-        """
-        model, trainer = self._task.model, self._steps.trainer
-        weights = full_state(model)
-
-        def write(folder: Path) -> None:
-            self._task.write_model(folder, weights)
-            write_position(folder, trainer, position)
-            broadcast_object_list([folder / SHARDS, None])
-            write_sharded_state(folder / SHARDS, model, trainer.optimizer.optimizer)
-
-        if not self._accelerator.is_main_process:
-            while True:
-                folder, failed = broadcast_object_list([None, None])
-                if folder is None:
-                    break
-                with suppress(CheckpointError):  # the main process reports it
-                    write_sharded_state(folder, model, trainer.optimizer.optimizer)
-            if failed:
-                raise CheckpointError("the main process did not write the checkpoint")
-            return
-        failure = None
-        try:
-            self._write(write, required_bytes=0, in_background=False)
-        except CheckpointError as error:
-            failure = error
-        broadcast_object_list([None, failure is not None])
-        if failure is not None:
-            raise failure
-
-    def _write(self, write: Callable[[Path], None], *, required_bytes: int, in_background: bool) -> None:
         self._record.flush()
         self.writer.save(
-            self._steps.step, write, required_bytes=required_bytes, keep=self.best_steps(), in_background=in_background
+            self._steps.step,
+            write,
+            required_bytes=state.required_bytes,
+            keep=self.best_steps(),
+            in_background=state.own,
         )
+
+    def _save_sharded(self, shards: ShardedSaves, position: Mapping[str, Any], *, in_background: bool) -> None:
+        """Save a sharded model: the main process writes the model, and every process its part of the optimizer."""
+        trainer, step = self._steps.trainer, self._steps.step
+        self._flush_together(shards)
+        weights = full_state(self._task.model)
+        state = sharded_optimizer(self._task.model, trainer.optimizer.optimizer)
+        copied = self._copies.copied(state.tensors) if in_background else None
+        in_background = shards.all_agree(copied is not None)
+        if copied is not None and in_background:
+            state = replace(state, tensors=copied)
+        if not self._accelerator.is_main_process:
+            self.writer.help(step, lambda: shards.follow(state), in_background=in_background)
+            return
+        values = position_and_scale(trainer, position)
+
+        def write(folder: Path) -> dict[str, FileDigest]:
+            digests = shards.lead(folder / SHARDS, state)
+            self._task.write_model(folder, weights)
+            write_position(folder, values)
+            return {f"{SHARDS}/{name}": digest for name, digest in digests.items()}
+
+        self.writer.save(
+            step, write, required_bytes=0, keep=self.best_steps(), in_background=in_background, after=shards.end
+        )
+
+    def _flush_together(self, shards: ShardedSaves) -> None:
+        """Flush the record; raise CheckpointError in all processes if that fails in the main one."""
+        failure = None
+        if self._accelerator.is_main_process:
+            try:
+                self._record.flush()
+            except CheckpointError as error:
+                failure = error
+        if not shards.all_agree(failure is None):
+            raise failure or CheckpointError("the main process did not write its metrics")

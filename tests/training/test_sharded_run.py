@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from test_distributed import launch, metrics, text  # noqa: F401
 from test_pretrain import killed_copy
 
-from gpt_kit_hf import parse_run_options, run_command, train
+from gpt_kit_hf import GPTKitForCausalLM, parse_run_options, run_command, train
 from gpt_kit_hf.storage import checkpoints
 from gpt_kit_hf.training import loop
 
@@ -32,10 +32,10 @@ def sharding(accelerator: Accelerator) -> Accelerator:
     return accelerator
 
 
-def fail_at_step_4(stage: Path, step: int) -> None:
+def fail_at_step_4(stage: Path, step: int, known: Any) -> None:
     if step == 4:
         raise OSError(28, "No space left on device")
-    WRITE_MANIFEST(stage, step)
+    WRITE_MANIFEST(stage, step, known)
 
 
 def losses(run: Path) -> list[Any]:
@@ -64,6 +64,26 @@ def test_sharded_run_survives_a_failed_save_and_resumes(tmp_path: Path, text: Pa
     assert "the checkpoint of step 4 was not saved" in ended.stdout
     assert [folder.name for folder in checkpoints.list_checkpoints(run)] == ["step-00000008"]
     assert losses(run) == losses(resumed)
+
+
+@pytest.mark.slow
+def test_sharded_run_resumes_on_another_number_of_processes(tmp_path: Path, text: Path) -> None:  # noqa: F811
+    run = tmp_path / "run"
+    ended = launch(2, run, text, script=__file__)
+    assert ended.returncode == 0, ended.stderr
+    checkpoint = run / "checkpoints" / "step-00000004"
+    # Weights once, as a model folder; of the optimizer each process wrote its share, in the background.
+    sizes = {path.name: path.stat().st_size for path in checkpoint.rglob("*.safetensors")}
+    model = sizes.pop("model.safetensors")
+    assert sum(sizes.values()) == pytest.approx(2 * model, rel=0.1)  # and headers
+    assert GPTKitForCausalLM.from_pretrained(checkpoint).num_parameters() > 0
+    for processes, script in ((1, "examples/pretrain.py"), (4, __file__)):
+        resumed = killed_copy(run, tmp_path / f"by-{processes}", "step-00000008")
+        ended = launch(processes, resumed, text, "--resume", script=script)
+        assert ended.returncode == 0, ended.stderr
+        assert "resumed  after step 4" in ended.stdout
+        assert losses(resumed) == pytest.approx(losses(run), abs=1e-4)
+        assert [line.get("chain") for line in metrics(resumed)] == [line.get("chain") for line in metrics(run)]
 
 
 if __name__ == "__main__":

@@ -14,11 +14,12 @@ import torch
 from test_pretrain import assert_same_run, options, text_file, update_lines  # noqa: F401
 
 from gpt_kit_hf import AMPTrainer, NonFiniteError, train
-from gpt_kit_hf.errors import RunError
+from gpt_kit_hf.errors import RunError, StoppedError
 from gpt_kit_hf.model.losses import Batch
 from gpt_kit_hf.storage.checkpoints import list_checkpoints
 from gpt_kit_hf.training.loop import lost_process
 from gpt_kit_hf.training.pretrain import PretrainingTask
+from gpt_kit_hf.training.runtime.signals import StopSignals
 
 
 @pytest.fixture(
@@ -142,11 +143,11 @@ def test_failed_save_keeps_the_run_and_the_old_checkpoint(
     train(options(tmp_path / "whole", text_file), stream=None)
     whole, calls = checkpoints._write_manifest, []
 
-    def once_full(stage: Path, step: int) -> None:
+    def once_full(stage: Path, step: int, known: Any) -> None:
         calls.append([folder.name for folder in list_checkpoints(tmp_path / "run")])
         if step == 8:
             raise OSError(28, "No space left on device")
-        whole(stage, step)
+        whole(stage, step, known)
 
     monkeypatch.setattr(checkpoints, "_write_manifest", once_full)
     output = io.StringIO()
@@ -155,6 +156,22 @@ def test_failed_save_keeps_the_run_and_the_old_checkpoint(
     assert "training continues" in output.getvalue()
     assert calls == [[], ["step-00000004"], ["step-00000004"]]
     assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_stop_right_after_a_save_writes_and_reads_nothing_again(
+    text_file: str,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from gpt_kit_hf.storage import checkpoints
+
+    hashed: list[str] = []
+    digest_of = checkpoints.digest_of
+    monkeypatch.setattr(checkpoints, "digest_of", lambda path: hashed.append(path.name) or digest_of(path))
+    monkeypatch.setattr(StopSignals, "asked", lambda self: bool(list_checkpoints(tmp_path / "run")))
+    with pytest.raises(StoppedError, match="after step 4 of 12, saved"):
+        train(options(tmp_path / "run", text_file, async_save=False), stream=None)
+    assert len(hashed) == len(set(hashed)) > 5
 
 
 @pytest.mark.parametrize("background", [True, False])

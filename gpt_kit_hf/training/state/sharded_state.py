@@ -1,8 +1,9 @@
-"""Weights and optimizer of a model sharded over processes (FSDP2): each process writes and reads its own shards.
+"""The optimizer of a model sharded over processes (FSDP2): each process writes and reads its own shards.
 
-A folder holds the safetensors files of all processes and one JSON file; reading it runs no code. It can be read by any
-number of processes, sharded in any way. `torch.distributed` modules that take long to import are imported in the
-functions that need them, as a single process without a process group needs none.
+The weights are not among them: a checkpoint is a model folder, which holds them whole, as `full_state` gathers them.
+A folder of shards holds the safetensors files of all processes and one JSON file; reading it runs no code. It can be
+read by any number of processes, sharded in any way. `torch.distributed` modules that take long to import are imported
+in the functions that need them, as a single process without a process group needs none.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -21,14 +23,18 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from gpt_kit_hf.errors import CheckpointError
-from gpt_kit_hf.storage.atomic_files import load_json, save_json
+from gpt_kit_hf.storage.atomic_files import load_json, save_json, sync_path
+from gpt_kit_hf.storage.digests import FileDigest, digest_of
 from gpt_kit_hf.training.state.optimizer_state import flatten_optimizer_state, restore_optimizer_state
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 _OPTIMIZER_FILE = "optimizer.json"
-_WEIGHTS = "weights"  # prefix of a weight's name; an optimizer tensor has the key of its state, as exp_avg
+_WEIGHTS = "weights"  # in files of earlier versions: the kind of a weight; of an optimizer tensor it is exp_avg, say
+
+T = TypeVar("T")
 
 
 def is_dtensor(tensor: object) -> bool:
@@ -40,65 +46,93 @@ def is_dtensor(tensor: object) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def write_sharded_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Write the shards that this process holds; all processes call it together, between two steps.
+def local_part(tensor: Tensor) -> Tensor:
+    """Return the part of a sharded tensor that this process holds, or the tensor itself."""
+    part: Tensor = cast("Any", tensor).to_local() if is_dtensor(tensor) else tensor
+    return part
 
-    `folder` must be the same for all, on a shared file system, and empty or missing. Raises CheckpointError in all
-    processes if one of them cannot write, if their folders differ, or if optimizer state is sharded otherwise than
-    its parameter.
+
+@dataclass(frozen=True, kw_only=True)
+class ShardedOptimizer:
+    """The state of an optimizer: tensors, of which this process holds its shards, and the rest as JSON."""
+
+    tensors: dict[str, Tensor]
+    rest: dict[str, Any]
+
+
+def sharded_optimizer(model: nn.Module, optimizer: Optimizer) -> ShardedOptimizer:
+    """Return the live state of a sharded model's optimizer; all processes call it together, between two steps.
+
+    Raises CheckpointError in all processes if state is sharded otherwise than its parameter.
+    """
+    names = _names(model)
+    tensors, rest = flatten_optimizer_state(optimizer, names)
+    with _failing_together("the optimizer state cannot be stored"):
+        _check_sharding({name: tensor for tensor, name in names.items()}, tensors)
+    return ShardedOptimizer(tensors=tensors, rest=rest)
+
+
+def write_sharded_optimizer(
+    folder: Path, state: ShardedOptimizer, group: ProcessGroup | None = None
+) -> dict[str, FileDigest]:
+    """Write the shards that this process holds; all processes of the group call it together, also from threads.
+
+    `folder` must be the same for all, on a shared file system, and empty or missing. Each process flushes and hashes
+    its own files; returned are the digests of all, {name: digest}. Raises CheckpointError in all processes if one of
+    them cannot write, or if their folders differ.
     """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    names = _names(model)
-    moments, groups = flatten_optimizer_state(optimizer, names)
-    weights = {name: tensor.detach() for tensor, name in names.items()}
-    tensors = _labelled(weights, moments)
     # The writer holds a whole file in memory, so each kind of tensor gets a file of its own.
-    kinds = sorted({_kind(label) for label in tensors})
-    files = {label: 1 + kinds.index(_kind(label)) for label in tensors}
+    kinds = sorted({_kind(label) for label in state.tensors})
+    files = {label: 1 + kinds.index(_kind(label)) for label in state.tensors}
     writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files, save_distributed=True)
-    with _failing_together(f"{folder} was not written"):
-        _check_sharding(weights, moments)
-    with _failing_together(f"{folder} was not written"):
-        save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
-    with _failing_together(f"{folder} was not written"):
+    with _failing_together(f"{folder} was not written", group):
+        save(dict(state.tensors), storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
+    with _failing_together(f"{folder} was not written", group):
         if _rank() == 0:
             try:
-                _check_shards(_read_shards(folder), tensors)
+                _check_shards(_read_shards(folder), state.tensors)
             except CheckpointError as error:
                 raise CheckpointError(f"shards of other processes are missing here: {error}") from error
             # Apart from the tensors: torch's writer would store by pickle what is no tensor.
-            save_json(folder / _OPTIMIZER_FILE, groups)
+            save_json(folder / _OPTIMIZER_FILE, state.rest)
+    own: dict[str, FileDigest] = {}
+    with _failing_together(f"{folder} was not written", group):
+        # torch names a file by the process that wrote it, counted from one.
+        for path in sorted(folder.glob(f"shard-{_rank() + 1:05d}-*")):
+            sync_path(path)
+            own[path.name] = digest_of(path)
+    return {name: digest for digests in _gathered(own, group) for name, digest in digests.items()}
 
 
-def restore_sharded_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Load weights and optimizer state, exactly as written; all processes call it, each reads the shards it needs.
+def restore_sharded_optimizer(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
+    """Load the optimizer state, exactly as written; all processes call it, each reads the shards it needs.
 
-    The model may be sharded over any number of processes, or whole in one without a process group. Options of the
-    optimizer are restored as by `restore_optimizer_state`. Raises CheckpointError in all processes if names, shapes
-    or dtypes do not fit the model, or a shard is missing or unreadable; do not use the model then.
+    The model, which has its weights already, may be sharded over any number of processes, or whole in one without a
+    process group. Options of the optimizer are restored as by `restore_optimizer_state`. Raises CheckpointError in
+    all processes if names, shapes or dtypes do not fit the model, or a shard is missing or unreadable.
     """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
     names = _names(model)
-    weights = {name: tensor.detach() for tensor, name in names.items()}
     with _failing_together(f"{folder} was not read"):
-        groups = load_json(folder / _OPTIMIZER_FILE)
-        shards = _read_shards(folder)
-        moments = _empty_moments(shards, weights)
-        tensors = _labelled(weights, moments)
+        rest = load_json(folder / _OPTIMIZER_FILE)
+        # Earlier versions wrote the weights to the shards, too.
+        shards = {label: each for label, each in _read_shards(folder).items() if _kind(label) != _WEIGHTS}
+        tensors = _empty_moments(shards, {name: tensor.detach() for tensor, name in names.items()})
         _check_shards(shards, tensors)
     with _failing_together(f"{folder} was not read"):
         load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not dist.is_initialized())
-    restore_optimizer_state(optimizer, moments, groups, names)
+    restore_optimizer_state(optimizer, tensors, rest, names)
 
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the state dict of the whole model on the first process's CPU, {} in the others; all call it together.
 
-    Save it with `unsharded_model`. A tied weight is one tensor under all of its names.
+    The tensors are copies. Save them with `unsharded_model`. A tied weight is one tensor under all of its names.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -106,6 +140,9 @@ def full_state(model: nn.Module) -> dict[str, Tensor]:
         "dict[str, Tensor]",
         get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)),
     )
+    # What is on a CPU, and not sharded, comes back as it is.
+    live = {local_part(tensor).untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    whole = {name: t.clone() if t.untyped_storage().data_ptr() in live else t for name, t in whole.items()}
     first = _names(model)
     same = {name: first[tensor] for name, tensor in model.state_dict(keep_vars=True).items()}
     return {name: whole[same[name]] for name in whole}
@@ -143,12 +180,6 @@ def _names(model: nn.Module) -> dict[Any, str]:
     return names
 
 
-def _labelled(weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    tensors = {f"{_WEIGHTS}.{name}": tensor for name, tensor in weights.items()} | dict(moments)
-    assert len(tensors) == len(weights) + len(moments)
-    return tensors
-
-
 def _kind(label: str) -> str:
     return label.partition(".")[0]
 
@@ -157,9 +188,7 @@ def _empty_moments(shards: Mapping[str, TensorStorageMetadata], weights: Mapping
     """Return uninitialised tensors for the optimizer's state, sharded as their parameters are."""
     moments: dict[str, Tensor] = {}
     for label, stored in shards.items():
-        kind, _, name = label.partition(".")
-        if kind == _WEIGHTS:
-            continue
+        name = label.partition(".")[2]
         if name not in weights:
             raise CheckpointError(f"{label} belongs to no parameter of the model")
         parameter, dtype = weights[name], stored.properties.dtype
@@ -204,15 +233,16 @@ def _check_shards(shards: Mapping[str, TensorStorageMetadata], tensors: Mapping[
 
 
 @contextmanager
-def _failing_together(what: str) -> Iterator[None]:
+def _failing_together(what: str, group: ProcessGroup | None = None) -> Iterator[None]:
     """Raise CheckpointError in all processes if one fails; otherwise the others would wait for it forever."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     failure, cause = None, None
     try:
-        with warnings.catch_warnings():
-            # torch warns about a process without a process group even with no_dist=True.
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        with nullcontext() if dist.is_initialized() else warnings.catch_warnings():
+            if not dist.is_initialized():
+                # torch warns about a process without a process group even with no_dist=True.
+                warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             yield
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
@@ -220,12 +250,17 @@ def _failing_together(what: str) -> Iterator[None]:
     except Exception as error:
         cause = error
         failure = f"process {_rank()}: {error if isinstance(error, CheckpointError) else repr(error)}"
-    failures = [failure]
-    if dist.is_initialized():
-        failures = [None] * dist.get_world_size()
-        dist.all_gather_object(failures, failure)
-    for first in filter(None, failures):
+    for first in filter(None, _gathered(failure, group)):
         raise CheckpointError(f"{what}: {first}") from cause
+
+
+def _gathered(own: T, group: ProcessGroup | None) -> list[T]:
+    """Return what each process has."""
+    if not dist.is_initialized():
+        return [own]
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, own, group=group)
+    return found
 
 
 def _rank() -> int:

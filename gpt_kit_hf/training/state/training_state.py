@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 from torch import Tensor, nn
 
 from gpt_kit_hf.errors import CheckpointError
 from gpt_kit_hf.storage.atomic_files import load_json, load_tensors, save_json, save_tensors
+from gpt_kit_hf.training.state.host_copies import HostCopies
 from gpt_kit_hf.training.state.optimizer_state import flatten_optimizer_state, restore_optimizer_state
-from gpt_kit_hf.training.state.sharded_state import is_dtensor, restore_sharded_state
+from gpt_kit_hf.training.state.sharded_state import is_dtensor, restore_sharded_optimizer
 from gpt_kit_hf.training.trainer import AMPTrainer
 
 SHARDS = "sharded"
 _STATE_FILE = "training_state.json"
 _OPTIMIZER_FILE = "optimizer.safetensors"
+_WEIGHTS = "weights"  # prefix of a weight's name among the tensors to copy; an optimizer tensor has its own
 _POSITION = ("step", "corpus", "data_position", "skipped_in_a_row", "recent_norms", "chain")
 _SMALL_FILES_BYTES = 32 << 20  # an upper bound for tokenizer, configuration and code
-_FREE_MEMORY_FACTOR = 2.5  # for the copy, and for writing it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,33 +51,38 @@ class TrainingState:
 
 
 def training_state(
-    model: nn.Module, trainer: AMPTrainer, position: Mapping[str, Any], *, copied: bool
+    model: nn.Module, trainer: AMPTrainer, position: Mapping[str, Any], copies: HostCopies | None
 ) -> TrainingState:
     """Return the current state; `position` is that of `Steps.position`.
 
-    With `copied`, the tensors are copied if there is memory for the copies and for writing them.
+    With `copies`, the tensors are copied to host memory, if there is enough of it.
     """
-    assert position.keys() == set(_POSITION), position
     weights: dict[str, Tensor] = model.state_dict()
     optimizer, groups = flatten_optimizer_state(trainer.optimizer.optimizer, _names(model))
-    values = {**position, "optimizer": groups, "scaler": trainer.scaler.state_dict()}
-    own = copied and _fits(weights, optimizer)
-    if own:
-        # Frozen parameters, as those of an adapter's base model, do not change.
-        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        # One deepcopy for all, so that tied weights stay tied: safetensors checks for that.
-        weights |= copy.deepcopy({name: tensor for name, tensor in weights.items() if name not in frozen})
-        optimizer = {name: tensor.clone() for name, tensor in optimizer.items()}
-    return TrainingState(weights=weights, optimizer=optimizer, values=values, own=own)
+    values = {**position_and_scale(trainer, position), "optimizer": groups}
+    # Frozen parameters, as those of an adapter's base model, do not change.
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    trained = {f"{_WEIGHTS}.{name}": tensor for name, tensor in weights.items() if name not in frozen}
+    copied = None if copies is None else copies.copied(trained | optimizer)
+    if copied is not None:
+        weights |= {label.removeprefix(f"{_WEIGHTS}."): copied[label] for label in trained}
+        optimizer = {label: copied[label] for label in optimizer}
+    return TrainingState(weights=weights, optimizer=optimizer, values=values, own=copied is not None)
 
 
-def write_position(folder: Path, trainer: AMPTrainer, position: Mapping[str, Any]) -> None:
-    """Write position and loss scale of a sharded model, beside its shards."""
-    save_json(folder / _STATE_FILE, {**position, "scaler": trainer.scaler.state_dict()})
+def position_and_scale(trainer: AMPTrainer, position: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the position with the state of the loss scale, as JSON."""
+    assert position.keys() == set(_POSITION), position
+    return {**position, "scaler": trainer.scaler.state_dict()}
+
+
+def write_position(folder: Path, values: Mapping[str, Any]) -> None:
+    """Write what `position_and_scale` returned, of a sharded model whose optimizer state is in shards."""
+    save_json(folder / _STATE_FILE, values)
 
 
 def restore_training_state(folder: Path, model: nn.Module, trainer: AMPTrainer) -> dict[str, Any]:
-    """Load optimizer state and loss scale (and the weights of a sharded model) and return the position.
+    """Load optimizer state and loss scale and return the position.
 
     The optimizer keeps the options that it was built with, weight decay for example, as the user may have changed
     them. Raises CheckpointError if something is missing or has another shape.
@@ -87,7 +91,7 @@ def restore_training_state(folder: Path, model: nn.Module, trainer: AMPTrainer) 
     optimizer = trainer.optimizer.optimizer
     built = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     if (folder / SHARDS).is_dir():
-        restore_sharded_state(folder / SHARDS, model, optimizer)
+        restore_sharded_optimizer(folder / SHARDS, model, optimizer)
     else:
         tensors = _sharded_alike(load_tensors(folder / _OPTIMIZER_FILE), model)
         restore_optimizer_state(optimizer, tensors, state["optimizer"], _names(model))
@@ -131,8 +135,3 @@ def _sharded_alike(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Te
 
 def _names(model: nn.Module) -> dict[nn.Parameter, str]:
     return {parameter: name for name, parameter in model.named_parameters()}
-
-
-def _fits(weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> bool:
-    wanted = sum(tensor.nbytes for tensor in (*weights.values(), *optimizer.values()))
-    return bool(psutil.virtual_memory().available > _FREE_MEMORY_FACTOR * wanted)
