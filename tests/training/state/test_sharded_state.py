@@ -469,7 +469,7 @@ def test_a_failure_in_one_process_is_an_error_in_all(ranks: Path) -> None:
     assert second == {key: text.replace("of process 0 was", "of process 1 was") for key, text in first.items()}
     assert first["full disk"].endswith("was not written: process 1: OSError: [Errno 28] No space left on device")
     assert " was not written: process 0: shards of other processes are missing here: " in first["a folder for each"]
-    assert first["a shard is missing"].startswith(f"{ranks / 'cut short'} was not read: process 0: of ")
+    assert "embed_tokens.weight does not have the recorded dtype and shape" in first["a shard is missing"]
     odd = "optimizer state rows.model.embed_tokens.weight is not sharded as its parameter is and cannot be stored"
     assert first["other sharding"] == f"{ranks / 'odd'} was not written: process 0: {odd}"
 
