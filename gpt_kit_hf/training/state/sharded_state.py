@@ -67,7 +67,7 @@ def sharded_optimizer(model: nn.Module, optimizer: Optimizer) -> ShardedOptimize
     """
     names = _names(model)
     tensors, rest = flatten_optimizer_state(optimizer, names)
-    with _failing_together("the optimizer state cannot be stored"):
+    with _failing_together("the optimizer was not saved"):
         _check_sharding({name: tensor for tensor, name in names.items()}, tensors)
     return ShardedOptimizer(tensors=tensors, rest=rest)
 
