@@ -18,11 +18,18 @@ OTHER_DEVICE = torch.device("xpu")  # the code for a device that is not the CPU,
 
 
 class Allocations(TorchDispatchMode):
-    """Notes each operation that returns new memory for more than one element."""
+    """Notes what makes new memory where a tensor lies: operations with such a result, and copies of its storage."""
 
-    def __init__(self) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
         self.found: list[str] = []
+        copy_of = torch.UntypedStorage.__deepcopy__
+
+        def deepcopy(storage: Any, memo: Any) -> Any:
+            self.found.append("deepcopy")
+            return copy_of(storage, memo)
+
+        monkeypatch.setattr(torch.UntypedStorage, "__deepcopy__", deepcopy)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -48,9 +55,11 @@ def assert_copies(copies: dict[str, Tensor], tensors: dict[str, Tensor]) -> None
     assert copies["lm_head.weight"].data_ptr() == copies["model.embed_tokens.weight"].data_ptr()
 
 
-def test_nothing_is_allocated_on_the_device_and_buffers_are_used_again(tensors: dict[str, Tensor]) -> None:
+def test_nothing_is_allocated_on_the_device_and_buffers_are_used_again(
+    tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     copies = HostCopies(OTHER_DEVICE, no_word)
-    with Allocations() as allocations:
+    with Allocations(monkeypatch) as allocations:
         first = copies.copied(tensors)
     assert first is not None
     assert allocations.found == []
@@ -66,13 +75,18 @@ def test_nothing_is_allocated_on_the_device_and_buffers_are_used_again(tensors: 
     assert {name: tensor.data_ptr() for name, tensor in second.items()} == places
 
 
-def test_the_cpu_copies_to_memory_that_is_given_back(tensors: dict[str, Tensor]) -> None:
+def test_the_cpu_copies_to_memory_that_is_given_back(
+    tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     copies = HostCopies(torch.device("cpu"), no_word)
-    with Allocations() as allocations:
+    with Allocations(monkeypatch) as allocations:
         first, second = copies.copied(tensors), copies.copied(tensors)
     assert first is not None
     assert second is not None
-    assert len(allocations.found) > 20  # what the test of another device looks for
+    assert len(allocations.found) > 20  # what the test of another device looks for, here from deepcopy
+    with Allocations(monkeypatch) as allocations:
+        tensors["model.norm.weight"].clone()
+    assert allocations.found == ["aten.clone.default"]
     assert_copies(first, tensors)
     assert first["model.norm.weight"].data_ptr() != second["model.norm.weight"].data_ptr()
 
