@@ -62,6 +62,12 @@ class TrainingOptions(Options):
         unset="true on a GPU, false on a CPU",
         resume="allowed",
     )
+    deterministic: bool = option(
+        False,
+        "use deterministic algorithms only: on a GPU equal runs have equal bits, and steps are slower; a CPU computes "
+        "so either way",
+        resume="allowed",
+    )
     seed: int = option(
         0, "seed of the initial weights, the data order, dropout and the evaluation split", minimum=0, below=2**63
     )

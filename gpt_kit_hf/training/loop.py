@@ -33,6 +33,7 @@ from gpt_kit_hf.training.data_changes import data_change
 from gpt_kit_hf.training.log.console import Console, Pace, trackers
 from gpt_kit_hf.training.log.run_log import RunRecord, RunResult, finished_before
 from gpt_kit_hf.training.runtime.compilation import compile_blocks
+from gpt_kit_hf.training.runtime.determinism import deterministic_algorithms
 from gpt_kit_hf.training.runtime.launch import check_launch, create_accelerator, end_processes, launcher_pid
 from gpt_kit_hf.training.runtime.memory import reuse_freed_memory
 from gpt_kit_hf.training.runtime.signals import EXIT_STOPPED, StopSignals
@@ -67,9 +68,10 @@ def _begin_or_resume(
     options: OptionsOfRun, build_task: Callable[[RunContext], Task], stream: TextIO | None
 ) -> RunResult:
     chosen, folder = options.training, Path(options.training.output_dir)
-    accelerator = _accelerator(options)
-    console = Console(stream if accelerator.is_main_process else None)
     with ExitStack() as stack:
+        stack.enter_context(deterministic_algorithms(chosen.deterministic))
+        accelerator = _accelerator(options)
+        console = Console(stream if accelerator.is_main_process else None)
         stack.callback(end_processes, accelerator)
         stack.callback(console.close)
         stop = stack.enter_context(StopSignals(launcher_pid()))
@@ -187,13 +189,18 @@ class _Loop:
         steps = self.steps
         done = 0 if self.checkpoint is None else checkpoint_step(self.checkpoint)
         options, facts = flat_options(self.options), self._facts()
-        self.record.start(options, facts, self.changes, self.new_data, done=done, total=steps.total)
+        compiled = compile_blocks(
+            self.task.model, self.chosen.torch_compile, self.accelerator.device, self.console.log
+        )
+        computing = steps.computing_facts(compiled=compiled)
+        self.record.start(
+            options, facts, self.changes, self.new_data, computing=computing, done=done, total=steps.total
+        )
         if self.accelerator.is_main_process:
             self.checkpoints.scores = self.record.scores()
         if self.checkpoint is not None:
             steps.restore(self.checkpoint)
         self._introduce()
-        compile_blocks(self.task.model, self.chosen.torch_compile, self.accelerator.device, self.console.log)
         steps.begin()
         self.console.start(steps.step, steps.total)
 

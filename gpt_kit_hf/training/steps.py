@@ -23,6 +23,7 @@ from gpt_kit_hf.model.losses import Batch
 from gpt_kit_hf.options.run import OptionsOfRun
 from gpt_kit_hf.training.optim.optimizer import create_optimizer, learning_rate_at, set_learning_rate
 from gpt_kit_hf.training.runtime.available_memory import out_of_memory
+from gpt_kit_hf.training.runtime.determinism import computing_facts
 from gpt_kit_hf.training.state.batch_digests import batch_digest, chained, content_digest, halves, joined
 from gpt_kit_hf.training.state.training_state import restore_training_state
 from gpt_kit_hf.training.task import RunContext, Task, joined_position
@@ -119,6 +120,17 @@ class Steps:
         """Start reading the batches of the steps up to `last`, by default all."""
         self._batches = self.task.batches(self.plan, self.step, last or self.total, self._data_position)
         self._next = None
+
+    def computing_facts(self, *, compiled: bool) -> dict[str, Any]:
+        """Return what the bits of the steps depend on, for run.json."""
+        return computing_facts(
+            self.task.model,
+            self._accelerator.device,
+            processes=self._accelerator.num_processes,
+            micro_batch_size=self.plan.micro_batch_size,
+            precision=self.trainer.precision,
+            compiled=compiled,
+        )
 
     def position(self) -> dict[str, Any]:
         """Return the position for `restore`; every process calls, between two steps."""

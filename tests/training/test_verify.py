@@ -83,6 +83,62 @@ def test_replay_computes_steps_to_the_bit(finished: tuple[Path, str], tmp_path: 
         replay_steps(run, 9, 13, log=output.append)
 
 
+def test_deterministic_run_records_what_its_bits_depend_on(
+    finished: tuple[Path, str],  # noqa: F811
+    text_file: str,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    train(options(tmp_path / "run", text_file, deterministic=True), stream=None)
+    assert not torch.are_deterministic_algorithms_enabled()
+    [session] = json.loads((tmp_path / "run" / "run.json").read_text())["sessions"]
+    assert (
+        session.items()
+        >= {
+            **{"deterministic": True, "precision": "fp32", "compiled": False, "attention": "sdpa", "device": "cpu"},
+            **{"processes": 1, "threads": torch.get_num_threads()},
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        }.items()
+    )
+    assert update_lines(tmp_path / "run") == update_lines(finished[0])  # a CPU computes so either way
+    replayed = replay_steps(tmp_path / "run", 11, 12, log=lambda line: None)
+    assert replayed.text() == "steps 11 to 12: identical"
+
+
+# A fact of the recorded session, edited as another machine or an earlier version would have written it, and the note.
+OTHERWISE: dict[str, tuple[dict[str, Any], str]] = {
+    "another kind of CPU": ({"cpu_capability": "AVX1"}, "cpu_capability was AVX1, is "),
+    "another size of micro-batch": ({"micro_batch_size": 5}, "micro_batch_size was 5, is "),
+    "compiled": ({"compiled": True}, "compiled was True, is False"),
+    "another attention": ({"attention": "eager"}, "attention was eager, is sdpa"),
+    "another precision": ({"precision": "bf16"}, "precision was bf16, is fp32"),
+    "a GPU": ({"gpu": "NVIDIA H100", "driver": "570.1", "device": "cuda"}, "device was cuda, is cpu"),
+    "an earlier version": ({"compiled": None, "attention": None}, "not recorded: compiled, attention"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERWISE)
+def test_replay_allows_rounding_where_a_fact_differs(case: str, finished: tuple[Path, str], tmp_path: Path) -> None:  # noqa: F811
+    """Losses that differ by rounding are no alarm then, and the note says which fact differs."""
+    facts, note = OTHERWISE[case]
+    run = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    record = json.loads((run / "run.json").read_text())
+    session = {**record["sessions"][0], **facts}
+    record["sessions"] = [{name: value for name, value in session.items() if value is not None}]
+    (run / "run.json").write_text(json.dumps(record))
+    rounded = edit_lines(lambda lines: [line.update(loss=line["loss"] + 1e-5) for line in lines if line["step"] == 11])
+    rounded(run)
+    output: list[str] = []
+    tolerance = 0.005 if facts.get("precision") == "bf16" else 0.0001
+    text = replay_steps(run, 10, 11, log=output.append).text()
+    assert text == f"steps 10 to 11: the same batches, losses within {tolerance:g}"
+    assert any(
+        line.startswith(f"note: {note}") and line.endswith(": losses may differ by rounding") for line in output
+    )
+    wrong = edit_lines(lambda lines: [line.update(loss=line["loss"] + 0.5) for line in lines if line["step"] == 11])
+    wrong(run)
+    assert replay_steps(run, 10, 11, log=output.append).difference.startswith("step 11 differs: loss is")
+
+
 def test_content_digest_ignores_micro_batches_and_padding() -> None:
     ids = torch.randint(0, 50, (6, 9))
     targets = torch.randint(0, 50, (6, 9))

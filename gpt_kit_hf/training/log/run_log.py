@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from gpt_kit_hf.errors import CheckpointError
@@ -28,6 +27,7 @@ from gpt_kit_hf.storage.atomic_files import (
 from gpt_kit_hf.storage.run_folder import CURVE_FILE, METRICS_FILE, OPTIONS_FILE, RECORD_FILE
 from gpt_kit_hf.training.data_changes import change_notes, eval_changed_after
 from gpt_kit_hf.training.log.curve import draw_curve
+from gpt_kit_hf.training.runtime.determinism import differing_facts
 from gpt_kit_hf.training.steps import StepReport
 
 
@@ -62,13 +62,17 @@ class RunRecord:
         changes: Mapping[str, Any],
         new_data: Mapping[str, Any] | None = None,
         *,
+        computing: Mapping[str, Any],
         done: int,
         total: int,
     ) -> None:
-        """Write options and facts, keep the metrics of the first `done` of `total` steps, and start the trackers."""
+        """Write options and facts, keep the metrics of the first `done` of `total` steps, and start the trackers.
+
+        `computing` is what the bits of this session's steps depend on (`runtime.determinism`).
+        """
         if self._accelerator.is_main_process:
             sessions = load_json(self._record).get("sessions", []) if self._record.exists() else []
-            session = self._session(done, changes)
+            session = _session(done, changes, computing)
             self.notes = _rounding_notes(sessions[-1], session) if sessions else []
             if new_data is not None:
                 session["data_changed"] = dict(new_data)
@@ -85,18 +89,6 @@ class RunRecord:
         # Trackers take numbers, text and truth values.
         plain = {k: v if isinstance(v, (bool, int, float, str)) else json.dumps(v) for k, v in options.items()}
         self._accelerator.init_trackers(self._name, config=plain)
-
-    def _session(self, done: int, changes: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what one invocation computes with; a run that is resumed has several."""
-        packages = ("gpt-kit-hf", "torch", "transformers", "accelerate", "datasets", "tiktoken")
-        return {
-            "after_step": done,
-            "processes": self._accelerator.num_processes,
-            "device": str(self._accelerator.device),
-            "threads": torch.get_num_threads(),
-            "changed_options": dict(changes),
-            "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
-        }
 
     def update(self, step: int, report: StepReport) -> None:
         """Write the line of a step."""
@@ -174,10 +166,17 @@ def finished_before(folder: Path) -> RunResult | None:
     return RunResult(folder=folder, steps=results["steps"], evaluation=score)
 
 
+def _session(done: int, changes: Mapping[str, Any], computing: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the record of one invocation; a run that is resumed has several."""
+    packages = ("gpt-kit-hf", "torch", "transformers", "accelerate", "datasets", "tiktoken")
+    return {
+        "after_step": done,
+        **computing,
+        "changed_options": dict(changes),
+        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
+    }
+
+
 def _rounding_notes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return how a session differs from the one before it in what changes rounding, but not the batches."""
-    return [
-        f"{name} was {before[name]}, is {now[name]}: the same batches, but losses may differ by rounding"
-        for name in ("processes", "device", "threads")
-        if before.get(name, now[name]) != now[name]
-    ]
+    return [f"{line}: the same batches, but losses may differ by rounding" for line in differing_facts(before, now)]
