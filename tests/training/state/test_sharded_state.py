@@ -557,6 +557,19 @@ def test_a_checkpoint_that_does_not_fit_fails(damage: Callable[[Path], tuple[nn.
         restore_sharded_optimizer(tmp_path / "state", other, optimizer_for(other))
 
 
+def test_shards_of_an_earlier_version_hold_the_weights_too(tmp_path: Path) -> None:
+    model = Small()
+    optimizer = optimizer_for(model)
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    write_sharded_state(tmp_path / "state", model, optimizer)
+    weights = {f"weights.{name}": tensor for name, tensor in model.state_dict().items()}
+    save_tensors(tmp_path / "state" / "shard-00001-model-00004-of-00004.safetensors", weights)
+    other = optimizer_for(model)
+    restore_sharded_optimizer(tmp_path / "state", model, other)
+    assert_equal(gathered(model, other), gathered(model, optimizer))
+
+
 def test_an_optimizer_without_a_step_is_restored_without_state(tmp_path: Path) -> None:
     model = Small()
     write_sharded_state(tmp_path / "state", model, optimizer_for(model))
