@@ -149,10 +149,7 @@ def _difference(step: int, report: StepReport, line: Mapping[str, Any], toleranc
         ("grad_norm", report.update.grad_norm, _NORM_FACTOR * tolerance),
     ):
         then = line[name]  # null if it was not finite
-        if then is None:
-            same = not math.isfinite(now)
-        else:
-            same = math.isclose(now, then, rel_tol=allowed, abs_tol=allowed)
+        same = not math.isfinite(now) if then is None else math.isclose(now, then, rel_tol=allowed, abs_tol=allowed)
         if not same:
             return f"step {step} differs: {name} is {now!r}, was {then!r}"
     return ""
