@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from gpt_kit_hf.commands.running import note, write
 from gpt_kit_hf.data.text.corpus import choose_encoding
 from gpt_kit_hf.data.text.sources import source_notes
@@ -17,5 +19,6 @@ def tokenize(options: TokenizeOptions) -> None:
     encoding = choose_encoding(options.text, options.encoding)
     for line in source_notes(options.text):
         write(f"text     {line}\n")
-    for line in tokenize_text(options.text, encoding, options.share).lines():
+    log = None if sys.stderr.isatty() else note  # a terminal shows a bar
+    for line in tokenize_text(options.text, encoding, options.share, log=log).lines():
         write(f"{line}\n")

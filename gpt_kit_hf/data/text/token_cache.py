@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,11 +25,13 @@ from gpt_kit_hf.data.text.shards import CHUNK_BYTES, FileShard
 from gpt_kit_hf.data.text.stored_arrays import Pieces, StoredIds, open_file
 from gpt_kit_hf.data.text.token_stream import DocumentStarts
 from gpt_kit_hf.storage.atomic_files import replace_file
+from gpt_kit_hf.text import duration
 from gpt_kit_hf.tokenization import encodings
 
 _LAYOUT = "ids-3"  # in every key, so that another layout of the files is another file
 _ROWS = b"rows"
 _SECONDS_A_DAY = 24 * 60 * 60
+_LOGGED = 60  # seconds between two lines on the progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,11 +104,13 @@ def store_tokens(
     encoding: tiktoken.Encoding,
     num_proc: int = 1,
     folder: Path | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> StoredTokens:
     """Return the ids of all shards; those in the cache, also of an interrupted run, are not encoded again.
 
-    `num_proc` threads encode at once: tiktoken releases Python's lock. `folder` is that of the cache. Raises DataError
-    for text that cannot be read or encoded; the shards that were encoded before stay in the cache.
+    `num_proc` threads encode at once: tiktoken releases Python's lock. `folder` is that of the cache. `log`
+    gets a line on the progress every minute. Raises DataError for text that cannot be read or encoded; the shards that
+    were encoded before stay in the cache.
     """
     folder = cache_folder() if folder is None else folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -121,7 +125,7 @@ def store_tokens(
             entries = [_Entry(folder, vocabulary, content, shard.policy) for shard, content in pairs]
             tallies = dict(zip(entries, pool.map(_Entry.tally, entries, shards), strict=True))
             missing = {e: shard for e, shard in zip(entries, shards, strict=True) if tallies[e] is None}
-            encoded, made_tokens = _encode_all(missing, encoding, pool)
+            encoded, made_tokens = _encode_all(missing, encoding, pool, log)
             found = {**tallies, **encoded}
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -149,22 +153,30 @@ def _content(shard: FileShard | RowsShard, folder: Path) -> str:
 
 
 def _encode_all(
-    missing: dict[_Entry, FileShard | RowsShard], encoding: tiktoken.Encoding, pool: ThreadPoolExecutor
+    missing: dict[_Entry, FileShard | RowsShard],
+    encoding: tiktoken.Encoding,
+    pool: ThreadPoolExecutor,
+    log: Callable[[str], None] | None,
 ) -> tuple[dict[_Entry, Counter[str]], int]:
     """Write the ids of the shards; return what was found in each, and the number of ids."""
     found: dict[_Entry, Counter[str]] = {}
     if not missing:
         return found, 0
-    began, tokens = time.perf_counter(), 0
-    total = sum(shard.size for shard in missing.values())
+    began, tokens, done = time.perf_counter(), 0, 0
+    said, total = began, sum(shard.size for shard in missing.values())
     jobs = {pool.submit(_encode_shard, shard, encoding, entry): entry for entry, shard in missing.items()}
     with datasets.utils.tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing") as bar:
         for job in as_completed(jobs):
             entry = jobs[job]
             size, found[entry] = job.result()
-            tokens += size
-            bar.set_postfix_str(f"{tokens / (time.perf_counter() - began):,.0f} tokens/s")
+            tokens, done, now = tokens + size, done + missing[entry].size, time.perf_counter()
+            rate = f"{tokens / max(now - began, 1e-9):,.0f} tokens/s"
+            bar.set_postfix_str(rate)
             bar.update(missing[entry].size)
+            if log is not None and now - said >= _LOGGED:
+                left = duration((now - began) * (total - done) / max(1, done))
+                log(f"tokenized {done / max(1, total):.0%}, {rate}, {left} left")
+                said = now
     return found, tokens
 
 

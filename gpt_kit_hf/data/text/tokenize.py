@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,11 +61,18 @@ def stored_shards(text: TextOptions, encoding: tiktoken.Encoding) -> list[FileSh
     return [shard for source in sources for shard in source.shards(encodings.may_cut(encoding))]
 
 
-def tokenize_text(text: TextOptions, encoding: tiktoken.Encoding, share: ShareOptions | None = None) -> Tokenized:
+def tokenize_text(
+    text: TextOptions,
+    encoding: tiktoken.Encoding,
+    share: ShareOptions | None = None,
+    *,
+    log: Callable[[str], None] | None = None,
+) -> Tokenized:
     """Tokenize a share of the text and of the evaluation text into the token cache; by default all of it.
 
     Shares are disjoint and together the whole, so that processes and machines with a cache in common tokenize each
-    shard once. What is in the cache is not tokenized again. Raises DataError for text that cannot be read or encoded.
+    shard once. What is in the cache is not tokenized again. `log` gets a line on the progress every minute. Raises
+    DataError for text that cannot be read or encoded.
     """
     share, began, folder = share or ShareOptions(), time.perf_counter(), cache_folder(text.token_cache_dir)
     every = stored_shards(text, encoding)
@@ -72,7 +80,7 @@ def tokenize_text(text: TextOptions, encoding: tiktoken.Encoding, share: ShareOp
         files = [*find_token_files(text.token_files), *eval_token_files(text)]
         read_token_files(files, encoding, folder)
     own = every[share.shard_index :: share.num_shards]
-    stored = store_tokens(own, encoding, text.num_proc, folder)
+    stored = store_tokens(own, encoding, text.num_proc, folder, log)
     left_out = sum(Reading(tally=stored.tally, used=0).left_out.values())
     return Tokenized(
         folder=folder,

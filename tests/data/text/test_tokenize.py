@@ -135,6 +135,17 @@ def test_a_run_finds_the_tokens_by_the_same_option(
     assert record["documents"] == 12
 
 
+def test_the_progress_is_logged_where_no_bar_is(
+    text: TextOptions, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(token_cache, "_LOGGED", 0)
+    assert main(["tokenize", "--text_files", *(text.text_files or []), "--encoding=bytes"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 12
+    assert lines[-1].startswith("tokenized 100%, ")
+    assert lines[-1].endswith(" tokens/s, 0 s left")
+
+
 def test_a_share_that_does_not_exist_and_a_stream_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UsageError, match="shard_index=3 must be below num_shards=3"):
         ShareOptions(num_shards=3, shard_index=3)
