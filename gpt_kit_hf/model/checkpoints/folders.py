@@ -88,7 +88,7 @@ def checked(build: Callable[[], _T], source: object) -> _T:
     """Return `build()`; UsageError in one line for a stored value that it refuses."""
     try:
         return build()
-    except (StrictDataclassError, ValueError, TypeError) as error:
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:  # transformers' KeyError is a message
         raise UsageError(f"{source}: {config_error_message(error)}") from None
 
 

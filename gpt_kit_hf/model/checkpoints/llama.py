@@ -60,9 +60,10 @@ def _check_represented(path: Path | str, found: Mapping[str, Any]) -> None:
         if values[name] != value:
             rule = ", as that of the feed-forward layers" if name == "attention_bias" else ""
             raise UsageError(f"{path}: {name}={values[name]!r} is not supported; it must be {value!r}{rule}")
-    if set(found.get("layer_types") or ()) - {"full_attention"}:
+    if other := set(found.get("layer_types") or ()) - {"full_attention"}:
         raise UsageError(
-            f"{path}: sliding_window={found['sliding_window']} is not supported; all layers must see the whole context"
+            f"{path}: layers of {min(other)!r} (sliding_window={found.get('sliding_window')}) are not supported; all "
+            "layers must see the whole context"
         )
 
 
