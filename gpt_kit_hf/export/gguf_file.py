@@ -23,6 +23,7 @@ from gpt_kit_hf.errors import CheckpointError, UsageError, unknown_name
 from gpt_kit_hf.export.gguf_shape import Architecture, add_metadata, choose_architecture, tensors_of
 from gpt_kit_hf.export.gguf_vocabulary import add_vocabulary, check_vocabulary
 from gpt_kit_hf.model.checkpoints.conversion import as_gpt_kit
+from gpt_kit_hf.model.checkpoints.layouts import stored_tensors
 from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
 from gpt_kit_hf.options.hub import Quantization
 from gpt_kit_hf.storage.atomic_files import check_can_be_made, sync_path
@@ -62,6 +63,7 @@ def save_as_gguf(
     if quantization not in get_args(Quantization):
         raise UsageError(unknown_name("quantization", str(quantization), get_args(Quantization)))
     own = as_gpt_kit(model)
+    stored_tensors(own)  # refuses quantised weights, and layers of an adapter
     architecture = choose_architecture(own.config)
     check_vocabulary(encoding)
     if encoding.n_vocab > own.config.vocab_size:

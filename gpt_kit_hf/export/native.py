@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from gpt_kit_hf.errors import CheckpointError, UsageError
 from gpt_kit_hf.model.checkpoints.folders import new_folder, write_folder
 from gpt_kit_hf.model.checkpoints.gpt2 import as_gpt2
+from gpt_kit_hf.model.checkpoints.layouts import check_plain
 from gpt_kit_hf.model.checkpoints.llama import as_llama
 from gpt_kit_hf.model.configuration_gpt_kit import GPTKitConfig
 from gpt_kit_hf.model.own_class import own_model
@@ -83,6 +84,7 @@ def _add_old_names(path: Path) -> None:
 def as_native(model: PreTrainedModel) -> PreTrainedModel:
     """Return a model of transformers' own class that computes the same; UsageError if there is no such class."""
     if is_native(model):
+        check_plain(dict(model.named_parameters()), type(model).__name__)
         return model
     own = own_model(model)
     if own is None:

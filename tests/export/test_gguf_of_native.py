@@ -9,6 +9,7 @@ import pytest
 import torch
 from command_line import gpt_kit
 from test_gguf_file import LLAMA3, random_model
+from torchao.quantization import Int8WeightOnlyConfig, quantize_  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from gpt_kit_hf import UsageError, get_encoding, save_as_native
@@ -78,3 +79,16 @@ def test_another_class_and_what_the_model_has_no_switch_for_are_refused(tmp_path
     with pytest.raises(UsageError, match=r"^LlamaForCausalLM: hidden_act='relu' is not supported; it must be 'silu'"):
         save_as_gguf(llama, get_encoding("bytes"), tmp_path / "model.gguf")
     assert not (tmp_path / "model.gguf").exists()
+
+
+@pytest.mark.parametrize("is_native", [False, True])
+def test_quantised_weights_are_refused(is_native: bool, tmp_path: Path) -> None:
+    model = random_model("modern-xs")
+    quantised = save_and_load(model, tmp_path) if is_native else model
+    quantize_(quantised, Int8WeightOnlyConfig())
+    message = r"model\.layers\.0\.self_attn\.q_proj\.weight is a Int8Tensor .* must be a plain floating-point tensor"
+    with pytest.raises(UsageError, match=message):
+        save_as_gguf(quantised, get_encoding("bytes"), tmp_path / "model.gguf")
+    with pytest.raises(UsageError, match=message):
+        save_as_native(quantised, tmp_path / "again")
+    assert {each.name for each in tmp_path.iterdir()} <= {"native"}

@@ -34,6 +34,7 @@ from gpt_kit_hf.model.checkpoints.layouts import (
     LLAMA_NAMES,
     TOKENS,
     build_model,
+    check_plain,
     choose_class,
     equal_tensors,
     name_of_positions,
@@ -110,7 +111,9 @@ def as_gpt_kit(model: PreTrainedModel) -> GPTKitForCausalLM:
     source, stored = type(model).__name__, model.config.to_dict()
     config_of, names, _ = _FOLDERS[stored["model_type"]]
     config = config_of(source, stored)
-    tensors = rename_tensors(model.state_dict(), names, source)
+    weights = model.state_dict()
+    check_plain(weights, source)
+    tensors = rename_tensors(weights, names, source)
     _untie_if_unequal(config, tensors)
     made = build_model(config, tensors, _common_dtype(tensors), source)
     assert isinstance(made, GPTKitForCausalLM)

@@ -265,6 +265,7 @@ def stored_tensors(model: GPTKitForCausalLM) -> dict[str, Tensor]:
     Raises UsageError if they are not those of the configuration, as after replacing layers.
     """
     config, tensors = copy.deepcopy(model.config), dict(model.state_dict())
+    check_plain(tensors, "model")
     # An output projection that was untied after construction keeps its values, whatever the configuration says.
     has_both = {HEAD, TOKENS} <= tensors.keys()
     if config.tie_word_embeddings and has_both and equal_tensors(tensors[HEAD], tensors[TOKENS]):
@@ -282,6 +283,12 @@ def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size
     for name, tensor in tensors.items():
         if tensor.shape != shapes[name]:
             raise UsageError(f"{source}: {name} has shape {tuple(tensor.shape)}, the model {tuple(shapes[name])}")
+    check_plain(tensors, source)
+
+
+def check_plain(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise UsageError for a tensor that is no plain floating-point tensor, such as a quantised one."""
+    for name, tensor in tensors.items():
         is_plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
         if not is_plain or tensor.is_meta or not tensor.is_floating_point():
             kind = f"{type(tensor).__name__} of {tensor.dtype} on {tensor.device}"
