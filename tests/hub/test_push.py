@@ -17,7 +17,7 @@ import pytest
 import torch
 from hub_server import Fault, HubServer
 from huggingface_hub import HfApi, snapshot_download
-from pushing import REPO, SECRET
+from pushing import LOADER, REPO, SECRET
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -75,23 +75,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- push, verification and pull -------------------------------------------------------------------------
 
 
-_LOADER = """
-import json, sys, torch
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "gpt_kit_hf":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Absent())
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
-ids = torch.tensor([tokenizer("Now is the winter")["input_ids"]])
-assert "gpt_kit_hf" not in sys.modules
-save_file({"logits": model(ids).logits.detach(), "ids": ids}, sys.argv[2])
-"""
-
-
 def test_what_is_pushed_loads_without_the_package_to_the_bit(run: Path, hub: HubServer, tmp_path: Path) -> None:
     """The command, verification in two fresh processes included; then a third one that only knows transformers."""
     environment = {**os.environ, **hub.environment(), "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
@@ -109,7 +92,7 @@ def test_what_is_pushed_loads_without_the_package_to_the_bit(run: Path, hub: Hub
     assert hub.other_token not in pushed.stdout + pushed.stderr
     assert hub.token not in pushed.stdout + pushed.stderr
     loaded = subprocess.run(
-        [sys.executable, "-c", _LOADER, REPO, str(tmp_path / "logits.safetensors")],
+        [sys.executable, "-c", LOADER, REPO, str(tmp_path / "logits.safetensors"), "run its code"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -167,7 +150,7 @@ def test_what_is_pushed_loads_with_the_oldest_transformers_to_the_bit(
         environment = {**os.environ, **hub.environment(), "HF_HOME": str(tmp_path / name), "OMP_NUM_THREADS": "1"}
         output = tmp_path / f"{name}.safetensors"
         ended = subprocess.run(
-            [python, "-c", _LOADER, REPO, str(output)],
+            [python, "-c", LOADER, REPO, str(output), "run its code"],
             cwd=tmp_path,
             env=environment,
             capture_output=True,

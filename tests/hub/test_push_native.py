@@ -15,9 +15,10 @@ import torch
 from hand_written_models import tiny_gpt_kit
 from hub_server import HubServer
 from huggingface_hub import HfApi
-from pushing import REPO, SECRET
+from pushing import LOADER, REPO, SECRET
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
+from shapes import MODERN
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpt_kit_hf import (
     CheckpointError,
@@ -42,11 +43,24 @@ NATIVE = PushOptions(native=True, keep_card="run")
 BACK = PushOptions(keep_card="run")
 
 
+FORMS = {
+    "GPT2LMHeadModel": {},
+    "Qwen3ForCausalLM": {**MODERN, "n_embd": 24, "n_head": 2},
+    "LlamaForCausalLM": {**MODERN, "n_embd": 24, "n_head": 2, "qk_norm": False},
+}
+
+
 @pytest.fixture
-def model_folder(tmp_path: Path) -> Path:
+def form(request: pytest.FixtureRequest) -> str:
+    """The class of the native form; a test chooses others by a parameter."""
+    return str(getattr(request, "param", "GPT2LMHeadModel"))
+
+
+@pytest.fixture
+def model_folder(form: str, tmp_path: Path) -> Path:
     """A model folder over bytes, with a chat template and a card with text of a person."""
     folder = tmp_path / "tiny"
-    model = tiny_gpt_kit(vocab_size=257, max_position_embeddings=64, tokenizer_fingerprint=None)
+    model = tiny_gpt_kit(vocab_size=257, max_position_embeddings=64, tokenizer_fingerprint=None, **FORMS[form])
     write_model_folder(folder, model, get_encoding("bytes"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = get_chat_template("default")
@@ -54,24 +68,6 @@ def model_folder(tmp_path: Path) -> Path:
     card = write_card(folder).path
     card.write_text(f"{card.read_text()}\nWritten by hand.\n")
     return folder
-
-
-# A program that knows transformers alone, and runs no code of a repository.
-_LOADER = """
-import sys, torch
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "gpt_kit_hf":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Absent())
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=False).eval()
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False)
-ids = torch.tensor([tokenizer("Now is the winter")["input_ids"]])
-assert "gpt_kit_hf" not in sys.modules
-save_file({"logits": model(ids).logits.detach(), "ids": ids}, sys.argv[2])
-"""
 
 
 def test_what_is_pushed_loads_by_transformers_alone(model_folder: Path, hub: HubServer, tmp_path: Path) -> None:
@@ -85,7 +81,7 @@ def test_what_is_pushed_loads_by_transformers_alone(model_folder: Path, hub: Hub
     pushed = ended("-m", "gpt_kit_hf.commands.main", "push", model_folder, REPO, "--native")
     assert pushed.returncode == 0, pushed.stderr
     assert "with the package and without, as GPT2LMHeadModel without remote code" in pushed.stdout
-    loaded = ended("-c", _LOADER, REPO, tmp_path / "logits.safetensors")
+    loaded = ended("-c", LOADER, REPO, tmp_path / "logits.safetensors")
     assert loaded.returncode == 0, loaded.stderr
     found = load_file(tmp_path / "logits.safetensors")
     ours = AutoModelForCausalLM.from_pretrained(model_folder).eval()
@@ -97,16 +93,19 @@ def test_what_is_pushed_loads_by_transformers_alone(model_folder: Path, hub: Hub
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_commit_holds_no_code_and_its_card_says_so(model_folder: Path, hub: HubServer, api: HfApi) -> None:
+@pytest.mark.parametrize("form", FORMS, indirect=True)
+def test_a_commit_holds_no_code_and_its_card_says_so(
+    form: str, model_folder: Path, hub: HubServer, api: HfApi
+) -> None:
     result = push_to_hub(model_folder, REPO, NATIVE, api=api)
     files = hub.files(REPO, "main")
     assert set(result.sent) == files.keys() - {".gitattributes"}
     assert not [name for name in files if name.endswith(".py")]
     config = json.loads(files["config.json"])
-    assert config["architectures"] == ["GPT2LMHeadModel"]
+    assert config["architectures"] == [form]
     assert "auto_map" not in config
     card = files["README.md"].decode()
-    assert "It is a `GPT2LMHeadModel` of transformers: the repository holds no code" in card
+    assert f"It is a `{form}` of transformers: the repository holds no code" in card
     assert f"vllm serve {REPO}" in card
     assert "trust_remote_code" not in card
     assert "Written by hand." in card
@@ -129,12 +128,13 @@ def test_a_repository_changes_its_form_in_one_commit(model_folder: Path, hub: Hu
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("form", FORMS, indirect=True)
 def test_a_native_model_is_pulled_and_pushed_again(
-    model_folder: Path, hub: HubServer, api: HfApi, tmp_path: Path
+    form: str, model_folder: Path, hub: HubServer, api: HfApi, tmp_path: Path
 ) -> None:
     push_to_hub(model_folder, REPO, NATIVE, api=api)
     pulled = pull_model(REPO, tmp_path / "pulled", api=api)
-    assert type(AutoModelForCausalLM.from_pretrained(pulled)) is GPT2LMHeadModel
+    assert type(AutoModelForCausalLM.from_pretrained(pulled)).__name__ == form
     weights = hub.files(REPO)["model.safetensors"]
     assert (pulled / "model.safetensors").read_bytes() == weights
     for options in (NATIVE, BACK):  # it has one form only

@@ -14,6 +14,24 @@ from gpt_kit_hf.hub import probe as published_probe
 
 REPO = "ann/tiny"
 SECRET = "hf_" + "AbCdEfGhIjKlMnOpQrStUvWxYz012345"
+# A program that knows transformers alone: it writes logits and ids. Code of the repository is run if there is a third
+# argument.
+LOADER = """
+import sys, torch
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "gpt_kit_hf":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+runs_code = len(sys.argv) > 3
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=runs_code).eval()
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=runs_code)
+ids = torch.tensor([tokenizer("Now is the winter")["input_ids"]])
+assert "gpt_kit_hf" not in sys.modules
+save_file({"logits": model(ids).logits.detach(), "ids": ids}, sys.argv[2])
+"""
 _LOADING = threading.Lock()  # transformers loads one model at a time in a process
 
 
