@@ -13,7 +13,7 @@ from gpt_kit_hf.export.modelfile import modelfile
 from gpt_kit_hf.generation.llama_cpp.source import write_gguf
 from gpt_kit_hf.hub.native_form import export_native
 from gpt_kit_hf.options.hub import ExportOptions
-from gpt_kit_hf.storage.atomic_files import write_synced
+from gpt_kit_hf.storage.atomic_files import replace_file
 
 
 def export(options: ExportOptions) -> None:
@@ -36,7 +36,7 @@ def _export_gguf(options: ExportOptions) -> None:
         raise UsageError(f"{str(beside)!r} exists; nothing is overwritten")
     model, tokenizer, done = write_gguf(options.source, path, options.quantization or "f16")
     text = modelfile(path.name, context=model.config.max_position_embeddings, chat_template=tokenizer.chat_template)
-    write_synced(beside, text.encode())
+    replace_file(beside, text)
     types = ", ".join(f"{count} {kind}" for kind, count in done.types.items())
     write(
         f"the model was written to {path}, architecture {done.architecture}, and {beside.name} for Ollama beside it\n"

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import gpt_kit
+from conftest import KILLED, die, in_child
 from test_gguf_file import LLAMA3, random_model
 from torchao.quantization import Int8WeightOnlyConfig, quantize_  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -92,3 +93,23 @@ def test_quantised_weights_are_refused(is_native: bool, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message):
         save_as_native(quantised, tmp_path / "again")
     assert {each.name for each in tmp_path.iterdir()} <= {"native"}
+
+
+@pytest.mark.parametrize(("form", "written"), [("gguf_file", "model.gguf"), ("native", "again")])
+def test_a_kill_leaves_nothing_under_the_final_name(
+    form: str, written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, final = random_model("modern-xs"), tmp_path / written
+
+    def export() -> None:
+        if form == "native":
+            save_as_native(model, final)
+        else:
+            save_as_gguf(model, get_encoding("bytes"), final)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"gpt_kit_hf.export.{form}._compare", lambda *_: die())  # all is written, nothing compared
+        assert in_child(export) == KILLED
+    assert not final.exists()
+    export()
+    assert final.exists()
