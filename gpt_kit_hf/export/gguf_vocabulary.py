@@ -25,7 +25,7 @@ def check_vocabulary(encoding: tiktoken.Encoding) -> str:
     ranks, pattern = encoding._mergeable_ranks, encoding._pat_str
     if len(ranks) == _BYTES:
         return "gpt-2"  # nothing merges, so any split gives the same ids
-    other = "so llama.cpp would give other ids: export with --format transformers, or train a new vocabulary and model"
+    other = "so llama.cpp would give other ids: run the model with transformers, or train one with a new vocabulary"
     if not ranks:
         raise UsageError(f"the tokenizer {encoding.name!r} is not a plain byte-level BPE with {EOS_TOKEN}, {other}")
     if pattern not in _NAMES:

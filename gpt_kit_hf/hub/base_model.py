@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.hub.model_folder import find_base, load_pretrained, weights_digest
 from gpt_kit_hf.storage.atomic_files import load_json
 from gpt_kit_hf.storage.run_folder import RECORD_FILE
@@ -30,8 +31,14 @@ class BaseModel:
         pinned = {} if commit is None else {"revision": commit}  # the files that were checked
         place, revision = (source, pinned) if checkpoint is None else (str(checkpoint), {})
         self.tokenizer: Any = load_pretrained(AutoTokenizer, place, named, **revision)
-        # GPT-2's names, and this package's; a model with other names refuses them, and load_pretrained reports that.
+        # GPT-2's names, and this package's.
         changed = {} if dropout is None else dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), dropout)
+        known = load_pretrained(AutoConfig, source, named, **pinned).to_dict() if changed else {}
+        if not changed.keys() <= known.keys():
+            raise UsageError(
+                f"dropout={dropout}: {named!r} is a {known['model_type']} of transformers, which has no dropout of "
+                "embeddings and residuals: leave dropout out, or convert a Llama or Qwen3 by gpt-kit convert"
+            )
         options = {"dtype": torch.float32, **changed, **pinned}
         self.model: Any = load_pretrained(AutoModelForCausalLM, source, named, **options)
         record = {} if needed or not (run / RECORD_FILE).is_file() else load_json(run / RECORD_FILE)

@@ -93,7 +93,7 @@ def test_a_vocabulary_of_an_earlier_version_is_refused_with_what_to_do(texts: li
         mergeable_ranks=new._mergeable_ranks,
         special_tokens=new._special_tokens,
     )
-    with pytest.raises(UsageError, match=r"vocabulary 'mine' does not split .* train a new vocabulary"):
+    with pytest.raises(UsageError, match=r"vocabulary 'mine' does not split .* or train one with a new vocabulary"):
         check_vocabulary(earlier)
 
 
