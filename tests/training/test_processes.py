@@ -113,10 +113,14 @@ def updated(rank: int, world: int, how: str, optimizer: str, precision: str) -> 
     chosen = create_optimizer(model, OptimizerOptions(optimizer=optimizer, learning_rate=1e-2))  # type: ignore[arg-type]
     trainer = AMPTrainer(model, chosen, mixed_precision=precision, accelerator=connected(how))
     sharded: set[bool] = set()
+    storages: set[int] = set()
 
     def look_at_gradients(index: int) -> None:
-        if index:
-            sharded.update(isinstance(parameter.grad, DTensor) for parameter in trainer.model.parameters())
+        gradients = [parameter.grad for parameter in trainer.model.parameters() if index]
+        sharded.update(isinstance(gradient, DTensor) for gradient in gradients)
+        if index == 1 and how == "ddp":
+            storages.clear()
+            storages.update(gradient.untyped_storage().data_ptr() for gradient in gradients if gradient is not None)
 
     reports, tokens = [], None
     for step in range(STEPS):
@@ -135,7 +139,7 @@ def updated(rank: int, world: int, how: str, optimizer: str, precision: str) -> 
         name: (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach()
         for name, weight in model.named_parameters()
     }
-    counts = {"calls": communication.calls, "reads": reads.count}
+    counts = {"calls": communication.calls, "reads": reads.count, "storages": len(storages)}
     return {"reports": reports, "sharded": sharded, "weights": weights, **counts}
 
 
@@ -186,6 +190,10 @@ def test_gradients_stay_sharded_while_they_are_accumulated(two: list[Any]) -> No
     """Whole gradients would take 4 bytes a parameter on each process, whatever their number."""
     for how in HOWS + BF16:
         assert two[0][how]["sharded"] == {how[0] == "fsdp2"}, how
+
+
+def test_gradients_of_ddp_lie_in_the_buffer_that_is_communicated(two: list[Any]) -> None:
+    assert {two[0][how]["storages"] for how in HOWS + BF16 if how[0] == "ddp"} == {1}  # of one bucket
 
 
 def test_a_step_exchanges_one_small_tensor_besides_the_gradients(two: list[Any]) -> None:
@@ -270,6 +278,21 @@ def test_a_launch_by_another_library_is_refused_before_anything_is_read(
     with pytest.raises(UsageError, match=f"^{name} is not supported: use FSDP2: accelerate launch --config_file "):
         train(options, stream=None)
     assert not (tmp_path / "run").exists()
+
+
+def test_fsdp2_on_a_cpu_is_refused(tmp_path: Path) -> None:
+    """Accelerate would take DDP, without a word."""
+    [why, other] = run_ranks(refused_on_a_cpu, 2, tmp_path)
+    assert why == other == "FSDP2 shards a model over GPUs only: on CPUs, use examples/accelerate/cpu.yaml"
+
+
+def refused_on_a_cpu(rank: int, world: int) -> str:
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    try:
+        create_accelerator(use_cpu=True)
+    except UsageError as error:
+        return str(error)
+    return "not refused"
 
 
 def test_an_accelerator_that_divides_otherwise_is_refused() -> None:

@@ -65,6 +65,10 @@ def create_accelerator(
         ],
     )
     check_backend(accelerator)
+    shared = accelerator.num_processes > 1
+    if shared and parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.distributed_type != DistributedType.FSDP:
+        # Accelerate takes DDP then, without a word.
+        raise UsageError("FSDP2 shards a model over GPUs only: on CPUs, use examples/accelerate/cpu.yaml")
     return accelerator
 
 

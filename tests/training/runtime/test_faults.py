@@ -421,11 +421,12 @@ def test_a_dead_worker(
     ended = runs.go(run, inject, dataloader_num_workers=1)
     assert ended.code == 1
     assert ended.refusal.startswith("a process that loads batches ended (DataLoader worker")
-    # torch says it at whatever moment: the save of step 4 may still be written beside the steps then.
-    left = r"the last checkpoint is step-0000000[24]"
+    # torch says it at whatever moment: the save of step 4 may still be written beside the steps then, and step 6 is
+    # computed if its batches were read before.
+    left = r"the last checkpoint is step-0000000[246]"
     assert re.search(left + ": continue with --resume$", ended.refusal)
     newest = loadable(run)
-    assert newest.name in ("step-00000002", "step-00000004")
+    assert newest.name in ("step-00000002", "step-00000004", "step-00000006")
     table.add(fault, injected, newest.name, continued(runs, run, whole, newest), ended.refusal)
 
 
