@@ -101,7 +101,10 @@ class MuonWithAdamW(Optimizer):
 
     def _processes(self, matrix: Any) -> ProcessGroup | None:
         """Return the processes that divide the work on a matrix among them, or None."""
-        group: ProcessGroup | None = matrix.device_mesh.get_group() if is_dtensor(matrix) else self.replicas
+        if not is_dtensor(matrix):
+            return self.replicas
+        # With hybrid sharding each group of replicas computes all, from the same gradients.
+        group: ProcessGroup = matrix.device_mesh.get_group(_dimension_of_rows(matrix))
         return group
 
     def _batches(self, matrices: list[Tensor]) -> Iterator[list[int]]:
@@ -145,13 +148,17 @@ _ADAMW_ARGUMENTS = (
 def check_matrices(matrices: Iterable[Any]) -> None:
     """Raise UsageError if one of Muon's parameters is neither a whole matrix nor sharded by rows, as by FSDP2."""
     for matrix in matrices:
-        # Shards of a mesh of more dimensions are replicated, or cut by columns.
-        whole = not is_dtensor(matrix) or (matrix.device_mesh.ndim == 1 and matrix.placements[0].is_shard(0))
-        if matrix.dim() != 2 or not whole:
+        if matrix.dim() != 2 or (is_dtensor(matrix) and _dimension_of_rows(matrix) is None):
             raise UsageError(
                 f"optimizer=muon needs whole matrices, or FSDP2's shards of their rows; one of shape "
                 f"{tuple(matrix.shape)} is sharded otherwise: use optimizer=adamw"
             )
+
+
+def _dimension_of_rows(matrix: Any) -> int | None:
+    """Return the dimension of the mesh over which a DTensor is sharded by rows, None if it is sharded otherwise."""
+    found = [dimension for dimension, placement in enumerate(matrix.placements) if not placement.is_replicate()]
+    return found[0] if len(found) == 1 and matrix.placements[found[0]].is_shard(0) else None
 
 
 def _here(tensor: Any) -> Tensor:

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from gpt_kit_hf.training.optim import muon
 from gpt_kit_hf.training.optim.optimizer import create_optimizer
 
-STEPS = 3
+STEPS, HOWS = 3, ("ddp", "fsdp2", "hybrid")
 
 
 class Orthogonalised:
@@ -35,10 +35,12 @@ class Orthogonalised:
 def trained(world: int, how: str) -> dict[str, Any]:
     """Take some steps with Muon; return all weights and momentums, whole, and the matrices orthogonalised here."""
     model = tiny_model()
-    if how == "fsdp2":
+    if how in ("fsdp2", "hybrid"):
+        sizes = (world,) if how == "fsdp2" else (2, world // 2)  # replicas, and shards of each
+        mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("replicas", "shards")[-len(sizes) :])
         for block in model.model.layers:
-            fully_shard(block, mesh=init_device_mesh("cpu", (world,)))
-        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
     optimizer: Any = create_optimizer(model, MUON)
     if how == "ddp":
         optimizer.replicas = groups.WORLD
@@ -62,19 +64,20 @@ def trained(world: int, how: str) -> dict[str, Any]:
     return found
 
 
-def trained_both_ways(rank: int, world: int) -> dict[str, Any]:
-    return {how: trained(world, how) for how in ("ddp", "fsdp2")}
+def trained_in_each_way(rank: int, world: int) -> dict[str, Any]:
+    return {how: trained(world, how) for how in HOWS}
 
 
 @pytest.mark.parametrize("world", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_processes_divide_the_matrices_and_end_with_the_same_weights(world: int, tmp_path: Path) -> None:
     alone = trained(1, "alone")
     matrices = alone.pop("count")
-    found = run_ranks(trained_both_ways, world, tmp_path)
-    for how in ("ddp", "fsdp2"):
+    found = run_ranks(trained_in_each_way, world, tmp_path)
+    for how in HOWS:
+        sharing = world // 2 if how == "hybrid" else world
         counts = [rank[how].pop("count") for rank in found]
-        assert sum(counts) == matrices, how  # each matrix once
-        assert max(counts) == STEPS * sum(-(-matrices // world) for matrices in (8, 2, 2)), how  # of each shape
+        assert sum(counts) == matrices * world // sharing, how  # each matrix once
+        assert max(counts) == STEPS * sum(-(-matrices // sharing) for matrices in (8, 2, 2)), how  # of each shape
         for rank in found:
             assert rank[how].keys() == alone.keys()
             for name, tensor in alone.items():
