@@ -286,8 +286,10 @@ def scaled_gradient(factor: float, steps: Steps) -> Inject:
 
 
 def other_batch(change: Callable[[Batch], Batch], steps: Steps) -> Inject:
-    batches = steps._batches
-    steps._batches = itertools.chain([change(next(batches))], batches)
+    read, steps._next = steps._next, None  # in the step before
+    assert read is not None
+    first, *others = read.micro_batches
+    steps._batches = itertools.chain([change(first), *others], steps._batches)
     return lambda: None
 
 
