@@ -152,8 +152,6 @@ class Steps:
         began = time.perf_counter()
         if self._alone and self._context.stop.asked():
             return None
-        if self._chosen.dataloader_num_workers:
-            self._loaders = multiprocessing.active_children()
         fetched = self._fetch() if self._next is None else self._next
         if fetched.error is not None:
             raise fetched.error
@@ -184,6 +182,8 @@ class Steps:
 
     def _fetch(self) -> _Fetched:
         """Read this process's batches of the next step, none after the last; an error is kept for that step."""
+        if self._chosen.dataloader_num_workers:
+            self._loaders = multiprocessing.active_children()
         try:
             micro_batches = list(itertools.islice(self._batches, self.plan.micro_steps))
             self._check_ids(micro_batches)

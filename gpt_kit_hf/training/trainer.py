@@ -224,7 +224,9 @@ class AMPTrainer:
             self.scaler.step(self.optimizer)
         # unscale_ has looked at the gradients: the scaler halves its scale if one of them was not finite.
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        # DDP's gradients stay in the buffers that it communicates: new ones would be a second copy of them.
+        in_buffers = isinstance(self.model, DistributedDataParallel) and self.model.gradient_as_bucket_view
+        self.optimizer.zero_grad(set_to_none=not in_buffers)
         return UpdateReport(
             loss=loss,
             grad_norm=grad_norm,
