@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import signal
 import socket
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from gpt_kit_hf.errors import UsageError
+from gpt_kit_hf.generation.signals import sigterm_as_interrupt
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -77,21 +76,9 @@ def serve(
             announce(f"{name} has no chat template: it is a completion model, and chat requests are refused.")
         for note in notes:
             announce(f"{name}: {note}")
-        with suppress(KeyboardInterrupt), _sigterm_as_sigint():
+        # uvicorn stops at either signal, and raises it again when it has stopped.
+        with suppress(KeyboardInterrupt), sigterm_as_interrupt():
             OpenAIServer(name, engine, defaults).run(listener, cors_allow_origins)
-
-
-@contextmanager
-def _sigterm_as_sigint() -> Iterator[None]:
-    """Let SIGTERM raise KeyboardInterrupt: uvicorn stops at either signal, and raises it again when it has stopped."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -300,6 +300,26 @@ def test_an_interrupt_ends_it_in_the_middle(tmp_path: Path) -> None:
     assert (process.returncode, errors.decode()) == (130, "error: interrupted\n")
 
 
+def test_sigterm_leaves_no_temporary_file(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "long", context=30_000)
+    (tmp_path / "temporary").mkdir()
+    arguments = ["generate", str(tmp_path / "long"), "--engine", "llama.cpp", "--max_new_tokens", "29000"]
+    command = [sys.executable, "-m", "gpt_kit_hf.commands.main", *arguments, "--prompt", "fox"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.read(20).startswith(b"fox")
+            assert list((tmp_path / "temporary").glob("*/model.gguf"))
+            process.send_signal(signal.SIGTERM)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert errors.endswith(b"error: interrupted\n")
+    assert not list((tmp_path / "temporary").glob("*/model.gguf"))
+
+
 REFUSED = {
     ("generate", "FILE", "--overflow", "slide"): "overflow=slide: llama.cpp does not continue a text beyond",
     ("generate", "FILE", "--dtype", "int8"): "dtype=int8: the weights of a GGUF file have the precision that it was",

@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from gpt_kit_hf.generation.signals import sigterm_as_interrupt
 from gpt_kit_hf.options.generation import DecodingDtype
 from gpt_kit_hf.options.hub import Quantization
 from gpt_kit_hf.storage.gguf_header import is_gguf
@@ -35,7 +36,7 @@ def gguf_file(place: str, dtype: DecodingDtype = "auto") -> Iterator[Path]:
     if is_gguf(Path(place)):
         yield Path(place)
         return
-    with TemporaryDirectory() as folder:
+    with sigterm_as_interrupt(), TemporaryDirectory() as folder:  # the file is large, and must not stay
         path = Path(folder) / "model.gguf"
         write_gguf(place, path, _QUANTIZATIONS.get(dtype))
         yield path
