@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,21 @@ def test_a_command_that_does_not_fit_is_refused(
     (tmp_path / "config.json").write_text(json.dumps({}))
     assert main(["export", str(tmp_path), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["export", "generate"])
+def test_without_the_extra_it_says_what_to_install(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("xllamacpp", reason="needs the extra llama")
+    write_model_folder(tmp_path / "model", random_model("modern-xs"), BYTES)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    line = [str(tmp_path / "mine.gguf"), "--format", "gguf"] if command == "export" else ["--engine", "llama.cpp"]
+    assert main([command, str(tmp_path / "model"), *line]) == 2
+    assert capsys.readouterr().err.endswith(
+        'error: GGUF files need the package gguf: pip install "gpt-kit-hf[gguf]"\n'
+    )
+    assert [each.name for each in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
