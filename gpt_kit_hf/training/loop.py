@@ -206,8 +206,9 @@ class _Loop:
 
     def _train(self) -> None:
         steps, pace, first = self.steps, Pace(), self.steps.step
-        if self.task.eval_before_training and first == 0:
-            self._evaluate_and_log(None)
+        # A run that stops on request leaves the evaluation of its last step to the one that continues.
+        if self._evaluation_due(first) and not decide_on_main(self.accelerator, lambda: self.record.evaluated(first)):
+            self._evaluate_and_log(self.chosen.max_eval_samples if first else None)
         while steps.step < steps.total:
             began = time.perf_counter()
             report = self._take_step()
@@ -242,10 +243,17 @@ class _Loop:
             self._save_and_stop()
         return report
 
+    def _evaluation_due(self, step: int) -> bool:
+        """Return whether there is an evaluation between this step and the next."""
+        if step == 0:
+            return self.task.eval_before_training
+        saved_as_best = self.chosen.keep_best > 0 and step % self.chosen.save_steps == 0
+        return step < self.steps.total and (step % self.chosen.eval_steps == 0 or saved_as_best)
+
     def _evaluate_sample_save(self) -> None:
         """Do what is due after this step."""
         step, saves = self.steps.step, self.steps.step % self.chosen.save_steps == 0
-        if step % self.chosen.eval_steps == 0 or (saves and self.chosen.keep_best):
+        if self._evaluation_due(step):
             self._evaluate_and_log(self.chosen.max_eval_samples)
         if self.chosen.sample_steps and step % self.chosen.sample_steps == 0:
             self.console.log(self._sample())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +22,18 @@ class _OpenFile:
     """A file's descriptor, closed with the last reference to it."""
 
     def __init__(self, name: str) -> None:
-        self.descriptor = os.open(name, os.O_RDONLY)
-        weakref.finalize(self, os.close, self.descriptor)
+        self._descriptor = os.open(name, os.O_RDONLY | getattr(os, "O_BINARY", 0))  # Windows translates line ends else
+        self._reading = threading.Lock()
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def read(self, size: int, at: int) -> bytes:
+        """Return at most `size` bytes from the position `at`."""
+        if hasattr(os, "pread"):
+            return os.pread(self._descriptor, size, at)
+        # On Windows threads share the position. Processes, which would too, are not forked there.
+        with self._reading:
+            os.lseek(self._descriptor, at, os.SEEK_SET)
+            return os.read(self._descriptor, size)
 
 
 # Opening a file for each window is slow where the cache lies on a network file system.
@@ -49,7 +60,7 @@ class StoredIds:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
         file, length, data = open_file(self.file), self.size * self.dtype.itemsize, b""
         while left := length - len(data):  # one call reads at most 2 GB
-            block = os.pread(file.descriptor, left, self.first_byte + len(data))
+            block = file.read(left, self.first_byte + len(data))
             if not block:
                 raise DataError(f"{self.file} was cut short; remove it, and it is made again")
             data = data + block if data else block

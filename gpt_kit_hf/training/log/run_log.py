@@ -128,6 +128,11 @@ class RunRecord:
         since = eval_changed_after(self._facts)
         return {line["step"]: line["loss"] for line in lines if line["kind"] == "eval" and line["step"] > since}
 
+    def evaluated(self, step: int) -> bool:
+        """Return whether there is an evaluation of this step; on the main process."""
+        lines = read_jsonl(self._metrics) if self._metrics.exists() else []
+        return any(line["kind"] == "eval" and line["step"] == step for line in lines)
+
     def flush(self) -> None:
         """Write all lines to the disk; raise CheckpointError if that fails."""
         self._drain()

@@ -344,6 +344,17 @@ def unreachable(steps: Steps) -> Inject:
     return lambda: None
 
 
+def stop_within(step: int) -> None:
+    """Let a signal have come while a step was computed."""
+    take = Steps.take
+
+    def stopped(self: Steps) -> Any:
+        report = take(self)
+        return report if report is None or self.step != step else replace(report, stop=True)
+
+    Steps.take = stopped  # type: ignore[method-assign]
+
+
 def stop_at_the_start() -> None:
     """Send SIGTERM when the model is to be built."""
     pretrain.build_config = lambda *arguments, **options: signal.raise_signal(signal.SIGTERM)  # type: ignore[assignment]
@@ -481,6 +492,18 @@ def test_sigterm_before_the_first_step(runs: Runs, whole: Path, tmp_path: Path, 
     assert runs.go(run).code == 0
     assert differences(whole, run) == []
     table.add("SIGTERM at the start", "itself", "none", "begins again, equal to the bit", ended.refusal)
+
+
+def test_a_stop_at_a_step_with_an_evaluation(runs: Runs, tmp_path: Path, table: Table) -> None:
+    """The run that continues evaluates, so that the metrics are those of a run that did not stop."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert runs.go(whole, eval_steps=5).code == 0
+    ended = runs.go(run, partial(stop_within, 5), eval_steps=5)
+    assert ended.code == EXIT_STOPPED
+    assert read_jsonl(run / "metrics.jsonl")[-1]["kind"] == "train"
+    assert runs.go(run, eval_steps=5).code == 0
+    assert differences(whole, run) == []
+    table.add("a stop before an evaluation", "itself", "step-00000005", CONTINUES, ended.refusal)
 
 
 def test_sigterm(runs: Runs, whole: Path, tmp_path: Path, table: Table) -> None:
