@@ -3,7 +3,7 @@
 # ./config holds config.yaml. The disk of a job is gone when it ends, so the run is copied to a bucket every minute.
 BUCKET=hf://buckets/${1:?the bucket, as USER/my-runs}/mine
 
-hf jobs run --detach --flavor a10g-large --timeout 12h --attempts 20 \
+hf jobs run --detach --flavor a10g-large --timeout 12h --attempts 50 \
     --secrets HF_TOKEN --env "BUCKET=$BUCKET" --volume ./config:/config \
     pytorch/pytorch:2.11.0-cuda12.8-cudnn9-runtime bash -c '
 pip install --quiet gpt-kit-hf

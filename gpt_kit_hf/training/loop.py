@@ -13,11 +13,11 @@ from typing import Any, NoReturn, TextIO
 import torch
 from accelerate import Accelerator
 
-from gpt_kit_hf.errors import DataError, NonFiniteError, RunError, StoppedError, UsageError
+from gpt_kit_hf.errors import DataError, NonFiniteError, StoppedError, UsageError
 from gpt_kit_hf.evaluation.metrics import Evaluation
 from gpt_kit_hf.options.run import CHANGED_TEXT, OptionsOfRun, changed_options, flat_options
 from gpt_kit_hf.storage.atomic_files import load_json
-from gpt_kit_hf.storage.checkpoints import checkpoint_step, list_checkpoints
+from gpt_kit_hf.storage.checkpoints import checkpoint_step
 from gpt_kit_hf.storage.lock import RunLock
 from gpt_kit_hf.storage.run_folder import (
     CURVE_FILE,
@@ -35,6 +35,7 @@ from gpt_kit_hf.training.log.run_log import RunRecord, RunResult, finished_befor
 from gpt_kit_hf.training.runtime.compilation import compile_blocks
 from gpt_kit_hf.training.runtime.determinism import deterministic_algorithms
 from gpt_kit_hf.training.runtime.launch import check_launch, create_accelerator, end_processes, launcher_pid
+from gpt_kit_hf.training.runtime.lost_processes import lost_process, lost_run
 from gpt_kit_hf.training.runtime.memory import reuse_freed_memory
 from gpt_kit_hf.training.runtime.signals import EXIT_STOPPED, StopSignals
 from gpt_kit_hf.training.saving import RunCheckpoints, checkpoint_to_resume
@@ -61,7 +62,7 @@ def run_training(
         reason = lost_process(error)
         if reason is None:
             raise
-        raise _lost(reason, Path(options.training.output_dir)) from error
+        raise lost_run(reason, Path(options.training.output_dir)) from error
 
 
 def _begin_or_resume(
@@ -238,7 +239,7 @@ class _Loop:
             # Fetching tensors from a DataLoader process that was killed ends so, but so may reading a remote dataset.
             if not self.steps.loader_ended():
                 raise
-            raise _lost(f"a process that loads batches ended (DataLoader worker: {error})", self.folder) from error
+            raise lost_run(f"a process that loads batches ended (DataLoader worker: {error})", self.folder) from error
         if report is None:
             self._save_and_stop()
         return report
@@ -401,28 +402,3 @@ class _Loop:
             f"metrics  {self.folder / METRICS_FILE}",
             f"next     {shlex.join(self.task.next_command(self.folder))}",
         ]
-
-
-# --- processes that ended
-
-
-def lost_process(error: RuntimeError) -> str | None:
-    """Return a line if the error means that another process of the run has ended, else None.
-
-    NCCL and the rendezvous raise subclasses of DistError. gloo and the DataLoader raise plain RuntimeErrors, which
-    only their texts tell from others: "[.../gloo/transport/tcp/pair.cc:534] Connection closed by peer ..." and
-    "DataLoader worker (pid 7) is killed by signal: Killed."
-    """
-    text = str(error).strip()
-    first = text.splitlines()[0][:160] if text else ""
-    if text.startswith("DataLoader worker"):
-        return f"a process that loads batches ended ({first})"
-    if isinstance(error, torch.distributed.DistError) or "gloo" in text.lower():
-        return f"another process of the run does not answer ({first})"
-    return None
-
-
-def _lost(reason: str, run: Path) -> RunError:
-    checkpoints = list_checkpoints(run)
-    last = f"the last checkpoint is {checkpoints[-1].name}" if checkpoints else "there is no checkpoint yet"
-    return RunError(f"{reason}; {last}: continue with --resume")

@@ -37,8 +37,8 @@ from gpt_kit_hf import (
     train,
 )
 from gpt_kit_hf.model.losses import Batch
-from gpt_kit_hf.training.loop import lost_process
 from gpt_kit_hf.training.runtime.launch import check_backend, create_accelerator
+from gpt_kit_hf.training.runtime.lost_processes import lost_process
 
 STEPS, ROWS, PARTS, LENGTH, VOCABULARY = 4, 24, 3, 16, 61
 HOWS = [("ddp", "adamw", "fp32"), ("ddp", "muon", "fp32"), ("fsdp2", "adamw", "fp32"), ("fsdp2", "muon", "fp32")]

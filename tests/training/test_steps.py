@@ -17,8 +17,8 @@ from gpt_kit_hf import AMPTrainer, NonFiniteError, train
 from gpt_kit_hf.errors import RunError, StoppedError
 from gpt_kit_hf.model.losses import Batch
 from gpt_kit_hf.storage.checkpoints import list_checkpoints
-from gpt_kit_hf.training.loop import lost_process
 from gpt_kit_hf.training.pretrain import PretrainingTask
+from gpt_kit_hf.training.runtime.lost_processes import lost_process
 from gpt_kit_hf.training.runtime.signals import StopSignals
 
 
