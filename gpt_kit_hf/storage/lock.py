@@ -57,6 +57,7 @@ class RunLock:
     def __enter__(self) -> RunLock:
         record = {**this_process(), "id": secrets.token_hex(8), "lease": self._lease, "renewed": f"{0:012d}"}
         temporary = self.path.with_name(f".run.lock.{secrets.token_hex(8)}")
+        self._record = record
         try:
             try:
                 self.run.mkdir(parents=True, exist_ok=True)
@@ -66,7 +67,6 @@ class RunLock:
                 temporary.unlink(missing_ok=True)
         except OSError as error:
             raise CheckpointError(f"{self.run} cannot be locked: {error}") from error
-        self._record = record
         self._renewal.start()
         return self
 
@@ -124,6 +124,8 @@ class RunLock:
                 data = self.path.read_bytes()
             except FileNotFoundError:
                 continue
+            if self._is_own(data):
+                return  # the link was made, but NFS lost the answer and asked again
             owner = _owner(self.path, data)
             lease = self._time_left(owner)
             # Reads are counted, not seconds: while the file system hangs, the holder cannot renew its lease either.

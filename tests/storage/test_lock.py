@@ -172,6 +172,20 @@ def contest(run: Path, hosts: list[str]) -> None:
     assert not list(run.glob("*run.lock*"))
 
 
+def test_a_link_whose_answer_got_lost_is_the_own_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS sends the request again, and then says that the file exists."""
+    link = Path.hardlink_to
+
+    def link_twice(self: Path, target: Path) -> None:
+        link(self, target)
+        link(self, target)
+
+    monkeypatch.setattr(Path, "hardlink_to", link_twice)
+    with RunLock(tmp_path) as held:
+        held.check()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_takeover_under_way_is_not_overtaken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rival that sees the same ended owner waits for the one that has claimed the lock, and is then refused."""
     forge(tmp_path, started="long ago")
