@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.autograd.function import once_differentiable
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -23,12 +23,43 @@ _ALIGNMENT = 64
 def can_skip_logits(projection: nn.Module, hidden_states: Tensor) -> bool:
     """Return whether the logits are the product of the hidden states and one complete weight.
 
-    They are not with an adapter, a hook or a sharded weight. In a trace the answer is no: compilers fuse the plain
-    computation themselves.
+    They are not with an adapter or a hook, except those by which FSDP2 gathers a sharded weight. In a trace the answer
+    is no: compilers fuse the plain computation themselves.
     """
-    has_hooks = projection._forward_hooks or projection._forward_pre_hooks
-    is_plain = type(projection) is nn.Linear and type(projection.weight.data) is Tensor and not has_hooks
+    hooks = [*projection._forward_hooks.values(), *projection._forward_pre_hooks.values()]
+    if _is_sharded(projection):
+        # FSDP2 makes a subclass of the module's class and of its own.
+        is_plain = type(projection).__mro__[2] is nn.Linear and all(map(_is_of_fsdp, hooks))
+    else:
+        is_plain = type(projection) is nn.Linear and type(projection.weight.data) is Tensor and not hooks
     return is_plain and not is_tracing(hidden_states)
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule  # takes long to import, and a single process needs none of it
+
+    return isinstance(module, FSDPModule)
+
+
+def _is_of_fsdp(hook: Callable[..., Any]) -> bool:
+    return hook.__module__.startswith("torch.distributed.fsdp.")
+
+
+def projected_loss(projection: nn.Linear, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Return `causal_loss` with the weight of the projection, which FSDP2 may have sharded."""
+    if not _is_sharded(projection):
+        return causal_loss(hidden_states, projection.weight, *args, **kwargs)
+    # FSDP2 gathers the weight when the module is called, and reduces its gradient after the backward pass of that
+    # call: the loss is computed in the call, in place of the logits.
+    module: Any = projection
+    module.forward = lambda inputs: causal_loss(inputs, projection.weight, *args, **kwargs)
+    try:
+        loss: Tensor = module(hidden_states)
+    finally:
+        del module.forward
+    return loss
 
 
 def causal_loss(

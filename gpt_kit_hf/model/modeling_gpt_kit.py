@@ -32,7 +32,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .chunked_loss import can_skip_logits, causal_loss
+from .chunked_loss import can_skip_logits, projected_loss
 from .configuration_gpt_kit import GPTKitConfig
 from .packed_documents import (
     check_ids,
@@ -397,7 +397,7 @@ class GPTKitForCausalLM(GPTKitPreTrainedModel, GenerationMixin):
         if shift_labels is not None:
             shift_labels = shift_labels.contiguous()  # the loss calls view(-1), which slices of batches do not allow
         if has_labels and skip_logits and can_skip_logits(self.lm_head, hidden_states):
-            loss = causal_loss(hidden_states, self.lm_head.weight, labels, shift_labels, **kwargs)
+            loss = projected_loss(self.lm_head, hidden_states, labels, shift_labels, **kwargs)
         else:
             logits = self.lm_head(hidden_states)  # (B, T, D) -> (B, T, V)
             if has_labels:

@@ -210,6 +210,8 @@ class _Loop:
         # A run that stops on request leaves the evaluation of its last step to the one that continues.
         if self._evaluation_due(first) and not decide_on_main(self.accelerator, lambda: self.record.evaluated(first)):
             self._evaluate_and_log(self.chosen.max_eval_samples if first else None)
+        # Only now: the compiler takes every size that it has seen to change for one that changes, also in training.
+        compile_blocks(self.task.model, self.chosen.torch_compile, self.accelerator.device, self.console.log)
         while steps.step < steps.total:
             began = time.perf_counter()
             report = self._take_step()

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_model import write_tiny_model
 from torch import nn
 
-from gpt_kit_hf import GPTKitConfig, GPTKitForCausalLM, RunOptions, TextOptions, TrainingOptions, UsageError, train
+from gpt_kit_hf import (
+    AMPTrainer,
+    BaseOptions,
+    FinetuneOptions,
+    GPTKitConfig,
+    GPTKitForCausalLM,
+    RowOptions,
+    RunOptions,
+    SupervisionOptions,
+    TextOptions,
+    TrainingOptions,
+    UsageError,
+    finetune,
+    train,
+)
 from gpt_kit_hf.options.data import EncodingOptions, WindowOptions
 from gpt_kit_hf.options.model import ModelOptions
+from gpt_kit_hf.training.runtime import compilation
 from gpt_kit_hf.training.runtime.compilation import compile_blocks
 
 CPU = torch.device("cpu")
@@ -62,6 +79,49 @@ def test_a_model_without_blocks_is_refused_if_it_was_asked_for(pretended: pytest
     with pytest.raises(UsageError, match="torch_compile=true: GPTKitForCausalLM does not tell what its blocks are"):
         compile_blocks(model, True, CPU, print)
     assert not compile_blocks(model, None, torch.device("cuda"), print)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")  # of torch itself
+def test_training_is_compiled_for_its_own_sizes_although_other_ones_are_scored_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph for sizes that may change is slower, and its kernels are chosen for none of them."""
+    graphs: list[tuple[bool, bool]] = []  # for training or not, with sizes that may change or not
+    updating: list[bool] = []
+
+    def note(graph: Any, inputs: list[Any]) -> Any:
+        graphs.append((bool(updating), any(isinstance(each, torch.SymInt) for each in inputs)))
+        return graph
+
+    def noted(self: AMPTrainer, *args: Any, **kwargs: Any) -> Any:
+        updating.append(True)
+        try:
+            return update(self, *args, **kwargs)
+        finally:
+            updating.clear()
+
+    update, compile_module = AMPTrainer.update, nn.Module.compile
+    monkeypatch.setattr(AMPTrainer, "update", noted)
+    monkeypatch.setattr(compilation, "_why_not", lambda device: None)
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compile_module(module, backend=note))
+    torch._dynamo.reset()
+    write_tiny_model(tmp_path / "base", context=256)
+    rows = {"train.json": ["Is 1 even?"] * 8, "eval.json": ["Why?", "Is 123 even, or is it odd?", "Is it so?", "No?"]}
+    for name, questions in rows.items():
+        asked = [{"instruction": question, "input": "", "output": "no"} for question in questions]
+        (tmp_path / name).write_text(json.dumps(asked))
+    options = FinetuneOptions(
+        training=TrainingOptions(
+            output_dir=str(tmp_path / "run"), torch_compile=True, max_steps=3, batch_size=2, eval_steps=2,
+            sample_max_new_tokens=2, use_cpu=True, mixed_precision="fp32", report_to=["none"],
+        ),
+        base=BaseOptions(model_name_or_path=str(tmp_path / "base"), eval_rows=[str(tmp_path / "eval.json")]),
+        rows=RowOptions(rows=[str(tmp_path / "train.json")]),
+        supervision=SupervisionOptions(max_length=256, packing=False),
+    )  # fmt: skip
+    finetune(options, stream=None)
+    assert {changes for trains, changes in graphs if trains} == {False}
+    assert (False, True) in graphs  # the rows that are scored have several sizes
 
 
 @pytest.mark.slow  # torch's compiler takes half a minute
