@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from gpt_kit_hf.errors import NonFiniteError, UsageError
 from gpt_kit_hf.model.own_class import is_gpt_kit
+from gpt_kit_hf.model.packed_documents import document_lengths
 
 
 class Batch(NamedTuple):
@@ -93,6 +94,8 @@ def summed_batch_loss(
         targets = _on_device(target_batch, device)
         # The model divides the sum by the number of items.
         asked = {"shift_labels": targets, "num_items_in_batch": 1, "ignore_index": ignore_index, "skip_logits": True}
+        if position_ids is not None and inputs.device.type == "cuda":
+            packing = _packing_on_device(position_ids, inputs.device)
         output = model(inputs, use_cache=False, **packing, **asked)
         return SummedLoss(output.loss, (targets != ignore_index).sum())
     # A key-value cache is of no use in training and takes memory.
@@ -212,6 +215,24 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training  # not train(), which also sets the modules below
+
+
+def _packing_on_device(position_ids: Tensor, device: torch.device) -> dict[str, Any]:
+    """Return a GPT-Kit model's arguments for packed rows (B, T), found where reading does not wait for the device."""
+    if position_ids.device.type != "cpu":
+        return {"position_ids": position_ids}
+    lengths = document_lengths(position_ids, None, 0)
+    if not lengths:
+        return {}  # each row is one document, and its positions are those that the model counts
+    bounds = lengths["cu_seq_lens_q"].to(device)  # (N + 1,)
+    torch._dynamo.maybe_mark_dynamic(bounds, 0)  # blocks are compiled once for any number of documents
+    # An upper bound for all batches, for the same reason.
+    longest = position_ids.shape[1]
+    return {
+        "position_ids": position_ids.to(device),
+        **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), bounds),
+        **dict.fromkeys(("max_length_q", "max_length_k"), longest),
+    }
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

@@ -29,18 +29,21 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
-from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
+from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .chunked_loss import can_skip_logits, projected_loss
 from .configuration_gpt_kit import GPTKitConfig
 from .packed_documents import (
+    LENGTHS,
+    attends_by_lengths,
     check_ids,
     count_positions,
     document_lengths,
     document_mask,
     last_tokens,
     select_positions,
+    varlen_attention_forward,
 )
 from .positions import RotaryEmbedding, SinusoidalPositions, constants_device, rotate
 
@@ -133,6 +136,8 @@ class MultiHeadAttention(nn.Module):
         attention_interface: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        if self.config._attn_implementation == "sdpa" and "cu_seq_lens_q" in kwargs:
+            attention_interface = varlen_attention_forward
         output, weights = attention_interface(
             self,
             query,
@@ -301,13 +306,21 @@ class GPTKitModel(GPTKitPreTrainedModel):
         assert inputs_embeds is not None
 
         # The mask is built before the cache: transformers detects packed documents only while there is no cache.
-        causal_mask = document_mask(
-            self.config, inputs_embeds, attention_mask, position_ids, past_key_values, past, first_layer
+        by_lengths = attends_by_lengths(
+            self.config, inputs_embeds, attention_mask, past_key_values, training=self.training
         )
-        if position_ids is not None and is_flash_attention_requested(self.config) and "cu_seq_lens_q" not in kwargs:
+        if self.config._attn_implementation == "sdpa" and not by_lengths:
+            kwargs = {name: value for name, value in kwargs.items() if name not in LENGTHS}
+        lengths: dict[str, Any] = {}
+        if by_lengths and position_ids is not None and "cu_seq_lens_q" not in kwargs:
             lengths = document_lengths(position_ids.expand(inputs_embeds.shape[0], -1), attention_mask, past)
-            causal_mask = None if lengths else causal_mask  # the lengths also separate padding
             kwargs.update(lengths)
+        causal_mask = None
+        # Lengths that were found here also separate padding; those that were given do not.
+        if not lengths and not (by_lengths and attention_mask is None and "cu_seq_lens_q" in kwargs):
+            causal_mask = document_mask(
+                self.config, inputs_embeds, attention_mask, position_ids, past_key_values, past, first_layer
+            )
         if position_ids is None:
             table = self.position_ids.to(inputs_embeds.device)  # the same device, unless the model is on "meta"
             position_ids = count_positions(table, inputs_embeds.shape[1], attention_mask, past)

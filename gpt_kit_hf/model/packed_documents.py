@@ -5,6 +5,7 @@ marked by `position_ids` (B, T) that restart at 0. `past` is the number of cache
 """
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -12,7 +13,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
+from transformers.utils.generic import is_flash_attention_requested
 from transformers.utils.import_utils import is_tracing
+
+LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def count_positions(table: Tensor, length: int, attention_mask: Tensor | None, past: int | Tensor) -> Tensor:
@@ -155,6 +159,78 @@ def document_lengths(position_ids: Tensor, attention_mask: Tensor | None, past: 
     offsets = nn.functional.pad(starts.flatten().nonzero().flatten(), (0, 1), value=document.numel()).int()
     longest = int(offsets.diff().max())
     return {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": longest, "max_length_k": longest}
+
+
+def attends_by_lengths(
+    config: PreTrainedConfig,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    past_key_values: Cache | None,
+    *,
+    training: bool,
+) -> bool:
+    """Return whether attention takes packed documents by their lengths, so that no (T, T) mask is needed.
+
+    FlashAttention does. So does torch's variable-length attention, which takes the place of `sdpa` for half precision
+    on a GPU without dropout, padding and cache; there a mask would cost `sdpa` its flash kernel.
+    """
+    if is_flash_attention_requested(config):
+        return True
+    device = inputs_embeds.device
+    if config._attn_implementation != "sdpa" or device.type != "cuda":
+        return False
+    half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else inputs_embeds.dtype
+    return (
+        half in (torch.float16, torch.bfloat16)
+        and attention_mask is None
+        and past_key_values is None
+        and not (training and config.attn_pdrop > 0)
+        and config.head_dim <= 256
+        and config.head_dim % 8 == 0
+        and _has_flash_kernels(device)
+    )
+
+
+def _has_flash_kernels(device: torch.device) -> bool:
+    return (
+        find_spec("torch.nn.attention.varlen") is not None  # torch 2.10 has it
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+def varlen_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Return the attention output (B, T, H, Dh) of packed documents, each by itself, from torch's flash kernels.
+
+    `query` is (B, H, T, Dh), `key` and `value` are (B, Hk, T, Dh); `cu_seq_lens_q` (N + 1,) are the start offsets of
+    the documents in the concatenated rows, and `max_length_q` is at least the length of the longest.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    if (groups := query.shape[1] // key.shape[1]) > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    rows, heads, length, width = query.shape
+    # The rotation may have made query and key float32, which autocast lowers for torch's other attention functions.
+    query, key, value = (
+        # (B, H, T, Dh) -> (B * T, H, Dh)
+        tensor.to(value.dtype).transpose(1, 2).reshape(rows * length, heads, width)
+        for tensor in (query, key, value)
+    )
+    bounds, longest = cu_seq_lens_q, max_length_q
+    causal = (-1, 0)  # a window of all earlier tokens
+    output = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=causal)
+    assert isinstance(output, Tensor)  # without further outputs
+    return output.view(rows, length, heads, width), None
 
 
 def _documents(position_ids: Tensor, attention_mask: Tensor | None, past: int | Tensor) -> Tensor | None:

@@ -68,6 +68,13 @@ class TrainingOptions(Options):
         "so either way",
         resume="allowed",
     )
+    attn_implementation: str = option(
+        "auto",
+        "attention function of transformers; auto is sdpa, or what the base model asks for. The flash ones need their "
+        "library, a GPU, and bf16 or fp16",
+        choices=("auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"),
+        resume="allowed",
+    )
     seed: int = option(
         0, "seed of the initial weights, the data order, dropout and the evaluation split", minimum=0, below=2**63
     )

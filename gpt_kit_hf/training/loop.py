@@ -32,7 +32,8 @@ from gpt_kit_hf.text import duration
 from gpt_kit_hf.training.data_changes import data_change
 from gpt_kit_hf.training.log.console import Console, Pace, trackers
 from gpt_kit_hf.training.log.run_log import RunRecord, RunResult, finished_before
-from gpt_kit_hf.training.runtime.compilation import compile_blocks
+from gpt_kit_hf.training.runtime.attention import check_attention, set_attention
+from gpt_kit_hf.training.runtime.compilation import blocks_to_compile
 from gpt_kit_hf.training.runtime.determinism import deterministic_algorithms
 from gpt_kit_hf.training.runtime.launch import check_launch, create_accelerator, end_processes, launcher_pid
 from gpt_kit_hf.training.runtime.lost_processes import lost_process, lost_run
@@ -94,6 +95,7 @@ def _begin_or_resume(
             options=chosen, accelerator=accelerator, console=console, folder=folder, checkpoint=checkpoint, stop=stop
         )
         task = build_task(context)
+        set_attention(task.model, chosen.attn_implementation)
         new_data = None if checkpoint is None else data_change(task, checkpoint, folder, chosen.allow_changes)
         loop = _Loop(options, context, task, changes, new_data, lock)
         if not resumes and accelerator.is_main_process:
@@ -134,6 +136,7 @@ def _check_options(options: OptionsOfRun, accelerator: Accelerator, folder: Path
     """Refuse precision and batch size before a large text is read."""
     chosen, processes = options.training, accelerator.num_processes
     precision = resolve_precision(chosen.mixed_precision, accelerator.device)
+    check_attention(chosen.attn_implementation, accelerator.device, precision)
     before = load_json(folder / RECORD_FILE)["precision"] if checkpoint is not None else precision
     if before != precision and "mixed_precision" not in (chosen.allow_changes or ()):
         raise UsageError(
@@ -190,10 +193,9 @@ class _Loop:
         steps = self.steps
         done = 0 if self.checkpoint is None else checkpoint_step(self.checkpoint)
         options, facts = flat_options(self.options), self._facts()
-        compiled = compile_blocks(
-            self.task.model, self.chosen.torch_compile, self.accelerator.device, self.console.log
-        )
-        computing = steps.computing_facts(compiled=compiled)
+        device, model = self.accelerator.device, self.task.model
+        self.to_compile = blocks_to_compile(model, self.chosen.torch_compile, device, self.console.log)
+        computing = steps.computing_facts(compiled=bool(self.to_compile))
         self.record.start(
             options, facts, self.changes, self.new_data, computing=computing, done=done, total=steps.total
         )
@@ -211,7 +213,8 @@ class _Loop:
         if self._evaluation_due(first) and not decide_on_main(self.accelerator, lambda: self.record.evaluated(first)):
             self._evaluate_and_log(self.chosen.max_eval_samples if first else None)
         # Only now: the compiler takes every size that it has seen to change for one that changes, also in training.
-        compile_blocks(self.task.model, self.chosen.torch_compile, self.accelerator.device, self.console.log)
+        for block in self.to_compile:
+            block.compile()
         while steps.step < steps.total:
             began = time.perf_counter()
             report = self._take_step()
@@ -338,6 +341,7 @@ class _Loop:
             **self.task.facts(),
             "data_fingerprint": self.task.fingerprint,
             "precision": self.steps.trainer.precision,
+            "attn_implementation": self.task.model.config._attn_implementation,
             "device": str(self.accelerator.device),
             "processes": self.accelerator.num_processes,
         }

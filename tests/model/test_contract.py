@@ -18,6 +18,7 @@ from conftest import start_child
 from safetensors.torch import load_file, save_file
 from shapes import MODERN, both_shapes
 from torch import Tensor, nn
+from torch.nn.attention import varlen
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,6 +33,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from gpt_kit_hf import GPTKitConfig, GPTKitForCausalLM, GPTKitModel
 from gpt_kit_hf.model import modeling_gpt_kit
+from gpt_kit_hf.model.losses import _packing_on_device
 
 VOCAB, WIDTH, LAYERS = 62, 32, 4
 SHAPE: dict[str, Any] = {
@@ -287,6 +289,49 @@ def test_lengths_of_documents_keep_the_rows_of_a_packed_batch_apart(given: bool,
     model.set_attn_implementation("eager")
     alone = [torch.cat([model(document[None]).logits[0] for document in row]) for row in rows]
     assert torch.allclose(logits, torch.stack(alone), atol=1e-4)
+
+
+@pytest.mark.parametrize("given", [True, False])
+@both_shapes
+def test_torchs_kernel_for_lengths_takes_the_place_of_sdpa(
+    given: bool, shape: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel itself is for GPUs: here it is torch's attention, document by document."""
+
+    def varlen_attn(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, *others: Any, **options: Any) -> Tensor:
+        assert options.pop("window_size") == (-1, 0)
+        assert others[1] == others[2] >= int(bounds.diff().max())
+        outputs = []
+        for start, stop in zip(bounds.tolist(), bounds.tolist()[1:], strict=False):
+            document = [tensor[start:stop].transpose(0, 1) for tensor in (query, key, value)]
+            outputs.append(nn.functional.scaled_dot_product_attention(*document, is_causal=True, **options))
+        return torch.cat(outputs, dim=1).transpose(0, 1)
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    model = random_model(**shape)
+    rows = [[random_ids(length) for length in row] for row in [(4, 8), (7, 5)]]
+    alone = [torch.cat([model(document[None]).logits[0] for document in row]) for row in rows]
+    monkeypatch.setattr(modeling_gpt_kit, "attends_by_lengths", lambda *_, **__: True)
+    bounds = torch.tensor([0, 4, 12, 19, 24], dtype=torch.int32)
+    told = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 12, "max_length_k": 12}
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling_gpt_kit, "document_mask", None)  # no mask is built
+        logits = model(
+            torch.stack([torch.cat(row) for row in rows]),
+            position_ids=torch.stack([torch.cat([torch.arange(len(d)) for d in row]) for row in rows]),
+            **(told if given else {}),
+        ).logits
+    assert torch.allclose(logits, torch.stack(alone), atol=1e-4)
+
+
+def test_lengths_are_found_on_the_cpu_before_a_batch_is_sent_to_a_gpu() -> None:
+    packed = torch.tensor([[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]])
+    told = _packing_on_device(packed, torch.device("cpu"))
+    assert told["cu_seq_lens_q"].tolist() == [0, 3, 5, 9, 10]
+    assert told["cu_seq_lens_q"].dtype == torch.int32
+    assert told["max_length_q"] == 5
+    assert torch.equal(told["position_ids"], packed)
+    assert _packing_on_device(torch.arange(5).expand(2, -1), torch.device("cpu")) == {}
 
 
 # --- several devices, several processes

@@ -33,7 +33,7 @@ FREE = {
 ALLOWED = {
     "training.max_steps", "training.num_train_epochs", "training.mixed_precision", "training.torch_compile",
     "training.use_cpu", "training.deterministic", "training.spike_factor", "optimizer.learning_rate",
-    "optimizer.lr_scheduler_type",
+    "optimizer.lr_scheduler_type", "training.attn_implementation",
     "optimizer.warmup_steps", "optimizer.min_lr_ratio", "optimizer.decay_ratio", "optimizer.weight_decay",
     "optimizer.adam_beta1", "optimizer.adam_beta2", "optimizer.adam_epsilon", "optimizer.max_grad_norm",
     "optimizer.muon_momentum", "optimizer.muon_learning_rate",

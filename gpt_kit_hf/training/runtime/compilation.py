@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from gpt_kit_hf.errors import UsageError
@@ -13,7 +14,17 @@ from gpt_kit_hf.errors import UsageError
 def compile_blocks(
     model: PreTrainedModel, wanted: bool | None, device: torch.device, log: Callable[[str], None]
 ) -> bool:
-    """Compile each block of a model in place with torch.compile; return whether that was done.
+    """Compile the blocks of `blocks_to_compile` in place with torch.compile; return whether there are any."""
+    blocks = blocks_to_compile(model, wanted, device, log)
+    for block in blocks:
+        block.compile()
+    return bool(blocks)
+
+
+def blocks_to_compile(
+    model: PreTrainedModel, wanted: bool | None, device: torch.device, log: Callable[[str], None]
+) -> list[nn.Module]:
+    """Return the blocks of a model if they are to be compiled, each in place by its method `compile`, else none.
 
     `wanted=None` compiles on a GPU, where launching the small operations of a block takes longer than its matrix
     products. On a CPU steps take as long either way (benchmarks/README.md), and the first one 15 s longer. The blocks
@@ -22,19 +33,17 @@ def compile_blocks(
     its blocks.
     """
     if not (device.type == "cuda" if wanted is None else wanted):
-        return False
+        return []
     names = set(model._no_split_modules or ())
     blocks = [module for module in model.modules() if type(module).__name__ in names]
     if not blocks:
         if wanted:
             raise UsageError(f"torch_compile=true: {type(model).__name__} does not tell what its blocks are")
-        return False
+        return []
     if (reason := _why_not(device)) is not None:
         log(f"note     not compiled: {reason}")
-        return False
-    for block in blocks:
-        block.compile()
-    return True
+        return []
+    return blocks
 
 
 def _why_not(device: torch.device) -> str | None:
