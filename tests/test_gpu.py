@@ -83,7 +83,7 @@ def test_a_cuda_graph_draws_the_same_tokens(
     sampling = {"temperature": 1.0, "top_k": 20, "eos_token_id": eos_token_id}
     torch.manual_seed(5)
     graph = generate_text_autoregressive(model, ids, 100, **sampling)
-    monkeypatch.setattr(decode_loop, "CapturedStep", lambda step: step)
+    monkeypatch.setattr(decode_loop, "CapturedStep", lambda step, device: step)
     torch.manual_seed(5)
     assert generate_text_autoregressive(model, ids, 100, **sampling).tolist() == graph.tolist()
 

@@ -34,7 +34,7 @@ def decode(
         def step() -> None:
             choice.choose(decoder.step(choice.token))
 
-        next_step = CapturedStep(step) if decoder.on_gpu and pays(max_new_tokens) else step
+        next_step = CapturedStep(step, ids.device) if decoder.on_gpu and pays(max_new_tokens) else step
         looks_after = _TOKENS_BETWEEN_LOOKS if decoder.on_gpu and streamer is None else 1
         tokens: list[Tensor] = []  # (B,) each
         while True:
@@ -106,24 +106,27 @@ class CapturedStep:
 
     Launching the small kernels of a token takes a CPU longer than a GPU needs to compute them; a graph launches all at
     once. `step` must work in place: it reads and writes the same tensors in each call, with the same shapes, and reads
-    nothing back. All calls are made on a stream of their own, behind which the current one waits.
+    nothing back. All calls are made on a stream of their own, behind which the current one waits; `device` is that of
+    the tensors, which need not be the current one.
     """
 
-    def __init__(self, step: Callable[[], None]) -> None:
-        self._step, self._calls = step, 0
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    def __init__(self, step: Callable[[], None], device: torch.device) -> None:
+        self._step, self._calls, self._device = step, 0, device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._graph = torch.cuda.CUDAGraph()
 
     def __call__(self) -> None:
         """Do what `step` does."""
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):  # it sets the current device, too
             if self._calls < _WARM_UP:
                 self._step()
             else:
                 if self._calls == _WARM_UP:
-                    with torch.cuda.graph(self._graph, stream=self._stream):
+                    # Other threads may allocate meanwhile, as one that pins the batches of a training run.
+                    with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
                         self._step()  # captured, not computed
                 self._graph.replay()
-        torch.cuda.current_stream().wait_stream(self._stream)
+        current.wait_stream(self._stream)
         self._calls += 1

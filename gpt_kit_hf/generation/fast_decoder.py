@@ -142,7 +142,9 @@ class Decoder:
         assert config.head_dim is not None
         shape = (len(ids), 2 * config.num_key_value_heads, length, config.head_dim)  # (B, 2 Hk, S, Dh)
         blocks = self._unpacked.blocks
-        self._caches = [torch.empty(shape, device=self._device, dtype=self._compute_dtype) for _ in blocks]
+        # On a GPU, attention reads the empty places too, and masks them: a NaN that memory held there would stay one.
+        created = torch.zeros if self.on_gpu else torch.empty
+        self._caches = [created(shape, device=self._device, dtype=self._compute_dtype) for _ in blocks]
         self._length = 0
         self._slots = positions = torch.arange(length, device=self._device)
         if base.embed_positions is not None:

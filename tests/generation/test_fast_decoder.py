@@ -228,6 +228,20 @@ def test_the_gpu_path_gives_the_models_own_logits(kind: str, packed: bool, monke
     torch.testing.assert_close(fed(Decoder(model), ids, 7), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_what_memory_held_before_does_not_reach_the_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The places of the cache that are not filled are masked, and a masked NaN is still one."""
+    monkeypatch.setattr(fast_decoder, "_is_gpu", lambda device: True)
+    model, ids, empty = model_of(**MODERN), ids_of(2, 12), torch.empty
+    expected = fed(Decoder(model), ids, 7)
+
+    def used_before(*size: Any, **how: Any) -> Tensor:
+        found = empty(*size, **how)
+        return found.fill_(torch.nan) if found.is_floating_point() else found
+
+    monkeypatch.setattr(torch, "empty", used_before)
+    assert torch.equal(fed(Decoder(model), ids, 7), expected)
+
+
 class _CopiesWithoutCuda(TorchFunctionMode):
     """A torch without CUDA refuses to copy to or to index a tensor on a GPU, also on a fake one, but no operation."""
 
@@ -303,21 +317,28 @@ def test_the_gpu_path_generates_the_same_tokens(choice: str, monkeypatch: pytest
     expected = generate_text_autoregressive(model, ids, 50, **CHOICES[choice])
     graphs: list[_Graph] = []
     monkeypatch.setattr(fast_decoder, "_is_gpu", lambda device: True)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(wait_stream=lambda other: None))
-    monkeypatch.setattr(torch.cuda, "current_stream", torch.cuda.Stream)
+    devices: list[Any] = []
+
+    def stream_on(device: Any = None) -> Any:
+        devices.append(device)
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    monkeypatch.setattr(torch.cuda, "Stream", stream_on)
+    monkeypatch.setattr(torch.cuda, "current_stream", stream_on)
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: graphs.append(graph) or nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: graphs.append(graph) or nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", _Graph)
     made = decode_loop.CapturedStep.__init__
 
-    def remember(self: Any, step: Any) -> None:
-        made(self, step)
+    def remember(self: Any, step: Any, device: Any) -> None:
+        made(self, step, device)
         self._graph.captured = step
 
     monkeypatch.setattr(decode_loop.CapturedStep, "__init__", remember)
     torch.manual_seed(3)
     tokens = generate_text_autoregressive(model, ids, 50, **CHOICES[choice])
     assert tokens.tolist() == expected.tolist()
+    assert set(devices) == {ids.device}  # streams of the current device would capture nothing of another one's work
     assert [graph.replays for graph in graphs] == [47] if "eos_token_id" not in CHOICES[choice] else len(graphs) == 1
 
 
