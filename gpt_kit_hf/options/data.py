@@ -184,7 +184,7 @@ class TextOptions(Options):
             raise UsageError("document_separator is for text_files: a row of dataset_name is one document")
         if self.dataset_test_split is not None and not self.dataset_name:
             raise UsageError("dataset_test_split is for dataset_name: name eval_files instead")
-        if self.dataset_config is not None and self.text_files:
+        if self.dataset_config is not None and (self.text_files or self.token_files):
             raise UsageError(
                 f"dataset_config={self.dataset_config!r} is for dataset_name and mixture; files have none"
             )

@@ -62,7 +62,9 @@ class StoredIds:
         while left := length - len(data):  # one call reads at most 2 GB
             block = file.read(left, self.first_byte + len(data))
             if not block:
-                raise DataError(f"{self.file} was cut short; remove it, and it is made again")
+                raise DataError(
+                    f"{self.file} was cut short; if it is in the token cache, remove it, and it is made again"
+                )
             data = data + block if data else block
         return np.frombuffer(data, self.dtype).astype(dtype or self.dtype, copy=False)
 

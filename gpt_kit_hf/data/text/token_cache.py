@@ -24,6 +24,7 @@ from gpt_kit_hf.data.text.documents import Policy
 from gpt_kit_hf.data.text.shards import CHUNK_BYTES, FileShard
 from gpt_kit_hf.data.text.stored_arrays import Pieces, StoredIds, open_file
 from gpt_kit_hf.data.text.token_stream import DocumentStarts
+from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.storage.atomic_files import replace_file
 from gpt_kit_hf.text import duration
 from gpt_kit_hf.tokenization import encodings
@@ -95,8 +96,16 @@ class _Entry:
 
 
 def cache_folder(named: str | None = None) -> Path:
-    """Return the folder of the token cache: the one that an option names, or the one in the cache of `datasets`."""
-    return Path(datasets.config.HF_DATASETS_CACHE) / "gpt-kit-tokens" if named is None else Path(named).expanduser()
+    """Return the folder of the token cache: the one that an option names, or the one in the cache of `datasets`.
+
+    It is made if it is missing. Raises UsageError if it cannot be.
+    """
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "gpt-kit-tokens" if named is None else Path(named).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"token_cache_dir {str(folder)!r} cannot be written: {error.strerror}") from None
+    return folder
 
 
 def store_tokens(
@@ -113,7 +122,6 @@ def store_tokens(
     were encoded before stay in the cache.
     """
     folder = cache_folder() if folder is None else folder
-    folder.mkdir(parents=True, exist_ok=True)
     for stage in folder.glob(".*.arrow.*"):  # left by a killed process, if it is that old
         if time.time() - stage.stat().st_mtime > _SECONDS_A_DAY:
             stage.unlink(missing_ok=True)

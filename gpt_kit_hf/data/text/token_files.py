@@ -37,6 +37,7 @@ from gpt_kit_hf.tokenization import encodings
 
 _LAYOUT = "token-files-1"
 _BLOCK = 1 << 20
+_PAIRS_CHECKED, _HIGH_HALVES = 256, 4  # no vocabulary has more than 2**18 ids
 _LLMC = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # (magic, version): type of an id
 _MEGATRON = b"MMIDIDX\0\0"
 _MEGATRON_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
@@ -113,9 +114,12 @@ def stated_tokenizer(files: list[TokenFile]) -> str | None:
 
 
 def describe_files(files: list[TokenFile]) -> list[str]:
-    """Return a line on the files of each program."""
-    counts = Counter((file.program, file.ids.dtype.name) for file in files)
-    return [f"{n:,} token file{'s' * (n != 1)} of {program}, {kind}" for (program, kind), n in counts.items()]
+    """Return a line on the files of each program, with the tokenizer that they state."""
+    counts = Counter((file.program, file.ids.dtype.name, file.tokenizer) for file in files)
+    return [
+        f"{n:,} token file{'s' * (n != 1)} of {program}, {kind}" + f", made with {tokenizer}" * (tokenizer is not None)
+        for (program, kind, tokenizer), n in counts.items()
+    ]
 
 
 # --- the forms
@@ -140,13 +144,27 @@ def _plain(file: Path) -> TokenFile:
     with file.open("rb") as stream:
         header = stream.read(12)
     magic, version, count = struct.unpack("<3i", header) if len(header) == 12 else (0, 0, 0)
+    if magic in {magic for magic, _ in _LLMC} and (magic, version) not in _LLMC:
+        known = ", ".join(f"{version} with {magic}" for magic, version in _LLMC)
+        raise DataError(f"{file}: version {version} of llm.c's header with {magic} is not read; known: {known}")
     if (magic, version) not in _LLMC:
         ids = _ids_in(file, "<u2")
+        _refuse_wider(ids)
         return TokenFile(program="nanoGPT", ids=ids, starts=partial(_after_ends, ids))
     ids = _ids_in(file, _LLMC[magic, version], first_byte=1024)
     if ids.size != count:
         raise DataError(f"{file}: has {ids.size:,} ids, and its header says {count:,}: it was cut short")
     return TokenFile(program="llm.c", ids=ids, starts=partial(_at_ends, ids))
+
+
+def _refuse_wider(ids: StoredIds) -> None:
+    """Raise DataError for ids of 32 bits that would be read as pairs of 16 bits, the second of which is almost 0."""
+    pairs = np.asarray(ids[: 2 * _PAIRS_CHECKED]).reshape(-1, 2) if ids.size >= 2 * _PAIRS_CHECKED else None
+    if pairs is not None and pairs[:, 1].max() < _HIGH_HALVES <= pairs[:, 0].max():
+        raise DataError(
+            f"{ids.file}: holds ids of 32 bits without a header, which are not read: every second number of 16 bits "
+            f"is below {_HIGH_HALVES}"
+        )
 
 
 def _megatron(file: Path, index: Path) -> TokenFile:
@@ -160,6 +178,8 @@ def _megatron(file: Path, index: Path) -> TokenFile:
     ids, place = _ids_in(file, _MEGATRON_TYPES[code]), 34 + 12 * sequences
     if index.stat().st_size < place + 8 * documents:
         raise DataError(f"{index}: was cut short")
+    if not documents:
+        raise DataError(f"{index}: counts no documents")
     lengths = StoredIds(str(index), 34, sequences, np.dtype("<i4"))
     firsts = StoredIds(str(index), place, documents, np.dtype("<i8"))
     starts = partial(_of_sequences, ids.size, lengths, firsts, str(index))
@@ -178,7 +198,8 @@ def _datatrove(file: Path) -> TokenFile:
     if rest or width not in (2, 4):
         raise DataError(f"{file}: has {file.stat().st_size:,} bytes for the {total:,} ids that {index.name} counts")
     ids = _ids_in(file, f"<u{width}")
-    stated = side.read_text(encoding="utf-8").split("\n")[0] if side.is_file() else ""
+    # Not strictly: a name that cannot be read is shown, and the encoding must be named.
+    stated = side.read_text(encoding="utf-8", errors="replace").split("\n")[0] if side.is_file() else ""
     name, bar, size = stated.rpartition("|")
     name = name if bar and size.isdigit() else stated
     known = None if name in ("", "Unknown Tokenizer") else name
@@ -190,7 +211,7 @@ def _datatrove(file: Path) -> TokenFile:
 
 def _ids_in(file: Path, dtype: str, first_byte: int = 0) -> StoredIds:
     kind = np.dtype(dtype)
-    size, rest = divmod(file.stat().st_size - first_byte, kind.itemsize)
+    size, rest = divmod(max(0, file.stat().st_size - first_byte), kind.itemsize)
     if rest:
         raise DataError(f"{file}: {rest} bytes more than a whole number of ids of {kind.itemsize} bytes")
     return StoredIds(str(file), first_byte, size, kind)

@@ -14,7 +14,7 @@ import pytest
 from gpt_kit_hf.commands.main import main
 from gpt_kit_hf.data.text import stored_arrays, token_files
 from gpt_kit_hf.data.text.corpus import choose_encoding, prepare_corpus
-from gpt_kit_hf.data.text.token_files import find_token_files, read_token_files
+from gpt_kit_hf.data.text.token_files import describe_files, find_token_files, read_token_files
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.options.data import EncodingOptions, TextOptions
 from gpt_kit_hf.tokenization.encodings import get_encoding, save_tokenizer
@@ -65,7 +65,7 @@ FORMS: dict[str, tuple[Callable[[Documents, Path], None], str, str]] = {
     "nanogpt": (nanogpt, "train.bin", "nanoGPT, uint16"),
     "llmc": (llmc, "train.bin", "llm.c, uint16"),
     "megatron": (megatron, "train_text_document.bin", "Megatron-LM, int32"),
-    "datatrove": (datatrove, "00000_shuffled.ds", "datatrove, uint16"),
+    "datatrove": (datatrove, "00000_shuffled.ds", "datatrove, uint16, made with gpt2"),
 }
 
 
@@ -206,6 +206,19 @@ def damaged(file: Path, name: str) -> None:
     elif name == "an index of more ids":
         megatron(documents(), file)
         file.write_bytes(file.read_bytes()[:-8])
+    elif name == "half a header":
+        llmc(documents(), file)
+        file.write_bytes(file.read_bytes()[:700])
+    elif name == "another version of the header":
+        llmc(documents(), file)
+        data = file.read_bytes()
+        file.write_bytes(data[:4] + struct.pack("<i", 2) + data[8:])
+    elif name == "32 bits without a header":
+        np.arange(120_000, 121_000, dtype="<u4").tofile(file)
+    elif name == "an index of no documents":
+        megatron(documents(), file)
+        index = file.with_suffix(".idx")
+        index.write_bytes(index.read_bytes()[:26] + bytes(8) + index.read_bytes()[34:])
     elif name == "no index":
         nanogpt(documents(), file)
         file.with_suffix(".idx").write_bytes(b"abc" * 20)
@@ -218,6 +231,10 @@ def damaged(file: Path, name: str) -> None:
         ("half an id", "1 bytes more than a whole number of ids of 2 bytes"),
         ("a header of more ids", "and its header says"),
         ("an index of more ids", "and the file beside it has"),
+        ("half a header", "has 0 ids, and its header says"),
+        ("another version of the header", "version 2 of llm.c's header with 20240520 is not read; known: 1 with"),
+        ("32 bits without a header", "holds ids of 32 bits without a header"),
+        ("an index of no documents", r"a\.idx: counts no documents"),
         ("no index", "no index of Megatron-LM"),
     ],
 )
@@ -241,10 +258,21 @@ def test_damaged_files_of_datatrove_are_refused(tmp_path: Path) -> None:
         find_token_files([str(tmp_path)])
 
 
+def test_a_stated_tokenizer_is_shown_also_if_it_is_not_known_here(tmp_path: Path) -> None:
+    datatrove(documents(), tmp_path / "a.ds", stated="someone/model|2")
+    assert describe_files(find_token_files([str(tmp_path / "a.ds")])) == [
+        "1 token file of datatrove, uint16, made with someone/model"
+    ]
+    Path(f"{tmp_path}/a.ds.metadata").write_bytes(b"\xff\xfe")
+    assert chosen(tmp_path / "a.ds", "gpt2") == "gpt2"
+
+
 def test_options_of_text_are_not_for_token_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     nanogpt(documents(), tmp_path / "a.bin")
     with pytest.raises(UsageError, match="are for text"):
         TextOptions(token_files=["a.bin"], document_separator="x")
+    with pytest.raises(UsageError, match="dataset_config='x' is for dataset_name and mixture; files have none"):
+        TextOptions(token_files=["a.bin"], dataset_config="x")
     with pytest.raises(UsageError, match="exactly one of text_files, token_files"):
         TextOptions(token_files=["a.bin"], text_files=["a.txt"])
     assert main(["tokenize", f"--token_files={tmp_path / 'a.bin'}"]) == 2

@@ -151,3 +151,11 @@ def test_a_share_that_does_not_exist_and_a_stream_are_refused(capsys: pytest.Cap
         ShareOptions(num_shards=3, shard_index=3)
     assert main(["tokenize", "--text_files=README.md", "--eval_files=README.md", "--streaming=true"]) == 2
     assert "streaming stores no tokens" in capsys.readouterr().err
+
+
+def test_a_cache_that_is_no_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("some words")
+    command = ["tokenize", f"--text_files={tmp_path / 'file'}", "--encoding=bytes"]
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert main([*command, f"--token_cache_dir={folder}"]) == 2
+        assert f"token_cache_dir '{folder}' cannot be written: " in capsys.readouterr().err

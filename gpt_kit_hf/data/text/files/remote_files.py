@@ -65,6 +65,8 @@ def _file_system(url: str, option: str) -> tuple[Any, str]:
         package = known_implementations[protocol]["class"].partition(".")[0]
         needed = str(error) if package == "fsspec" else f"pip install {package}"
         raise UsageError(f"{option} {url!r}: {protocol}:// needs a package that is not installed: {needed}") from None
+    except OSError as error:  # of a chain such as zip://a.txt::b.zip
+        raise DataError(f"{option} {url!r}: cannot be read: {error}") from None
     except ValueError as error:
         raise UsageError(f"{option} {url!r}: {str(error).splitlines()[0]}") from None
     return system, path

@@ -84,6 +84,7 @@ def test_a_download_that_is_cut_short_leaves_no_copy(monkeypatch: pytest.MonkeyP
         ("s3://bucket/a.txt", "s3:// needs a package that is not installed: pip install s3fs"),
         ("gs://bucket/a.txt", "gs:// needs a package that is not installed: pip install gcsfs"),
         ("s4://bucket/a.txt", "Protocol not known: s4"),
+        ("zip://a.txt::no.zip", "text_files 'zip://a.txt::no.zip': cannot be read: [Errno 2] No such file"),
     ],
 )
 def test_what_cannot_be_read_is_one_line(url: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
