@@ -247,7 +247,7 @@ def _replace_by_gradients_fused(
 
 
 class _Compiled:
-    """`_replace_by_gradients_fused` as one kernel, or `_replace_by_gradients` where torch cannot compile it."""
+    """`_replace_by_gradients_fused` as one kernel, or `_replace_by_gradients` where torch does not compile it, or not again."""
 
     def __init__(self) -> None:
         self.function: Callable[..., Tensor] | None = None
@@ -263,7 +263,7 @@ class _Compiled:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         try:
             return self.function(logits, columns, targets, ignore_index, needed=needed)
-        except torch._dynamo.exc.TorchDynamoException:
+        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit):
             self.function = _replace_by_gradients
             return self.function(logits, columns, targets, ignore_index, needed=needed)
 

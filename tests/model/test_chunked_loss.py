@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Callable
@@ -185,6 +186,17 @@ def test_where_compiling_fails_the_loss_is_the_same(needed: bool, monkeypatch: p
     for losses, logits in results[:2]:
         assert torch.equal(losses, results[2][0])
         assert torch.equal(logits, results[2][1])
+
+
+def test_where_it_was_compiled_too_often_the_loss_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a program that trains several models, or in several precisions."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    compiled = chunked_loss._Compiled()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for dtype in (torch.float32, torch.float64):
+            logits = torch.randn(5, 64, dtype=dtype, generator=torch.Generator().manual_seed(0))
+            expected = chunked_loss._replace_by_gradients(logits.clone(), 50, torch.arange(5), 3, needed=True)
+            torch.testing.assert_close(compiled(logits, 50, torch.arange(5), 3, needed=True), expected)
 
 
 def test_memory_that_runs_out_is_not_taken_for_a_failed_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
