@@ -247,7 +247,7 @@ def _replace_by_gradients_fused(
 
 
 class _Compiled:
-    """`_replace_by_gradients_fused` as one kernel, or `_replace_by_gradients` where torch does not compile it, or not again."""
+    """`_replace_by_gradients_fused` as one kernel, or `_replace_by_gradients` where torch cannot compile it."""
 
     def __init__(self) -> None:
         self.function: Callable[..., Tensor] | None = None

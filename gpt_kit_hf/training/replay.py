@@ -19,6 +19,7 @@ from gpt_kit_hf.training.data_changes import check_replayed_data
 from gpt_kit_hf.training.finetune import InstructionTask
 from gpt_kit_hf.training.log.console import Console
 from gpt_kit_hf.training.pretrain import text_task
+from gpt_kit_hf.training.runtime.attention import set_attention
 from gpt_kit_hf.training.runtime.compilation import compile_blocks
 from gpt_kit_hf.training.runtime.determinism import deterministic_algorithms, differing_facts, why_not_exact
 from gpt_kit_hf.training.runtime.launch import create_accelerator
@@ -132,6 +133,7 @@ def _prepared_steps(
         task = InstructionTask(options, context, format_fn)
     else:
         task = text_task(options, context)
+    set_attention(task.model, options.training.attn_implementation)
     check_replayed_data(task, context.checkpoint, context.folder)
     steps = Steps(options, context, task)
     if context.checkpoint is not None:

@@ -104,6 +104,11 @@ def test_deterministic_run_records_what_its_bits_depend_on(
     assert replayed.text() == "steps 11 to 12: identical"
 
 
+def test_replay_computes_with_the_attention_of_the_run(text_file: str, tmp_path: Path) -> None:  # noqa: F811
+    train(options(tmp_path / "run", text_file, attn_implementation="eager", max_steps=4), stream=None)
+    assert replay_steps(tmp_path / "run", 3, 4, log=lambda line: None).text() == "steps 3 to 4: identical"
+
+
 # A fact of the recorded session, edited as another machine or an earlier version would have written it, and the note.
 OTHERWISE: dict[str, tuple[dict[str, Any], str]] = {
     "another kind of CPU": ({"cpu_capability": "AVX1"}, "cpu_capability was AVX1, is "),

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from gpt_kit_hf.errors import UsageError
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+_FLASH = "FLASH_ATTENTION_DETERMINISTIC"  # read by transformers; the library's kernels do not know torch's setting
 # What must be equal for equal bits, on every device, and on a GPU in addition.
 _FACTS = (
     *("processes", "micro_batch_size", "device", "precision", "torch", "compiled", "attention", "deterministic"),
@@ -43,6 +44,7 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
     import torch._inductor.config as inductor  # here, as only a run that asks for it needs it
 
     os.environ.setdefault(_CUBLAS, ":4096:8")
+    os.environ.setdefault(_FLASH, "1")
     settings: list[tuple[Any, str, bool]] = [
         (torch.backends.cudnn, "benchmark", False),
         (inductor, "deterministic", True),

@@ -24,6 +24,8 @@ from gpt_kit_hf.training.runtime.determinism import (
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.setenv("FLASH_ATTENTION_DETERMINISTIC", "")
+    monkeypatch.delenv("FLASH_ATTENTION_DETERMINISTIC")
     return monkeypatch
 
 
@@ -35,6 +37,7 @@ def test_everything_is_set_and_put_back(environment: pytest.MonkeyPatch) -> None
         assert not torch.backends.cudnn.benchmark
         assert inductor.deterministic
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert os.environ["FLASH_ATTENTION_DETERMINISTIC"] == "1"
         with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
             torch.ones(3).put_(torch.tensor([0]), torch.ones(1), accumulate=False)
     assert not torch.are_deterministic_algorithms_enabled()
