@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from encodings.aliases import aliases
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
 
 from gpt_kit_hf.errors import UsageError, unknown_name
 from gpt_kit_hf.options.declare import Options, Resume, option
-from gpt_kit_hf.options.files import check_local
+from gpt_kit_hf.options.files import check_encoding_of_files, check_local
 
 TRAINED_BPE = "bpe"
 KEEP = "keep"
 DEFAULT_MAX_LENGTH = 256
-# Codecs of Python that encode no text in files.
-_NO_TEXT = {"hex", "base64", "bz2", "zlib", "rot13", "uu", "quopri", "undefined"}
 RowFormat: TypeAlias = Literal["auto", "alpaca", "chat", "prompt_completion", "text"]
 TrainOn: TypeAlias = Literal["answers", "last_answer", "everything"]
 EosInText: TypeAlias = Literal["split", "keep", "error"]
@@ -207,17 +204,6 @@ class TextOptions(Options):
         return None if self.document_separator is None else read_escapes(self.document_separator)
 
 
-def check_encoding_of_files(name: str | None) -> None:
-    """Raise UsageError for a name that is none of Python's codecs of text."""
-    if name is None:
-        return
-    try:
-        "".encode(name)  # a codec that is none of text is a LookupError here
-    except (LookupError, UnicodeError, ValueError):
-        known = {alias.replace("_", "-") for alias in (*aliases, *aliases.values())}
-        raise UsageError(unknown_name("encoding_of_files", name, sorted(known - _NO_TEXT))) from None
-
-
 def weighted_sources(mixture: list[str]) -> list[tuple[float, str, str]]:
     """Return (weight, dataset or "", files or "") of each entry of `mixture`. Raises UsageError."""
     found = []
@@ -261,21 +247,6 @@ class EncodingOptions(Options):
         if self.vocab_size < 258:
             raise UsageError(
                 f"vocab_size must be at least 258 (256 bytes, end of text, padding), got {self.vocab_size}"
-            )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ShareOptions(Options):
-    """The share of a text that one machine tokenizes."""
-
-    num_shards: int = option(1, "number of shares into which the text is divided, one per machine", minimum=1)
-    shard_index: int = option(0, "the share to tokenize, counted from 0", minimum=0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.shard_index >= self.num_shards:
-            raise UsageError(
-                f"shard_index={self.shard_index} must be below num_shards={self.num_shards}: it counts from 0"
             )
 
 

@@ -16,11 +16,11 @@ from gpt_kit_hf.options.data import (
     SupervisionOptions,
     ThinkingOptions,
     bad_text_option,
-    check_encoding_of_files,
     eos_option,
     separator_option,
 )
 from gpt_kit_hf.options.declare import REQUIRED, Options, option
+from gpt_kit_hf.options.files import check_encoding_of_files
 from gpt_kit_hf.options.generation import LoadedModelOptions, device_option
 
 Kind: TypeAlias = Literal["auto", "text", "rows"]

@@ -1,4 +1,4 @@
-"""Files that options name: lists, globs, and the source of Python's standard library."""
+"""Files that options name: lists, globs, the source of Python's standard library, and encodings of files."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import re
 import stat
 import sys
 import sysconfig
+from encodings.aliases import aliases
 from pathlib import Path
 
-from gpt_kit_hf.errors import DataError, UsageError
+from gpt_kit_hf.errors import DataError, UsageError, unknown_name
 
 PYTHON_STDLIB = "python-stdlib"
 STANDARD_INPUT = Path("/dev/stdin")
+# Codecs of Python that encode no text in files.
+_NO_TEXT = {"hex", "base64", "bz2", "zlib", "rot13", "uu", "quopri", "undefined"}
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 # Tests repeat themselves and hold files that are not UTF-8 on purpose.
 _STDLIB_WITHOUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib-dynload"}
@@ -116,3 +119,14 @@ def _stdlib_files() -> list[Path]:
 def may_be_hub_id(name: str) -> bool:
     """Return whether a name has the form of a Hub id, a name with at most an owner before it, and not of a path."""
     return name.count("/") <= 1 and not name.startswith((".", "/", "~"))
+
+
+def check_encoding_of_files(name: str | None) -> None:
+    """Raise UsageError for a name that is none of Python's codecs of text."""
+    if name is None:
+        return
+    try:
+        "".encode(name)  # a codec that is none of text is a LookupError here
+    except (LookupError, UnicodeError, ValueError):
+        known = {alias.replace("_", "-") for alias in (*aliases, *aliases.values())}
+        raise UsageError(unknown_name("encoding_of_files", name, sorted(known - _NO_TEXT))) from None

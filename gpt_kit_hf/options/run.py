@@ -14,12 +14,11 @@ from gpt_kit_hf.options.data import (
     TRAINED_BPE,
     EncodingOptions,
     RowOptions,
-    ShareOptions,
     SupervisionOptions,
     TextOptions,
     WindowOptions,
 )
-from gpt_kit_hf.options.declare import Option, flat_declarations
+from gpt_kit_hf.options.declare import Option, Options, flat_declarations, option
 from gpt_kit_hf.options.finetuning import AdapterOptions, BaseOptions
 from gpt_kit_hf.options.model import ModelOptions, check_no_shape
 from gpt_kit_hf.options.parser import parse_options
@@ -79,6 +78,21 @@ class FinetuneOptions:
 
     def __post_init__(self) -> None:
         check_allow_changes(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShareOptions(Options):
+    """The share of a text that one machine tokenizes."""
+
+    num_shards: int = option(1, "number of shares into which the text is divided, one per machine", minimum=1)
+    shard_index: int = option(0, "the share to tokenize, counted from 0", minimum=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shard_index >= self.num_shards:
+            raise UsageError(
+                f"shard_index={self.shard_index} must be below num_shards={self.num_shards}: it counts from 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,8 +42,8 @@ from gpt_kit_hf.hub.model_folder import load_text_encoding, write_model_folder
 from gpt_kit_hf.model.losses import Batch
 from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
 from gpt_kit_hf.model.presets import build_config
-from gpt_kit_hf.options.data import TRAINED_BPE, ShareOptions, WindowOptions
-from gpt_kit_hf.options.run import CHANGED_TEXT, RunOptions
+from gpt_kit_hf.options.data import TRAINED_BPE, WindowOptions
+from gpt_kit_hf.options.run import CHANGED_TEXT, RunOptions, ShareOptions
 from gpt_kit_hf.text import short
 from gpt_kit_hf.tokenization import encodings
 from gpt_kit_hf.tokenization.export import load_encoding

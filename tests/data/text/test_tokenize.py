@@ -17,7 +17,8 @@ from gpt_kit_hf.data.text import shards, token_cache
 from gpt_kit_hf.data.text.corpus import prepare_corpus
 from gpt_kit_hf.data.text.tokenize import tokenize_text
 from gpt_kit_hf.errors import UsageError
-from gpt_kit_hf.options.data import ShareOptions, TextOptions
+from gpt_kit_hf.options.data import TextOptions
+from gpt_kit_hf.options.run import ShareOptions
 from gpt_kit_hf.tokenization.encodings import get_encoding
 
 ENCODING = get_encoding("bytes")
