@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset
 
 from gpt_kit_hf.data.order import BatchPlan, MixtureOrder, ShuffledOrder, StreamOrder
-from gpt_kit_hf.data.text.corpus import Corpus, choose_encoding, prepare_corpus, prepare_eval
+from gpt_kit_hf.data.text.corpus import Corpus, check_stated_encoding, choose_encoding, prepare_corpus, prepare_eval
 from gpt_kit_hf.data.text.documents import READ
 from gpt_kit_hf.data.text.report import Reading, describe_documents, describe_stream
 from gpt_kit_hf.data.text.sources import source_notes, train_sources
@@ -196,6 +196,7 @@ class TextTask(Task):
         if self.base is not None:
             found = encoding_of(self.base.tokenizer, Path(self.base.named).name)
             self._check_vocabulary(self.base, found)
+            check_stated_encoding(self.options.text.token_files or [], found, f"that of {self.base.named!r}")
             return found
         if self.context.checkpoint is not None:
             return load_encoding(self.context.checkpoint)

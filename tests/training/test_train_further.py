@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
@@ -218,6 +219,18 @@ def test_max_length_is_by_default_what_the_model_allows(folder: Path, tmp_path: 
     with pytest.raises(UsageError, match="max_length=65 is above the model's context, max_position_embeddings=64"):
         train(options(folder, base, tmp_path / "other", length=65), stream=None)
     assert not (tmp_path / "other").exists()
+
+
+def test_token_files_of_another_tokenizer_are_refused(folder: Path, tmp_path: Path) -> None:
+    """Its ids may all be in the model's vocabulary."""
+    np.arange(2, 202, dtype=np.uint16).tofile(tmp_path / "a.ds")
+    np.array([200], np.uint64).tofile(tmp_path / "a.ds.index")
+    (tmp_path / "a.ds.metadata").write_text("gpt2|2\n200")
+    chosen = options(folder, folder / "gpt2", tmp_path / "run")
+    chosen = dataclasses.replace(chosen, text=TextOptions(token_files=[str(tmp_path / "a.ds")]))
+    with pytest.raises(UsageError, match=r"that of '.*gpt2' is not the tokenizer that token_files were made with"):
+        train(chosen, stream=None)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_encoding_that_is_not_the_model_s_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -84,18 +84,30 @@ def _named_encoding(name: str) -> tiktoken.Encoding:
 
 def _encoding_of_ids(files: list[str], named: str) -> tiktoken.Encoding:
     """Return the encoding of token files: the one named, which must be the one that they state, or that."""
-    stated = stated_tokenizer(find_token_files(files))
-    place = Path(stated or "")
-    own = "gpt2" if stated in _GPT2 else str(place.parent if place.is_file() else place) if place.is_absolute() else ""
+    stated, own = _stated_encoding(files)
     if named == TRAINED_BPE:
         if not own:
             made = "the files do not state it" if stated is None else f"a folder with the tokenizer.json of {stated!r}"
             raise UsageError(f"token_files need --encoding, the encoding that they were made with: {made}")
         return _named_encoding(own)
     chosen = _named_encoding(named)
-    if own and encodings.fingerprint(chosen) != encodings.fingerprint(_named_encoding(own)):
-        raise UsageError(f"encoding={named!r} is not the tokenizer that token_files were made with, {stated!r}")
+    check_stated_encoding(files, chosen, f"encoding={named!r}")
     return chosen
+
+
+def check_stated_encoding(files: list[str], encoding: tiktoken.Encoding, named: str) -> None:
+    """Raise UsageError if token files state another tokenizer than the encoding, as far as it is known here."""
+    stated, own = _stated_encoding(files)
+    if own and encodings.fingerprint(encoding) != encodings.fingerprint(_named_encoding(own)):
+        raise UsageError(f"{named} is not the tokenizer that token_files were made with, {stated!r}")
+
+
+def _stated_encoding(files: list[str]) -> tuple[str | None, str]:
+    """Return the tokenizer that token files state, and the name of its encoding, "" if it is not known here."""
+    stated = stated_tokenizer(find_token_files(files))
+    place = Path(stated or "")
+    folder = str(place.parent if place.is_file() else place) if place.is_absolute() else ""
+    return stated, "gpt2" if stated in _GPT2 else folder
 
 
 def prepare_corpus(text: TextOptions, encoding: tiktoken.Encoding, *, seed: int) -> Corpus:
