@@ -147,7 +147,7 @@ def test_a_file_is_read_for_its_digest_once(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(
         stored_arrays.StoredIds,
         "__array__",
-        lambda ids, *a, **k: (read.append(ids.file) if ids.size > 50 else None, array(ids, *a, **k))[1],
+        lambda ids, *a, **k: (read.append(ids.file) if ids.size > 512 else None, array(ids, *a, **k))[1],
     )
     assert prepare_corpus(text, GPT2, seed=0).fingerprint == first.fingerprint
     assert str(tmp_path / "a.bin") not in read
