@@ -27,10 +27,19 @@ def is_url(name: str) -> bool:
     return _URL.match(name) is not None
 
 
-def check_local(option: str, place: str) -> None:
+def check_local(option: str, place: str, remedy: str = "copy it from there") -> None:
     """Raise UsageError for a URL where a folder of this machine's file systems is needed."""
     if is_url(place):
-        raise UsageError(f"{option} {place!r} is a URL: name a folder of a file system, and copy it from there")
+        raise UsageError(f"{option} {place!r} is a URL: name a folder of a file system, and {remedy}")
+
+
+def check_url(option: str, place: str) -> None:
+    """Raise UsageError for a name that is no URL, and for a URL with a password, which files of the run would keep."""
+    if not is_url(place):
+        raise UsageError(f"{option} {place!r} is not a URL, such as s3://bucket/run or file:///shared/run")
+    if "@" in (address := place.partition("://")[2].partition("/")[0]) and ":" in address.rpartition("@")[0]:
+        shown = f"{place.partition('://')[0]}://...@{address.rpartition('@')[2]}"
+        raise UsageError(f"{option} {shown!r} has a password: give it to the file system by its own settings instead")
 
 
 def find_files(patterns: list[str], option: str = "text_files") -> list[Path]:

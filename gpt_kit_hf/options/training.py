@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 from gpt_kit_hf.errors import UsageError, unknown_name
 from gpt_kit_hf.options.declare import REQUIRED, Options, option
-from gpt_kit_hf.options.files import check_local
+from gpt_kit_hf.options.files import check_local, check_url
 
 OptimizerName: TypeAlias = Literal["adamw", "muon"]
 # The trackers of Accelerate; a test compares them with the installed version's.
@@ -28,6 +28,14 @@ class TrainingOptions(Options):
     resume: bool = option(False, "continue the run in output_dir, or start it if there is none", resume="free")
     overwrite: bool = option(
         False, "start over; a run that is already in output_dir is moved aside, not deleted", resume="free"
+    )
+    remote_dir: str | None = option(
+        None,
+        "URL of a folder, such as s3://bucket/run, that each checkpoint and the finished model are copied to; resume "
+        "fetches the newest checkpoint from there if output_dir is missing or older. For one run at a time",
+        unset="no copy",
+        resume="free",
+        metavar="URL",
     )
     batch_size: int = option(
         32, "global batch size: sequences per optimizer step, over all processes and micro-batches", minimum=1
@@ -151,7 +159,9 @@ class TrainingOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_local("output_dir", self.output_dir)
+        check_local("output_dir", self.output_dir, "give the URL as remote_dir")
+        if self.remote_dir is not None:
+            check_url("remote_dir", self.remote_dir)
         if 0.0 < self.spike_factor <= 1.0:
             raise UsageError(f"spike_factor must be above 1, or 0 to disable it, got {self.spike_factor}")
         if len(self.report_to) > 1 and (alone := {"auto", "none"} & set(self.report_to)):

@@ -18,7 +18,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
@@ -101,6 +101,13 @@ def list_checkpoints(run: Path) -> list[Path]:
     return []
 
 
+def superseded(steps: Iterable[int], step: int, keep_last: int, keep: Collection[int]) -> list[int]:
+    """Return those of the `steps` whose checkpoints are deleted after that of `step`; see `save_checkpoint`."""
+    # Newer checkpoints are damaged or abandoned. If they were counted, good ones would be deleted instead.
+    old = sorted(each for each in steps if each <= step)
+    return [each for each in old[:-keep_last] if each not in keep]
+
+
 def verify_checkpoint(folder: Path) -> list[str]:
     """Return the problems of a checkpoint, one line each; [] if every byte is as it was written.
 
@@ -111,7 +118,7 @@ def verify_checkpoint(folder: Path) -> list[str]:
         found, problems = _scan(folder)
         if MANIFEST not in found:
             return [f"{MANIFEST} is missing", *problems]
-        expected = _read_manifest(folder)
+        expected = read_manifest(folder)
         for name, entry in expected.items():
             problems += _compare(name, found.get(name), entry)
     except (CheckpointError, OSError) as error:
@@ -204,7 +211,7 @@ def _ordinary_mode(folder: Path) -> int:
         probe.unlink()
 
 
-def _read_manifest(folder: Path) -> dict[str, FileDigest]:
+def read_manifest(folder: Path) -> dict[str, FileDigest]:
     """Return {name: digest} of the files in a well-formed manifest that belongs to this folder."""
     manifest = load_json(folder / MANIFEST)
     files = manifest.get("files")
@@ -252,11 +259,9 @@ def _compare(name: str, path: Path | None, expected: FileDigest) -> Iterator[str
 
 
 def _rotate(run: Path, step: int, keep_last: int, keep: Collection[int], report: Report) -> None:
-    # Newer checkpoints are damaged or abandoned. If they were counted, good ones would be deleted instead.
-    old = [path for path in list_checkpoints(run) if checkpoint_step(path) <= step]
-    for folder in old[:-keep_last]:
-        if checkpoint_step(folder) not in keep:
-            _discard(folder, report)
+    folders = {checkpoint_step(folder): folder for folder in list_checkpoints(run)}
+    for old in superseded(folders, step, keep_last, keep):
+        _discard(folders[old], report)
 
 
 def _discard(folder: Path, report: Report) -> None:

@@ -16,9 +16,11 @@ from accelerate import Accelerator
 from gpt_kit_hf.errors import DataError, NonFiniteError, StoppedError, UsageError
 from gpt_kit_hf.evaluation.metrics import Evaluation
 from gpt_kit_hf.options.run import CHANGED_TEXT, OptionsOfRun, changed_options, flat_options
-from gpt_kit_hf.storage.atomic_files import load_json
+from gpt_kit_hf.options.training import TrainingOptions
+from gpt_kit_hf.storage.atomic_files import Report, load_json
 from gpt_kit_hf.storage.checkpoints import checkpoint_step
 from gpt_kit_hf.storage.lock import RunLock
+from gpt_kit_hf.storage.remote_run import RemoteRun
 from gpt_kit_hf.storage.run_folder import (
     CURVE_FILE,
     METRICS_FILE,
@@ -77,7 +79,9 @@ def _begin_or_resume(
         stack.callback(end_processes, accelerator)
         stack.callback(console.close)
         stop = stack.enter_context(StopSignals(launcher_pid()))
-        resumes = decide_on_main(accelerator, lambda: _resumes(folder, chosen.resume, chosen.overwrite))
+        main = accelerator.is_main_process
+        remote = RemoteRun(chosen.remote_dir, folder, console.log) if main and chosen.remote_dir is not None else None
+        resumes = decide_on_main(accelerator, lambda: _resumes(chosen, folder, remote))
         changes: dict[str, Any] = {}
         lock = RunLock(folder, report=console.log)
         if resumes:
@@ -88,21 +92,27 @@ def _begin_or_resume(
             if not longer and not other_text and (result := finished_before(folder)) is not None:
                 bits = result.evaluation.bits_per_byte
                 console.log(f"{folder} is complete: {result.steps} steps, {bits:.3f} bits per byte")
+                if remote is not None:
+                    remote.finish(result.steps)
                 return result
         checkpoint = checkpoint_to_resume(folder, accelerator, console.log) if resumes else None
         _check_options(options, accelerator, folder, checkpoint)
         context = RunContext(
-            options=chosen, accelerator=accelerator, console=console, folder=folder, checkpoint=checkpoint, stop=stop
+            options=chosen,
+            accelerator=accelerator,
+            console=console,
+            folder=folder,
+            checkpoint=checkpoint,
+            stop=stop,
+            remote=remote,
         )
         task = build_task(context)
         set_attention(task.model, chosen.attn_implementation)
         new_data = None if checkpoint is None else data_change(task, checkpoint, folder, chosen.allow_changes)
         loop = _Loop(options, context, task, changes, new_data, lock)
-        if not resumes and accelerator.is_main_process:
+        if not resumes and main:
             # Only now, as options that do not fit must leave everything as it was.
-            moved = make_run_folder(folder, overwrite=chosen.overwrite)
-            if moved is not None:
-                console.log(f"moved the previous run from {folder} to {moved}")
+            _make_folders(chosen, folder, remote, console.log)
             _take_lock(stack, lock)
             if holds_run(folder):
                 raise UsageError(f"output_dir {str(folder)!r}: another run began there meanwhile; name another folder")
@@ -123,13 +133,24 @@ def _accelerator(options: OptionsOfRun) -> Accelerator:
     return accelerator
 
 
+def _make_folders(chosen: TrainingOptions, folder: Path, remote: RemoteRun | None, log: Report) -> None:
+    moved = make_run_folder(folder, overwrite=chosen.overwrite)
+    if moved is not None:
+        log(f"moved the previous run from {folder} to {moved}")
+    replaced = remote.move_aside() if remote is not None and chosen.overwrite else None
+    if replaced is not None:
+        log(f"moved the previous run from {chosen.remote_dir} to {replaced}")
+
+
 def _take_lock(stack: ExitStack, lock: RunLock) -> None:
     stack.enter_context(lock)
 
 
-def _resumes(folder: Path, resume: bool, overwrite: bool) -> bool:
-    check_run_folder(folder, resume=resume, overwrite=overwrite)
-    return resume and holds_run(folder)
+def _resumes(chosen: TrainingOptions, folder: Path, remote: RemoteRun | None) -> bool:
+    check_run_folder(folder, resume=chosen.resume, overwrite=chosen.overwrite)
+    if remote is not None:
+        remote.prepare(resume=chosen.resume, overwrite=chosen.overwrite)
+    return chosen.resume and holds_run(folder)
 
 
 def _check_options(options: OptionsOfRun, accelerator: Accelerator, folder: Path, checkpoint: Path | None) -> None:
@@ -330,7 +351,7 @@ class _Loop:
             self.console.close()
             for line in self._results(score, baselines, sample, drawn):
                 self.console.log(line)
-        self.accelerator.wait_for_everyone()
+        decide_on_main(self.accelerator, self.checkpoints.finish_copy)  # and all wait for it
         return RunResult(folder=self.folder, steps=self.steps.step, evaluation=score)
 
     # --- what is logged

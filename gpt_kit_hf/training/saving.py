@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,9 @@ class RunCheckpoints:
             report=self._log,
             last=context.checkpoint,
             check=check,
+            copy=self._copy,
         )
+        self._remote, self._check = context.remote, check
         self.scores: dict[int, float] = {}
 
     def describe_last(self) -> str:
@@ -89,8 +91,21 @@ class RunCheckpoints:
     def best_steps(self) -> list[int]:
         """Return the steps of the checkpoints that are kept for their eval loss, the best first."""
         present = {checkpoint_step(folder) for folder in list_checkpoints(self._folder)} | {self._steps.step}
+        if self._remote is not None:
+            present |= self._remote.steps
         ranked = sorted((loss, step) for step, loss in self.scores.items() if step in present)
         return [step for _, step in ranked[: self._chosen.keep_best]]
+
+    def finish_copy(self) -> None:
+        """Upload what remote_dir lacks of the finished run; on the main process. Raises CheckpointError."""
+        if self._remote is not None:
+            self._check()
+            self._remote.finish(self._steps.step)
+
+    def _copy(self, step: int, keep: Collection[int]) -> None:
+        if self._remote is not None:
+            self._check()
+            self._remote.update(step, keep_last=self._chosen.save_total_limit, keep=keep)
 
     def _save_whole(self, position: Mapping[str, Any], *, in_background: bool) -> None:
         copies = self._copies if in_background else None

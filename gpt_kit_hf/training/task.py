@@ -23,6 +23,7 @@ from gpt_kit_hf.evaluation.metrics import Evaluation
 from gpt_kit_hf.generation.generate import context_length, generate_text_autoregressive
 from gpt_kit_hf.model.losses import Batch
 from gpt_kit_hf.options.training import TrainingOptions
+from gpt_kit_hf.storage.remote_run import RemoteRun
 from gpt_kit_hf.storage.run_folder import publish_in_run
 from gpt_kit_hf.text import printable
 from gpt_kit_hf.training.log.console import Console
@@ -33,7 +34,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class RunContext:
-    """What is known before the data is read: options, processes, folder, and the checkpoint to resume from."""
+    """What is known before the data is read: options, processes, folder, and the checkpoint to resume from.
+
+    `remote` is the copy of the run that the main process keeps.
+    """
 
     options: TrainingOptions
     accelerator: Accelerator
@@ -41,6 +45,7 @@ class RunContext:
     folder: Path
     checkpoint: Path | None
     stop: StopSignals
+    remote: RemoteRun | None = None
 
 
 def decide_on_main(accelerator: Accelerator, decide: Callable[[], T]) -> T:

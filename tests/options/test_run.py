@@ -22,6 +22,7 @@ from gpt_kit_hf.options.run import (
 
 FREE = {
     "training.output_dir", "training.resume", "training.overwrite", "training.per_device_train_batch_size",
+    "training.remote_dir",
     "training.eval_steps", "training.max_eval_samples", "training.save_steps", "training.save_total_limit",
     "training.keep_best", "training.async_save", "training.logging_steps", "training.sample_steps",
     "training.sample_prompt", "training.sample_max_new_tokens", "training.report_to",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -71,13 +72,16 @@ class RunRecord:
         `computing` is what the bits of this session's steps depend on (`runtime.determinism`).
         """
         if self._accelerator.is_main_process:
-            sessions = load_json(self._record).get("sessions", []) if self._record.exists() else []
+            before = load_json(self._record) if self._record.exists() else {}
+            sessions = before.get("sessions", [])
             session = _session(done, changes, computing)
             self.notes = _rounding_notes(sessions[-1], session) if sessions else []
             if new_data is not None:
                 session["data_changed"] = dict(new_data)
                 self.notes += change_notes(new_data, done)
             self._facts = {"options": dict(options), "steps": total, "versions": session["versions"], **facts}
+            # By which a copy of the run is told from that of another one.
+            self._facts["run_id"] = before.get("run_id") or secrets.token_hex(8)
             self._facts["sessions"] = [*sessions, session]
             self._check()
             save_json(self._options, options)

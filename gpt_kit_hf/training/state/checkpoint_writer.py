@@ -15,12 +15,21 @@ class CheckpointWriter:
     """Saves the checkpoints of a run, in a background thread or in the calling one.
 
     The state must not change while it is written. A failed save is reported; the older checkpoints stay, and the run
-    continues and saves again at its next save. Of several processes one calls `save`, the others `help`.
+    continues and saves again at its next save. Of several processes one calls `save`, the others `help`. `copy` is
+    called after each checkpoint, in the thread that wrote it, with its step and the steps in `keep`.
     """
 
     def __init__(
-        self, run: Path, *, keep_last: int, report: Report, last: Path | None, check: Callable[[], None]
+        self,
+        run: Path,
+        *,
+        keep_last: int,
+        report: Report,
+        last: Path | None,
+        check: Callable[[], None],
+        copy: Callable[[int, Collection[int]], None],
     ) -> None:
+        self._copy = copy
         self._run, self._keep_last, self._report, self._check = run, keep_last, report, check
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -71,6 +80,7 @@ class CheckpointWriter:
                 written = True
             finally:
                 after(written)
+            self._copy(step, keep)
 
         self._do(step, run, in_background)
 

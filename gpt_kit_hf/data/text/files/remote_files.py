@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import fsspec  # type: ignore[import-untyped, unused-ignore]
-from fsspec.registry import known_implementations  # type: ignore[import-untyped, unused-ignore]
-
 from gpt_kit_hf.data.text.files.file_cache import PlainFile, downloaded
-from gpt_kit_hf.errors import DataError, GPTKitError, UsageError
+from gpt_kit_hf.errors import DataError
+from gpt_kit_hf.storage.file_systems import file_system_errors, file_system_of
 
 
 def remote_files(pattern: str, option: str) -> list[PlainFile]:
@@ -22,7 +19,7 @@ def remote_files(pattern: str, option: str) -> list[PlainFile]:
     A copy is made again when what the file system tells of the file changes: an ETag, a checksum, a time, the size.
     Raises UsageError for a protocol that is unknown or whose package is missing, DataError for what cannot be read.
     """
-    system, path = _file_system(pattern, option)
+    system, path = file_system_of(pattern, option)
     with _reported(pattern, option):
         found = _matching(system, path)
         filled = [(name, info) for name in found if (info := system.info(name))["size"] != 0]
@@ -57,28 +54,5 @@ def _download(system: Any, name: str, info: dict[str, Any], target: Path) -> Non
         raise OSError(f"{size:,} of {info['size']:,} bytes arrived")
 
 
-def _file_system(url: str, option: str) -> tuple[Any, str]:
-    protocol = url.partition("://")[0]
-    try:
-        system, path = fsspec.url_to_fs(url)
-    except ImportError as error:
-        package = known_implementations[protocol]["class"].partition(".")[0]
-        needed = str(error) if package == "fsspec" else f"pip install {package}"
-        raise UsageError(f"{option} {url!r}: {protocol}:// needs a package that is not installed: {needed}") from None
-    except OSError as error:  # of a chain such as zip://a.txt::b.zip
-        raise DataError(f"{option} {url!r}: cannot be read: {error}") from None
-    except ValueError as error:
-        raise UsageError(f"{option} {url!r}: {str(error).splitlines()[0]}") from None
-    return system, path
-
-
-@contextmanager
-def _reported(url: str, option: str) -> Iterator[None]:
-    """Raise DataError for what a file system raises; each has errors of its own."""
-    try:
-        yield
-    except GPTKitError:
-        raise
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise DataError(f"{option} {url!r}: cannot be read: {reason}") from error
+def _reported(url: str, option: str) -> AbstractContextManager[None]:
+    return file_system_errors(f"{option} {url!r}: cannot be read", DataError)
