@@ -136,7 +136,8 @@ class MultiHeadAttention(nn.Module):
         attention_interface: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        if self.config._attn_implementation == "sdpa" and "cu_seq_lens_q" in kwargs:
+        # Continuous batching passes a `cache`, and lengths that are for it.
+        if self.config._attn_implementation == "sdpa" and "cu_seq_lens_q" in kwargs and "cache" not in kwargs:
             attention_interface = varlen_attention_forward
         output, weights = attention_interface(
             self,
@@ -309,7 +310,7 @@ class GPTKitModel(GPTKitPreTrainedModel):
         by_lengths = attends_by_lengths(
             self.config, inputs_embeds, attention_mask, past_key_values, training=self.training
         )
-        if self.config._attn_implementation == "sdpa" and not by_lengths:
+        if self.config._attn_implementation == "sdpa" and not by_lengths and "cache" not in kwargs:
             kwargs = {name: value for name, value in kwargs.items() if name not in LENGTHS}
         lengths: dict[str, Any] = {}
         if by_lengths and position_ids is not None and "cu_seq_lens_q" not in kwargs:
