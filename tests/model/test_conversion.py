@@ -720,7 +720,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     save_as_gpt2(ours, tmp_path / "empty")
     assert difference(ours, GPT2LMHeadModel.from_pretrained(tmp_path / "empty")) <= 1e-5
-    with pytest.raises(UsageError, match="cannot be written: .* is a file, not a folder"):
+    with pytest.raises(UsageError, match=r"cannot be written: .* is a file, not a folder"):
         save_as_gpt2(ours, tmp_path / "file" / "below")
 
 
