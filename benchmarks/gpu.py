@@ -192,18 +192,17 @@ def repeat(options: argparse.Namespace) -> dict[str, Any]:
                 gpt_kit(*train, *rest, *on, *more)
             one, two = ([(line["loss"], line["grad_norm"]) for line in steps_of(place)] for place in runs)
             differ = [step for step, (a, b) in enumerate(zip(one, two, strict=True), 1) if a != b]
-            replayed = gpt_kit("verify", str(runs[0]), "--replay", "11:30")
+            replayed = gpt_kit("verify", str(runs[0]), "--replay", "11:30", may_fail=True)
             found[name] = {"first_step_that_differs": differ[0] if differ else None, "replay": replayed[-1]}
     return found
 
 
-def gpt_kit(*arguments: str) -> list[str]:
+def gpt_kit(*arguments: str, may_fail: bool = False) -> list[str]:
     """Run a command of the package; return its lines."""
-    said = subprocess.run(
-        [sys.executable, "-m", "gpt_kit_hf", *arguments], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "gpt_kit_hf.commands.main", *arguments]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = (said.stdout + said.stderr).strip().splitlines()
-    if said.returncode:
+    if said.returncode and not may_fail:
         raise SystemExit("\n".join(lines[-10:]))
     return lines
 
@@ -215,8 +214,7 @@ def steps_of(run: Path) -> list[dict[str, Any]]:
 
 def xl(options: argparse.Namespace) -> dict[str, Any]:
     """Return time and memory of a step of gpt2-xl (1.5B), 8 rows of 1,024 tokens."""
-    peers.SHAPES["gpt2-xl"] = (2, 64, 2) if options.device == "cpu" else (48, 1600, 25)
-    options.shape = "gpt2-xl"
+    options.shape = "tiny" if options.device == "cpu" else "gpt2-xl"
     work = work_of(options, batch=8)
     step, batches = peers.STEPS["gpt_kit_hf"](work), list(peers.batches_of(work, 6))
     for batch in batches[:3]:

@@ -236,14 +236,17 @@ def finish(pids: Sequence[int], count: Count) -> bool:
 
 def differences(one: Path, other: Path) -> list[str]:
     """Return in what two runs differ: batches, losses, weights, optimizer, position; nothing if to the bit equal."""
+    kept = [[checkpoint.name for checkpoint in list_checkpoints(run)] for run in (one, other)]
+    return (["the checkpoints kept"] if kept[0] != kept[1] else []) + differences_at_the_end(one, other)
+
+
+def differences_at_the_end(one: Path, other: Path) -> list[str]:
+    """Return the same without the earlier checkpoints: a run that is asked to stop saves more often."""
     found = []
     lines = [read_jsonl(run / "metrics.jsonl") for run in (one, other)]
     if lines[0] != lines[1]:
         found.append("metrics.jsonl")
-    checkpoints = [list_checkpoints(run) for run in (one, other)]
-    if [c.name for c in checkpoints[0]] != [c.name for c in checkpoints[1]]:
-        found.append("the checkpoints kept")
-    last = [some[-1] for some in checkpoints]
+    last = [list_checkpoints(run)[-1] for run in (one, other)]
     for name in ("model.safetensors", "optimizer.safetensors"):
         a, b = (load_file(folder / name) for folder in last)
         if a.keys() != b.keys() or not all(torch.equal(a[key], b[key]) for key in a):

@@ -25,15 +25,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
-import torch
 from clusters import PATIENCE, PLATFORMS, Cluster, Kubernetes, Platform, serve
-from kill_campaign import write_texts
-from safetensors.torch import load_file
+from kill_campaign import differences_at_the_end, write_texts
 
-from gpt_kit_hf.storage.atomic_files import read_jsonl
-from gpt_kit_hf.storage.checkpoints import list_checkpoints
 from gpt_kit_hf.training.runtime.signals import EXIT_STOPPED
-from gpt_kit_hf.training.verify import verify_run
 
 
 @dataclass(kw_only=True)
@@ -123,7 +118,7 @@ def campaign(name: str, preemptions: int, seed: int, base: Path) -> Count:
             finished = job.returncode == 0
             if finished:
                 count.runs += 1
-                count.faults += differences(base / "whole", cluster.run)
+                count.faults += differences_at_the_end(base / "whole", cluster.run)
                 shutil.move(cluster.run, cluster.folder / f"run-{count.runs}")
                 shutil.rmtree(cluster.folder / "buckets", ignore_errors=True)
                 cluster.attempt = 1000 * count.runs
@@ -135,23 +130,6 @@ def campaign(name: str, preemptions: int, seed: int, base: Path) -> Count:
     if count.faults:
         sys.stderr.write((cluster.folder / "output").read_text()[-3000:])
     return count
-
-
-def differences(whole: Path, run: Path) -> list[str]:
-    """Return in what two runs differ: batches, losses, weights, optimizer, position; nothing if to the bit equal."""
-    found = []
-    if read_jsonl(whole / "metrics.jsonl") != read_jsonl(run / "metrics.jsonl"):
-        found.append("metrics.jsonl")
-    last = [list_checkpoints(each)[-1] for each in (whole, run)]
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        a, b = (load_file(folder / name) for folder in last)
-        if a.keys() != b.keys() or not all(torch.equal(a[key], b[key]) for key in a):
-            found.append(name)
-    if len({(folder / "training_state.json").read_text() for folder in last}) > 1:
-        found.append("training_state.json")
-    if (whole / "model.safetensors").read_bytes() != (run / "model.safetensors").read_bytes():
-        found.append("the model in the root")
-    return found + verify_run(run).problems
 
 
 def run_campaigns(names: Sequence[str], preemptions: int, seed: int, base: Path) -> dict[str, Count]:
