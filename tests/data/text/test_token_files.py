@@ -10,6 +10,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import tiktoken
 
 from gpt_kit_hf.commands.main import main
 from gpt_kit_hf.data.text import stored_arrays, token_files
@@ -19,14 +20,18 @@ from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.options.data import EncodingOptions, TextOptions
 from gpt_kit_hf.tokenization.encodings import get_encoding, save_tokenizer
 
-GPT2 = get_encoding("gpt2")
-END = GPT2.eot_token
+END = 50256
 Documents = list[list[int]]
 
 
 @pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpt2_encoding: tiktoken.Encoding) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def gpt2() -> tiktoken.Encoding:
+    """What `gpt2_encoding` has loaded in this process."""
+    return get_encoding("gpt2")
 
 
 def nanogpt(documents: Documents, file: Path) -> None:
@@ -76,7 +81,7 @@ def texts() -> list[str]:
 
 
 def documents() -> Documents:
-    return [[*GPT2.encode_ordinary(text), END] for text in texts()]
+    return [[*gpt2().encode_ordinary(text), END] for text in texts()]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -89,12 +94,12 @@ def test_ids_and_documents_are_those_of_the_form(form: str, tmp_path: Path, monk
         write(part, tmp_path / str(number) / name)
     files = find_token_files([str(tmp_path / "0"), str(tmp_path / "1" / "*")])
     assert token_files.describe_files(files) == [f"2 token files of {shown}"]
-    stream, key, _ = read_token_files(files, GPT2, tmp_path / "store")
+    stream, key, _ = read_token_files(files, gpt2(), tmp_path / "store")
     made = [[END, *each[:-1]] for each in documents()] if form == "llmc" else documents()
     assert stream.read(0, len(stream)).tolist() == [token for each in made for token in each]
     assert stream.document_starts.tolist() == np.cumsum([0, *map(len, made)])[:-1].tolist()
-    assert read_token_files(files, GPT2, tmp_path / "other")[1] == key
-    assert read_token_files(files[:1], GPT2, tmp_path / "store")[1] != key
+    assert read_token_files(files, gpt2(), tmp_path / "other")[1] == key
+    assert read_token_files(files[:1], gpt2(), tmp_path / "store")[1] != key
 
 
 def train(folder: Path, *arguments: str) -> list[dict[str, object]]:
@@ -141,7 +146,7 @@ def test_a_file_is_read_for_its_digest_once(tmp_path: Path, monkeypatch: pytest.
     nanogpt(documents(), tmp_path / "a.bin")
     monkeypatch.setattr("time.time_ns", lambda: 2**62)  # or the file is too new
     text = TextOptions(token_files=[str(tmp_path / "a.bin")])
-    first = prepare_corpus(text, GPT2, seed=0)
+    first = prepare_corpus(text, gpt2(), seed=0)
     read: list[str] = []
     array = stored_arrays.StoredIds.__array__
     monkeypatch.setattr(
@@ -149,7 +154,7 @@ def test_a_file_is_read_for_its_digest_once(tmp_path: Path, monkeypatch: pytest.
         "__array__",
         lambda ids, *a, **k: (read.append(ids.file) if ids.size > 512 else None, array(ids, *a, **k))[1],
     )
-    assert prepare_corpus(text, GPT2, seed=0).fingerprint == first.fingerprint
+    assert prepare_corpus(text, gpt2(), seed=0).fingerprint == first.fingerprint
     assert str(tmp_path / "a.bin") not in read
 
 
@@ -159,7 +164,7 @@ def test_evaluation_is_on_token_files_or_text(tmp_path: Path) -> None:
     (tmp_path / "val.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts()[30:]))
     held = [
         prepare_corpus(
-            TextOptions(token_files=[str(tmp_path / "train.bin")], eval_files=[str(tmp_path / name)]), GPT2, seed=0
+            TextOptions(token_files=[str(tmp_path / "train.bin")], eval_files=[str(tmp_path / name)]), gpt2(), seed=0
         )
         for name in ("val.bin", "val.jsonl")
     ]
@@ -167,7 +172,7 @@ def test_evaluation_is_on_token_files_or_text(tmp_path: Path) -> None:
     assert held[0].train.fingerprint() == held[1].train.fingerprint() == held[0].text.fingerprint()
     same = [str(tmp_path / "train.bin")]
     with pytest.raises(UsageError, match="is trained on as well"):
-        prepare_corpus(TextOptions(token_files=same, eval_files=same), GPT2, seed=0)
+        prepare_corpus(TextOptions(token_files=same, eval_files=same), gpt2(), seed=0)
 
 
 def chosen(file: Path, encoding: str = "bpe") -> str:
@@ -241,7 +246,7 @@ def damaged(file: Path, name: str) -> None:
 def test_a_damaged_file_is_refused(name: str, message: str, tmp_path: Path) -> None:
     damaged(tmp_path / "a.bin", name)
     with pytest.raises(DataError, match=message):
-        read_token_files(find_token_files([str(tmp_path / "a.bin")]), GPT2, tmp_path / "store")
+        read_token_files(find_token_files([str(tmp_path / "a.bin")]), gpt2(), tmp_path / "store")
 
 
 def test_damaged_files_of_datatrove_are_refused(tmp_path: Path) -> None:
