@@ -23,7 +23,10 @@ class CheckpointError(GPTKitError):
 
 
 class NonFiniteError(GPTKitError):
-    """Too many non-finite losses or gradients in a row; the weights are those before the first of them."""
+    """Logits from which no token can be chosen, or too many non-finite losses or gradients in a row.
+
+    In a run, the weights are those before the first of them.
+    """
 
 
 class RunError(GPTKitError):

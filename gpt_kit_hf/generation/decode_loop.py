@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from gpt_kit_hf.errors import NonFiniteError
 from gpt_kit_hf.generation.fast_decoder import Decoder, pays
 
-# On a GPU, whether all rows have ended is read after so many tokens: reading it waits for the GPU.
+# On a GPU, whether all rows have ended and whether a logit is NaN is read after so many tokens: reading waits for it.
 _TOKENS_BETWEEN_LOOKS = 16
 # Calls of a step that are computed as they are: libraries allocate their workspaces in them, which no capture permits.
 _WARM_UP = 2
@@ -23,7 +24,8 @@ def decode(
 ) -> Tensor:
     """(B, T) -> (B, T + N): the tokens of ``generate``, with the same random draws.
 
-    On a GPU without a streamer, some tokens behind the end of all rows are computed and dropped.
+    On a GPU without a streamer, some tokens behind the end of all rows are computed and dropped. Raises NonFiniteError
+    for logits that are NaN or infinite; no token that they choose is returned or streamed.
     """
     choice = _Choice(ids, decoding)
     if streamer is not None:
@@ -35,14 +37,17 @@ def decode(
             choice.choose(decoder.step(choice.token))
 
         next_step = CapturedStep(step, ids.device) if decoder.on_gpu and pays(max_new_tokens) else step
-        looks_after = _TOKENS_BETWEEN_LOOKS if decoder.on_gpu and streamer is None else 1
+        looks_after = _tokens_between_looks(decoder, decoding, max_new_tokens) if streamer is None else 1
         tokens: list[Tensor] = []  # (B,) each
         while True:
             tokens.append(choice.token.clone())
+            is_last = len(tokens) == max_new_tokens
+            looks = is_last or len(tokens) % looks_after == 0
+            if looks:
+                choice.check()
             if streamer is not None:
                 streamer.put(tokens[-1].cpu())
-            is_last = len(tokens) == max_new_tokens
-            if is_last or (len(tokens) % looks_after == 0 and choice.have_all_ended()):
+            if is_last or (looks and choice.have_all_ended()):
                 break
             if len(tokens) == 1 and pays(max_new_tokens):
                 decoder.pack()  # after the first token, so as not to delay it
@@ -54,6 +59,13 @@ def decode(
     return torch.cat((ids, added[:, : choice.length_of(added)]), dim=1)
 
 
+def _tokens_between_looks(decoder: Decoder, decoding: GenerationConfig, max_new_tokens: int) -> int:
+    if not decoder.on_gpu:
+        return 1
+    # Without EOS ids no row ends, so nothing is read before the last token.
+    return _TOKENS_BETWEEN_LOOKS if decoding.eos_token_id else max_new_tokens
+
+
 class _Choice:
     """The last token of each row, chosen from logits, and which rows have ended. It works in place."""
 
@@ -61,18 +73,28 @@ class _Choice:
         self._decoding = decoding
         self._eos = torch.tensor(decoding.eos_token_id or [], dtype=torch.long, device=ids.device)
         self._ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        self._unusable = torch.zeros((), dtype=torch.bool, device=ids.device)
         self.token = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
 
     def choose(self, logits: Tensor) -> None:
         """(B, V) -> the next `token` (B,)."""
-        self.token.copy_(_next_tokens(logits, self._decoding))
+        token, is_finite = _next_tokens(logits, self._decoding)
+        self.token.copy_(token)
+        self._unusable.logical_or_(is_finite.logical_not().any())
         if self._decoding.eos_token_id:
             self.token.masked_fill_(self._ended, self._decoding.pad_token_id)
             self._ended.logical_or_(self._is_end(self.token))
 
+    def check(self) -> None:
+        """Raise NonFiniteError if a token so far was chosen from unusable logits; it waits for a GPU."""
+        if self._unusable:
+            raise NonFiniteError(
+                "the logits of the model are NaN or infinite, so no token can be chosen: check that its weights are "
+                "finite, or take a dtype with a wider range"
+            )
+
     def have_all_ended(self) -> bool:
         """Return whether each row has ended."""
-        # Without EOS ids nothing is read: reading it waits for the GPU.
         return bool(self._decoding.eos_token_id) and bool(self._ended.all())
 
     def length_of(self, tokens: Tensor) -> int:
@@ -86,10 +108,12 @@ class _Choice:
         return (tokens.unsqueeze(-1) == self._eos).any(dim=-1)
 
 
-def _next_tokens(logits: Tensor, decoding: GenerationConfig) -> Tensor:
-    """(B, V) -> (B,)"""
+def _next_tokens(logits: Tensor, decoding: GenerationConfig) -> tuple[Tensor, Tensor]:
+    """(B, V) -> the tokens (B,), and whether they were chosen from finite numbers (B,)."""
+    # A maximum with a NaN among its values is NaN.
     if not decoding.do_sample:
-        return logits.argmax(dim=-1)
+        largest = logits.max(dim=-1)
+        return largest.indices, largest.values.isfinite()
     scores = logits / decoding.temperature
     if decoding.top_k:
         least = scores.topk(decoding.top_k, dim=-1).values[:, -1:]
@@ -97,8 +121,8 @@ def _next_tokens(logits: Tensor, decoding: GenerationConfig) -> Tensor:
     probabilities = scores.softmax(dim=-1)
     # The draws of torch.multinomial for one sample, which waits for the GPU to check its input: by independent
     # exponential variables E_i, argmin(E_i / p_i) is i with probability p_i.
-    chosen: Tensor = (probabilities / torch.empty_like(probabilities).exponential_()).argmax(dim=-1)
-    return chosen
+    largest = (probabilities / torch.empty_like(probabilities).exponential_()).max(dim=-1)
+    return largest.indices, largest.values.isnan().logical_not()
 
 
 class CapturedStep:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
-from gpt_kit_hf import GPTKitConfig, GPTKitForCausalLM, UsageError, generate_text_autoregressive
+from gpt_kit_hf import GPTKitConfig, GPTKitForCausalLM, NonFiniteError, UsageError, generate_text_autoregressive
 from gpt_kit_hf.generation import decode_loop, fast_decoder, layouts
 from gpt_kit_hf.generation.fast_decoder import Decoder, pays, why_not
 from gpt_kit_hf.options.generation import DecodingDtype
@@ -205,6 +206,45 @@ def test_autocast_around_it_changes_nothing() -> None:
         assert generate_text_autoregressive(model, ids, 40).tolist() == alone.tolist()
 
 
+class _Heard(list):  # type: ignore[type-arg]
+    """A streamer that keeps the tokens."""
+
+    def put(self, value: Tensor) -> None:
+        self.extend(value.flatten().tolist())
+
+    def end(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize(("fault", "on_gpu"), [(math.nan, False), (math.nan, True), (math.inf, False)])
+def test_no_token_is_chosen_from_logits_that_are_not_finite(
+    choice: str, fault: float, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids, heard = model_of(), ids_of(2, 4), _Heard()
+    monkeypatch.setattr(fast_decoder, "_is_gpu", lambda device: on_gpu)
+    monkeypatch.setattr(decode_loop, "CapturedStep", lambda step, device: step)
+    step, steps = Decoder.step, list[Tensor]()
+
+    def spoiled(self: Decoder, token: Tensor) -> Tensor:
+        logits = step(self, token)
+        steps.append(token.clone())
+        if len(steps) == 3:
+            logits[1, 5] = fault
+        return logits
+
+    monkeypatch.setattr(Decoder, "step", spoiled)
+    with pytest.raises(NonFiniteError, match="logits of the model are NaN or infinite"):
+        generate_text_autoregressive(model, ids, 40, **CHOICES[choice])
+    read_after = 1 if not on_gpu else 16 if choice == "an end" else 40
+    assert len(steps) == max(3, read_after - 1)
+    steps.clear()
+    chosen = GenerationConfig(pad_token_id=7, do_sample="temperature" in CHOICES[choice], **CHOICES[choice])
+    with pytest.raises(NonFiniteError):
+        decode_loop.decode(Decoder(model), ids, 40, chosen, heard)
+    assert len(heard) == 2 * (4 + 3)  # the prompt, and the tokens before
+
+
 def test_short_answers_do_not_wait_for_packing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, packed = model_of(), list[int]()
     monkeypatch.setattr(Decoder, "pack", lambda self: packed.append(1))
@@ -284,7 +324,7 @@ def test_a_cuda_graph_can_capture_a_token(kind: str, choice: str, monkeypatch: p
     choices = decode_loop._Choice(ids, GenerationConfig(pad_token_id=7, **chosen))
     with torch.inference_mode():
         choices.choose(decoder.start(ids, 20))
-        before = [*decoder._caches, choices.token, choices._ended]
+        before = [*decoder._caches, choices.token, choices._ended, choices._unusable]
         recorded = []
         for _ in range(3):
             with _Operations() as operations:
@@ -293,7 +333,8 @@ def test_a_cuda_graph_can_capture_a_token(kind: str, choice: str, monkeypatch: p
     assert recorded[0] == recorded[1] == recorded[2]
     assert len(recorded[0]) > 100
     assert not [name for name, _ in recorded[0] if "local_scalar" in name or "nonzero" in name]
-    assert all(it is now for it, now in zip(before, [*decoder._caches, choices.token, choices._ended], strict=True))
+    after = [*decoder._caches, choices.token, choices._ended, choices._unusable]
+    assert all(it is now for it, now in zip(before, after, strict=True))
 
 
 class _Graph:
