@@ -3,9 +3,9 @@
 Importing this package registers the model with the Auto classes of transformers. The public names, which
 `__init__.pyi` lists, are loaded when they are first used.
 
-The folders, from the command line down: `commands`, `training`, `evaluation`, `generation` and `data`, `hub`,
-`export`, `model`, `tokenization` and `storage`, `options`. Below all of them: `errors`, the exceptions and how an
-unknown name is worded, and `text`, how numbers and durations are written.
+The folders, from the command line down: `commands`, `training` and `pages`, `evaluation`, `generation` and `data`,
+`hub`, `export`, `model`, `tokenization` and `storage`, `options`. Below all of them: `errors`, the exceptions and how
+an unknown name is worded, and `text`, how numbers and durations are written.
 """
 
 import lazy_loader

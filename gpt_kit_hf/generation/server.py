@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from importlib.util import find_spec
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from gpt_kit_hf.errors import UsageError
-from gpt_kit_hf.generation.signals import sigterm_as_interrupt
+from gpt_kit_hf.generation.http_server import check_packages, listen
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -18,8 +15,6 @@ if TYPE_CHECKING:
     from gpt_kit_hf.generation.completion_model import CompletionModel
     from gpt_kit_hf.generation.engine import CompletionEngine
     from gpt_kit_hf.generation.openai_api.app import Defaults
-
-_PACKAGES = ("pydantic", "starlette", "uvicorn")  # of the extra "serve"
 
 # Fields of a generation config that change answers, and that no request can set here.
 _NOT_APPLIED = {
@@ -61,11 +56,10 @@ def serve(
     Raises UsageError if the packages of the extra "serve" are missing, the address cannot be used, or the model cannot
     be loaded.
     """
-    if any(find_spec(package) is None for package in _PACKAGES):
-        raise UsageError("the server needs packages that are not installed: pip install 'gpt-kit-hf[serve]'")
+    check_packages("the server", "serve")
     from gpt_kit_hf.generation.openai_api.app import OpenAIServer
 
-    with _listen(host, port) as listener, (_gguf if llama_cpp else _folder)(place) as loaded:
+    with listen(host, port) as listener, (_gguf if llama_cpp else _folder)(place) as loaded:
         name, engine, defaults, notes = loaded
         has_template = engine.tokenizer.chat_template is not None
         shown_host = f"[{host}]" if ":" in host else host
@@ -76,19 +70,7 @@ def serve(
             announce(f"{name} has no chat template: it is a completion model, and chat requests are refused.")
         for note in notes:
             announce(f"{name}: {note}")
-        # uvicorn stops at either signal, and raises it again when it has stopped.
-        with suppress(KeyboardInterrupt), sigterm_as_interrupt():
-            OpenAIServer(name, engine, defaults).run(listener, cors_allow_origins)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    if not 0 <= port <= 65535:
-        raise UsageError(f"port={port}: from 0, which selects a free port, to 65535")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise UsageError(f"host={host!r} and port={port} cannot be listened to: {error.strerror}") from None
+        OpenAIServer(name, engine, defaults).run(listener, cors_allow_origins)
 
 
 class _Loaded(NamedTuple):

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from gpt_kit_hf.commands.main import main
 from gpt_kit_hf.errors import UsageError
-from gpt_kit_hf.generation import server
+from gpt_kit_hf.generation import http_server
 from gpt_kit_hf.generation.server import serve
 
 N_NEW = 16
@@ -144,7 +144,7 @@ def test_a_model_that_cannot_be_served_is_a_one_line_error(
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text("{}")
     assert "cannot be loaded" in refused(tmp_path / "empty")
-    monkeypatch.setattr(server, "_PACKAGES", ("no_such_package",))
+    monkeypatch.setattr(http_server, "_PACKAGES", ("no_such_package",))
     assert "pip install 'gpt-kit-hf[serve]'" in refused(folder)
 
 

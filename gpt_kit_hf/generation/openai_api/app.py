@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -20,6 +18,7 @@ from starlette.routing import Route
 
 from gpt_kit_hf.generation.completion import Chunk, Sampling
 from gpt_kit_hf.generation.engine import CompletionEngine
+from gpt_kit_hf.generation.http_server import run_until_signal
 from gpt_kit_hf.generation.openai_api.answers import Answer, ChatAnswer, CompletionAnswer
 from gpt_kit_hf.generation.openai_api.jobs import EventStream, Jobs, RequestId, Work, collect, internal_error
 from gpt_kit_hf.generation.openai_api.messages import render_prompt
@@ -95,19 +94,9 @@ class OpenAIServer:
         )
 
     def run(self, listener: socket.socket, cors_allow_origins: Sequence[str] = ()) -> None:
-        """Answer requests until SIGINT or SIGTERM, which is raised again at the end."""
-        jobs, seconds = self._jobs, _SHUTDOWN_SECONDS
-
-        class Server(uvicorn.Server):
-            async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-                asyncio.get_running_loop().call_later(seconds, jobs.stop)
-                await super().shutdown(sockets)
-
-        # Where a job does not hear, uvicorn cancels its answer.
-        config = uvicorn.Config(
-            self.app(cors_allow_origins), log_level="warning", timeout_graceful_shutdown=2 * seconds
-        )
-        Server(config).run(sockets=[listener])
+        """Answer requests until SIGINT or SIGTERM."""
+        app = self.app(cors_allow_origins)
+        run_until_signal(app, listener, seconds=_SHUTDOWN_SECONDS, stop_jobs=self._jobs.stop)
 
     async def _list_models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._entry()]})
