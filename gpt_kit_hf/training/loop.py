@@ -183,7 +183,7 @@ class _Loop:
         self.options, self.chosen, self.task = options, options.training, task
         self.changes, self.new_data = changes, new_data
         self.accelerator, self.console, self.stop = context.accelerator, context.console, context.stop
-        self.folder, self.checkpoint = context.folder, context.checkpoint
+        self.folder, self.checkpoint, self.lock = context.folder, context.checkpoint, lock
         self.steps = Steps(options, context, task)
         self._check_steps_left()
         self.record = RunRecord(self.folder, self.accelerator, self.console.log, lock.check)
@@ -345,6 +345,7 @@ class _Loop:
         if self.accelerator.is_main_process:
             checkpoint = self.checkpoints.writer.last
             assert checkpoint is not None
+            self.lock.check()
             self.task.publish(self.folder, checkpoint)
             baselines = self.task.baselines()
             drawn = self.record.finish(self.steps.step, score, baselines, facts)

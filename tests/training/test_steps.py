@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -64,6 +65,26 @@ def test_the_next_batches_are_read_before_the_device_is_waited_for(
     monkeypatch.setattr(AMPTrainer, "_step", step)
     train(options(tmp_path / "run", text_file), stream=None)
     assert at_updates == [2 * min(step + 1, 12) for step in range(1, 13)]  # two micro-batches a step
+
+
+def test_a_run_that_was_taken_over_at_its_end_publishes_nothing(
+    text_file: str,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As if the last evaluation had taken longer than the lease, while no renewal reached the file system."""
+    run, lock = tmp_path / "run", tmp_path / "run" / "run.lock"
+    another = json.dumps({"host": "elsewhere", "pid": 7, "id": "another", "lease": 90.0})
+
+    def taken_over(self: PretrainingTask) -> dict[str, Any]:
+        lock.write_text(another)
+        return {}
+
+    monkeypatch.setattr(PretrainingTask, "final_facts", taken_over)
+    with pytest.raises(RunError, match="taken over by process 7 on elsewhere"):
+        train(options(run, text_file), stream=None)
+    assert lock.read_text() == another
+    assert not list(run.glob("*.safetensors"))
 
 
 def no_dropout(run: Any) -> Any:
