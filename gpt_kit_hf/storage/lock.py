@@ -23,6 +23,8 @@ from gpt_kit_hf.storage.processes import is_of_this_machine, is_running, this_pr
 LEASE_SECONDS = 90.0
 _RENEWALS = 6
 _READS = 180  # of a contender in the time of a lease
+# A contender waits for less than this; an older file of one that may run elsewhere is that of a killed one.
+_LEFTOVER_SECONDS = 3600.0
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +39,8 @@ class RunLock:
 
     The lock of a process of this machine that has ended is taken over at once. That of another machine is taken over
     if this process sees its counter unchanged for its whole lease; no clocks are compared. `report` gets a line before
-    such a wait. Raises CheckpointError if the holder runs on this machine, or renews its lease during the wait.
+    such a wait. Raises CheckpointError if the holder runs on this machine, or renews its lease during the wait. Files
+    that killed contenders left are deleted.
 
     A holder that was paused for longer than its lease must not write: call `check` before each write.
     """
@@ -65,6 +68,7 @@ class RunLock:
                 self._acquire(temporary)
             finally:
                 temporary.unlink(missing_ok=True)
+            self._delete_leftovers()
         except OSError as error:
             raise CheckpointError(f"{self.run} cannot be locked: {error}") from error
         self._renewal.start()
@@ -118,32 +122,89 @@ class RunLock:
 
     def _acquire(self, temporary: Path) -> None:
         """Give the file of this process the name of the lock, when that is free or may be taken over."""
-        reads, unchanged, seen, first = 0, 0, b"", None
+        watched, claims, reads, first = _Watched(self.path), dict[Path, _Watched](), 0, None
         while not _link(temporary, self.path):
             try:
-                data = self.path.read_bytes()
+                data = watched.read()
             except FileNotFoundError:
                 continue
             if self._is_own(data):
                 return  # the link was made, but NFS lost the answer and asked again
             owner = _owner(self.path, data)
-            lease = self._time_left(owner)
+            lease, first = self._time_left(owner), first or owner
             # Reads are counted, not seconds: while the file system hangs, the holder cannot renew its lease either.
-            reads, unchanged = reads + 1, unchanged + 1 if data == seen else 0
-            seen, first = data, first or owner
+            reads += 1
             if reads == 1 and lease:
                 self._report(
                     f"{self.run} is locked by process {owner['pid']} on {owner['host']}: waiting for its lease to "
                     f"end, {lease:.0f} s unless it is renewed"
                 )
-            if owner.get("id") != first.get("id") or (reads > _READS and unchanged < _READS / 3):
-                raise CheckpointError(f"{self.run} is in use by process {owner['pid']} on {owner['host']}")
-            # A claim that is still there after the lease's time again is that of a contender which was killed.
-            if (unchanged >= _READS or not lease) and _take_over(
-                self.path, seen, temporary, abandoned=unchanged >= 2 * _READS
-            ):
+            if owner.get("id") != first.get("id") or (reads > _READS and watched.unchanged < _READS / 3):
+                raise self._in_use(owner)
+            if (watched.unchanged >= _READS or not lease) and self._take_over(data, temporary, claims):
                 return
-            time.sleep(lease / _READS or 0.02)
+            time.sleep((lease or self._lease) / _READS)
+
+    def _take_over(self, seen: bytes, temporary: Path, claims: dict[Path, _Watched]) -> bool:
+        """Replace the lock with the content `seen`; return False if it changed or another contender is doing the same.
+
+        Only the contender that creates the claim, a file named after that content, may replace the lock. An abandoned
+        claim is not deleted, as two contenders might do so, but claimed itself.
+        """
+        claim = self._claim_of(seen)
+        chain = [claim]
+        while not _link(temporary, claim):
+            try:
+                data = claims.setdefault(claim, _Watched(claim)).read()
+            except FileNotFoundError:
+                return False
+            if self._is_own(data):
+                break  # as for the lock
+            if not self._is_abandoned(claims[claim]):
+                return False
+            claim = self._claim_of(claim.name.encode() + data)
+            chain.append(claim)
+        try:
+            if self.path.read_bytes() != seen:
+                return False
+            temporary.replace(self.path)
+        except FileNotFoundError:
+            return False
+        finally:
+            for claim in chain:
+                claim.unlink(missing_ok=True)
+        return True
+
+    def _claim_of(self, content: bytes) -> Path:
+        return self.path.with_name(f".run.lock.{hashlib.sha256(content).hexdigest()[:16]}")
+
+    def _is_abandoned(self, claim: _Watched) -> bool:
+        """Return whether a contender has ended between its claim and its takeover."""
+        is_old, claimant = claim.unchanged >= _READS, _record(claim.path, claim.data)
+        has_ended = self._has_ended(claimant, is_old=is_old)
+        if is_old and not has_ended and claimant is not None:
+            raise self._in_use(claimant)  # it is paused
+        return has_ended
+
+    def _delete_leftovers(self) -> None:
+        """Delete the records and claims of contenders that were killed; those of any that may still run are kept."""
+        with suppress(OSError):  # they do no harm
+            now = self.path.stat().st_mtime
+            for path in self.run.glob(".run.lock.*"):
+                # Both times are the file system's: no clocks are compared.
+                data, age = path.read_bytes(), now - path.stat().st_mtime
+                if self._has_ended(_record(path, data), is_old=age > _LEFTOVER_SECONDS):
+                    path.unlink(missing_ok=True)
+
+    @staticmethod
+    def _has_ended(process: Mapping[str, Any] | None, *, is_old: bool) -> bool:
+        """Return whether a process has surely ended; `is_old` decides about one that cannot be looked up here."""
+        if process is None or not is_of_this_machine(process):
+            return is_old
+        return not is_running(process["pid"], process.get("started"))
+
+    def _in_use(self, owner: Mapping[str, Any]) -> CheckpointError:
+        return CheckpointError(f"{self.run} is in use by process {owner['pid']} on {owner['host']}")
 
     def _time_left(self, owner: Mapping[str, Any]) -> float:
         """Return the seconds that a lock must stay unchanged to be taken over; raise CheckpointError if it may not."""
@@ -192,35 +253,33 @@ def _link(temporary: Path, path: Path) -> bool:
     return True
 
 
-def _take_over(path: Path, seen: bytes, temporary: Path, *, abandoned: bool) -> bool:
-    """Replace the lock with the content `seen`; return False if it changed or another contender is doing the same.
+class _Watched:
+    """A file, its content when it was last read, and how many reads in a row have not found it changed."""
 
-    Only the contender that creates the claim, a file named after that content, may replace the lock. `abandoned`
-    removes a claim that is there.
-    """
-    claim = path.with_name(f".run.lock.{hashlib.sha256(seen).hexdigest()[:16]}")
-    if abandoned:
-        claim.unlink(missing_ok=True)
-    if not _link(temporary, claim):
-        return False
-    try:
-        if path.read_bytes() != seen:
-            return False
-        temporary.replace(path)
-    except FileNotFoundError:
-        return False
-    finally:
-        claim.unlink(missing_ok=True)
-    return True
+    def __init__(self, path: Path) -> None:
+        self.path, self.data, self.unchanged = path, b"", 0
+
+    def read(self) -> bytes:
+        """Return the content. Raises FileNotFoundError."""
+        data = self.path.read_bytes()
+        self.unchanged = self.unchanged + 1 if data == self.data else 0
+        self.data = data
+        return data
 
 
-def _owner(path: Path, data: bytes) -> dict[str, Any]:
-    """Return the record in a lock file; raise CheckpointError if it has none."""
+def _record(path: Path, data: bytes) -> dict[str, Any] | None:
+    """Return the record in a file of the lock, or None if it has none, as one that is being written."""
     try:
         owner = parse_object(data, str(path))
     except CheckpointError:
-        owner = {}
+        return None
     host, pid = owner.get("host"), owner.get("pid")
-    if not isinstance(host, str) or type(pid) is not int or not 0 < pid < 2**31:
+    return owner if isinstance(host, str) and type(pid) is int and 0 < pid < 2**31 else None
+
+
+def _owner(path: Path, data: bytes) -> dict[str, Any]:
+    """Return the record in the lock; raise CheckpointError if it has none."""
+    owner = _record(path, data)
+    if owner is None:
         raise CheckpointError(f"the lock {path} is unreadable: remove it if no process uses this run")
     return owner

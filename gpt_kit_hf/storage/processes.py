@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,15 +15,22 @@ def this_process() -> dict[str, object]:
     """Return {host, machine, pid, started}, which identify this process on every host.
 
     Containers may have equal host names and equal pids, so `machine` has the boot and the pid namespace of the system,
-    and `started` the start of the process. Both are "" where /proc is missing.
+    and `started` the start of the process. Both are "" where /proc does not say so.
     """
     pid = os.getpid()
     return {"host": socket.gethostname(), "machine": _machine(), "pid": pid, "started": _started(pid)}
 
 
 def is_of_this_machine(process: Mapping[str, object]) -> bool:
-    """Return whether the pid of a process, as `this_process` describes it, can be looked up here."""
-    return (process.get("host"), process.get("machine")) == (socket.gethostname(), _machine())
+    """Return whether the pid of a process, as `this_process` describes it, can surely be looked up here.
+
+    Where no system says which machine it is, as on macOS and Windows, the host name decides; on Linux, where that is
+    often the same in several containers, the answer is then no.
+    """
+    machine = _machine()
+    if not machine and sys.platform == "linux":
+        return False
+    return (process.get("host"), process.get("machine")) == (socket.gethostname(), machine)
 
 
 def is_running(pid: int, started: object) -> bool:
@@ -39,7 +47,7 @@ def is_running(pid: int, started: object) -> bool:
 def _machine() -> str:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"boot {boot} {Path('/proc/self/ns/pid').readlink()}"
+        return f"boot {boot} {Path('/proc/self/ns/pid').readlink()}" if boot else ""
     except OSError:
         return ""
 

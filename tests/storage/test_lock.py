@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import KILLED, die, in_child, start_child
@@ -227,7 +229,54 @@ def test_a_claim_of_a_killed_contender_does_not_block(
     assert in_child(claim_and_die) == KILLED
     assert len(list(tmp_path.glob(".run.lock.*"))) == 2  # the record of that one, and its claim
     hold(tmp_path)
-    assert not (tmp_path / "run.lock").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_claim_of_a_paused_contender_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of this machine that is paused for two leases between its claim and its takeover still gets the lock."""
+    monkeypatch.setattr(lock, "_READS", 10)
+    forge(tmp_path, host="elsewhere", lease=0.1)
+    link, children = lock._link, list[int]()
+
+    def rival() -> None:
+        monkeypatch.setattr(lock, "_link", link)
+        with RunLock(tmp_path, lease=0.1):
+            os._exit(7)
+
+    def link_slowly(temporary: Path, path: Path) -> bool:
+        linked = link(temporary, path)
+        if linked and path.name != "run.lock":
+            children.append(start_child(rival))
+            os.waitid(os.P_PID, children[0], os.WEXITED | os.WNOWAIT)
+        return linked
+
+    monkeypatch.setattr(lock, "_link", link_slowly)
+    with RunLock(tmp_path) as held:
+        held.check()
+        assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 1
+
+
+def test_what_killed_contenders_left_is_deleted(tmp_path: Path) -> None:
+    """Those of processes that may still run are kept: of this one, and of another host if not an hour old."""
+    with RunLock(tmp_path):
+        own = json.loads((tmp_path / "run.lock").read_text())
+    leftovers: dict[str, tuple[dict[str, object] | None, int]] = {
+        "of a running process": (own, 7200),
+        "of an ended one": ({**own, "pid": 2**31 - 1}, 0),
+        "of one with a reused pid": ({**own, "started": "long ago"}, 0),
+        "of another host": ({**own, "host": "elsewhere"}, 60),
+        "of another host, old": ({**own, "host": "elsewhere"}, 7200),
+        "being written": (None, 60),
+        "half written, old": (None, 7200),
+    }
+    now = time.time()
+    for name, (record, age) in leftovers.items():
+        path = tmp_path / f".run.lock.{name}"
+        path.write_text(json.dumps(record) if record else '{"host": "el')
+        os.utime(path, (now - age, now - age))
+    hold(tmp_path)
+    kept = {path.name.removeprefix(".run.lock.") for path in tmp_path.iterdir()}
+    assert kept == {"of a running process", "of another host", "being written"}
 
 
 # --- two hosts ------------------------------------------------------------------------------------------------
@@ -297,6 +346,14 @@ def test_of_many_hosts_one_takes_an_ended_lease_over(tmp_path: Path) -> None:
     contest(tmp_path, [f"host-{number}" for number in range(6)])
 
 
+def test_of_many_one_takes_over_from_a_killed_contender(tmp_path: Path) -> None:
+    """All of them see at once that its claim is as old as a lease."""
+    path = forge(tmp_path, host="gone", lease=LEASE)
+    claim = tmp_path / f".run.lock.{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+    claim.write_text(json.dumps({**json.loads(path.read_text()), "id": "of a contender"}))
+    contest(tmp_path, [f"host-{number}" for number in range(6)])
+
+
 def test_a_paused_holder_stops_after_its_lease_was_taken_over(tmp_path: Path) -> None:
     """It wakes, renews nothing of the other's, releases nothing of it, and is told so before it writes."""
     paused, woken = tmp_path / "paused", tmp_path / "woken"
@@ -340,6 +397,7 @@ def test_without_proc_the_host_name_decides(tmp_path: Path, monkeypatch: pytest.
     """As on macOS and Windows: there is no start of a process, and no namespace."""
     monkeypatch.setattr(processes, "_machine", lambda: "")
     monkeypatch.setattr(processes, "_started", lambda pid: "")
+    monkeypatch.setattr(sys, "platform", "darwin")
 
     def lock_and_die() -> None:
         with RunLock(tmp_path):
@@ -348,6 +406,28 @@ def test_without_proc_the_host_name_decides(tmp_path: Path, monkeypatch: pytest.
     assert in_child(lock_and_die) == KILLED
     with RunLock(tmp_path):
         refused(tmp_path)
+
+
+@pytest.mark.parametrize("boot_id", ["", "\n", None])
+def test_on_linux_without_a_boot_id_no_process_is_surely_of_this_machine(
+    boot_id: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two containers with the same host name and the same pid would be taken for one."""
+    read_text = Path.read_text
+
+    def read(self: Path, *arguments: Any) -> str:
+        if self.name != "boot_id":
+            return read_text(self, *arguments)
+        if boot_id is None:
+            raise FileNotFoundError(self)
+        return boot_id
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert not processes.is_of_this_machine(processes.this_process())
+    forge(tmp_path, lease=0.2)
+    lines: list[str] = []
+    with RunLock(tmp_path, report=lines.append):
+        assert len(lines) == 1  # it waited for the lease
 
 
 # --- moving aside ---------------------------------------------------------------------------------------------
