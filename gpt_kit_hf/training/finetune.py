@@ -35,7 +35,7 @@ from gpt_kit_hf.training.log.run_log import RunResult
 from gpt_kit_hf.training.loop import run_training
 from gpt_kit_hf.training.lora import add_adapter, load_adapter
 from gpt_kit_hf.training.state.sharded_state import unsharded_model
-from gpt_kit_hf.training.task import RunContext, Task, check_max_length, generate_sample
+from gpt_kit_hf.training.task import RunContext, Sample, Task, check_max_length, generate_sample
 
 
 def finetune(
@@ -93,7 +93,7 @@ class InstructionTask(Task):
             self.model, batches, self.byte_lengths, accelerator=accelerator, autocast=autocast, stop=stop
         )
 
-    def sample(self) -> str:
+    def sample(self) -> Sample:
         """Return the first evaluation prompt with the model's answer."""
         row = self.eval_rows[0]
         return generate_sample(

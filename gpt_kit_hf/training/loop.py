@@ -7,6 +7,7 @@ import shlex
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -32,7 +33,8 @@ from gpt_kit_hf.storage.run_folder import (
 )
 from gpt_kit_hf.text import duration
 from gpt_kit_hf.training.data_changes import data_change
-from gpt_kit_hf.training.log.console import Console, Pace, trackers
+from gpt_kit_hf.training.log.console import Console, trackers
+from gpt_kit_hf.training.log.pace import Pace
 from gpt_kit_hf.training.log.run_log import RunRecord, RunResult, finished_before
 from gpt_kit_hf.training.runtime.attention import check_attention, set_attention
 from gpt_kit_hf.training.runtime.compilation import blocks_to_compile
@@ -230,9 +232,12 @@ class _Loop:
 
     def _train(self) -> None:
         steps, pace, first = self.steps, Pace(), self.steps.step
-        # A run that stops on request leaves the evaluation of its last step to the one that continues.
-        if self._evaluation_due(first) and not decide_on_main(self.accelerator, lambda: self.record.evaluated(first)):
+        # A run that stops on request leaves evaluation and sample of its last step to the one that continues.
+        done = decide_on_main(self.accelerator, lambda: self.record.kinds_at(first))
+        if self._evaluation_due(first) and "eval" not in done:
             self._evaluate_and_log(self.chosen.max_eval_samples if first else None)
+        if first < steps.total and self._sample_due(first) and "sample" not in done:
+            self.console.log(self._sample())
         # Only now: the compiler takes every size that it has seen to change for one that changes, also in training.
         for block in self.to_compile:
             block.compile()
@@ -240,12 +245,12 @@ class _Loop:
             began = time.perf_counter()
             report = self._take_step()
             self._record_update(report)
-            pace.add(time.perf_counter() - began)
+            pace.add(time.perf_counter() - began, report.update.trained_tokens)
             if steps.step == first + _STEPS_TO_ESTIMATE:
                 left = duration(pace.seconds_per_step * (steps.total - steps.step))
                 self.console.log(f"about {left} left, without evaluations")
             if steps.step % self.chosen.logging_steps == 0 or steps.step == steps.total:
-                self._log_step(report, pace.seconds_per_step)
+                self._log_step(report, pace)
             if report.stop:
                 self._save_and_stop()
             if steps.step < steps.total:
@@ -277,12 +282,16 @@ class _Loop:
         saved_as_best = self.chosen.keep_best > 0 and step % self.chosen.save_steps == 0
         return step < self.steps.total and (step % self.chosen.eval_steps == 0 or saved_as_best)
 
+    def _sample_due(self, step: int) -> bool:
+        """Return whether there is a text sample between this step and the next."""
+        return step > 0 and self.chosen.sample_steps > 0 and step % self.chosen.sample_steps == 0
+
     def _evaluate_sample_save(self) -> None:
         """Do what is due after this step."""
         step, saves = self.steps.step, self.steps.step % self.chosen.save_steps == 0
         if self._evaluation_due(step):
             self._evaluate_and_log(self.chosen.max_eval_samples)
-        if self.chosen.sample_steps and step % self.chosen.sample_steps == 0:
+        if self._sample_due(step):
             self.console.log(self._sample())
         if saves:
             self.checkpoints.save(must=False)
@@ -325,7 +334,7 @@ class _Loop:
         return score
 
     def _sample(self) -> str:
-        """Return a sample as indented lines, without moving torch's random state; all processes must call."""
+        """Record a sample and return it as indented lines; torch's random state stays; every process calls."""
         if not (self.accelerator.is_main_process or self.accelerator.is_fsdp2):
             return ""
         with (
@@ -336,7 +345,9 @@ class _Loop:
             torch.compiler.set_stance("force_eager"),
         ):
             torch.manual_seed(self.chosen.seed)
-            return "\n".join(f"  | {line}" for line in self.task.sample().splitlines())
+            sample = self.task.sample()
+        self.record.sample(self.steps.step, sample.prompt, sample.text)
+        return "\n".join(f"  | {line}" for line in sample.text.splitlines())
 
     def _finish(self) -> RunResult:
         """Score all evaluation data, publish the model in the run's root folder, and log the results."""
@@ -403,12 +414,13 @@ class _Loop:
         ids = self.steps.plan.sample_ids(step - 1).tolist()
         return ", ".join(map(str, ids[:_IDS_SHOWN])) + (", ..." if len(ids) > _IDS_SHOWN else "")
 
-    def _log_step(self, report: StepReport, seconds_per_step: float) -> None:
+    def _log_step(self, report: StepReport, pace: Pace) -> None:
         step, total, update = self.steps.step, self.steps.total, report.update
-        speed = self.steps.plan.batch_size * self.task.tokens_per_sample / seconds_per_step
-        self.console.step(step, total, update.loss, speed, (total - step) * seconds_per_step)
+        speed = pace.measure(self.accelerator.device)
+        self.record.speed(step, speed)
+        self.console.step(step, total, update.loss, speed.tokens_per_second, (total - step) * pace.seconds_per_step)
         values = {"loss": update.loss, "learning_rate": report.learning_rate, "grad_norm": update.grad_norm}
-        self.record.track("train", step, {**values, "tokens_per_second": speed})
+        self.record.track("train", step, {**values, **asdict(speed)})
 
     def _results(self, score: Evaluation, baselines: Mapping[str, float], sample: str, drawn: bool) -> list[str]:
         """Return log lines with the final score, the files that the run wrote, and the command to try next."""

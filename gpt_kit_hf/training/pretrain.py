@@ -52,7 +52,7 @@ from gpt_kit_hf.training.log.run_log import RunResult
 from gpt_kit_hf.training.loop import run_training
 from gpt_kit_hf.training.runtime.preparation import Preparation, prepare_together
 from gpt_kit_hf.training.state.sharded_state import unsharded_model
-from gpt_kit_hf.training.task import RunContext, Task, check_max_length, generate_sample, joined_position
+from gpt_kit_hf.training.task import RunContext, Sample, Task, check_max_length, generate_sample, joined_position
 
 # Tokens of the training text that are counted for a baseline: the other processes wait meanwhile.
 _COUNTED = 1 << 28
@@ -119,7 +119,7 @@ class TextTask(Task):
             stop=self.context.stop.asked,
         )
 
-    def sample(self) -> str:
+    def sample(self) -> Sample:
         """Return the model's continuation of the sample prompt, after what a document starts with."""
         chosen, begin = self.context.options, self._eos if self._begin is None else self._begin
         written = encodings.encode_ordinary(self.encoding, chosen.sample_prompt, "sample_prompt").tolist()

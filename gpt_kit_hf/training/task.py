@@ -21,7 +21,7 @@ from gpt_kit_hf.data.order import BatchPlan, Order, PlannedBatches
 from gpt_kit_hf.errors import GPTKitError, UsageError
 from gpt_kit_hf.evaluation.metrics import Evaluation
 from gpt_kit_hf.generation.generate import context_length, generate_text_autoregressive
-from gpt_kit_hf.model.losses import Batch
+from gpt_kit_hf.model.losses import Batch, evaluation_mode
 from gpt_kit_hf.options.training import TrainingOptions
 from gpt_kit_hf.storage.remote_run import RemoteRun
 from gpt_kit_hf.storage.run_folder import publish_in_run
@@ -46,6 +46,14 @@ class RunContext:
     checkpoint: Path | None
     stop: StopSignals
     remote: RemoteRun | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A text that the model generated: the prompt, and the whole text, which begins with it."""
+
+    prompt: str
+    text: str
 
 
 def decide_on_main(accelerator: Accelerator, decide: Callable[[], T]) -> T:
@@ -108,7 +116,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def sample(self) -> str:
+    def sample(self) -> Sample:
         """Return text that the model generates, for the log."""
 
     @abstractmethod
@@ -175,16 +183,19 @@ def map_batches(
 
 def generate_sample(
     model: PreTrainedModel, prompt: Tensor, max_new_tokens: int, decode: Callable[[list[int]], str], **sampling: Any
-) -> str:
+) -> Sample:
     """Return the prompt (1, T) with the model's continuation, or a note if its logits are not finite.
 
-    Returns "" for an empty prompt and for one that fills the context. `sampling` is passed to
+    The text is "" for an empty prompt and for one that fills the context. `sampling` is passed to
     `generate_text_autoregressive`.
     """
+    written = printable(decode(prompt[0].tolist()))
     left = (context_length(model) or sys.maxsize) - prompt.shape[1]
     if prompt.shape[1] == 0 or left < 1:
-        return ""
-    if not model(prompt.to(model.device)).logits.isfinite().all():
-        return "(no sample: the model's logits are not finite)"
+        return Sample(prompt=written, text="")
+    with evaluation_mode(model):  # dropout would draw random numbers
+        finite = bool(model(prompt.to(model.device)).logits.isfinite().all())
+    if not finite:
+        return Sample(prompt=written, text="(no sample: the model's logits are not finite)")
     ids = generate_text_autoregressive(model, prompt, min(left, max_new_tokens), **sampling)
-    return printable(decode(ids[0].tolist()))
+    return Sample(prompt=written, text=printable(decode(ids[0].tolist())))

@@ -243,7 +243,7 @@ def differences(one: Path, other: Path) -> list[str]:
 def differences_at_the_end(one: Path, other: Path) -> list[str]:
     """Return the same without the earlier checkpoints: a run that is asked to stop saves more often."""
     found = []
-    lines = [read_jsonl(run / "metrics.jsonl") for run in (one, other)]
+    lines = [[each for each in read_jsonl(run / "metrics.jsonl") if each["kind"] != "speed"] for run in (one, other)]
     if lines[0] != lines[1]:
         found.append("metrics.jsonl")
     last = [list_checkpoints(run)[-1] for run in (one, other)]

@@ -62,7 +62,9 @@ def launch(
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """Return what is equal within rounding, whatever the speed."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] in ("train", "eval")]
 
 
 @pytest.fixture

@@ -77,6 +77,12 @@ def update_lines(folder: Path) -> list[dict[str, Any]]:
 def assert_same_run(one: Path, other: Path) -> None:
     """Losses, weights and optimizer are equal to the bit."""
     assert update_lines(one) == update_lines(other)
+    lines = [read_jsonl(folder / "metrics.jsonl") for folder in (one, other)]
+    # A speed is measured: every other line is equal, and none is there twice.
+    assert [line for line in lines[0] if line["kind"] != "speed"] == [
+        line for line in lines[1] if line["kind"] != "speed"
+    ]
+    assert [(line["kind"], line["step"]) for line in lines[0]] == [(line["kind"], line["step"]) for line in lines[1]]
     last = [list_checkpoints(folder)[-1] for folder in (one, other)]
     for name in ("model.safetensors", "optimizer.safetensors"):
         a, b = (load_file(folder / name) for folder in last)
@@ -118,6 +124,20 @@ def test_run_learns_and_logs(finished: tuple[Path, str]) -> None:
     progress = ["step 4/12", "eval loss", "bits per byte", "gzip -9", "unigram", "  | "]
     for part in [*corpus_and_model, *progress, "from_pretrained", "metrics.jsonl", "gpt-kit generate"]:
         assert part in output, part
+
+
+def test_run_records_speeds_and_samples(finished: tuple[Path, str]) -> None:
+    folder, output = finished
+    lines = read_jsonl(folder / "metrics.jsonl")
+    speeds = [line for line in lines if line["kind"] == "speed"]
+    assert [line["step"] for line in speeds] == [4, 8, 12]
+    assert all(line["tokens_per_second"] > 0 and line["memory_bytes"] > 1e6 for line in speeds)
+    assert 0 < speeds[0]["seconds"] < speeds[1]["seconds"] < speeds[2]["seconds"]
+    samples = [line for line in lines if line["kind"] == "sample"]
+    assert [line["step"] for line in samples] == [6, 12]
+    for line in samples:
+        assert line["text"].startswith(line["prompt"])
+        assert all(f"  | {each}\n" in output for each in line["text"].splitlines())
 
 
 def test_run_folder_loads_by_auto_classes_and_pipeline(finished: tuple[Path, str]) -> None:

@@ -54,25 +54,6 @@ class Console:
         self._bar.close()
 
 
-class Pace:
-    """Mean seconds per step; the first step, which compiles and allocates, counts only until there is a second."""
-
-    def __init__(self) -> None:
-        self._steps, self._seconds = 0, 0.0
-
-    def add(self, seconds: float) -> None:
-        """Count a step."""
-        if self._steps == 1:
-            self._seconds = 0.0
-        self._steps += 1
-        self._seconds += seconds
-
-    @property
-    def seconds_per_step(self) -> float:
-        """The mean so far."""
-        return self._seconds / max(1, self._steps - 1)
-
-
 def trackers(names: list[str]) -> list[str]:
     """Return the trackers for a `report_to` option. Raises UsageError for one that is not installed."""
     if names == ["none"]:

@@ -28,6 +28,7 @@ from gpt_kit_hf.storage.atomic_files import (
 from gpt_kit_hf.storage.run_folder import CURVE_FILE, METRICS_FILE, OPTIONS_FILE, RECORD_FILE
 from gpt_kit_hf.training.data_changes import change_notes, eval_changed_after
 from gpt_kit_hf.training.log.curve import draw_curve
+from gpt_kit_hf.training.log.pace import Speed
 from gpt_kit_hf.training.runtime.determinism import differing_facts
 from gpt_kit_hf.training.steps import StepReport
 
@@ -86,10 +87,12 @@ class RunRecord:
             self._check()
             save_json(self._options, options)
             save_json(self._record, self._facts)
-            # The last evaluation follows the last checkpoint, and will be written again.
-            again = (done, "eval") if done == total else None
+            # The last evaluation and sample follow the last checkpoint, and will be written again.
+            again = [(done, "eval"), (done, "sample")] if done == total else []
             if self._metrics.exists():
-                cut_jsonl(self._metrics, lambda line: line["step"] <= done and (line["step"], line["kind"]) != again)
+                cut_jsonl(
+                    self._metrics, lambda line: line["step"] <= done and (line["step"], line["kind"]) not in again
+                )
         # Trackers take numbers, text and truth values.
         plain = {k: v if isinstance(v, (bool, int, float, str)) else json.dumps(v) for k, v in options.items()}
         self._accelerator.init_trackers(self._name, config=plain)
@@ -106,6 +109,14 @@ class RunRecord:
         values = {"loss": score.loss, "bits_per_byte": score.bits_per_byte}
         self._write({"kind": "eval", "step": step, **values, "tokens": score.tokens})
         self.track("eval", step, values)
+
+    def speed(self, step: int, speed: Speed) -> None:
+        """Write the line of a measured speed."""
+        self._write({"kind": "speed", "step": step, **asdict(speed)})
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Write the line of a text that the model generated."""
+        self._write({"kind": "sample", "step": step, "prompt": prompt, "text": text})
 
     def track(self, group: str, step: int, values: Mapping[str, float]) -> None:
         """Send values to the trackers, until one fails: that must not end the run."""
@@ -132,10 +143,10 @@ class RunRecord:
         since = eval_changed_after(self._facts)
         return {line["step"]: line["loss"] for line in lines if line["kind"] == "eval" and line["step"] > since}
 
-    def evaluated(self, step: int) -> bool:
-        """Return whether there is an evaluation of this step; on the main process."""
+    def kinds_at(self, step: int) -> set[str]:
+        """Return the kinds of lines that there are of this step, such as "eval"; on the main process."""
         lines = read_jsonl(self._metrics) if self._metrics.exists() else []
-        return any(line["kind"] == "eval" and line["step"] == step for line in lines)
+        return {line["kind"] for line in lines if line["step"] == step}
 
     def flush(self) -> None:
         """Write all lines to the disk; raise CheckpointError if that fails."""

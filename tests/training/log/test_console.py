@@ -5,13 +5,16 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.options.training import TrainingOptions
 from gpt_kit_hf.text import duration, printable, short
-from gpt_kit_hf.training.log.console import Console, Pace, trackers
+from gpt_kit_hf.training.log.console import Console, trackers
 from gpt_kit_hf.training.log.curve import draw_curve
+from gpt_kit_hf.training.log.pace import Pace
 
 
 class Terminal(io.StringIO):
@@ -35,12 +38,27 @@ def test_durations(seconds: float, text: str) -> None:
 
 
 def test_pace_leaves_out_the_first_step() -> None:
-    pace = Pace()
-    pace.add(60.0)
+    pace, cpu = Pace(), torch.device("cpu")
+    pace.add(60.0, 30)
     assert pace.seconds_per_step == 60.0
-    pace.add(2.0)
-    pace.add(4.0)
+    assert pace.measure(cpu).tokens_per_second == 0.5
+    pace.add(2.0, 50)
+    pace.add(4.0, 40)
     assert pace.seconds_per_step == 3.0
+    assert pace.measure(cpu).tokens_per_second == 15.0
+
+
+def test_speed_is_that_since_the_last_measurement() -> None:
+    pace, cpu = Pace(), torch.device("cpu")
+    for seconds in (9.0, 1.0, 1.0):
+        pace.add(seconds, 10)
+    first = pace.measure(cpu)
+    pace.add(5.0, 20)
+    second = pace.measure(cpu)
+    assert (first.tokens_per_second, second.tokens_per_second) == (10.0, 4.0)
+    assert 0 < first.seconds < second.seconds
+    resident = psutil.Process().memory_info().rss
+    assert 0.5 * resident < second.memory_bytes < 100 * resident
 
 
 def test_printable_replaces_control_characters() -> None:

@@ -1,0 +1,69 @@
+"""How fast a run trains, and how much memory it has used at most."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """The speed since the last measurement, and this session so far.
+
+    `tokens_per_second` counts trained tokens and the time of the steps alone; `seconds` is the time since the first
+    step, with evaluations and saves; `memory_bytes` is the peak, see `peak_memory`.
+    """
+
+    tokens_per_second: float
+    seconds: float
+    memory_bytes: int
+
+
+class Pace:
+    """Measures steps; the first one, which compiles and allocates, counts only until there is a second."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._steps, self._seconds, self._tokens = 0, 0.0, 0
+        self._measured = (0.0, 0)  # seconds and tokens at the last measurement
+
+    def add(self, seconds: float, tokens: int) -> None:
+        """Count a step that trained so many tokens."""
+        if self._steps == 1:
+            self._seconds, self._tokens = 0.0, 0
+            self._measured = (0.0, 0)
+        self._steps += 1
+        self._seconds += seconds
+        self._tokens += tokens
+
+    @property
+    def seconds_per_step(self) -> float:
+        """The mean so far."""
+        return self._seconds / max(1, self._steps - 1)
+
+    def measure(self, device: torch.device) -> Speed:
+        """Return the speed since the last measurement."""
+        seconds, tokens = self._seconds - self._measured[0], self._tokens - self._measured[1]
+        self._measured = (self._seconds, self._tokens)
+        return Speed(
+            tokens_per_second=tokens / seconds if seconds else 0.0,
+            seconds=time.perf_counter() - self._began,
+            memory_bytes=peak_memory(device),
+        )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes so far of torch's tensors on a GPU, of this process's resident memory on a CPU."""
+    if device.type == "mps":  # keeps no peak
+        return int(torch.mps.driver_allocated_memory())
+    if device.type != "cpu":
+        return int(torch.accelerator.max_memory_allocated(device))
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
