@@ -11,6 +11,7 @@ from gpt_kit_hf.options.run import CHANGED_TEXT
 from gpt_kit_hf.storage.atomic_files import load_json
 from gpt_kit_hf.storage.checkpoints import checkpoint_step
 from gpt_kit_hf.storage.run_folder import RECORD_FILE
+from gpt_kit_hf.storage.run_history import eval_changed
 from gpt_kit_hf.training.state.training_state import read_position
 from gpt_kit_hf.training.task import Task
 
@@ -62,18 +63,6 @@ def check_replayed_data(task: Task, checkpoint: Path | None, run: Path) -> None:
 
 def _changed_to(session: Mapping[str, Any], fingerprint: str) -> bool:
     return bool(session["data_changed"]["now"]["data_fingerprint"] == fingerprint)
-
-
-def eval_changed_after(record: Mapping[str, Any]) -> int:
-    """Return the last step after which the evaluation text changed, -1 for a run in which it never did."""
-    changes = {each["after_step"]: each["data_changed"] for each in _changed_sessions(record)}
-    return max((step for step, change in changes.items() if eval_changed(change)), default=-1)
-
-
-def eval_changed(change: Mapping[str, Any]) -> bool:
-    """Return whether the evaluation text is another after the change, or may be."""
-    before = change["before"].get("eval_fingerprint")
-    return before is None or before != change["now"].get("eval_fingerprint")
 
 
 def change_notes(change: Mapping[str, Any], step: int) -> list[str]:

@@ -209,6 +209,11 @@ class _Loop:
                 self._train()
                 self.checkpoints.save(must=True)
                 return self._finish()
+        except StoppedError:
+            raise
+        except Exception as error:
+            self.record.fail(error)
+            raise
         finally:
             self.checkpoints.writer.wait()
 

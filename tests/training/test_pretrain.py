@@ -34,6 +34,7 @@ from gpt_kit_hf import (
 from gpt_kit_hf.hub.model_folder import find_model_folder
 from gpt_kit_hf.storage.atomic_files import read_jsonl
 from gpt_kit_hf.storage.checkpoints import list_checkpoints, verify_checkpoint
+from gpt_kit_hf.storage.run_history import read_run
 
 LINES = [
     f"The {age} {who} {does} the {what}.\n"
@@ -283,6 +284,9 @@ def test_too_many_skipped_updates_stop_the_run(
     lines = update_lines(tmp_path / "run")
     assert [line["loss"] for line in lines] == [None] * 3
     assert all(line["skipped"] == "loss is nan" for line in lines)
+    history = read_run(tmp_path / "run")
+    assert (history.state, history.skipped, history.trained_tokens) == ("failed", 3, 0)
+    assert (history.error or "").startswith("NonFiniteError: 3 updates in a row were skipped, the last at step 3")
 
 
 def test_unfinished_run_loads_from_its_newest_checkpoint(

@@ -14,7 +14,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from gpt_kit_hf.errors import CheckpointError
+from gpt_kit_hf.errors import CheckpointError, GPTKitError, one_line
 from gpt_kit_hf.evaluation.metrics import Evaluation
 from gpt_kit_hf.storage.atomic_files import (
     Report,
@@ -26,7 +26,8 @@ from gpt_kit_hf.storage.atomic_files import (
     sync_path,
 )
 from gpt_kit_hf.storage.run_folder import CURVE_FILE, METRICS_FILE, OPTIONS_FILE, RECORD_FILE
-from gpt_kit_hf.training.data_changes import change_notes, eval_changed_after
+from gpt_kit_hf.storage.run_history import eval_changed_after
+from gpt_kit_hf.training.data_changes import change_notes
 from gpt_kit_hf.training.log.curve import draw_curve
 from gpt_kit_hf.training.log.pace import Speed
 from gpt_kit_hf.training.runtime.determinism import differing_facts
@@ -136,6 +137,17 @@ class RunRecord:
         self._facts["results"] = {**results, "beside_bits_per_byte": dict(baselines)}
         save_json(self._record, self._facts)
         return draw_curve(read_jsonl(self._metrics), self._curve, f"{self._name}: loss")
+
+    def fail(self, error: BaseException) -> None:
+        """Note in run.json that the session ended with this error, if the file can be written."""
+        if not (self._accelerator.is_main_process and self._facts):
+            return
+        self._facts["sessions"][-1]["error"] = f"{type(error).__name__}: {one_line(error)}"
+        try:
+            self._check()
+            save_json(self._record, self._facts)
+        except GPTKitError as reason:
+            self._log(f"the error is not noted in {self._record.name}: {one_line(reason)}")
 
     def scores(self) -> dict[int, float]:
         """Return the loss of each evaluation on this evaluation text so far, by step; on the main process."""
