@@ -3,8 +3,8 @@
 `declare` defines what a declaration holds and checks values against it: type, choices, bounds, and options that
 exclude each other. `training` (run, optimizer), `model` (presets, shape, conversion), `data`, `finetuning`,
 `generation`, `evaluation` and `hub` declare the options. `run` combines those of a training run and has the rules for
-resuming one. `parser` reads a command line, `config_file` a YAML file; `pages` writes help and documentation, `files`
-finds the files that globs name.
+resuming one; `token_files` refuses options of text for ids. `parser` reads a command line, `config_file` a YAML file;
+`pages` writes help and documentation, `files` finds the files that globs name.
 """
 
 import lazy_loader

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
 
 from gpt_kit_hf.errors import UsageError, unknown_name
-from gpt_kit_hf.options.declare import Options, Resume, option
+from gpt_kit_hf.options.declare import Options, Resume, changed_values, option
 from gpt_kit_hf.options.files import check_encoding_of_files, check_local
+from gpt_kit_hf.options.token_files import check_options_of_ids
 
 TRAINED_BPE = "bpe"
 KEEP = "keep"
@@ -142,8 +143,7 @@ class TextOptions(Options):
         minimum=1,
     )
     streaming: bool = option(
-        False,
-        "tokenize during training and store nothing; needs max_steps, and eval_files or dataset_test_split",
+        False, "tokenize during training and store nothing; needs max_steps, and eval_files or dataset_test_split"
     )
     shuffle_windows: int = option(
         1024, "size of the shuffle buffer of a streamed text, in windows of max_length tokens", minimum=1
@@ -175,8 +175,8 @@ class TextOptions(Options):
         check_local("token_cache_dir", self.token_cache_dir or "")
         if self.document_separator == "":
             raise UsageError("document_separator must not be empty; leave it out if a file is one document")
-        if self.token_files and (self.streaming or self.document_separator is not None):
-            raise UsageError("streaming and document_separator are for text: token_files hold ids, and know documents")
+        if self.token_files:
+            check_options_of_ids(changed_values(self), self.eval_files)
         if self.document_separator is not None and self.dataset_name:
             raise UsageError("document_separator is for text_files: a row of dataset_name is one document")
         if self.dataset_test_split is not None and not self.dataset_name:
@@ -229,8 +229,8 @@ class EncodingOptions(Options):
 
     encoding: str = option(
         TRAINED_BPE,
-        "bpe (trained on the text), bytes, gpt2, or a folder with a tokenizer.json; with model_name_or_path only that "
-        "model's own, which needs no name",
+        "bpe (trained on the text), bytes, gpt2, or a folder with a tokenizer.json; with token_files theirs, "
+        "with model_name_or_path only that model's own, which needs no name",
         card="path",
         metavar="NAME|FOLDER",
     )

@@ -188,6 +188,12 @@ def _given(value: object) -> bool:
     return value is not None and value is not False and value != []
 
 
+def changed_values(options: Options) -> dict[str, Any]:
+    """Return the values of an option class that are not the defaults."""
+    values = {name: (getattr(options, name), each.default) for name, each in options_of(type(options)).items()}
+    return {name: value for name, (value, default) in values.items() if value != default}
+
+
 def options_of(kind: type[Options]) -> Mapping[str, Option]:
     """Return the declarations of an option class by name."""
     hints = get_type_hints(kind)

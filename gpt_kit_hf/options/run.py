@@ -18,10 +18,11 @@ from gpt_kit_hf.options.data import (
     TextOptions,
     WindowOptions,
 )
-from gpt_kit_hf.options.declare import Option, Options, flat_declarations, option
+from gpt_kit_hf.options.declare import Option, Options, changed_values, flat_declarations, option
 from gpt_kit_hf.options.finetuning import AdapterOptions, BaseOptions
 from gpt_kit_hf.options.model import ModelOptions, check_no_shape
 from gpt_kit_hf.options.parser import parse_options
+from gpt_kit_hf.options.token_files import check_options_of_ids
 from gpt_kit_hf.options.training import RECIPES, OptimizerOptions, TrainingOptions, finetuning_optimizer
 
 T = TypeVar("T")
@@ -44,6 +45,8 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         check_allow_changes(self)
+        if self.text.token_files:
+            _check_no_new_vocabulary("token_files have ids of one that exists", changed_values(self.encoding))
         base = self.model.model_name_or_path
         if base is not None:
             _check_base(base, self)
@@ -59,10 +62,13 @@ class RunOptions:
     @staticmethod
     def check_given(given: Mapping[str, Any], values: Mapping[str, Any]) -> None:
         """Raise UsageError for an option on the command line that does not fit the others, also at its default."""
+        if values.get("token_files"):
+            check_options_of_ids(given, values.get("eval_files"))
+            _check_no_new_vocabulary("token_files have ids of one that exists", given)
         base = values.get("model_name_or_path")
         if base is not None:
             check_no_shape(base, given)
-            _check_own_tokenizer(base, given)
+            _check_no_new_vocabulary(_has_tokenizer(base), given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,9 +183,7 @@ def changed_options(stored: Mapping[str, Any], options: OptionsOfRun, run: Path)
 
 def _check_base(base: str, options: RunOptions) -> None:
     """Raise UsageError for options that do not fit the model to train further."""
-    defaults, chosen = EncodingOptions(), dataclasses.asdict(options.encoding)
-    changed = {name: value for name, value in chosen.items() if value != getattr(defaults, name)}
-    _check_own_tokenizer(base, changed)
+    _check_no_new_vocabulary(_has_tokenizer(base), changed_values(options.encoding))
     if Path(base).resolve() == Path(options.training.output_dir).resolve():
         raise UsageError(
             f"output_dir={options.training.output_dir!r} is the model to train further: name another folder, or "
@@ -187,16 +191,17 @@ def _check_base(base: str, options: RunOptions) -> None:
         )
 
 
-def _check_own_tokenizer(base: str, given: Mapping[str, Any]) -> None:
-    """Raise UsageError for options of a new vocabulary; whether an encoding is the model's is seen later."""
+def _has_tokenizer(base: str) -> str:
+    return f"model_name_or_path={base!r} has a tokenizer of its own"
+
+
+def _check_no_new_vocabulary(reason: str, given: Mapping[str, Any]) -> None:
+    """Raise UsageError for options of a new vocabulary; whether an encoding is the right one is seen later."""
     new = {name: given[name] for name in ("vocab_size", "vocab_text_mb") if given.get(name) is not None}
     if given.get("encoding") == TRAINED_BPE:
         new["encoding"] = TRAINED_BPE
     for name, value in new.items():
-        raise UsageError(
-            f"{name}={value} is for a new vocabulary, and model_name_or_path={base!r} has a tokenizer of its own: "
-            f"leave {name} out"
-        )
+        raise UsageError(f"{name}={value} is for a new vocabulary, and {reason}: leave {name} out")
 
 
 def _allowed_by(name: str, declared: Option) -> str | None:

@@ -196,7 +196,7 @@ class TextTask(Task):
         if self.base is not None:
             found = encoding_of(self.base.tokenizer, Path(self.base.named).name)
             self._check_vocabulary(self.base, found)
-            check_stated_encoding(self.options.text.token_files or [], found, f"that of {self.base.named!r}")
+            check_stated_encoding(self.options.text, found, f"that of {self.base.named!r}")
             return found
         if self.context.checkpoint is not None:
             return load_encoding(self.context.checkpoint)
@@ -290,7 +290,8 @@ class PretrainingTask(TextTask):
             total = sum(order.quotas)
             lines += [f"mixture  {quota / total:.1%} {name}: {len(text):,} tokens" for name, quota, text in named]
         if self.context.accelerator.is_main_process:
-            lines += describe_documents(corpus.text, corpus.encoding)
+            of_ids = self.options.text.token_files is not None
+            lines += describe_documents(corpus.text, corpus.encoding, of_ids=of_ids)
         lines += corpus.reading.lines(self.options.text)
         if corpus.eval_reading is not None:
             lines += corpus.eval_reading.lines(self.options.text, "eval text")

@@ -66,7 +66,7 @@ def choose_encoding(text: TextOptions, options: EncodingOptions) -> tiktoken.Enc
     `vocab_text_mb`, it has seen the start of many shards.
     """
     if text.token_files:
-        return _encoding_of_ids(text.token_files, options.encoding)
+        return _encoding_of_ids(text, options.encoding)
     if options.encoding == TRAINED_BPE:
         texts = _vocabulary_text(text, options.vocab_text_mb << 20)
         return encodings.train_bpe(texts, options.vocab_size, pad_token=True)
@@ -82,32 +82,50 @@ def _named_encoding(name: str) -> tiktoken.Encoding:
     return chosen
 
 
-def _encoding_of_ids(files: list[str], named: str) -> tiktoken.Encoding:
+def _encoding_of_ids(text: TextOptions, named: str) -> tiktoken.Encoding:
     """Return the encoding of token files: the one named, which must be the one that they state, or that."""
-    stated, own = _stated_encoding(files)
-    if named == TRAINED_BPE:
-        if not own:
-            made = "the files do not state it" if stated is None else f"a folder with the tokenizer.json of {stated!r}"
-            raise UsageError(f"token_files need --encoding, the encoding that they were made with: {made}")
-        return _named_encoding(own)
-    chosen = _named_encoding(named)
-    check_stated_encoding(files, chosen, f"encoding={named!r}")
-    return chosen
+    if named != TRAINED_BPE:
+        chosen = _named_encoding(named)
+        check_stated_encoding(text, chosen, f"encoding={named!r}")
+        return chosen
+    stated = _stated(text)["token_files"]
+    own = _known_encoding(stated)
+    if own is None:
+        made = "the files do not state it" if stated is None else f"a folder with the tokenizer.json of {stated!r}"
+        raise UsageError(f"token_files need --encoding, the encoding that they were made with: {made}")
+    check_stated_encoding(text, own, f"that of token_files, {stated!r},")
+    return own
 
 
-def check_stated_encoding(files: list[str], encoding: tiktoken.Encoding, named: str) -> None:
-    """Raise UsageError if token files state another tokenizer than the encoding, as far as it is known here."""
-    stated, own = _stated_encoding(files)
-    if own and encodings.fingerprint(encoding) != encodings.fingerprint(_named_encoding(own)):
-        raise UsageError(f"{named} is not the tokenizer that token_files were made with, {stated!r}")
+def check_stated_encoding(text: TextOptions, encoding: tiktoken.Encoding, named: str) -> None:
+    """Raise UsageError if token files state another tokenizer than the encoding, as far as it is known here.
+
+    Token files to evaluate on must state the same as those to train on, also if neither is known here.
+    """
+    stated = _stated(text)
+    for option, tokenizer in stated.items():
+        known = _known_encoding(tokenizer)
+        if known is not None and encodings.fingerprint(known) != encodings.fingerprint(encoding):
+            raise UsageError(f"{named} is not the tokenizer that {option} were made with, {tokenizer!r}")
+    trained, held_out = stated["token_files"], stated["eval_files"]
+    if trained and held_out and trained != held_out and None in map(_known_encoding, (trained, held_out)):
+        raise UsageError(f"eval_files were made with the tokenizer {held_out!r}, and token_files with {trained!r}")
 
 
-def _stated_encoding(files: list[str]) -> tuple[str | None, str]:
-    """Return the tokenizer that token files state, and the name of its encoding, "" if it is not known here."""
-    stated = stated_tokenizer(find_token_files(files))
+def _stated(text: TextOptions) -> dict[str, str | None]:
+    """Return the tokenizer that the token files of each option state."""
+    read = {"token_files": find_token_files(text.token_files or []), "eval_files": eval_token_files(text)}
+    return {option: stated_tokenizer(files, option) for option, files in read.items()}
+
+
+def _known_encoding(stated: str | None) -> tiktoken.Encoding | None:
+    """Return the encoding of a tokenizer that token files state, or None if it is not known here."""
     place = Path(stated or "")
-    folder = str(place.parent if place.is_file() else place) if place.is_absolute() else ""
-    return stated, "gpt2" if stated in _GPT2 else folder
+    if stated in _GPT2:
+        return _named_encoding("gpt2")
+    if not (place.is_absolute() and place.exists()):
+        return None
+    return _named_encoding(str(place.parent if place.is_file() else place))
 
 
 def prepare_corpus(text: TextOptions, encoding: tiktoken.Encoding, *, seed: int) -> Corpus:

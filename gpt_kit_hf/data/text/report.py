@@ -95,8 +95,11 @@ def _listed(counts: dict[str, int]) -> str:
 # --- documents
 
 
-def describe_documents(stream: TokenStream, encoding: tiktoken.Encoding) -> list[str]:
-    """Return log lines with the lengths of the documents, and the first and last lines of three of them."""
+def describe_documents(stream: TokenStream, encoding: tiktoken.Encoding, *, of_ids: bool = False) -> list[str]:
+    """Return log lines with the lengths of the documents, and the first and last lines of three of them.
+
+    With `of_ids` the lengths are of all ids: which of them end or begin a text is up to the program that wrote them.
+    """
     documents = len(stream.document_starts)
     ends = []
     for number in sorted({0, documents // 2, documents - 1}):
@@ -105,8 +108,10 @@ def describe_documents(stream: TokenStream, encoding: tiktoken.Encoding) -> list
         head = _text(encoding, stream.read(start, min(stop, start + _ENDS)))
         tail = _text(encoding, stream.read(max(start, stop - _ENDS), stop))
         ends.append((number + 1, head, tail))
+    added = 0 if of_ids else 1 if begin_of_text(encoding) is None else 2  # EOS, and what a document starts with
+    counted = "ids" if of_ids else "tokens"
     # One is counted in the line before.
-    lengths = [_lengths(_counted_lengths(stream, encoding))] if documents > 1 else []
+    lengths = [_lengths(_counted_lengths(stream, added), f"{counted} per document")] if documents > 1 else []
     return [*lengths, *(_shown(*each) for each in ends)]
 
 
@@ -121,7 +126,7 @@ def describe_stream(shards: Shards, encoding: tiktoken.Encoding, separator: str 
                     shown.append((number + 1, text, text if ends else ""))
                 if ends:
                     lengths.append(len(encoding.encode_ordinary(text)))
-    measured = f", of {len(lengths):,} document{'s' * (len(lengths) != 1)}"
+    measured = f"tokens per document, of {len(lengths):,} document{'s' * (len(lengths) != 1)}"
     return [
         *([_lengths(Counter(lengths), measured)] if lengths else []),
         *(_shown(*each, "shard") for each in shown),
@@ -129,9 +134,8 @@ def describe_stream(shards: Shards, encoding: tiktoken.Encoding, separator: str 
     ]
 
 
-def _counted_lengths(stream: TokenStream, encoding: tiktoken.Encoding) -> Counter[int]:
-    """Return how many documents have each length, in tokens of their text."""
-    added = 1 if begin_of_text(encoding) is None else 2  # EOS, and what a document starts with
+def _counted_lengths(stream: TokenStream, added: int) -> Counter[int]:
+    """Return how many documents have each length, without `added` tokens."""
     counted = Counter[int]()
     for starts in stream.document_starts.blocks(len(stream)):
         lengths, counts = np.unique(np.diff(starts) - added, return_counts=True)
@@ -139,12 +143,12 @@ def _counted_lengths(stream: TokenStream, encoding: tiktoken.Encoding) -> Counte
     return counted
 
 
-def _lengths(counted: Counter[int], of: str = "") -> str:
+def _lengths(counted: Counter[int], of: str) -> str:
     lengths = sorted(counted)
     reached = np.cumsum([counted[length] for length in lengths])
     places = [round(share * (int(reached[-1]) - 1)) for share in (0, 0.5, 0.9, 1)]
     low, median, most, high = (lengths[int(np.searchsorted(reached, place, side="right"))] for place in places)
-    return f"lengths  tokens per document{of}: min {low:,}, median {median:,}, 90% up to {most:,}, max {high:,}"
+    return f"lengths  {of}: min {low:,}, median {median:,}, 90% up to {most:,}, max {high:,}"
 
 
 def _shown(number: int, head: str, tail: str, of: str = "document") -> str:

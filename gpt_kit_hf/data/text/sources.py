@@ -19,6 +19,7 @@ from gpt_kit_hf.data.text.token_files import TokenFile, describe_files, find_tok
 from gpt_kit_hf.errors import DataError
 from gpt_kit_hf.options.data import TextOptions, weighted_sources
 from gpt_kit_hf.options.files import find_files, folder_notes, is_url
+from gpt_kit_hf.options.token_files import is_token_file
 
 _SMALLEST_SHARD = 1 << 12
 
@@ -47,8 +48,7 @@ def eval_source(options: TextOptions) -> TextSource | None:
 def eval_token_files(options: TextOptions) -> list[TokenFile]:
     """Return the token files to evaluate on, if `eval_files` names some."""
     named = options.eval_files or []
-    is_ids = [name.endswith((".bin", ".ds")) for name in named]
-    return find_token_files(named, "eval_files") if options.token_files and any(is_ids) else []
+    return find_token_files(named, "eval_files") if options.token_files and any(map(is_token_file, named)) else []
 
 
 def source_notes(options: TextOptions) -> list[str]:

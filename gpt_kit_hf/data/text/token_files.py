@@ -105,11 +105,11 @@ def read_token_files(
     return stream, xxhash.xxh3_64_hexdigest(" ".join(keys).encode()), Counter({READ: len(stream.document_starts)})
 
 
-def stated_tokenizer(files: list[TokenFile]) -> str | None:
+def stated_tokenizer(files: list[TokenFile], option: str = "token_files") -> str | None:
     """Return the name of the tokenizer that the files state, if they do. Raises UsageError if it is not one."""
     names = {file.tokenizer for file in files} - {None}
     if len(names) > 1:
-        raise UsageError(f"token_files were made with several tokenizers: {', '.join(sorted(map(str, names)))}")
+        raise UsageError(f"{option} were made with several tokenizers: {', '.join(sorted(map(str, names)))}")
     return names.pop() if names else None
 
 

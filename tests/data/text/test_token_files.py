@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,12 @@ import tiktoken
 from gpt_kit_hf.commands.main import main
 from gpt_kit_hf.data.text import stored_arrays, token_files
 from gpt_kit_hf.data.text.corpus import choose_encoding, prepare_corpus
+from gpt_kit_hf.data.text.report import describe_documents
 from gpt_kit_hf.data.text.token_files import describe_files, find_token_files, read_token_files
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.options.data import EncodingOptions, TextOptions
+from gpt_kit_hf.options.run import RunOptions
+from gpt_kit_hf.options.training import TrainingOptions
 from gpt_kit_hf.tokenization.encodings import get_encoding, save_tokenizer
 
 END = 50256
@@ -272,13 +276,88 @@ def test_a_stated_tokenizer_is_shown_also_if_it_is_not_known_here(tmp_path: Path
     assert chosen(tmp_path / "a.ds", "gpt2") == "gpt2"
 
 
-def test_options_of_text_are_not_for_token_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("eval_files", [None, ["val.bin"]])
+@pytest.mark.parametrize(
+    "given",
+    [
+        "document_separator=x", "text_column=body", "encoding_of_files=cp1252", "eos_in_text=keep", "on_bad_text=skip",
+        "num_proc=2", "streaming=true", "shuffle_windows=7", "stream_shards=2", "dataset_train_split=test",
+        "vocab_size=300", "vocab_text_mb=7", "encoding=bpe",
+    ],
+)  # fmt: skip
+def test_options_of_text_are_not_for_token_files(
+    given: str, eval_files: list[str] | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, _, value = given.partition("=")
     nanogpt(documents(), tmp_path / "a.bin")
-    with pytest.raises(UsageError, match="are for text"):
-        TextOptions(token_files=["a.bin"], document_separator="x")
+    arguments = [f"--output_dir={tmp_path / 'run'}", f"--token_files={tmp_path / 'a.bin'}", f"--{given}"]
+    arguments += [f"--eval_files={name}" for name in eval_files or ()]
+    assert main(["train", *arguments]) == 2
+    refusal = capsys.readouterr().err
+    assert re.search(rf"{name}='?{value}'? is for .* token_files .*leave", refusal, re.IGNORECASE), refusal
+
+
+def test_options_at_their_default_are_refused_if_they_are_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--output_dir=no", "--token_files=a.bin", "--text_column=text"]) == 2
+    assert "text_column='text' is for text, and token_files hold ids: leave it out" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="vocab_size=300 is for a new vocabulary, and token_files have ids of one"):
+        RunOptions(
+            training=TrainingOptions(output_dir="no"),
+            text=TextOptions(token_files=["a.bin"]),
+            encoding=EncodingOptions(vocab_size=300),
+        )
+
+
+def test_evaluation_text_beside_token_files_is_read_by_its_options(tmp_path: Path) -> None:
+    nanogpt(documents()[:30], tmp_path / "train.bin")
+    (tmp_path / "val.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts()[30:]))
+    options = TextOptions(
+        token_files=[str(tmp_path / "train.bin")], eval_files=[str(tmp_path / "val.jsonl")], text_column="body"
+    )
+    held = prepare_corpus(options, gpt2(), seed=0).eval
+    assert held.read(0, len(held)).tolist() == [token for document in documents()[30:] for token in document]
+
+
+def test_evaluation_files_state_the_tokenizer_of_the_training_files(tmp_path: Path) -> None:
+    save_tokenizer(get_encoding("bytes"), tmp_path / "own")
+    stated = {"a": "gpt2|2", "b": "openai-community/gpt2", "c": f"{tmp_path / 'own'}|2", "d": "someone/model|2"}
+    for name, tokenizer in {**stated, "e": "someone/other|2", "f": ""}.items():
+        datatrove(documents(), tmp_path / f"{name}.ds", stated=tokenizer)
+
+    def choose(train: str, held_out: str, encoding: str = "bpe") -> str:
+        files = {"token_files": [str(tmp_path / f"{train}.ds")], "eval_files": [str(tmp_path / f"{held_out}.ds")]}
+        return choose_encoding(TextOptions(**files), EncodingOptions(encoding=encoding)).name
+
+    assert choose("a", "b") == choose("a", "f") == choose("d", "d", "gpt2") == choose("f", "d", "gpt2") == "gpt2"
+    with pytest.raises(UsageError, match=r"that of token_files, 'gpt2', is not the tokenizer that eval_files were"):
+        choose("a", "c")
+    with pytest.raises(UsageError, match=r"encoding='gpt2' is not the tokenizer that eval_files were made with, '/"):
+        choose("f", "c", "gpt2")
+    for train, held_out in ("de", "ad", "da"):
+        with pytest.raises(UsageError, match=r"eval_files were made with the tokenizer '.*', and token_files with"):
+            choose(train, held_out, "gpt2")
+
+
+def test_a_tokenizer_that_was_a_folder_elsewhere_is_not_known(tmp_path: Path) -> None:
+    datatrove(documents(), tmp_path / "a.ds", stated=f"{tmp_path}/gone/tokenizer.json|2")
+    assert chosen(tmp_path / "a.ds", "gpt2") == "gpt2"
+    with pytest.raises(UsageError, match=r"token_files need --encoding.*tokenizer\.json of '/.*gone"):
+        chosen(tmp_path / "a.ds")
+
+
+@pytest.mark.parametrize("end", [[], [50256]])
+def test_lengths_are_those_of_the_index(end: list[int], tmp_path: Path) -> None:
+    lengths = [3, 5, 8]
+    megatron([[7] * (length - len(end)) + end for length in lengths], tmp_path / "a.bin")
+    corpus = prepare_corpus(TextOptions(token_files=[str(tmp_path / "a.bin")]), gpt2(), seed=0)
+    found = describe_documents(corpus.text, gpt2(), of_ids=True)
+    assert found[0] == "lengths  ids per document: min 3, median 5, 90% up to 8, max 8"
+
+
+def test_other_sources_are_not_for_token_files(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UsageError, match="dataset_config='x' is for dataset_name and mixture; files have none"):
         TextOptions(token_files=["a.bin"], dataset_config="x")
     with pytest.raises(UsageError, match="exactly one of text_files, token_files"):
         TextOptions(token_files=["a.bin"], text_files=["a.txt"])
-    assert main(["tokenize", f"--token_files={tmp_path / 'a.bin'}"]) == 2
+    assert main(["tokenize", "--token_files=a.bin"]) == 2
     assert "token_files are tokens already" in capsys.readouterr().err
