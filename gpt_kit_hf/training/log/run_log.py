@@ -26,7 +26,7 @@ from gpt_kit_hf.storage.atomic_files import (
     sync_path,
 )
 from gpt_kit_hf.storage.run_folder import CURVE_FILE, METRICS_FILE, OPTIONS_FILE, RECORD_FILE
-from gpt_kit_hf.storage.run_history import eval_changed_after
+from gpt_kit_hf.storage.run_history import eval_changed_after, read_run
 from gpt_kit_hf.training.data_changes import change_notes
 from gpt_kit_hf.training.log.curve import draw_curve
 from gpt_kit_hf.training.log.pace import Speed
@@ -51,7 +51,7 @@ class RunRecord:
 
     def __init__(self, folder: Path, accelerator: Accelerator, log: Report, check: Callable[[], None]) -> None:
         self._accelerator, self._log, self._check = accelerator, log, check
-        self._name, self._curve = folder.resolve().name, folder / CURVE_FILE
+        self._folder, self._name, self._curve = folder, folder.resolve().name, folder / CURVE_FILE
         self._options, self._record, self._metrics = folder / OPTIONS_FILE, folder / RECORD_FILE, folder / METRICS_FILE
         self._facts: dict[str, Any] = {}
         self._unwritten: list[dict[str, Any]] = []
@@ -136,7 +136,7 @@ class RunRecord:
         self._check()
         self._facts["results"] = {**results, "beside_bits_per_byte": dict(baselines)}
         save_json(self._record, self._facts)
-        return draw_curve(read_jsonl(self._metrics), self._curve, f"{self._name}: loss")
+        return draw_curve(read_run(self._folder), self._curve)
 
     def fail(self, error: BaseException) -> None:
         """Note in run.json that the session ended with this error, if the file can be written."""

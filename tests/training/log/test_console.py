@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 
 import psutil
 import pytest
@@ -13,7 +12,6 @@ from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.options.training import TrainingOptions
 from gpt_kit_hf.text import duration, printable, short
 from gpt_kit_hf.training.log.console import Console, trackers
-from gpt_kit_hf.training.log.curve import draw_curve
 from gpt_kit_hf.training.log.pace import Pace
 
 
@@ -98,14 +96,6 @@ def test_console_without_a_stream_writes_nothing(capsys: pytest.CaptureFixture[s
     console.log("nothing")
     console.close()
     assert capsys.readouterr() == ("", "")
-
-
-def test_draw_curve_writes_a_png(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    records = [{"kind": "train", "step": i, "loss": 5.0 / i} for i in range(1, 40)]
-    records += [{"kind": "train", "step": 40, "loss": None}, {"kind": "eval", "step": 20, "loss": 0.4}]
-    assert draw_curve(records, tmp_path / "loss.png", "a title")
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_trackers_refuse_unknown_and_missing_ones() -> None:
