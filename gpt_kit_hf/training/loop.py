@@ -405,6 +405,7 @@ class _Loop:
     def _record_update(self, report: StepReport) -> None:
         """Record the step; stop the run after too many skipped updates in a row."""
         step, skipped, in_a_row = self.steps.step, report.update.skipped, self.steps.skipped_in_a_row
+        self.record.split(step, self.steps.splits)
         self.record.update(step, report)
         self.console.advance()
         if skipped is not None:

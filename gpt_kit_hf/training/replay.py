@@ -78,8 +78,12 @@ def replay_steps(
         steps.begin(last)
         difference = ""
         while steps.step < last and not difference:
+            steps.splits = splits = _splits_at(sessions, steps.step + 1)
             report = steps.take()
             assert report is not None  # a signal raises KeyboardInterrupt here
+            if steps.splits != splits and not tolerance:
+                log(f"note: step {steps.step} ran out of memory: losses may differ by rounding")
+                tolerance = _TOLERANCES[steps.trainer.precision]
             if steps.step >= first:
                 difference = _difference(steps.step, report, lines[steps.step], tolerance)
     return Replay(first=first, last=last, difference=difference, tolerance=tolerance)
@@ -112,6 +116,13 @@ def _sessions(run: Path, checkpoint: Path | None, last: int) -> list[dict[str, A
     # A session that resumed after a kill rewrote the steps after its checkpoint: the last one before a step counts.
     wrote = {max(n for n, s in enumerate(sessions) if s["after_step"] < step) for step in range(done + 1, last + 1)}
     return [sessions[number] for number in sorted(wrote)]
+
+
+def _splits_at(sessions: Sequence[Mapping[str, Any]], step: int) -> int:
+    """Return into how many parts the micro-batches of a step were cut, as memory had run out."""
+    (*_, session) = (session for session in sessions if session["after_step"] < step)
+    splits: dict[str, int] = session.get("micro_batch_splits", {})
+    return max([1, *(n for since, n in splits.items() if int(since) <= step)])
 
 
 def _tolerance(sessions: Sequence[Mapping[str, Any]], now: Mapping[str, Any], log: Callable[[str], None]) -> float:

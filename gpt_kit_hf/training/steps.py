@@ -104,7 +104,8 @@ class Steps:
         self._chain = ""
         self._norms: list[float] = []
         self._data_position: Any = None
-        self._splits = 1  # into which each micro-batch is cut, after running out of memory
+        # Into how many parts each micro-batch is cut, after running out of memory: it changes rounding and dropout.
+        self.splits = 1
         self._batches: Iterator[Batch] = iter(())
         self._next: _Fetched | None = None  # the batches of the next step
         self._loaders: list[Any] = []  # the DataLoader's processes
@@ -115,6 +116,9 @@ class Steps:
         self.step, self.skipped_in_a_row = position["step"], position["skipped_in_a_row"]
         self._chain, self._norms = position["chain"], list(position["recent_norms"])
         self._data_position = position["data_position"]
+        size, splits = position["micro_batch"]
+        # Else the run was asked to go on with micro-batches of another size.
+        self.splits = splits if size == self.plan.micro_batch_size else 1
 
     def begin(self, last: int | None = None) -> None:
         """Start reading the batches of the steps up to `last`, by default all."""
@@ -141,6 +145,7 @@ class Steps:
             "skipped_in_a_row": self.skipped_in_a_row,
             "recent_norms": list(self._norms),
             "chain": self._chain,
+            "micro_batch": [self.plan.micro_batch_size, self.splits],
         }
 
     def take(self) -> StepReport | None:
@@ -217,7 +222,7 @@ class Steps:
     def _update(self, fetched: _Fetched, began: float) -> UpdateReport:
         """Update the weights; after running out of memory again, with micro-batches half as large."""
         while True:
-            chunks = [chunk for batch in fetched.micro_batches for chunk in _split(batch, self._splits)]
+            chunks = [chunk for batch in fetched.micro_batches for chunk in _split(batch, self.splits)]
 
             def before(index: int, count: int = len(chunks)) -> None:
                 self._before_micro_batch(index, count, began)
@@ -237,9 +242,9 @@ class Steps:
             # Outside of the handler, where the error no longer holds the tensors of the failed attempt.
             self.trainer.optimizer.zero_grad(set_to_none=True)
             clear_device_cache(garbage_collection=True)
-            self._splits *= 2
+            self.splits *= 2
             self._context.console.log(
-                f"step {self.step + 1} ran out of memory: continuing with micro-batches 1/{self._splits} as large"
+                f"step {self.step + 1} ran out of memory: continuing with micro-batches 1/{self.splits} as large"
             )
 
     def _refuse_halving(self, size: int) -> None:

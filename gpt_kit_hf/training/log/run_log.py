@@ -142,12 +142,23 @@ class RunRecord:
         """Note in run.json that the session ended with this error, if the file can be written."""
         if not (self._accelerator.is_main_process and self._facts):
             return
-        self._facts["sessions"][-1]["error"] = f"{type(error).__name__}: {one_line(error)}"
+        self._note("the error", error=f"{type(error).__name__}: {one_line(error)}")
+
+    def split(self, step: int, splits: int) -> None:
+        """Note in run.json into how many parts micro-batches are cut from this step on, if that has changed."""
+        if self._accelerator.is_main_process and self._facts:
+            known = self._facts["sessions"][-1].get("micro_batch_splits", {})
+            if splits != [1, *known.values()][-1]:
+                self._note("the size of the micro-batches", micro_batch_splits={**known, str(step): splits})
+
+    def _note(self, what: str, **facts: Any) -> None:
+        """Add facts to this session in run.json; a failure is logged, as training can go on."""
+        self._facts["sessions"][-1] |= facts
         try:
             self._check()
             save_json(self._record, self._facts)
         except GPTKitError as reason:
-            self._log(f"the error is not noted in {self._record.name}: {one_line(reason)}")
+            self._log(f"{what} is not noted in {self._record.name}: {one_line(reason)}")
 
     def scores(self) -> dict[int, float]:
         """Return the loss of each evaluation on this evaluation text so far, by step; on the main process."""

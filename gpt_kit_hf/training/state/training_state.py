@@ -20,7 +20,7 @@ SHARDS = "sharded"
 _STATE_FILE = "training_state.json"
 _OPTIMIZER_FILE = "optimizer.safetensors"
 _WEIGHTS = "weights"  # prefix of a weight's name among the tensors to copy; an optimizer tensor has its own
-_POSITION = ("step", "corpus", "data_position", "skipped_in_a_row", "recent_norms", "chain")
+_POSITION = ("step", "corpus", "data_position", "skipped_in_a_row", "recent_norms", "chain", "micro_batch")
 _SMALL_FILES_BYTES = 32 << 20  # an upper bound for tokenizer, configuration and code
 
 
