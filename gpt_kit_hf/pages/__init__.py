@@ -1,4 +1,5 @@
 """Web pages of this machine, for a look at models and runs.
 
-`server` is what every page is served by: loopback only, files of this package only.
+`server` is what every page is served by: loopback only, files of this package only. `watch` is the page of the curves
+of runs, live; `curve_rows` makes curves short enough for it. `static/curves.js` draws them.
 """

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,6 +135,21 @@ class RunHistory:
         return None
 
     @property
+    def elapsed(self) -> Series:
+        """The seconds that all sessions of the run had trained at the steps where a speed was measured."""
+        sessions = self.record.get("sessions")
+        begins = sorted(_begins(sessions) if isinstance(sessions, list) else [])
+        measured, total = self.series["seconds"], array("d")
+        before = last = 0.0
+        for step, seconds in zip(measured.steps, measured.values, strict=True):
+            while begins and begins[0] < step:
+                begins.pop(0)
+                before, last = before + last, 0.0
+            last = seconds
+            total.append(before + seconds)
+        return Series(steps=measured.steps, tokens=measured.tokens, values=total)
+
+    @property
     def best(self) -> tuple[int, float] | None:
         """The step and the evaluation loss of the best checkpoint in the folder, None without one that was scored.
 
@@ -151,6 +166,7 @@ class RunReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.restarts = 0  # how often the curves began anew, as the run was resumed or replaced
         self._metrics = MetricsReader(folder / METRICS_FILE)
         self._curves = _Curves()
 
@@ -158,6 +174,7 @@ class RunReader:
         """Return the run as it is now. Raises CheckpointError for a file that cannot be read."""
         lines = self._metrics.read()
         if self._metrics.restarted:
+            self.restarts += 1
             self._curves = _Curves()
         for line in lines:
             self._curves.add(line, self.folder / METRICS_FILE)
@@ -178,6 +195,11 @@ class RunReader:
             evaluations=tuple(map(_object, evaluations)) if isinstance(evaluations, list) else (),
             invariance=read_object(self.folder / INVARIANCE_FILE),
         )
+
+
+def read_state(folder: Path) -> State:
+    """Return the state of the run in a folder, without its curves. Raises CheckpointError as `read_run` does."""
+    return _state(folder, read_object(folder / RECORD_FILE))[0]
 
 
 def read_run(folder: Path) -> RunHistory:
@@ -230,7 +252,7 @@ class _Curves:
         elif kind == "sample":
             self.samples.append(Sample(step=step, prompt=str(line.get("prompt", "")), text=str(line.get("text", ""))))
         for name, (of, key) in SERIES.items():
-            if of == kind and (key in line or of != "speed"):
+            if of == kind:
                 steps, tokens, values = self._columns[name]
                 steps.append(step)
                 tokens.append(self._tokens)
@@ -284,6 +306,14 @@ def _runs_below(folder: Path, levels: int) -> Iterator[Path]:
                 yield path
             elif levels > 1:
                 yield from _runs_below(path, levels - 1)
+
+
+def _begins(sessions: Iterable[object]) -> Iterator[int]:
+    """Yield the step after which each session began."""
+    for session in sessions:
+        step = _object(session).get("after_step")
+        if type(step) is int:
+            yield step
 
 
 def _is_number(value: object) -> bool:
