@@ -81,25 +81,13 @@ case $1 in
     requeue) echo "$2" > "$CLUSTER/requeued" ;;
 esac
 """
-# Of `hf jobs run` only the command in the container, of `hf buckets sync` a copy that excludes the same names.
+# Of `hf jobs run` only the command in the container.
 _HF = """#!/bin/bash
-if [ "$1 $2" = "jobs run" ]; then
-    while [ "$1" != bash ]; do
-        [ "$1" = --env ] && export "$2"
-        [ "$1" = --attempts ] && echo "$2" > "$CLUSTER/attempts"
-        shift
-    done
-    exec "$@"
-fi
-from=${3/#hf:\\/\\//$CLUSTER/} to=${4/#hf:\\/\\//$CLUSTER/}
-mkdir -p "$from" "$to"
-[ "$from" = "$3" ] && copy=$to.copy || copy=$to
-[ "$from" = "$3" ] && rm -rf "$copy"
-mkdir -p "$copy"
-cd "$from" && find . -type f -not -name "run.lock" -not -path "*/.*" -not -name ".*" -print0 |
-    xargs -0 -r cp --parents --preserve=timestamps -t "$copy" 2> /dev/null
-[ "$copy" = "$to" ] || { rm -rf "$to"; mv "$copy" "$to"; }
-true
+while [ "$1" != bash ]; do
+    [ "$1" = --attempts ] && echo "$2" > "$CLUSTER/attempts"
+    shift
+done
+exec "$@"
 """
 
 
@@ -121,10 +109,10 @@ class Cluster:
         return {**os.environ, "PATH": path, **slurm, **server, "HOST": f"node-{self.attempt}"}
 
     def mapped(self, text: str) -> str:
-        """Return a template with its folders in this one."""
+        """Return a template with its folders and its bucket in this one."""
         for place in ("/shared/runs", "/runs", "/config"):
             text = re.sub(rf"(?<![\w.]){place}\b", str(self.folder / place.split("/")[-1]), text)
-        return text
+        return text.replace("hf://", f"file://{self.folder}/")
 
     def install(self, texts: Path) -> None:
         """Write configuration and stand-ins."""
