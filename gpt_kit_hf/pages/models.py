@@ -1,0 +1,164 @@
+"""The models of a page: those of the places that the command line names, loaded when they are asked for."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gpt_kit_hf.errors import UsageError, unknown_name
+from gpt_kit_hf.evaluation.attention_maps import attention_weights
+from gpt_kit_hf.evaluation.logit_lens import LogitLens
+from gpt_kit_hf.evaluation.text_reader import TextReader
+from gpt_kit_hf.generation.generate import decode_function
+from gpt_kit_hf.generation.token_bytes import TokenBytes
+from gpt_kit_hf.hub.model_folder import check_tokenizer, find_model_folder, load_pretrained, move_to_device
+from gpt_kit_hf.storage.checkpoints import checkpoint_step, list_checkpoints
+
+_KEPT = 3  # loaded models; one that was not used for longest makes room
+
+
+class Entry(NamedTuple):
+    """A model that can be chosen. Requests name it by its key; its folder stays here."""
+
+    key: str
+    label: str
+    step: int | None  # of a checkpoint
+    place: str
+    folder: str  # what is loaded
+
+
+class OpenModel:
+    """A loaded model with its tokenizer, in eval mode, and what can be asked of it."""
+
+    def __init__(self, entry: Entry, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.entry, self.model, self.tokenizer = entry, model, tokenizer
+        self.reader = TextReader(model)
+        self._bytes, self.decode = TokenBytes(tokenizer), decode_function(tokenizer)
+        self.special_ids = frozenset(tokenizer.all_special_ids)
+        begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+        # A text begins where documents begin, so that its first token is scored, too.
+        self.start_id: int | None = end if begin is None else begin
+        eos = model.generation_config.eos_token_id if model.generation_config is not None else None
+        self.eos_ids = [eos] if isinstance(eos, int) else list(eos or ([] if end is None else [end]))
+        self._anchor = tokenizer.encode("a", add_special_tokens=False)
+        self._spelled: dict[int, str] = {}
+        self._attention: tuple[list[int], Tensor] | None = None
+        self.lens, self.no_lens = self._find_lens()
+        self.no_attention = self._why_no_attention()
+        self.no_chat = None if tokenizer.chat_template else "The tokenizer of this model has no chat template."
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without the token that begins it."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
+
+    def with_start(self, ids: Sequence[int]) -> list[int]:
+        """Return the ids of a text after the token that begins a text, if the model has one."""
+        return list(ids) if self.start_id is None else [self.start_id, *ids]
+
+    def spell(self, token: int) -> str:
+        r"""Return a token as it reads within a text; bytes that are no whole character are written as \xNN."""
+        if token not in self._spelled:
+            self._spelled[token] = self._bytes(token, self._anchor).decode("utf-8", "backslashreplace")
+        return self._spelled[token]
+
+    def pieces(self, ids: Sequence[int]) -> list[bytes]:
+        """Return the bytes that each token adds to a text; joined they are the text."""
+        ids = list(ids)
+        return [self._bytes(token, ids[max(0, n - 16) : n]) for n, token in enumerate(ids)]
+
+    def text_bytes(self, ids: Sequence[int], pieces: Sequence[bytes]) -> list[int]:
+        """Return the bytes of text of each token; special tokens have none."""
+        return [0 if token in self.special_ids else len(piece) for token, piece in zip(ids, pieces, strict=True)]
+
+    def attention(self, ids: Sequence[int]) -> Tensor:
+        """Return the weights of attention, (L, H, T, T); those of the last text are kept for its other heads."""
+        if self._attention is None or self._attention[0] != list(ids):
+            self._attention = list(ids), attention_weights(self.model, ids)
+        return self._attention[1]
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the page shows of the model; a part that is absent has a reason."""
+        config = self.model.config.get_text_config(decoder=True)
+        return {
+            "key": self.entry.key,
+            "label": self.entry.label,
+            "step": self.entry.step,
+            "kind": type(self.model).__name__,
+            "parameters": self.model.num_parameters(),
+            "layers": int(config.num_hidden_layers),
+            "context": self.reader.context_length,
+            "vocabulary": int(config.vocab_size),
+            "start": None if self.start_id is None else self.spell(self.start_id),
+            "absent": {"attention": self.no_attention, "lens": self.no_lens, "chat": self.no_chat},
+        }
+
+    def _find_lens(self) -> tuple[LogitLens | None, str | None]:
+        try:
+            return LogitLens(self.model), None
+        except UsageError as error:
+            return None, f"{error}."
+
+    def _why_no_attention(self) -> str | None:
+        try:
+            attention_weights(self.model, [0, 0])
+        except UsageError as error:
+            return f"{error}."
+        return None
+
+
+class Models:
+    """The models of several places. A request can only choose among the keys of `entries`."""
+
+    def __init__(self, places: Sequence[str], device: str = "cpu") -> None:
+        self._places, self._device = list(places), device
+        self._open: OrderedDict[str, OpenModel] = OrderedDict()
+
+    def entries(self) -> list[Entry]:
+        """Return what can be chosen now: of each place its model, then its checkpoints, the newest first."""
+        found: list[Entry] = []
+        for number, place in enumerate(self._places):
+            folder, name = Path(place), Path(place).name if Path(place).exists() else place
+            if not folder.is_dir() or (folder / "config.json").is_file():
+                found.append(Entry(str(number), name, None, place, place))
+            for checkpoint in reversed(list_checkpoints(folder)):
+                step = checkpoint_step(checkpoint)
+                label = f"{name}, step {step:,}"
+                found.append(Entry(f"{number}/{checkpoint.name}", label, step, place, str(checkpoint)))
+        return found
+
+    def first(self) -> Entry:
+        """Return the entry that the page opens with. Raises UsageError if no place holds a model."""
+        found = self.entries()
+        if not found:
+            raise UsageError(f"{self._places[0]!r} holds no model yet: neither a config.json nor a checkpoint")
+        return found[0]
+
+    def open(self, key: str) -> OpenModel:
+        """Return a model, loaded now if it is not. Raises UsageError for an unknown key and what cannot be loaded."""
+        if key in self._open:
+            self._open.move_to_end(key)
+            return self._open[key]
+        entries = {entry.key: entry for entry in self.entries()}
+        if key not in entries:
+            raise UsageError(unknown_name("model", key, entries or ["none"]))
+        opened = _load(entries[key], self._device)
+        self._open[key] = opened
+        while len(self._open) > _KEPT:
+            self._open.popitem(last=False)
+        return opened
+
+
+def _load(entry: Entry, device: str) -> OpenModel:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = find_model_folder(entry.folder)
+    tokenizer = load_pretrained(AutoTokenizer, folder, entry.place)
+    model = load_pretrained(AutoModelForCausalLM, folder, entry.place)
+    check_tokenizer(folder, model.config)
+    move_to_device(model, device)
+    return OpenModel(entry, model.eval(), tokenizer)
