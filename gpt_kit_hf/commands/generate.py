@@ -1,4 +1,4 @@
-"""`gpt-kit generate`, `chat` and `serve`."""
+"""`gpt-kit generate`, `chat`, `serve` and `play`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from gpt_kit_hf.commands.running import note, quiet_libraries, write
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.generation.chat import TextConversation, converse
 from gpt_kit_hf.generation.engine import TextEngine
-from gpt_kit_hf.options.generation import ChatCommandOptions, DecodingDtype, GenerateOptions, Overflow, ServeOptions
+from gpt_kit_hf.options.generation import (
+    ChatCommandOptions,
+    DecodingDtype,
+    GenerateOptions,
+    Overflow,
+    PlayOptions,
+    ServeOptions,
+)
 from gpt_kit_hf.storage.gguf_header import is_gguf
 
 _TOKENS_COMPARED = 128  # tokens on which the reduced precision is compared with the model's own
@@ -92,6 +99,23 @@ def serve(options: ServeOptions) -> None:
         host=options.host,
         port=options.port,
         cors_allow_origins=options.cors_allow_origins,
+        announce=lambda line: write(f"{line}\n"),
+    )
+
+
+def play(options: PlayOptions) -> None:
+    """Show on a page of this machine what models believe at each token, until interrupted."""
+    from gpt_kit_hf.generation.http_server import check_packages
+
+    check_packages("the page", "play")
+    from gpt_kit_hf.pages.play import play as play_models
+
+    quiet_libraries()
+    play_models(
+        options.models,
+        device=options.device,
+        port=options.port,
+        open_browser=options.open,
         announce=lambda line: write(f"{line}\n"),
     )
 

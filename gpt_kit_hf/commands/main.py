@@ -22,7 +22,7 @@ from gpt_kit_hf.commands.running import (
 )
 from gpt_kit_hf.errors import UsageError, unknown_name
 from gpt_kit_hf.options.evaluation import CheckOptions, EvaluateOptions, InspectOptions, VerifyOptions
-from gpt_kit_hf.options.generation import ChatCommandOptions, GenerateOptions, ServeOptions
+from gpt_kit_hf.options.generation import ChatCommandOptions, GenerateOptions, PlayOptions, ServeOptions
 from gpt_kit_hf.options.hub import CardOptions, ExportOptions, PullOptions, PushCommandOptions
 from gpt_kit_hf.options.model import ConvertOptions
 from gpt_kit_hf.options.parser import parse_options
@@ -97,6 +97,14 @@ COMMANDS = {
             "generation_config.json set one; 0 always takes the most likely token. A parameter that is not supported "
             "is refused. For a model without a chat template use /v1/completions.",
             options=ServeOptions,
+            module="generate",
+        ),
+        Command(
+            name="play",
+            summary="Look into models on a page: what they expect at each token, and why.",
+            about="Needs the extra play. The page shows probabilities, sampling, attention, the logit lens and the "
+            "loss of a text, compares two models or checkpoints, and generates. Only this machine can open it.",
+            options=PlayOptions,
             module="generate",
         ),
         Command(

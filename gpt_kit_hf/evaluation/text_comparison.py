@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 
 class Piece(NamedTuple):
-    """A shortest part of the text that is made of whole tokens in both models, and its log-probabilities in nats.
+    """A shortest part of the text that is whole characters, and whole tokens in both models.
 
+    Its log-probabilities are in nats.
     `start` and `stop` count bytes of the text; `a` and `b` are ranges of the models' tokens.
     """
 
@@ -27,12 +28,17 @@ class Piece(NamedTuple):
 
 
 def common_pieces(
-    lengths_a: Sequence[int], logprobs_a: Sequence[float], lengths_b: Sequence[int], logprobs_b: Sequence[float]
+    text: bytes,
+    lengths_a: Sequence[int],
+    logprobs_a: Sequence[float],
+    lengths_b: Sequence[int],
+    logprobs_b: Sequence[float],
 ) -> list[Piece]:
-    """Cut a text where tokens of both models end.
+    """Cut a text where a character and tokens of both models end.
 
     Args:
-        lengths_a: bytes of each token of model a, in order; those of model b have the same sum.
+        text: the text, in UTF-8.
+        lengths_a: bytes of each token of model a, in order; their sum is the length of the text.
         logprobs_a: the log-probability of each token; they are added within a piece.
         lengths_b: as lengths_a.
         logprobs_b: as logprobs_a.
@@ -41,17 +47,19 @@ def common_pieces(
         The pieces in order. Tokens of no bytes, such as special ones, belong to the piece before them.
 
     Raises:
-        ValueError: the tokens of the two models spell texts of different lengths.
+        ValueError: the tokens of a model spell a text of another length.
 
     """
     ends_a, ends_b = list(accumulate(lengths_a)), list(accumulate(lengths_b))
-    if (ends_a or [0])[-1] != (ends_b or [0])[-1]:
-        raise ValueError(f"the tokens spell {(ends_a or [0])[-1]} and {(ends_b or [0])[-1]} bytes")
+    for ends in (ends_a, ends_b):
+        if (ends or [0])[-1] != len(text):
+            raise ValueError(f"the tokens spell {(ends or [0])[-1]} bytes, and the text has {len(text)}")
     # The last token that ends at a place ends the piece.
     last_a, last_b = ({end: n + 1 for n, end in enumerate(ends)} for ends in (ends_a, ends_b))
     pieces, start, a, b = [], 0, 0, 0
     for stop in sorted(last_a.keys() & last_b.keys()):
-        if stop == 0:  # tokens of no bytes at the start stay with the first piece
+        # Tokens of no bytes at the start stay with the first piece.
+        if stop == 0 or (stop < len(text) and text[stop] & 0xC0 == 0x80):  # within a character
             continue
         tokens_a, tokens_b = range(a, last_a[stop]), range(b, last_b[stop])
         logprob_a, logprob_b = sum(logprobs_a[n] for n in tokens_a), sum(logprobs_b[n] for n in tokens_b)

@@ -1,4 +1,4 @@
-"""Options of generation: sampling, the terminal chat and the server."""
+"""Options of generation: sampling, the terminal chat, the server and the page of a model."""
 
 from __future__ import annotations
 
@@ -112,3 +112,30 @@ class ServeOptions(EngineOptions):
     cors_allow_origins: list[str] = option(
         [], "origins whose web pages may use the server from a browser, such as http://localhost:3000; * for all"
     )
+
+
+def page_port_option() -> Any:
+    """Declare the port of a page on this machine."""
+    return option(0, "port of the page on 127.0.0.1; 0 takes a free one", minimum=0, maximum=65535)
+
+
+def page_open_option() -> Any:
+    """Declare whether a page is opened in a browser."""
+    return option(True, "open the page in a browser, if there is a terminal and a screen")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlayOptions(Options):
+    """The models to play with, and their page."""
+
+    positionals: ClassVar[tuple[str, ...]] = ("models",)
+
+    models: list[str] = option(
+        REQUIRED,
+        "folders of runs or models, or Hub ids; the checkpoints of a run can be chosen on the page",
+        names="model",
+        metavar="MODEL",
+    )
+    device: str = device_option()
+    port: int = page_port_option()
+    open: bool = page_open_option()

@@ -34,7 +34,8 @@ def conversation_view(opened: OpenModel, turns: Sequence[Turn]) -> Json:
 
     What the template writes for the answer to come has the role "answer".
     """
-    text = _rendered(opened, turns, add_generation_prompt=turns[-1].role != "assistant")
+    is_open = bool(turns) and turns[-1].role != "assistant"
+    text = _rendered(opened, turns, add_generation_prompt=is_open)
     bounds = _bounds(opened, turns, text)
     _, spans = render_text(opened.tokenizer, _messages(turns))
     ids, trained = encode_rendered(opened.tokenizer, text, [span for span in spans if span[1] <= len(text)])

@@ -186,13 +186,12 @@ def _lens_row(opened: OpenModel, ids: Tensor, logprobs: Tensor) -> list[list[lis
 def compare_view(a: OpenModel, b: OpenModel, text: str, stop: Stop = lambda: False) -> Json:
     """Return the pieces of a text with the log-probabilities of two models, and where they differ most."""
     sides = [_Side(opened, text, stop) for opened in (a, b)]
-    # What one of them cannot score is left out for both: the first token of a model without a start.
-    if sum(sides[0].lengths) != sum(sides[1].lengths):
-        raise UsageError(
-            "the tokenizers of the two models change this text, each in another way: it cannot be aligned"
-        )
-    pieces = common_pieces(sides[0].lengths, sides[0].logprobs, sides[1].lengths, sides[1].logprobs)
     data = b"".join(sides[0].pieces)
+    try:
+        pieces = common_pieces(data, sides[0].lengths, sides[0].logprobs, sides[1].lengths, sides[1].logprobs)
+    except ValueError:
+        reason = "the tokenizers of the two models change this text, each in another way: it cannot be aligned"
+        raise UsageError(reason) from None
     order = {piece: n for n, piece in enumerate(pieces)}
     shown = [
         {
