@@ -4,6 +4,10 @@
 text or instruction rows and writes the report that `gpt-kit evaluate` prints; `lm_eval` runs tasks of
 lm-evaluation-harness, and `invariance` checks that padding, packing, caches, attention implementations and precisions
 give the same logits.
+
+What a model believes at each token: `token_scores` computes probabilities, ranks, entropies and sampling from logits,
+`text_reader` reads a text that changes without starting again, `attention_maps` returns the weights of attention,
+`logit_lens` what each layer would say, and `text_comparison` aligns two models on one text.
 """
 
 import lazy_loader

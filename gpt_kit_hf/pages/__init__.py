@@ -2,4 +2,7 @@
 
 `server` is what every page is served by: loopback only, files of this package only. `watch` is the page of the curves
 of runs, live; `curve_rows` makes curves short enough for it. `static/curves.js` draws them.
+
+`play` is the page of models: its requests and answers. `models` are those that it can choose among, `views` what it
+shows of a text, `chat` of a conversation; `work` is the thread that computes.
 """
