@@ -40,7 +40,7 @@ from gpt_kit_hf import (
 )
 from gpt_kit_hf.data.order import BatchPlan, ShuffledOrder
 from gpt_kit_hf.data.text.shards import file_shards
-from gpt_kit_hf.data.text.token_cache import store_tokens
+from gpt_kit_hf.data.text.tokens.token_cache import store_tokens
 from gpt_kit_hf.data.text.windows import collate_windows
 from gpt_kit_hf.options.files import find_files
 from gpt_kit_hf.options.training import TrainingOptions

@@ -15,7 +15,7 @@ from .data.instructions.tokenized import encode_rows as encode_rows
 from .data.text.corpus import Corpus as Corpus
 from .data.text.corpus import choose_encoding as choose_encoding
 from .data.text.corpus import prepare_corpus as prepare_corpus
-from .data.text.token_stream import TokenStream as TokenStream
+from .data.text.tokens.token_stream import TokenStream as TokenStream
 from .data.text.windows import GPTPretrainingDataset as GPTPretrainingDataset
 from .data.text.windows import TokenWindows as TokenWindows
 from .data.text.windows import create_pretraining_dataloader as create_pretraining_dataloader

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from gpt_kit_hf.data.text.token_stream import TokenStream
+from gpt_kit_hf.data.text.tokens.token_stream import TokenStream
 from gpt_kit_hf.data.text.windows import IGNORED
 from gpt_kit_hf.errors import StoppedError, UsageError
 from gpt_kit_hf.evaluation.windows import DocumentWindows, pad_windows

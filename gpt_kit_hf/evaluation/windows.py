@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from gpt_kit_hf.data.text.token_stream import TokenStream
+from gpt_kit_hf.data.text.tokens.token_stream import TokenStream
 from gpt_kit_hf.data.text.windows import IGNORED
 from gpt_kit_hf.errors import DataError, UsageError, unknown_name
 from gpt_kit_hf.model.losses import Batch

@@ -24,9 +24,9 @@ from gpt_kit_hf.data.text.documents import READ
 from gpt_kit_hf.data.text.report import Reading, describe_documents, describe_stream
 from gpt_kit_hf.data.text.sources import source_notes, train_sources
 from gpt_kit_hf.data.text.streaming import StreamBatches, StreamShard, stream_shard_count
-from gpt_kit_hf.data.text.token_cache import cache_folder
-from gpt_kit_hf.data.text.token_stream import TokenStream
 from gpt_kit_hf.data.text.tokenize import stored_shards, tokenize_text
+from gpt_kit_hf.data.text.tokens.token_cache import cache_folder
+from gpt_kit_hf.data.text.tokens.token_stream import TokenStream
 from gpt_kit_hf.data.text.windows import TokenWindows, collate_windows
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.evaluation.metrics import (

@@ -2,11 +2,10 @@
 
 `sources` finds the files and datasets that the options name; `files/` tells what a file is, refuses what is no text,
 and converts archives, tables and other encodings. `shards` reads text, JSON Lines and Parquet files in shards,
-`dataset_shards` does so for datasets; `documents` decides where a document ends and what is left out. `token_cache`
-encodes shards once and keeps the ids on the disk; `stored_arrays` reads parts of them, and `token_stream` is all of
-them in order, with the split for evaluation; `tokenize` fills the cache before training, in shares. `token_files`
-reads the ids that other programs wrote. `corpus` chooses the encoding and puts all together; `report` says what was
-read. `windows` cuts stored ids into windows; `streaming` cuts text that is tokenized during training.
+`dataset_shards` does so for datasets; `documents` decides where a document ends and what is left out. `tokens/` keeps
+the ids on the disk, and reads those that other programs wrote; `tokenize` fills the cache before training, in shares.
+`corpus` chooses the encoding and puts all together; `report` says what was read. `windows` cuts stored ids into
+windows; `streaming` cuts text that is tokenized during training.
 """
 
 import lazy_loader
@@ -16,7 +15,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "corpus": ["Corpus", "choose_encoding", "prepare_corpus"],
-        "token_stream": ["TokenStream"],
+        "tokens.token_stream": ["TokenStream"],
         "windows": ["GPTPretrainingDataset", "TokenWindows", "create_pretraining_dataloader"],
     },
 )

@@ -17,9 +17,9 @@ from gpt_kit_hf.data.text.documents import READ
 from gpt_kit_hf.data.text.report import Reading, separator_warnings
 from gpt_kit_hf.data.text.shards import CHUNK_BYTES, FileShard
 from gpt_kit_hf.data.text.sources import TextSource, eval_source, eval_token_files, train_sources
-from gpt_kit_hf.data.text.token_cache import cache_folder, store_tokens
-from gpt_kit_hf.data.text.token_files import TokenFile, find_token_files, read_token_files, stated_tokenizer
-from gpt_kit_hf.data.text.token_stream import TokenStream, join_streams, split_eval
+from gpt_kit_hf.data.text.tokens.token_cache import cache_folder, store_tokens
+from gpt_kit_hf.data.text.tokens.token_files import TokenFile, find_token_files, read_token_files, stated_tokenizer
+from gpt_kit_hf.data.text.tokens.token_stream import TokenStream, join_streams, split_eval
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.options.data import TRAINED_BPE, EncodingOptions, TextOptions
 from gpt_kit_hf.tokenization import encodings

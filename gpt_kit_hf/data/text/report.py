@@ -23,7 +23,7 @@ from gpt_kit_hf.data.text.documents import (
     replaced,
 )
 from gpt_kit_hf.data.text.shards import FileShard
-from gpt_kit_hf.data.text.token_stream import TokenStream
+from gpt_kit_hf.data.text.tokens.token_stream import TokenStream
 from gpt_kit_hf.errors import DataError
 from gpt_kit_hf.options.data import TextOptions
 from gpt_kit_hf.text import escaped

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
 
 from gpt_kit_hf.data.text.documents import (
@@ -37,7 +36,8 @@ from gpt_kit_hf.data.text.documents import (
     left_out,
     undecodable,
 )
-from gpt_kit_hf.data.text.files.file_types import COMPRESSIONS, ROWS, likely_encoding, suffixes_of
+from gpt_kit_hf.data.text.files.file_types import likely_encoding
+from gpt_kit_hf.data.text.files.spans import FileSpan, raw_blocks
 from gpt_kit_hf.errors import DataError
 from gpt_kit_hf.tokenization.export import EOS_TOKEN
 
@@ -45,7 +45,6 @@ from gpt_kit_hf.tokenization.export import EOS_TOKEN
 # an interrupted run repeats little.
 SHARD_BYTES = 4 << 20
 CHUNK_BYTES = 1 << 20
-_BLOCK = 1 << 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 # A count of each thing found, by the names of `documents`.
@@ -63,50 +62,6 @@ class TextChunk(NamedTuple):
     text: str
     ends_document: bool
     next: Position
-
-
-class FileSpan(NamedTuple):
-    """Bytes start..stop-1 of a file, a whole compressed file, or row groups start..stop-1 of a Parquet file.
-
-    `shown` is the file's name in messages if that is another one.
-    """
-
-    file: Path
-    start: int
-    stop: int
-    shown: str = ""
-
-    @property
-    def label(self) -> str:
-        """The name of the file in messages."""
-        return self.shown or str(self.file)
-
-    @property
-    def compression(self) -> str | None:
-        """The compression of the whole file, if any."""
-        return COMPRESSIONS.get(suffixes_of(self.file.name)[1])
-
-    @property
-    def form(self) -> str:
-        """The format of the file: "text", "jsonl" or "parquet"."""
-        return ROWS.get(suffixes_of(self.file.name)[0], "text")
-
-    @property
-    def is_of_bytes(self) -> bool:
-        """Whether start and stop count bytes of the file."""
-        return self.compression is None and self.form != "parquet"
-
-    @property
-    def ends_file(self) -> bool:
-        """Whether the file of bytes ends with it."""
-        with suppress(OSError):  # reading it reports the error
-            return self.compression is not None or self.stop == self.file.stat().st_size
-        return True
-
-    @property
-    def size(self) -> int:
-        """Its approximate size on the disk, in bytes."""
-        return self.stop - self.start if self.is_of_bytes else self.file.stat().st_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +99,8 @@ class FileShard:
             part = (span.stop - span.start, span.start == 0, span.stop == length)
             place = (span.start, span.stop) if whole else part
             digest.update(repr((span.form, span.compression, length if whole else 0, place)).encode())
-            first, last = _row_group_bytes(span) if span.form == "parquet" else (span.start, span.stop)
-            for block in _raw_blocks(span.file, first, last):
+            first, last = span.row_group_bytes() if span.form == "parquet" else (span.start, span.stop)
+            for block in raw_blocks(span.file, first, last):
                 digest.update(block)
         return digest.hexdigest()
 
@@ -153,11 +108,8 @@ class FileShard:
         """Return a digest that usually changes with the text: of the first and last bytes of each span."""
         digest = xxhash.xxh3_128(repr((self.column, self.separator, self.may_cut)).encode())
         for span in self.spans:
-            size = span.file.stat().st_size
-            first, last = (span.start, span.stop) if span.is_of_bytes else (0, size)
-            digest.update(repr((span.form, span.start, span.stop, size)).encode())
-            for start, stop in ((first, first + _BLOCK // 16), (max(first, last - _BLOCK // 16), last)):
-                digest.update(b"".join(_raw_blocks(span.file, start, min(stop, last))))
+            digest.update(repr((span.form, span.start, span.stop, span.file.stat().st_size)).encode())
+            digest.update(b"".join(span.ends()))
         return digest.hexdigest()
 
     def stamp(self) -> str | None:
@@ -194,7 +146,7 @@ class FileShard:
         whole = not inside and (self.separator is not None or place == 0 or place != span.start)
         bad = self._bad_documents(span)
         pieces = ends.pieces(
-            _blocks(span, place),
+            span.blocks(place),
             place,
             tally,
             whole=whole,
@@ -208,7 +160,7 @@ class FileShard:
             text = self._decoded(span, piece, tally)
             if text.strip() or not piece.whole:
                 if EOS_TOKEN in text:
-                    self.policy.count_marks(text, tally, partial(_where, span, piece.place))
+                    self.policy.count_marks(text, tally, partial(span.where, piece.place))
                 tally[READ] += piece.ends
                 if ends.with_crlf is not None:
                     tally[SEPARATORS_WITH_CRLF] += piece.data.count(ends.with_crlf)
@@ -217,7 +169,7 @@ class FileShard:
     def _decoded(self, span: FileSpan, piece: Piece, tally: Tally) -> str:
         if (zero := piece.data.find(0)) >= 0:
             at = piece.place + zero
-            raise DataError(f"{_where(span, at)}: no text (a NUL byte at offset {at})")
+            raise DataError(f"{span.where(at)}: no text (a NUL byte at offset {at})")
         try:
             return piece.data.decode("utf-8-sig" if piece.place == 0 else "utf-8")
         except UnicodeDecodeError as error:
@@ -225,7 +177,7 @@ class FileShard:
             at = piece.place + error.start + (len(piece.data) - len(error.object))
             where = f"(byte 0x{error.object[error.start]:02x} at offset {at}); {likely_encoding(bytes(piece.data))}"
             bad = undecodable(f"not UTF-8 text {where}", error.object)
-            return self.policy.repair(bad, tally, partial(_where, span, at)) or ""
+            return self.policy.repair(bad, tally, partial(span.where, at)) or ""
 
     def _bad_documents(self, span: FileSpan) -> tuple[tuple[int, int], ...]:
         """Return the bounds of the documents in a span's file that are to be left out as they are not UTF-8."""
@@ -237,19 +189,19 @@ class FileShard:
 
     def _read_lines(self, span: FileSpan, place: int, inside: int, tally: Tally) -> _Read:
         pending, first = b"", place
-        for block in chain(_blocks(span, place), [b"\n"]):  # the last line may lack its line break
+        for block in chain(span.blocks(place), [b"\n"]):  # the last line may lack its line break
             *lines, pending = (pending + block).split(b"\n")
             for line in lines:
                 after = place + len(line) + 1
                 if line.strip():
                     row = partial(_row_text, line.removeprefix(_BYTE_ORDER_MARK) if place == 0 else line, self.column)
                     skip = inside if place == first else 0
-                    for text, done in self.policy.row_documents(row, tally, partial(_where, span, place), skip):
+                    for text, done in self.policy.row_documents(row, tally, partial(span.where, place), skip):
                         yield text, True, place if done else after, done
                 place = after
 
     def _read_rows(self, span: FileSpan, place: int, inside: int, tally: Tally) -> _Read:
-        file, number, first = _parquet(span, self.column), 0, place
+        file, number, first = span.parquet(self.column), 0, place
         try:
             for batch in file.iter_batches(256, range(span.start, span.stop), columns=[self.column]):
                 for value in arrow_values(batch.column(0)):
@@ -306,7 +258,7 @@ def _spans(file: Path, shown: str, column: str, ends: DocumentEnds, may_cut: boo
     size = file.stat().st_size
     whole = FileSpan(file, 0, size, shown)
     if whole.form == "parquet":
-        groups = _parquet(whole, column).metadata
+        groups = whole.parquet(column).metadata
         sizes = [groups.row_group(index).total_byte_size for index in range(groups.num_row_groups)]
         return [FileSpan(file, *bounds, shown) for bounds in _groups(sizes, limit)]
     ends = document_ends("\n", marks=False) if whole.form == "jsonl" else ends
@@ -321,38 +273,11 @@ def _spans(file: Path, shown: str, column: str, ends: DocumentEnds, may_cut: boo
     return [FileSpan(file, first, last, shown) for first, last in pairwise([*cuts, size])]
 
 
-def _blocks(span: FileSpan, place: int) -> Iterator[bytes]:
-    """Yield the bytes of a span from `place` on, counted after decompression."""
-    if span.compression is None:
-        yield from _raw_blocks(span.file, place, span.stop)
-        return
-    try:
-        with pa.input_stream(str(span.file), compression=span.compression) as stream:
-            while place and (skipped := len(stream.read(min(place, _BLOCK)))):
-                place -= skipped
-            while block := stream.read(_BLOCK):
-                yield block
-    except OSError as error:
-        raise DataError(f"{span.label}: cannot be decompressed: {error}") from None
-
-
-def _raw_blocks(file: Path, start: int, stop: int) -> Iterator[bytes]:
-    try:
-        with file.open("rb") as stream:
-            stream.seek(start)
-            while block := stream.read(max(0, min(stop - start, _BLOCK))):
-                start += len(block)
-                yield block
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}") from None
-
-
 @lru_cache(maxsize=1024)
 def _not_utf8(span: FileSpan, changed: int, ends: DocumentEnds, may_cut: bool) -> tuple[tuple[int, int], ...]:
     """Return the bounds of the documents in a whole text file that are not UTF-8; `changed`: when it was written."""
     found, start, bad, chunk = [], 0, False, CHUNK_BYTES if may_cut else None
-    blocks = _blocks(span, 0)
-    for piece in ends.pieces(blocks, 0, Counter(), whole=True, ends_file=True, chunk_bytes=chunk):
+    for piece in ends.pieces(span.blocks(0), 0, Counter(), whole=True, ends_file=True, chunk_bytes=chunk):
         try:
             piece.data.decode()
         except UnicodeDecodeError:
@@ -387,40 +312,3 @@ def _row_text(line: bytes, column: str) -> str:
         has = ", ".join(map(repr, row)) or "nothing"
         raise BadTextError(NO_COLUMN, f"no {column!r} (text_column); the row has {has}")
     return check_value(row[column], f"{column!r}")
-
-
-def _where(span: FileSpan, place: int) -> str:
-    """Return the file and the line that holds a byte, for an error."""
-    return f"{span.label}:{_line_at(span, place)}"
-
-
-def _line_at(span: FileSpan, place: int) -> int:
-    """Return the number of the line that holds a byte, for an error."""
-    line, seen = 1, 0
-    for block in _blocks(FileSpan(span.file, 0, span.stop), 0):
-        line += block[: max(0, place - seen)].count(b"\n")
-        seen += len(block)
-        if seen >= place:
-            break
-    return line
-
-
-def _parquet(span: FileSpan, column: str) -> Any:
-    try:
-        opened = pq.ParquetFile(span.file)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{span.label}: cannot be read as Parquet: {str(error).splitlines()[0]}") from None
-    if column not in opened.schema_arrow.names:
-        known = ", ".join(opened.schema_arrow.names)
-        raise DataError(f"{span.label}: no column {column!r} (text_column); its columns: {known}")
-    return opened
-
-
-def _row_group_bytes(span: FileSpan) -> tuple[int, int]:
-    """Return the first byte of a span's row groups in a Parquet file, and the byte after the last."""
-    groups = pq.ParquetFile(span.file).metadata
-    rows = [groups.row_group(number) for number in range(span.start, span.stop)]
-    columns = [row_group.column(number) for row_group in rows for number in range(groups.num_columns)]
-    firsts = [min(filter(None, (c.dictionary_page_offset, c.data_page_offset))) for c in columns]
-    ends = [first + column.total_compressed_size for first, column in zip(firsts, columns, strict=True)]
-    return min(firsts, default=0), max(ends, default=0)

@@ -15,7 +15,7 @@ from gpt_kit_hf.data.text.files.file_cache import PlainFile
 from gpt_kit_hf.data.text.files.plain_files import FileReading, plain_files
 from gpt_kit_hf.data.text.files.remote_files import remote_files
 from gpt_kit_hf.data.text.shards import SHARD_BYTES, FileShard, file_shards
-from gpt_kit_hf.data.text.token_files import TokenFile, describe_files, find_token_files
+from gpt_kit_hf.data.text.tokens.token_files import TokenFile, describe_files, find_token_files
 from gpt_kit_hf.errors import DataError
 from gpt_kit_hf.options.data import TextOptions, weighted_sources
 from gpt_kit_hf.options.files import find_files, folder_notes, is_url

@@ -14,8 +14,8 @@ from gpt_kit_hf.data.text.documents import READ
 from gpt_kit_hf.data.text.report import Reading
 from gpt_kit_hf.data.text.shards import FileShard
 from gpt_kit_hf.data.text.sources import eval_source, eval_token_files, train_sources
-from gpt_kit_hf.data.text.token_cache import cache_folder, store_tokens
-from gpt_kit_hf.data.text.token_files import find_token_files, read_token_files
+from gpt_kit_hf.data.text.tokens.token_cache import cache_folder, store_tokens
+from gpt_kit_hf.data.text.tokens.token_files import find_token_files, read_token_files
 from gpt_kit_hf.options.data import TextOptions
 from gpt_kit_hf.options.run import ShareOptions
 from gpt_kit_hf.text import duration

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from gpt_kit_hf.data.text.documents import MARKS_IN_TEXT, Policy, document_ends
-from gpt_kit_hf.data.text.token_stream import TokenStream
+from gpt_kit_hf.data.text.tokens.token_stream import TokenStream
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.model.losses import Batch
 from gpt_kit_hf.options.data import EosInText, check_stride

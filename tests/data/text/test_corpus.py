@@ -23,7 +23,8 @@ from gpt_kit_hf import (
 )
 from gpt_kit_hf.data.text import corpus, shards, sources
 from gpt_kit_hf.data.text.corpus import Corpus, choose_encoding, prepare_corpus
-from gpt_kit_hf.data.text.token_stream import TokenStream
+from gpt_kit_hf.data.text.files import spans
+from gpt_kit_hf.data.text.tokens.token_stream import TokenStream
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.options.data import EncodingOptions, TextOptions
 from gpt_kit_hf.storage.atomic_files import read_jsonl
@@ -42,7 +43,7 @@ def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (shards, sources):
         monkeypatch.setattr(module, "SHARD_BYTES", 500, raising=False)
     monkeypatch.setattr(shards, "CHUNK_BYTES", 60)
-    monkeypatch.setattr(shards, "_BLOCK", 41)
+    monkeypatch.setattr(spans, "_BLOCK", 41)
 
 
 def write(folder: Path, **texts: str) -> None:

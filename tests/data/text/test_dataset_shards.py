@@ -13,7 +13,7 @@ import pytest
 
 from gpt_kit_hf.data.text import dataset_shards
 from gpt_kit_hf.data.text.dataset_shards import DatasetShard, rows_shards
-from gpt_kit_hf.data.text.token_cache import store_tokens
+from gpt_kit_hf.data.text.tokens.token_cache import store_tokens
 from gpt_kit_hf.errors import DataError
 from gpt_kit_hf.tokenization.encodings import EOS_TOKEN, get_encoding
 

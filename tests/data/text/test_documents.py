@@ -28,6 +28,7 @@ from gpt_kit_hf.data.text.documents import (
     left_out,
     replaced,
 )
+from gpt_kit_hf.data.text.files import spans
 from gpt_kit_hf.data.text.shards import FileShard, file_shards
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.options.data import TextOptions
@@ -41,8 +42,9 @@ REPLACE = Policy(eos_in_text="split", on_bad_text="replace")
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes at which a file of a few hundred bytes is cut everywhere; all prime, so that borders meet differently."""
-    for name, size in (("SHARD_BYTES", 211), ("CHUNK_BYTES", 47), ("_BLOCK", 31)):
+    for name, size in (("SHARD_BYTES", 211), ("CHUNK_BYTES", 47)):
         monkeypatch.setattr(shards, name, size)
+    monkeypatch.setattr(spans, "_BLOCK", 31)
 
 
 def read(
@@ -145,8 +147,8 @@ def test_documents_are_the_same_wherever_text_is_cut(
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text.encode()))
     expected = by_hand(text, separator)
     for block, chunk, shard in ((31, 47, 211), (7, 13, 89), (1, 20, 500), (1000, 30, 60), (5000, 5000, 5000)):
-        for name, size in (("CHUNK_BYTES", chunk), ("_BLOCK", block)):
-            monkeypatch.setattr(shards, name, size)
+        monkeypatch.setattr(shards, "CHUNK_BYTES", chunk)
+        monkeypatch.setattr(spans, "_BLOCK", block)
         for file in ("a.txt", "a.txt.gz"):
             found, tally = read(tmp_path / file, separator=separator, shard_bytes=shard)
             assert found == expected, (block, chunk, shard, file)

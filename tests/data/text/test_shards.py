@@ -17,7 +17,9 @@ import tiktoken
 from text_chunks import documents_in
 
 from gpt_kit_hf.data.text import shards
-from gpt_kit_hf.data.text.shards import FileShard, FileSpan, TextChunk, file_shards
+from gpt_kit_hf.data.text.files import spans
+from gpt_kit_hf.data.text.files.spans import FileSpan
+from gpt_kit_hf.data.text.shards import FileShard, TextChunk, file_shards
 from gpt_kit_hf.errors import DataError
 from gpt_kit_hf.tokenization.encodings import EOS_TOKEN, encode_documents, get_encoding, may_cut, train_bpe
 
@@ -44,8 +46,9 @@ BLANKS = [" ", " ", "\n", "  ", "\n\n\n", "\t", "\r\n", "\u00a0", "\u2028", "   
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes at which a file of a few hundred bytes is cut everywhere; all prime, so that borders meet differently."""
-    for name, size in (("SHARD_BYTES", 211), ("CHUNK_BYTES", 47), ("_BLOCK", 31)):
+    for name, size in (("SHARD_BYTES", 211), ("CHUNK_BYTES", 47)):
         monkeypatch.setattr(shards, name, size)
+    monkeypatch.setattr(spans, "_BLOCK", 31)
 
 
 def random_text(rng: random.Random, words: int = 60) -> str:
@@ -459,7 +462,7 @@ def test_text_of_any_script_is_cut_to_the_same_tokens(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards, "CHUNK_BYTES", 40)
-    monkeypatch.setattr(shards, "_BLOCK", 64)
+    monkeypatch.setattr(spans, "_BLOCK", 64)
     (tmp_path / "a.txt").write_text(text * 40)
     encoding = train_bpe([text * 3, "abc def 12 3\n"], 400)
     found = file_shards([tmp_path / "a.txt"], column="text", separator=None, may_cut=True, shard_bytes=500)

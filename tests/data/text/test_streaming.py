@@ -18,7 +18,7 @@ from gpt_kit_hf.data.text import streaming
 from gpt_kit_hf.data.text.shards import CHUNK_BYTES, file_shards
 from gpt_kit_hf.data.text.sources import train_sources
 from gpt_kit_hf.data.text.streaming import StreamBatches, StreamShard, stream_shard_count
-from gpt_kit_hf.data.text.token_stream import TokenStream
+from gpt_kit_hf.data.text.tokens.token_stream import TokenStream
 from gpt_kit_hf.data.text.windows import IGNORED, TokenWindows
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.model.losses import Batch

@@ -16,7 +16,7 @@ from gpt_kit_hf.data.text.corpus import prepare_corpus, prepare_text
 from gpt_kit_hf.data.text.documents import MARKS_IN_TEXT, READ, left_out
 from gpt_kit_hf.data.text.report import Reading, describe_documents, describe_stream
 from gpt_kit_hf.data.text.sources import train_sources
-from gpt_kit_hf.data.text.token_stream import TokenStream
+from gpt_kit_hf.data.text.tokens.token_stream import TokenStream
 from gpt_kit_hf.errors import DataError
 from gpt_kit_hf.options.data import TextOptions
 from gpt_kit_hf.tokenization.encodings import EOS_TOKEN, get_encoding

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from gpt_kit_hf.commands.main import main
-from gpt_kit_hf.data.text import shards, token_cache
+from gpt_kit_hf.data.text import shards
 from gpt_kit_hf.data.text.corpus import prepare_corpus
 from gpt_kit_hf.data.text.tokenize import tokenize_text
+from gpt_kit_hf.data.text.tokens import token_cache
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.options.data import TextOptions
 from gpt_kit_hf.options.run import ShareOptions

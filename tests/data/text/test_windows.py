@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, DynamicCache
 from gpt_kit_hf import GPTModel, create_model_config
 from gpt_kit_hf.data.order import BatchPlan, PlannedBatches, ShuffledOrder
 from gpt_kit_hf.data.text.corpus import prepare_text
-from gpt_kit_hf.data.text.token_stream import TokenStream, split_eval
+from gpt_kit_hf.data.text.tokens.token_stream import TokenStream, split_eval
 from gpt_kit_hf.data.text.windows import (
     IGNORED,
     GPTPretrainingDataset,

@@ -14,7 +14,8 @@ import sys, time
 from datetime import timedelta
 from pathlib import Path
 from accelerate import Accelerator, InitProcessGroupKwargs
-from gpt_kit_hf.data.text import shards, sources, token_cache
+from gpt_kit_hf.data.text import shards, sources
+from gpt_kit_hf.data.text.tokens import token_cache
 from gpt_kit_hf.errors import DataError
 from gpt_kit_hf.training.runtime.preparation import prepare_together
 
@@ -60,7 +61,8 @@ def test_each_process_that_sees_the_cache_tokenizes_its_share(common: bool, tmp_
         """
 import sys
 from gpt_kit_hf.commands.main import main
-from gpt_kit_hf.data.text import shards, sources, token_cache
+from gpt_kit_hf.data.text import shards, sources
+from gpt_kit_hf.data.text.tokens import token_cache
 shards.SHARD_BYTES = sources.SHARD_BYTES = 200
 encode, folder = token_cache._encode_shard, sys.argv[1]
 import os

@@ -18,7 +18,7 @@ from kill_campaign import Course, differences, write_texts
 from kill_campaign import options as campaign_options
 
 from gpt_kit_hf import RunOptions, train
-from gpt_kit_hf.data.text.stored_arrays import StoredIds
+from gpt_kit_hf.data.text.tokens.stored_arrays import StoredIds
 from gpt_kit_hf.storage import processes
 from gpt_kit_hf.storage.checkpoints import list_checkpoints
 from gpt_kit_hf.training.steps import Steps

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from gpt_kit_hf.data.text import token_stream
-from gpt_kit_hf.data.text.stored_arrays import Pieces, StoredIds
-from gpt_kit_hf.data.text.token_stream import DocumentStarts, TokenStream, join_streams, split_eval
+from gpt_kit_hf.data.text.tokens import token_stream
+from gpt_kit_hf.data.text.tokens.stored_arrays import Pieces, StoredIds
+from gpt_kit_hf.data.text.tokens.token_stream import DocumentStarts, TokenStream, join_streams, split_eval
 from gpt_kit_hf.data.text.windows import TokenWindows
 
 Ints = npt.NDArray[np.int64]

@@ -22,7 +22,7 @@ import pytest
 import tiktoken
 from conftest import KILLED, in_child
 
-from gpt_kit_hf.data.text import shards, stored_arrays, token_cache
+from gpt_kit_hf.data.text import shards
 from gpt_kit_hf.data.text.documents import (
     AS_IT_IS,
     MARKS_AT_LINE_ENDS,
@@ -32,10 +32,12 @@ from gpt_kit_hf.data.text.documents import (
     left_out,
     replaced,
 )
+from gpt_kit_hf.data.text.files import spans
 from gpt_kit_hf.data.text.shards import FileShard, Tally, TextChunk, file_shards
-from gpt_kit_hf.data.text.stored_arrays import StoredIds
-from gpt_kit_hf.data.text.token_cache import StoredTokens, store_tokens
-from gpt_kit_hf.data.text.token_stream import TokenStream
+from gpt_kit_hf.data.text.tokens import stored_arrays, token_cache
+from gpt_kit_hf.data.text.tokens.stored_arrays import StoredIds
+from gpt_kit_hf.data.text.tokens.token_cache import StoredTokens, store_tokens
+from gpt_kit_hf.data.text.tokens.token_stream import TokenStream
 from gpt_kit_hf.errors import DataError
 from gpt_kit_hf.tokenization import encodings
 from gpt_kit_hf.tokenization.encodings import EOS_TOKEN, get_encoding, train_bpe
@@ -68,7 +70,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for module, name, size in (
         (shards, "SHARD_BYTES", 401),
         (shards, "CHUNK_BYTES", 67),
-        (shards, "_BLOCK", 53),
+        (spans, "_BLOCK", 53),
         (token_cache, "CHUNK_BYTES", 150),
     ):
         monkeypatch.setattr(module, name, size)
@@ -457,7 +459,8 @@ KILLED_RUN = """
 import os, pathlib, signal, sys
 import datasets
 datasets.config.HF_DATASETS_CACHE = pathlib.Path(sys.argv[1])
-from gpt_kit_hf.data.text import shards, token_cache
+from gpt_kit_hf.data.text import shards
+from gpt_kit_hf.data.text.tokens import token_cache
 from gpt_kit_hf.storage import atomic_files
 from gpt_kit_hf.tokenization.encodings import get_encoding
 shards.SHARD_BYTES = 401

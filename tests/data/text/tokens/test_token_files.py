@@ -14,10 +14,10 @@ import pytest
 import tiktoken
 
 from gpt_kit_hf.commands.main import main
-from gpt_kit_hf.data.text import stored_arrays, token_files
 from gpt_kit_hf.data.text.corpus import choose_encoding, prepare_corpus
 from gpt_kit_hf.data.text.report import describe_documents
-from gpt_kit_hf.data.text.token_files import describe_files, find_token_files, read_token_files
+from gpt_kit_hf.data.text.tokens import stored_arrays, token_files
+from gpt_kit_hf.data.text.tokens.token_files import describe_files, find_token_files, read_token_files
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.options.data import EncodingOptions, TextOptions
 from gpt_kit_hf.options.run import RunOptions

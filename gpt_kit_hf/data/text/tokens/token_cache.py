@@ -22,8 +22,8 @@ import tiktoken
 from gpt_kit_hf.data.text.dataset_shards import RowsShard
 from gpt_kit_hf.data.text.documents import Policy
 from gpt_kit_hf.data.text.shards import CHUNK_BYTES, FileShard
-from gpt_kit_hf.data.text.stored_arrays import Pieces, StoredIds, open_file
-from gpt_kit_hf.data.text.token_stream import DocumentStarts
+from gpt_kit_hf.data.text.tokens.stored_arrays import Pieces, StoredIds, open_file
+from gpt_kit_hf.data.text.tokens.token_stream import DocumentStarts
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.storage.atomic_files import replace_file
 from gpt_kit_hf.text import duration

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpt_kit_hf.data.text.stored_arrays import AnyIds, Ints, Pieces
+from gpt_kit_hf.data.text.tokens.stored_arrays import AnyIds, Ints, Pieces
 
 _BLOCK = 1 << 20
 # Starts that are read at once where one is looked for.

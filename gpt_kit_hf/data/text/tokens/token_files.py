@@ -28,8 +28,8 @@ import tiktoken
 import xxhash
 
 from gpt_kit_hf.data.text.documents import READ
-from gpt_kit_hf.data.text.stored_arrays import Ints, Pieces, StoredIds
-from gpt_kit_hf.data.text.token_stream import DocumentStarts, TokenStream, join_streams
+from gpt_kit_hf.data.text.tokens.stored_arrays import Ints, Pieces, StoredIds
+from gpt_kit_hf.data.text.tokens.token_stream import DocumentStarts, TokenStream, join_streams
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.options.files import find_files
 from gpt_kit_hf.storage.atomic_files import replace_file
