@@ -1,8 +1,11 @@
-"""Pretrain a GPT: `accelerate launch examples/pretrain.py --config examples/configs/NAME.yaml --any_option value`."""
+"""Pretrain a GPT: `accelerate launch examples/pretrain.py --config examples/configs/NAME.yaml --any_option value`.
+
+It is `gpt-kit train` as a script. In a program of your own: `gpt_kit_hf.train(gpt_kit_hf.parse_run_options([...]))`.
+"""
 
 import sys
 
-from gpt_kit_hf import parse_run_options, run_command, train
+from gpt_kit_hf.commands.main import main
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda: train(parse_run_options(sys.argv[1:], prog="pretrain.py"))))
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 
 def printable(text: str) -> str:
@@ -13,6 +15,11 @@ def printable(text: str) -> str:
 def escaped(text: str) -> str:
     """Return text on one line, with control characters as they are written in Python's strings."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def finite(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record for JSON, which has no NaN and no infinity: these become None."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
 def short(number: float) -> str:

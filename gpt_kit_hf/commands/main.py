@@ -15,6 +15,7 @@ from importlib.metadata import version
 from gpt_kit_hf.commands.checks import check_options
 from gpt_kit_hf.commands.running import (
     USAGE_ERROR,
+    announce_loading,
     check_arguments,
     escape_what_cannot_be_shown,
     quiet_libraries,
@@ -47,6 +48,8 @@ class Command:
 
     def run(self, options: object) -> None:
         """Import the command's module and run the command."""
+        if isinstance(options, (RunOptions, FinetuneOptions)):
+            announce_loading(options)
         function = getattr(import_module(f"gpt_kit_hf.commands.{self.module}"), self.name)
         quiet_libraries()
         function(options)

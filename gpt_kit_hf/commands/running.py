@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 from gpt_kit_hf.errors import GPTKitError, StoppedError, UsageError, one_line
+from gpt_kit_hf.options.run import OptionsOfRun
 from gpt_kit_hf.text import printable
+from gpt_kit_hf.training.log.console import Console
 from gpt_kit_hf.training.runtime.signals import EXIT_STOPPED
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
@@ -66,6 +69,13 @@ def quiet_libraries() -> None:
         datasets.disable_progress_bars()
     if (logging := sys.modules.get("transformers.utils.logging")) is not None:
         logging.disable_progress_bar()
+
+
+def announce_loading(options: OptionsOfRun) -> None:
+    """Write the first line of a run, in its main process: the imports take seconds."""
+    # RANK is set by torch's launchers. What is loaded already needs no line.
+    if os.environ.get("RANK", "0") == "0" and "torch" not in sys.modules:
+        Console(sys.stdout, options.training.log_format).log("loading  PyTorch and transformers")
 
 
 def write(text: str) -> None:

@@ -109,6 +109,12 @@ class TrainingOptions(Options):
     logging_steps: int = option(
         50, "optimizer steps between progress lines and between tracker entries", minimum=1, resume="free"
     )
+    log_format: Literal["text", "json"] = option(
+        "text",
+        "text shows lines, and on a terminal a live view below them; json writes one object per line, with the same "
+        "facts",
+        resume="free",
+    )
     sample_steps: int = option(500, "optimizer steps between text samples; 0 disables them", minimum=0, resume="free")
     sample_prompt: str = option("", "prompt of the text samples", resume="free")
     sample_max_new_tokens: int = option(80, "tokens per text sample", minimum=1, resume="free")

@@ -65,11 +65,13 @@ class InstructionTask(Task):
             )
         self.options, self.context = options, context
         self._lora, self._named = options.adapter.lora_r > 0, options.base.model_name_or_path
+        context.console.log(f"loading  {self._named}")
         self.base = BaseModel(
             self._named, context.folder, context.checkpoint, dropout=options.base.dropout, adapter=self._lora
         )
         self.tokenizer, self.model = self.base.tokenizer, self._with_adapter(self.base.model)
         check_max_length(self.model, options.supervision.max_length)
+        context.console.log("reading  the rows")
         train, self.eval_rows = self._read_rows(format_fn)
         self.report = report_of(train, self.tokenizer, eval_rows=self.eval_rows)
         self.report.check()

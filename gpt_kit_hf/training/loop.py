@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
@@ -12,41 +11,35 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import torch
-from accelerate import Accelerator
 
 from gpt_kit_hf.errors import DataError, NonFiniteError, StoppedError, UsageError
 from gpt_kit_hf.evaluation.metrics import Evaluation
 from gpt_kit_hf.options.run import CHANGED_TEXT, OptionsOfRun, changed_options, flat_options
-from gpt_kit_hf.options.training import TrainingOptions
-from gpt_kit_hf.storage.atomic_files import Report, load_json
+from gpt_kit_hf.storage.atomic_files import load_json
 from gpt_kit_hf.storage.checkpoints import checkpoint_step
 from gpt_kit_hf.storage.lock import RunLock
 from gpt_kit_hf.storage.remote_run import RemoteRun
 from gpt_kit_hf.storage.run_folder import (
-    CURVE_FILE,
-    METRICS_FILE,
     OPTIONS_FILE,
-    RECORD_FILE,
-    check_run_folder,
     holds_run,
-    make_run_folder,
 )
 from gpt_kit_hf.text import duration
 from gpt_kit_hf.training.data_changes import data_change
-from gpt_kit_hf.training.log.console import Console, trackers
+from gpt_kit_hf.training.log.console import Console
+from gpt_kit_hf.training.log.live import LiveView, Progress
+from gpt_kit_hf.training.log.messages import Ending, introduction, run_facts
 from gpt_kit_hf.training.log.pace import Pace
 from gpt_kit_hf.training.log.run_log import RunRecord, RunResult, finished_before
-from gpt_kit_hf.training.runtime.attention import check_attention, set_attention
+from gpt_kit_hf.training.runtime.attention import set_attention
 from gpt_kit_hf.training.runtime.compilation import blocks_to_compile
 from gpt_kit_hf.training.runtime.determinism import deterministic_algorithms
-from gpt_kit_hf.training.runtime.launch import check_launch, create_accelerator, end_processes, launcher_pid
+from gpt_kit_hf.training.runtime.launch import end_processes, launcher_pid
 from gpt_kit_hf.training.runtime.lost_processes import lost_process, lost_run
-from gpt_kit_hf.training.runtime.memory import reuse_freed_memory
 from gpt_kit_hf.training.runtime.signals import EXIT_STOPPED, StopSignals
 from gpt_kit_hf.training.saving import RunCheckpoints, checkpoint_to_resume
+from gpt_kit_hf.training.start import check_fit, continues_run, make_folders, run_accelerator
 from gpt_kit_hf.training.steps import BatchError, StepReport, Steps
 from gpt_kit_hf.training.task import RunContext, Task, decide_on_main
-from gpt_kit_hf.training.trainer import resolve_precision
 
 _STEPS_TO_ESTIMATE = 10  # after which the remaining time is estimated
 _IDS_SHOWN = 8  # sample ids in the message about a batch
@@ -76,14 +69,14 @@ def _begin_or_resume(
     chosen, folder = options.training, Path(options.training.output_dir)
     with ExitStack() as stack:
         stack.enter_context(deterministic_algorithms(chosen.deterministic))
-        accelerator = _accelerator(options)
-        console = Console(stream if accelerator.is_main_process else None)
+        accelerator = run_accelerator(options)
+        console = Console(stream if accelerator.is_main_process else None, chosen.log_format)
         stack.callback(end_processes, accelerator)
         stack.callback(console.close)
         stop = stack.enter_context(StopSignals(launcher_pid()))
         main = accelerator.is_main_process
         remote = RemoteRun(chosen.remote_dir, folder, console.log) if main and chosen.remote_dir is not None else None
-        resumes = decide_on_main(accelerator, lambda: _resumes(chosen, folder, remote))
+        resumes = decide_on_main(accelerator, lambda: continues_run(chosen, folder, remote))
         changes: dict[str, Any] = {}
         lock = RunLock(folder, report=console.log)
         if resumes:
@@ -98,7 +91,7 @@ def _begin_or_resume(
                     remote.finish(result.steps)
                 return result
         checkpoint = checkpoint_to_resume(folder, accelerator, console.log) if resumes else None
-        _check_options(options, accelerator, folder, checkpoint)
+        check_fit(options, accelerator, folder, checkpoint)
         context = RunContext(
             options=chosen,
             accelerator=accelerator,
@@ -114,60 +107,15 @@ def _begin_or_resume(
         loop = _Loop(options, context, task, changes, new_data, lock)
         if not resumes and main:
             # Only now, as options that do not fit must leave everything as it was.
-            _make_folders(chosen, folder, remote, console.log)
+            make_folders(chosen, folder, remote, console.log)
             _take_lock(stack, lock)
             if holds_run(folder):
                 raise UsageError(f"output_dir {str(folder)!r}: another run began there meanwhile; name another folder")
         return loop.run()
 
 
-def _accelerator(options: OptionsOfRun) -> Accelerator:
-    chosen = options.training
-    accelerator = create_accelerator(
-        use_cpu=chosen.use_cpu,
-        timeout=chosen.ddp_timeout,
-        trackers=trackers(chosen.report_to),
-        folder=chosen.output_dir,
-    )
-    check_launch(accelerator)
-    if accelerator.device.type == "cpu":
-        reuse_freed_memory()
-    return accelerator
-
-
-def _make_folders(chosen: TrainingOptions, folder: Path, remote: RemoteRun | None, log: Report) -> None:
-    moved = make_run_folder(folder, overwrite=chosen.overwrite)
-    if moved is not None:
-        log(f"moved the previous run from {folder} to {moved}")
-    replaced = remote.move_aside() if remote is not None and chosen.overwrite else None
-    if replaced is not None:
-        log(f"moved the previous run from {chosen.remote_dir} to {replaced}")
-
-
 def _take_lock(stack: ExitStack, lock: RunLock) -> None:
     stack.enter_context(lock)
-
-
-def _resumes(chosen: TrainingOptions, folder: Path, remote: RemoteRun | None) -> bool:
-    check_run_folder(folder, resume=chosen.resume, overwrite=chosen.overwrite)
-    if remote is not None:
-        remote.prepare(resume=chosen.resume, overwrite=chosen.overwrite)
-    return chosen.resume and holds_run(folder)
-
-
-def _check_options(options: OptionsOfRun, accelerator: Accelerator, folder: Path, checkpoint: Path | None) -> None:
-    """Refuse precision and batch size before a large text is read."""
-    chosen, processes = options.training, accelerator.num_processes
-    precision = resolve_precision(chosen.mixed_precision, accelerator.device)
-    check_attention(chosen.attn_implementation, accelerator.device, precision)
-    before = load_json(folder / RECORD_FILE)["precision"] if checkpoint is not None else precision
-    if before != precision and "mixed_precision" not in (chosen.allow_changes or ()):
-        raise UsageError(
-            f"cannot resume {str(folder)!r} in {precision}: it was begun in {before}; give --mixed_precision "
-            f"{before}, or allow it by --allow_changes mixed_precision"
-        )
-    if chosen.batch_size % processes:
-        raise UsageError(f"batch_size={chosen.batch_size} must be divisible by the number of processes, {processes}")
 
 
 class _Loop:
@@ -186,6 +134,7 @@ class _Loop:
         self.changes, self.new_data = changes, new_data
         self.accelerator, self.console, self.stop = context.accelerator, context.console, context.stop
         self.folder, self.checkpoint, self.lock = context.folder, context.checkpoint, lock
+        self.context, self.pace = context, Pace()
         self.steps = Steps(options, context, task)
         self._check_steps_left()
         self.record = RunRecord(self.folder, self.accelerator, self.console.log, lock.check)
@@ -220,7 +169,7 @@ class _Loop:
     def _prepare(self) -> None:
         steps = self.steps
         done = 0 if self.checkpoint is None else checkpoint_step(self.checkpoint)
-        options, facts = flat_options(self.options), self._facts()
+        options, facts = flat_options(self.options), run_facts(self.context, self.task, steps)
         device, model = self.accelerator.device, self.task.model
         self.to_compile = blocks_to_compile(model, self.chosen.torch_compile, device, self.console.log)
         computing = steps.computing_facts(compiled=bool(self.to_compile))
@@ -231,18 +180,22 @@ class _Loop:
             self.checkpoints.scores = self.record.scores()
         if self.checkpoint is not None:
             steps.restore(self.checkpoint)
-        self._introduce()
+        warmup = self.options.optimizer.warmup_steps
+        for line in introduction(self.context, self.task, steps, warmup, self.record.notes):
+            self.console.log(line)
+        self.console.event("begin", None, run=str(self.folder), step=steps.step, steps=steps.total, **facts)
         steps.begin()
-        self.console.start(steps.step, steps.total)
+        progress = Progress(step=steps.step, steps=steps.total, save_steps=self.chosen.save_steps)
+        self.console.show(LiveView(progress, self.pace, device))
 
     def _train(self) -> None:
-        steps, pace, first = self.steps, Pace(), self.steps.step
+        steps, pace, first = self.steps, self.pace, self.steps.step
         # A run that stops on request leaves evaluation and sample of its last step to the one that continues.
         done = decide_on_main(self.accelerator, lambda: self.record.kinds_at(first))
         if self._evaluation_due(first) and "eval" not in done:
             self._evaluate_and_log(self.chosen.max_eval_samples if first else None)
         if first < steps.total and self._sample_due(first) and "sample" not in done:
-            self.console.log(self._sample())
+            self._sample()
         # Only now: the compiler takes every size that it has seen to change for one that changes, also in training.
         for block in self.to_compile:
             block.compile()
@@ -251,11 +204,11 @@ class _Loop:
             report = self._take_step()
             self._record_update(report)
             pace.add(time.perf_counter() - began, report.update.trained_tokens)
-            if steps.step == first + _STEPS_TO_ESTIMATE:
+            if steps.step == first + _STEPS_TO_ESTIMATE and self.console.view is None:
                 left = duration(pace.seconds_per_step * (steps.total - steps.step))
                 self.console.log(f"about {left} left, without evaluations")
             if steps.step % self.chosen.logging_steps == 0 or steps.step == steps.total:
-                self._log_step(report, pace)
+                self._log_step(report)
             if report.stop:
                 self._save_and_stop()
             if steps.step < steps.total:
@@ -297,9 +250,10 @@ class _Loop:
         if self._evaluation_due(step):
             self._evaluate_and_log(self.chosen.max_eval_samples)
         if self._sample_due(step):
-            self.console.log(self._sample())
+            self._sample()
         if saves:
-            self.checkpoints.save(must=False)
+            with self.console.activity("saving a checkpoint"):
+                self.checkpoints.save(must=False)
 
     def _save_and_stop(self) -> NoReturn:
         """Save a checkpoint and end the run, as a signal asked."""
@@ -317,8 +271,10 @@ class _Loop:
 
     def _evaluate_and_log(self, max_samples: int | None) -> None:
         score = self._evaluate(max_samples)
-        bits = f"{score.bits_per_byte:.3f} bits per byte"
-        self.console.log(f"step {self.steps.step}  eval loss {score.loss:.3f}, {bits}")
+        step, values = self.steps.step, {"loss": score.loss, "bits_per_byte": score.bits_per_byte}
+        shown = f"eval loss {score.loss:.3f}, {score.bits_per_byte:.3f} bits per byte"
+        self.console.event("eval", f"step {step:,}  {shown}", step=step, **values)
+        self.console.score(f"{shown} (step {step:,})")
 
     def _evaluate(self, max_samples: int | None) -> Evaluation:
         """Score evaluation samples, all of them for None; save and stop if asked to meanwhile."""
@@ -327,7 +283,8 @@ class _Loop:
         in_fp32 = max_samples is None and not self.accelerator.is_fsdp2
         autocast = nullcontext if in_fp32 else self.steps.trainer.autocast
         try:
-            score = self.task.evaluate(max_samples, self.steps.plan.micro_batch_size, autocast)
+            with self.console.activity("evaluating"):
+                score = self.task.evaluate(max_samples, self.steps.plan.micro_batch_size, autocast)
         except StoppedError:
             self._save_and_stop()
         if not math.isfinite(score.loss):
@@ -338,11 +295,12 @@ class _Loop:
             self.checkpoints.scores[self.steps.step] = score.loss
         return score
 
-    def _sample(self) -> str:
-        """Record a sample and return it as indented lines; torch's random state stays; every process calls."""
+    def _sample(self) -> None:
+        """Write a text sample; torch's random state stays; every process calls."""
         if not (self.accelerator.is_main_process or self.accelerator.is_fsdp2):
-            return ""
+            return
         with (
+            self.console.activity("writing a sample"),
             torch.no_grad(),
             torch.random.fork_rng(),
             self.steps.trainer.autocast(),
@@ -351,13 +309,16 @@ class _Loop:
         ):
             torch.manual_seed(self.chosen.seed)
             sample = self.task.sample()
-        self.record.sample(self.steps.step, sample.prompt, sample.text)
-        return "\n".join(f"  | {line}" for line in sample.text.splitlines())
+        step, facts = self.steps.step, {"prompt": sample.prompt, "text": sample.text}
+        self.record.sample(step, **facts)
+        lines = "\n".join(f"  | {line}" for line in sample.text.splitlines())
+        self.console.event("sample", f"step {step:,}  a sample of what the model writes:\n{lines}", step=step, **facts)
 
     def _finish(self) -> RunResult:
         """Score all evaluation data, publish the model in the run's root folder, and log the results."""
         score = self._evaluate(None)
-        sample, facts = self._sample(), self.task.final_facts()
+        self._sample()
+        facts = self.task.final_facts()
         if self.accelerator.is_main_process:
             checkpoint = self.checkpoints.writer.last
             assert checkpoint is not None
@@ -366,50 +327,36 @@ class _Loop:
             baselines = self.task.baselines()
             drawn = self.record.finish(self.steps.step, score, baselines, facts)
             self.console.close()
-            for line in self._results(score, baselines, sample, drawn):
-                self.console.log(line)
+            ending = self._ending(score, baselines, drawn)
+            self.console.event("finish", "\n".join(ending.lines()), step=self.steps.step, **ending.facts())
         decide_on_main(self.accelerator, self.checkpoints.finish_copy)  # and all wait for it
         return RunResult(folder=self.folder, steps=self.steps.step, evaluation=score)
 
+    def _ending(self, score: Evaluation, baselines: Mapping[str, float], drawn: bool) -> Ending:
+        best, scores = self.checkpoints.best_steps(), self.checkpoints.scores
+        return Ending(
+            folder=self.folder,
+            eval_name=self.task.eval_name,
+            score=score,
+            baselines=baselines,
+            # On all of it, as the last.
+            before=self.record.scores().get(0) if self.task.eval_before_training else None,
+            best=(best[0], scores[best[0]]) if best else None,
+            curve=drawn,
+            next_command=self.task.next_command(self.folder),
+        )
+
     # --- what is logged
-
-    def _facts(self) -> dict[str, Any]:
-        return {
-            "parameters": self.task.model.num_parameters(),
-            **self.task.facts(),
-            "data_fingerprint": self.task.fingerprint,
-            "precision": self.steps.trainer.precision,
-            "attn_implementation": self.task.model.config._attn_implementation,
-            "device": str(self.accelerator.device),
-            "processes": self.accelerator.num_processes,
-        }
-
-    def _introduce(self) -> None:
-        """Log what is trained, on what, for how long and where."""
-        steps, plan, samples = self.steps, self.steps.plan, self.task.order.samples
-        device, processes = self.accelerator.device, self.accelerator.num_processes
-        where = torch.cuda.get_device_name(device) if device.type == "cuda" else {"cpu": "the CPU"}.get(device.type)
-        epochs = f"{steps.total * plan.batch_size / samples:.2f} epochs, " if samples else ""
-        lines = [
-            *self.task.describe(),
-            f"training {steps.total:,} steps of {plan.batch_size} x {self.task.tokens_per_sample:.0f} tokens, {epochs}"
-            f"{steps.trainer.precision} on {where or device.type}, {processes} process{'es' if processes > 1 else ''}",
-        ]
-        if (warmup := self.options.optimizer.warmup_steps) >= steps.total:
-            lines.append(f"note     warmup_steps={warmup} is not below the {steps.total} steps: the rate only rises")
-        if self.checkpoint is not None:
-            lines.append(f"resumed  after step {steps.step} ({self.checkpoint.name})")
-        for line in (*lines, *(f"note     {note}" for note in self.record.notes)):
-            self.console.log(line)
 
     def _record_update(self, report: StepReport) -> None:
         """Record the step; stop the run after too many skipped updates in a row."""
         step, skipped, in_a_row = self.steps.step, report.update.skipped, self.steps.skipped_in_a_row
         self.record.split(step, self.steps.splits)
         self.record.update(step, report)
-        self.console.advance()
+        self.console.advance(step, report.update.loss)
         if skipped is not None:
-            self.console.log(f"step {step} skipped, weights unchanged: {skipped}")
+            line = f"step {step} skipped, weights unchanged: {skipped}"
+            self.console.event("skipped", line, step=step, reason=skipped)
         if in_a_row >= self.chosen.max_skipped_updates:
             raise NonFiniteError(
                 f"{in_a_row} updates in a row were skipped, the last at step {step}: {skipped}; its batch is "
@@ -420,31 +367,10 @@ class _Loop:
         ids = self.steps.plan.sample_ids(step - 1).tolist()
         return ", ".join(map(str, ids[:_IDS_SHOWN])) + (", ..." if len(ids) > _IDS_SHOWN else "")
 
-    def _log_step(self, report: StepReport, pace: Pace) -> None:
+    def _log_step(self, report: StepReport) -> None:
         step, total, update = self.steps.step, self.steps.total, report.update
-        speed = pace.measure(self.accelerator.device)
-        self.record.speed(step, speed)
-        self.console.step(step, total, update.loss, speed.tokens_per_second, (total - step) * pace.seconds_per_step)
+        speed, left = self.pace.measure(self.accelerator.device), (total - step) * self.pace.seconds_per_step
         values = {"loss": update.loss, "learning_rate": report.learning_rate, "grad_norm": update.grad_norm}
+        self.record.speed(step, speed)
         self.record.track("train", step, {**values, **asdict(speed)})
-
-    def _results(self, score: Evaluation, baselines: Mapping[str, float], sample: str, drawn: bool) -> list[str]:
-        """Return log lines with the final score, the files that the run wrote, and the command to try next."""
-        best, scores = self.checkpoints.best_steps(), self.checkpoints.scores
-        bits = [
-            f"{score.bits_per_byte:.3f} bits per byte",
-            *(f"{name} {bits:.3f}" for name, bits in baselines.items()),
-        ]
-        before = self.record.scores().get(0)  # on all of it, as the last
-        shown = before is not None and self.task.eval_before_training
-        brought = f"; it was {before:.4f} before training" if shown else ""
-        return [
-            f"\n{self.task.eval_name} ({score.text_bytes:,} bytes): {'; '.join(bits)}",
-            f"loss {score.loss:.4f} nats per token, perplexity {score.perplexity:.1f}{brought}",
-            sample,
-            f"model    {self.folder} (from_pretrained loads it)",
-            *(f"best     checkpoints/step-{step:08d}, eval loss {scores[step]:.3f} in the run" for step in best[:1]),
-            f"curve    {self.folder / CURVE_FILE if drawn else 'not drawn: pip install matplotlib'}",
-            f"metrics  {self.folder / METRICS_FILE}",
-            f"next     {shlex.join(self.task.next_command(self.folder))}",
-        ]
+        self.console.step(step, total, left, **values, **asdict(speed))

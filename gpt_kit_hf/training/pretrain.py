@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import sys
+import textwrap
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -42,7 +43,7 @@ from gpt_kit_hf.hub.model_folder import load_text_encoding, write_model_folder
 from gpt_kit_hf.model.losses import Batch
 from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
 from gpt_kit_hf.model.presets import build_config
-from gpt_kit_hf.options.data import TRAINED_BPE, WindowOptions
+from gpt_kit_hf.options.data import TRAINED_BPE, TextOptions, WindowOptions
 from gpt_kit_hf.options.run import CHANGED_TEXT, RunOptions, ShareOptions
 from gpt_kit_hf.text import short
 from gpt_kit_hf.tokenization import encodings
@@ -81,6 +82,7 @@ class TextTask(Task):
         self.options, self.context = options, context
         self.base = self._load_base()
         self.windows = self._choose_windows()
+        context.console.log(f"reading  {_sources(options.text)}")
         with prepare_together(context.accelerator) as together:
             self.encoding = together.on_main(self._choose_encoding)
             self._tokenize(together)
@@ -179,6 +181,7 @@ class TextTask(Task):
         if chosen.model_name_or_path is None:
             return None
         folder, checkpoint = self.context.folder, self.context.checkpoint
+        self.context.console.log(f"loading  {chosen.model_name_or_path}")
         return BaseModel(chosen.model_name_or_path, folder, checkpoint, dropout=chosen.dropout)
 
     def _choose_windows(self) -> WindowOptions:
@@ -215,7 +218,7 @@ class TextTask(Task):
         share = ShareOptions(num_shards=len(peers), shard_index=peers.index(accelerator.process_index))
         machines = together.gather(accelerator.local_process_index).count(0)
         own = replace(text, num_proc=max(1, text.num_proc * machines // accelerator.num_processes))
-        together.run(lambda: tokenize_text(own, self.encoding, share))
+        together.run(lambda: tokenize_text(own, self.encoding, share, log=self.context.console.log))
 
     def _check_vocabulary(self, base: BaseModel, encoding: tiktoken.Encoding) -> None:
         """Refuse a tokenizer that is not the model's, and an option that names another."""
@@ -313,7 +316,9 @@ class PretrainingTask(TextTask):
         return {**super().baselines(), "byte unigram": unigram_bits_per_byte(counts[0], counts[1], self.encoding)}
 
     def _read_text(self) -> TokenStream:
-        self.corpus = prepare_corpus(self.options.text, self.encoding, seed=self.context.options.seed)
+        self.corpus = prepare_corpus(
+            self.options.text, self.encoding, seed=self.context.options.seed, log=self.context.console.log
+        )
         cut = self.windows
         self.cut = [TokenWindows(text, cut.length, cut.step, packing=cut.packing) for text in self.corpus.sources]
         return self.corpus.eval
@@ -385,8 +390,14 @@ class StreamingTask(TextTask):
             )
             for index in range(count)
         ]
-        eval_text, key, self.eval_reading = prepare_eval(text, self.encoding)
+        eval_text, key, self.eval_reading = prepare_eval(text, self.encoding, self.context.console.log)
         # The text itself is not read in advance: the names and sizes of the shards stand for it.
         seen = (key, [shard.sketch() for shard in shards], count, encodings.fingerprint(self.encoding))
         self.fingerprint = hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
         return eval_text
+
+
+def _sources(text: TextOptions) -> str:
+    """Return where the text comes from, in one line."""
+    named = [*(text.text_files or []), *(text.token_files or []), *(text.mixture or []), text.dataset_name or ""]
+    return textwrap.shorten(", ".join(filter(None, named)), 70, placeholder=" ...")

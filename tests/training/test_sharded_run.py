@@ -111,8 +111,8 @@ def test_a_process_that_dies_amid_a_save_leaves_the_checkpoint_before(tmp_path: 
 
 
 if __name__ == "__main__":
-    unsharded = loop._accelerator
-    loop._accelerator = lambda options: sharding(unsharded(options))
+    unsharded = loop.run_accelerator
+    loop.run_accelerator = lambda options: sharding(unsharded(options))
     if os.environ.get("FAILS_AT_STEP_4"):
         checkpoints._write_manifest = fail_at_step_4
     if os.environ.get("DIES_IN_A_SAVE"):

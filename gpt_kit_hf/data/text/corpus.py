@@ -22,6 +22,7 @@ from gpt_kit_hf.data.text.tokens.token_files import TokenFile, find_token_files,
 from gpt_kit_hf.data.text.tokens.token_stream import TokenStream, join_streams, split_eval
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.options.data import TRAINED_BPE, EncodingOptions, TextOptions
+from gpt_kit_hf.storage.atomic_files import Report
 from gpt_kit_hf.tokenization import encodings
 
 _GPT2 = ("gpt2", "openai-community/gpt2")
@@ -128,13 +129,16 @@ def _known_encoding(stated: str | None) -> tiktoken.Encoding | None:
     return _named_encoding(str(place.parent if place.is_file() else place))
 
 
-def prepare_corpus(text: TextOptions, encoding: tiktoken.Encoding, *, seed: int) -> Corpus:
-    """Read, tokenize and split the text; shards in the token cache are not tokenized again."""
-    weights, read = zip(*_read_sources(text, encoding), strict=True)
+def prepare_corpus(text: TextOptions, encoding: tiktoken.Encoding, *, seed: int, log: Report | None = None) -> Corpus:
+    """Read, tokenize and split the text; shards in the token cache are not tokenized again.
+
+    `log` gets lines on the progress.
+    """
+    weights, read = zip(*_read_sources(text, encoding, log), strict=True)
     streams, keys, readings = zip(*read, strict=True)
     whole, eval_reading = join_streams(streams), None
     if text.eval_files or text.dataset_test_split:
-        eval_stream, key, eval_reading = prepare_eval(text, encoding)
+        eval_stream, key, eval_reading = prepare_eval(text, encoding, log)
         split: tuple[object, ...] = (key,)
     else:
         # From each source, so that the evaluation text has the proportions of the mixture's sources.
@@ -155,11 +159,11 @@ def prepare_corpus(text: TextOptions, encoding: tiktoken.Encoding, *, seed: int)
     )
 
 
-def _read_sources(text: TextOptions, encoding: tiktoken.Encoding) -> list[tuple[float, ReadText]]:
+def _read_sources(text: TextOptions, encoding: tiktoken.Encoding, log: Report | None) -> list[tuple[float, ReadText]]:
     """Return what each source holds, with its weight."""
     if text.token_files:
         return [(1.0, _ids_of(find_token_files(text.token_files), encoding, text))]
-    return [(weight, _tokenized(source, encoding, text)) for weight, source in train_sources(text)]
+    return [(weight, _tokenized(source, encoding, text, log)) for weight, source in train_sources(text)]
 
 
 def _ids_of(files: list[TokenFile], encoding: tiktoken.Encoding, text: TextOptions) -> ReadText:
@@ -175,7 +179,7 @@ def prepare_text(text: TextOptions, encoding: tiktoken.Encoding) -> ReadText:
     return ReadText(join_streams(streams), key, join_readings(readings))
 
 
-def prepare_eval(text: TextOptions, encoding: tiktoken.Encoding) -> ReadText:
+def prepare_eval(text: TextOptions, encoding: tiktoken.Encoding, log: Report | None = None) -> ReadText:
     """Return the tokens of the evaluation files or split, their fingerprint, and what was found.
 
     Raises UsageError if one of the files is a training file as well.
@@ -192,7 +196,7 @@ def prepare_eval(text: TextOptions, encoding: tiktoken.Encoding) -> ReadText:
         raise UsageError(f"eval_files: {min(both)} is trained on as well; evaluate on a file that is not")
     if text.streaming and source.dataset is not None:
         return _streamed_head(source, encoding, text.eval_max_tokens)
-    return _tokenized(source, encoding, text)
+    return _tokenized(source, encoding, text, log)
 
 
 def _streamed_head(source: TextSource, encoding: tiktoken.Encoding, max_tokens: int) -> ReadText:
@@ -211,9 +215,11 @@ def _streamed_head(source: TextSource, encoding: tiktoken.Encoding, max_tokens: 
     return ReadText(stream, stream.fingerprint(), reading)
 
 
-def _tokenized(source: TextSource, encoding: tiktoken.Encoding, text: TextOptions) -> ReadText:
+def _tokenized(
+    source: TextSource, encoding: tiktoken.Encoding, text: TextOptions, log: Report | None = None
+) -> ReadText:
     shards = source.shards(encodings.may_cut(encoding))
-    stored = store_tokens(shards, encoding, text.num_proc, cache_folder(text.token_cache_dir))
+    stored = store_tokens(shards, encoding, text.num_proc, cache_folder(text.token_cache_dir), log)
     warnings = separator_warnings(source.separator, stored.tally, shards)
     reading = Reading(tally=stored.tally, used=stored.document_starts.size, warnings=tuple(warnings))
     added = 1 if encodings.begin_of_text(encoding) is None else 2  # EOS, and what a document starts with

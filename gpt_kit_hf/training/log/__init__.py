@@ -1,5 +1,6 @@
-"""What a run tells: `console` writes log lines and the progress bar, `run_log` run.json, metrics.jsonl and the entries
-of trackers, and `curve` draws the loss.
+"""What a run tells: `console` writes lines of text or JSON, `live` the view of the progress on a terminal, `messages`
+the lines of its beginning and end, `run_log` run.json, metrics.jsonl and the entries of trackers, which `trackers`
+chooses. `pace` measures speed and memory, and `curve` draws the loss.
 """
 
 import lazy_loader

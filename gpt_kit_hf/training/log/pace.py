@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from dataclasses import dataclass
 
 import psutil
 import torch
+
+_RECENT = 20  # steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +33,16 @@ class Pace:
         self._began = time.perf_counter()
         self._steps, self._seconds, self._tokens = 0, 0.0, 0
         self._measured = (0.0, 0)  # seconds and tokens at the last measurement
+        self._recent: deque[tuple[float, int]] = deque(maxlen=_RECENT)
 
     def add(self, seconds: float, tokens: int) -> None:
         """Count a step that trained so many tokens."""
         if self._steps == 1:
             self._seconds, self._tokens = 0.0, 0
             self._measured = (0.0, 0)
+            self._recent.clear()
         self._steps += 1
+        self._recent.append((seconds, tokens))
         self._seconds += seconds
         self._tokens += tokens
 
@@ -44,6 +50,12 @@ class Pace:
     def seconds_per_step(self) -> float:
         """The mean so far."""
         return self._seconds / max(1, self._steps - 1)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The mean of the last steps, 0 before the first."""
+        seconds = sum(seconds for seconds, _ in self._recent)
+        return sum(tokens for _, tokens in self._recent) / seconds if seconds else 0.0
 
     def measure(self, device: torch.device) -> Speed:
         """Return the speed since the last measurement."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 import secrets
 from collections.abc import Callable, Mapping
@@ -27,6 +26,7 @@ from gpt_kit_hf.storage.atomic_files import (
 )
 from gpt_kit_hf.storage.run_folder import CURVE_FILE, METRICS_FILE, OPTIONS_FILE, RECORD_FILE
 from gpt_kit_hf.storage.run_history import eval_changed_after, read_run
+from gpt_kit_hf.text import finite
 from gpt_kit_hf.training.data_changes import change_notes
 from gpt_kit_hf.training.log.curve import draw_curve
 from gpt_kit_hf.training.log.pace import Speed
@@ -181,9 +181,7 @@ class RunRecord:
         """Append a line; while the disk refuses, lines wait in memory."""
         if not self._accelerator.is_main_process:
             return
-        # JSON has no NaN: a loss that is not finite is null.
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        self._unwritten.append(finite)
+        self._unwritten.append(finite(line))
         try:
             self._drain()
         except CheckpointError as error:

@@ -26,13 +26,13 @@ from gpt_kit_hf.data.text.tokens.stored_arrays import Pieces, StoredIds, open_fi
 from gpt_kit_hf.data.text.tokens.token_stream import DocumentStarts
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.storage.atomic_files import replace_file
-from gpt_kit_hf.text import duration
+from gpt_kit_hf.text import duration, short
 from gpt_kit_hf.tokenization import encodings
 
 _LAYOUT = "ids-3"  # in every key, so that another layout of the files is another file
 _ROWS = b"rows"
 _SECONDS_A_DAY = 24 * 60 * 60
-_LOGGED = 60  # seconds between two lines on the progress
+_LOGGED, _FIRST_LOGGED = 60, 10  # seconds between two lines on the progress, and before the first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,9 +117,9 @@ def store_tokens(
 ) -> StoredTokens:
     """Return the ids of all shards; those in the cache, also of an interrupted run, are not encoded again.
 
-    `num_proc` threads encode at once: tiktoken releases Python's lock. `folder` is that of the cache. `log`
-    gets a line on the progress every minute. Raises DataError for text that cannot be read or encoded; the shards that
-    were encoded before stay in the cache.
+    `num_proc` threads encode at once: tiktoken releases Python's lock. `folder` is that of the cache. `log` gets a
+    line at the start and on the progress, the first after ten seconds, then every minute. Raises DataError for text
+    that cannot be read or encoded; the shards that were encoded before stay in the cache.
     """
     folder = cache_folder() if folder is None else folder
     for stage in folder.glob(".*.arrow.*"):  # left by a killed process, if it is that old
@@ -171,7 +171,9 @@ def _encode_all(
     if not missing:
         return found, 0
     began, tokens, done = time.perf_counter(), 0, 0
-    said, total = began, sum(shard.size for shard in missing.values())
+    said, total = began - _LOGGED + _FIRST_LOGGED, sum(shard.size for shard in missing.values())
+    if log is not None:
+        log(f"tokenizing {short(total)} bytes")
     jobs = {pool.submit(_encode_shard, shard, encoding, entry): entry for entry, shard in missing.items()}
     with datasets.utils.tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing") as bar:
         for job in as_completed(jobs):
