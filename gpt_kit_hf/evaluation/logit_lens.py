@@ -16,6 +16,7 @@ from gpt_kit_hf.errors import UsageError
 
 # What families of models call the norm after their last layer.
 _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
+_ROWS_AT_ONCE = 256  # of logits, which are V numbers each
 _PROBE = (0, 1, 0)  # ids with which the parts of a model are tried
 
 
@@ -45,14 +46,17 @@ class LogitLens:
         """Return the lens at some positions of a text, by one plain forward pass."""
         with torch.inference_mode():
             hidden, _ = self._run(list(ids))
-            chosen = hidden[:, list(positions)]  # (L + 1, T, D) -> (L + 1, P, D)
-            best = []
-            for layer in chosen:  # one at a time: the logits of all are large
-                logprobs = self._head(self._norm(layer)).float().log_softmax(dim=-1)  # (P, V)
-                best.append(logprobs.topk(min(top, logprobs.shape[-1]), dim=-1))
-        return Lens(
-            torch.stack([each.indices for each in best]).cpu(), torch.stack([each.values for each in best]).cpu()
-        )
+            rows = hidden[:, list(positions)].flatten(0, 1)  # (L + 1, T, D) -> ((L + 1) * P, D)
+            parts = [self._likeliest(part, top) for part in rows.split(_ROWS_AT_ONCE)]
+        found = [torch.cat(each) for each in zip(*parts, strict=True)]  # ((L + 1) * P, K)
+        found = [each.reshape(len(hidden), len(positions), -1) for each in found]
+        return Lens(found[0].cpu(), found[1].cpu())  # each (L + 1, P, K)
+
+    def _likeliest(self, hidden: Tensor, top: int) -> tuple[Tensor, Tensor]:
+        """(n, D) -> (n, K) ids and log-probabilities."""
+        logprobs = self._head(self._norm(hidden)).float().log_softmax(dim=-1)  # (n, V)
+        best = logprobs.topk(min(top, logprobs.shape[-1]), dim=-1)
+        return best.indices, best.values
 
     def _run(self, ids: list[int]) -> tuple[Tensor, Tensor]:
         """Return the hidden states before the final norm, (L + 1, T, D), and the logits, (T, V)."""

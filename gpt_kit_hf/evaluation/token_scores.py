@@ -21,6 +21,7 @@ from transformers import (
 
 from gpt_kit_hf.generation.completion import LOWEST_TEMPERATURE
 
+_LOWEST = -200.0  # a log-probability whose probability is 0 in float32
 _ROWS_AT_ONCE = 128  # of logits, which are V numbers each
 
 
@@ -47,7 +48,8 @@ def beliefs_of(logits: Tensor, next_ids: Sequence[int], top: int) -> Beliefs:
 def _beliefs_of_rows(rows: Tensor, known: Tensor, top: int) -> Beliefs:
     logprobs = rows.log_softmax(dim=-1)
     best = logprobs.topk(min(top, logprobs.shape[-1]), dim=-1)
-    entropy = torch.special.entr(logprobs.exp()).sum(dim=-1)
+    # Clamped, a token that cannot come adds 0, not 0 * -inf.
+    entropy = -(logprobs.exp() * logprobs.clamp(min=_LOWEST)).sum(dim=-1)
     n = len(known)
     next_logprob, next_rank = rows.new_full((len(rows),), math.nan), known.new_zeros(len(rows))
     next_logprob[:n] = logprobs[:n].gather(1, known[:, None])[:, 0]
