@@ -47,7 +47,7 @@ class LogitLens:
         with torch.inference_mode():
             hidden, _ = self._run(list(ids))
             rows = hidden[:, list(positions)].flatten(0, 1)  # (L + 1, T, D) -> ((L + 1) * P, D)
-            parts = [self._likeliest(part, top) for part in rows.split(_ROWS_AT_ONCE)]
+            parts = [self._likeliest(part, top) for part in torch.split(rows, _ROWS_AT_ONCE)]
         found = [torch.cat(each) for each in zip(*parts, strict=True)]  # ((L + 1) * P, K)
         found = [each.reshape(len(hidden), len(positions), -1) for each in found]
         return Lens(found[0].cpu(), found[1].cpu())  # each (L + 1, P, K)

@@ -18,6 +18,7 @@ from gpt_kit_hf.generation.generate import decode_function
 from gpt_kit_hf.generation.token_bytes import TokenBytes
 from gpt_kit_hf.hub.model_folder import check_tokenizer, find_model_folder, load_pretrained, move_to_device
 from gpt_kit_hf.storage.checkpoints import checkpoint_step, list_checkpoints
+from gpt_kit_hf.storage.run_folder import holds_run
 
 _KEPT = 3  # loaded models; one that was not used for longest makes room
 
@@ -94,7 +95,12 @@ class OpenModel:
             "context": self.reader.context_length,
             "vocabulary": int(config.vocab_size),
             "start": None if self.start_id is None else self.spell(self.start_id),
-            "absent": {"attention": self.no_attention, "lens": self.no_lens, "chat": self.no_chat},
+            "absent": {
+                "attention": self.no_attention,
+                "lens": self.no_lens,
+                "chat": self.no_chat,
+                "curves": None if holds_run(Path(self.entry.place)) else "This model is not in the folder of its run.",
+            },
         }
 
     def _find_lens(self) -> tuple[LogitLens | None, str | None]:
@@ -115,13 +121,13 @@ class Models:
     """The models of several places. A request can only choose among the keys of `entries`."""
 
     def __init__(self, places: Sequence[str], device: str = "cpu") -> None:
-        self._places, self._device = list(places), device
+        self.places, self._device = list(places), device
         self._open: OrderedDict[str, OpenModel] = OrderedDict()
 
     def entries(self) -> list[Entry]:
         """Return what can be chosen now: of each place its model, then its checkpoints, the newest first."""
         found: list[Entry] = []
-        for number, place in enumerate(self._places):
+        for number, place in enumerate(self.places):
             folder, name = Path(place), Path(place).name if Path(place).exists() else place
             if not folder.is_dir() or (folder / "config.json").is_file():
                 found.append(Entry(str(number), name, None, place, place))
@@ -135,7 +141,7 @@ class Models:
         """Return the entry that the page opens with. Raises UsageError if no place holds a model."""
         found = self.entries()
         if not found:
-            raise UsageError(f"{self._places[0]!r} holds no model yet: neither a config.json nor a checkpoint")
+            raise UsageError(f"{self.places[0]!r} holds no model yet: neither a config.json nor a checkpoint")
         return found[0]
 
     def open(self, key: str) -> OpenModel:

@@ -6,6 +6,7 @@ import json
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from gpt_kit_hf.errors import GPTKitError, StoppedError, UsageError, one_line
+from gpt_kit_hf.errors import CheckpointError, GPTKitError, StoppedError, UsageError, one_line
 from gpt_kit_hf.pages.chat import Turn, conversation_view, prompt_ids
+from gpt_kit_hf.pages.curve_rows import curves
 from gpt_kit_hf.pages.models import Models, OpenModel
 from gpt_kit_hf.pages.server import Asked, pages_app, read_request, serve_page
 from gpt_kit_hf.pages.views import (
@@ -31,9 +33,13 @@ from gpt_kit_hf.pages.views import (
     sampling_view,
 )
 from gpt_kit_hf.pages.work import Stop, Work
+from gpt_kit_hf.storage.run_folder import holds_run
+from gpt_kit_hf.storage.run_history import RunReader
 
 FILES = {
     "/": "play/page.html",
+    "/curves.js": "curves.js",
+    "/curves.css": "curves.css",
     **{
         f"/{name}": f"play/{name}"
         for name in (
@@ -44,6 +50,7 @@ FILES = {
             "loss.js",
             "main.js",
             "page.js",
+            "runs.js",
             "sampling.js",
             "style.css",
             "tokens.js",
@@ -128,6 +135,7 @@ class PlayPage:
 
     def __init__(self, models: Models) -> None:
         self._models, self.work = models, Work()
+        self._runs = [RunReader(folder) for folder in map(Path, models.places) if holds_run(folder)]
 
     def app(self) -> ASGIApp:
         """Return the application."""
@@ -142,6 +150,7 @@ class PlayPage:
             ("conversation", ChatRequest, self._converse),
         ):
             routes.append(Route(f"/{name}", self._endpoint(name, kind, view), methods=["POST"]))
+        routes.append(Route("/curves", self._curves))
         routes.append(Route("/generate", self._generate, methods=["POST"]))
         return pages_app(FILES, routes)
 
@@ -162,6 +171,10 @@ class PlayPage:
     async def _list(self, _: Request) -> Response:
         entries = self._models.entries()
         return JSONResponse([{"key": each.key, "label": each.label, "step": each.step} for each in entries])
+
+    async def _curves(self, _: Request) -> Response:
+        # In the thread of all work, as a reader keeps its place in the file.
+        return JSONResponse(await self.work.run("curves", lambda _: [_run_view(reader) for reader in self._runs]))
 
     def _open(self, opened: OpenModel, asked: ModelRequest, stop: Stop) -> Json:
         return opened.facts()
@@ -233,6 +246,17 @@ class PlayPage:
             return {"end": f"the model ended the text: it chose {opened.spell(token)}"}
         whole.append(token)
         return added_view(opened, whole, n_text)
+
+
+def _run_view(reader: RunReader) -> Json:
+    """Return the curves of a run and its best checkpoint; only the error if it cannot be read."""
+    shown: Json = {"name": reader.folder.name or str(reader.folder)}
+    try:
+        run = reader.read()
+    except CheckpointError as error:
+        return shown | {"error": one_line(error)}
+    best = None if run.best is None else {"step": run.best[0], "value": run.best[1]}
+    return shown | {"state": run.state, "best": best, "curves": curves(run, {})}
 
 
 def play(

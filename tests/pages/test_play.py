@@ -317,7 +317,28 @@ def test_checkpoints_of_a_run_can_be_chosen(client: TestClient, folders: dict[st
 
 def test_parts_that_a_model_lacks_have_a_reason(client: TestClient) -> None:
     absent = post(client, "open", "gpt2")["absent"]
-    assert absent == {"attention": None, "lens": None, "chat": "The tokenizer of this model has no chat template."}
+    assert absent == {
+        "attention": None,
+        "lens": None,
+        "chat": "The tokenizer of this model has no chat template.",
+        "curves": "This model is not in the folder of its run.",
+    }
+    assert post(client, "open", "4/step-00000010")["absent"]["curves"] is None
+
+
+def test_the_curves_are_those_of_the_runs(client: TestClient, folders: dict[str, Path]) -> None:
+    assert [run["name"] for run in client.get("/curves").json()] == ["run"]
+    metrics = folders["run"] / "metrics.jsonl"
+    losses = [3.5, 3.25, 3.0]
+    for step, loss in enumerate(losses, 1):
+        with metrics.open("a") as file:
+            file.write(json.dumps({"kind": "train", "step": step, "loss": loss}) + "\n")
+        rows = client.get("/curves").json()[0]["curves"]["train"]
+        assert rows["steps"] == list(range(1, step + 1))
+        assert rows["series"]["loss"]["value"] == losses[:step]
+    metrics.write_text("no json\n")
+    assert "metrics.jsonl" in client.get("/curves").json()[0]["error"]
+    metrics.unlink()
 
 
 def test_only_the_named_models_can_be_asked_for(client: TestClient, folders: dict[str, Path], tmp_path: Path) -> None:

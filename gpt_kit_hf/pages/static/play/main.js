@@ -6,6 +6,7 @@ import { showCompare } from "/compare.js";
 import { listenToLens, showLens } from "/lens.js";
 import { showLoss } from "/loss.js";
 import { ask, byId, cancel, debounced, el, report, stream } from "/page.js";
+import { showRuns } from "/runs.js";
 import { sampling, seed, showSampling } from "/sampling.js";
 import { showSide, showTokens } from "/tokens.js";
 
@@ -19,6 +20,7 @@ const TABS = {
   lens: ["Logit lens", showLens],
   compare: ["Compare", showCompare],
   chat: ["Chat", showChat],
+  curves: ["Curves", showRuns],
 };
 
 const EMPTY = { ids: [], text: "", tokens: [], next: null, scores: null };
@@ -133,6 +135,7 @@ async function look() {
     else if (kept) byId(id).prepend(el("option", { value: kept, selected: true }, `${state.facts?.label ?? kept} (deleted since)`));
   }
   offerNewer();
+  if (state.tab === "curves" && state.facts) await showTab();
 }
 
 /** Return what to compare the first entry with: a model of another place, else the checkpoint before it. */
