@@ -156,6 +156,14 @@ class Page:
         held = self.js(program % (int(seconds * 1000), condition))
         assert held, f"not within {seconds} s: {condition}; problems: {self.problems}"
 
+    def settle(self) -> None:
+        """Wait until the page asks for nothing and two more frames are drawn."""
+        frames = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))"
+        last = -1
+        while last != (last := len(self.requests)):
+            self.js("new Promise(done => setTimeout(() => done(true), 300))")
+            self.js(frames)
+
     def write(self, selector: str, text: str) -> None:
         """Put a text into a field in place of its own, as if it was pasted."""
         self.js(f"(e => {{ e.focus(); e.select(); }})(document.querySelector({json.dumps(selector)}))")

@@ -82,7 +82,11 @@ function showMap() {
   context.fillStyle = colour("--quiet");
   context.textAlign = "right";
   context.textBaseline = "middle";
-  shown.tokens.forEach((text, n) => context.fillText(visible(text).slice(-10), margin - 6, (n + 0.5) * side, margin - 6));
+  shown.tokens.forEach((text, n) => context.fillText(shortened(visible(text)), margin - 6, (n + 0.5) * side, margin - 6));
+}
+
+function shortened(text) {
+  return text.length > 11 ? `${text.slice(0, 10)}…` : text;
 }
 
 function showRow() {

@@ -90,7 +90,8 @@ export function percent(p) {
   if (value >= 10) return `${value.toFixed(1)}%`;
   if (value === 0) return "0%";
   if (value < 1e-5) return "<0.00001%";
-  return `${value.toLocaleString("en", { maximumSignificantDigits: value < 0.01 ? 1 : 2 })}%`;
+  const digits = value < 0.01 ? 1 : 2;
+  return `${value.toLocaleString("en", { minimumSignificantDigits: digits, maximumSignificantDigits: digits })}%`;
 }
 
 export const number = (value, digits = 2) => (value === null || value === undefined ? "–" : value.toFixed(digits));

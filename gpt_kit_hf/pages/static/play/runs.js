@@ -1,7 +1,7 @@
 // The curves of the runs, by the charts of curves.js.
 
 /* global Curves */
-import { byId } from "/page.js";
+import { byId, el } from "/page.js";
 
 const SMOOTHING = 0.02; // of the steps
 const charts = new Map(); // by unit
@@ -15,16 +15,19 @@ export async function showRuns() {
   const readable = runs.filter((run) => run.curves);
   draw("nats per token", "Loss", readable, "eval_loss", true);
   draw("bits per byte", "Held-out text", readable, "bits_per_byte", false);
-  const failed = runs.filter((run) => run.error).map((run) => `${run.name}: ${run.error}`);
-  byId("curves-note").textContent = [...readable.map((run) => `${run.name}: ${run.state}`), ...failed].join(" · ");
+  const names = readable.map((run, n) => el("span", {}, el("i", { className: "chart-swatch", css: { "background-color": colour(n) } }), ` ${run.name} (${run.state})`));
+  const failed = runs.filter((run) => run.error).map((run) => el("span", {}, `${run.name}: ${run.error}`));
+  byId("curves-note").replaceChildren(...names, ...failed);
 }
+
+const colour = (n) => `var(--run-${n % 8})`;
 
 function draw(unit, title, readable, score, withTraining) {
   if (!charts.has(unit)) charts.set(unit, Curves.create(byId("curves"), { title, unit, height: 240 }));
   const lines = [];
   const marks = [];
   readable.forEach((run, n) => {
-    const color = `var(--run-${n % 8})`;
+    const color = colour(n);
     if (withTraining) lines.push({ name: run.name, color, rows: rows(run, "train", "loss"), raw: true });
     lines.push({ name: `${run.name}, held-out`, color, rows: rows(run, "eval", score), points: true });
     const place = run.best ? run.curves.eval.steps.indexOf(run.best.step) : -1;
