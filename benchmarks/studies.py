@@ -101,11 +101,18 @@ def steps_of(models: Mapping[str, ModelOptions], vocabulary: int, context: int, 
     return {name: lambda trainer=trainer: trainer.update([pairs]) for name, trainer in trainers.items()}
 
 
-def trained(work: Work, model: ModelOptions, steps: int, seed: int, eval_steps: int | None = None) -> dict[str, Any]:
-    """Train once with the fast recipe; return the score on the whole held-out text, and the losses on the way."""
+def trained(
+    work: Work,
+    model: ModelOptions,
+    steps: int,
+    seed: int,
+    eval_steps: int | None = None,
+    optimizer: OptimizerOptions = FAST,
+) -> dict[str, Any]:
+    """Train once; return the score on the whole held-out text, and the losses on the way."""
     with tempfile.TemporaryDirectory() as folder:
         options = run_options(work, model, steps, seed, eval_steps or steps, Path(folder) / "run")
-        result = train(options, stream=None)
+        result = train(dataclasses.replace(options, optimizer=optimizer), stream=None)
         curve = list(evaluations(result.folder / "metrics.jsonl"))
     score = result.evaluation
     return {

@@ -93,7 +93,7 @@ class ModelOptions(Options):
         metavar="MODEL",
     )
     model: str = option(
-        "nano-s", "preset to start from", choices=PRESET_KEYS, normalize=preset_key, noun="model preset"
+        "modern-s", "preset to start from", choices=PRESET_KEYS, normalize=preset_key, noun="model preset"
     )
     n_layer: int | None = option(None, "number of transformer blocks", minimum=1, unset="the preset's")
     n_head: int | None = option(None, "attention heads per block", minimum=1, unset="the preset's")
