@@ -65,6 +65,7 @@ def test_the_smallest_anchor_of_the_field(shared_data: Path, tmp_path: Path) -> 
     assert results["loss"] <= 1.88
 
 
+@pytest.mark.slow
 def test_the_loop_that_is_written_out_learns(shared_data: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text((shared_data / "tinyshakespeare.txt").read_text()[:200_000])
@@ -80,6 +81,7 @@ def test_the_loop_that_is_written_out_learns(shared_data: Path, tmp_path: Path) 
     assert model.config.vocab_size == len(tokenizer) == 257
 
 
+@pytest.mark.slow
 def test_the_classifier_tells_spam_from_other_messages(tmp_path: Path) -> None:
     """Messages of words that both kinds have and words that one has; always the same answer would be right in half."""
     rng, shared = random.Random(0), ["call", "now", "text", "you"]

@@ -190,7 +190,13 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("order", ORDERS)
+# Each is a process of its own; the others are for the slow tests.
+FAST_ORDERS = ("package first", "models first", "our trainer first")
+
+
+@pytest.mark.parametrize(
+    "order", [order if order in FAST_ORDERS else pytest.param(order, marks=pytest.mark.slow) for order in ORDERS]
+)
 def test_importing_registers_the_model_in_any_order(order: str) -> None:
     code = f"import sys\n{ORDERS[order]}\n{_KNOWN}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -37,7 +37,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("quantization", ["f32", "q8_0"])
+@pytest.mark.parametrize("quantization", ["f32", pytest.param("q8_0", marks=pytest.mark.slow)])
 def test_the_file_is_that_of_the_model(quantization: str, place: Path) -> None:
     files = []
     for name in ("kit", "native"):

@@ -263,6 +263,7 @@ def test_generate_needs_no_torch_and_writes_nothing_else(file: Path) -> None:
     assert done.stdout == gpt_kit("generate", file, "--prompt", "fox", "--temperature", "0").stdout
 
 
+@pytest.mark.slow
 def test_generate_of_a_folder_shows_no_progress_bar(folder: Path) -> None:
     line = [sys.executable, "-m", "gpt_kit_hf.commands.main", "generate", str(folder), "--engine", "llama.cpp"]
     done = subprocess.run(line, capture_output=True, text=True, check=False)

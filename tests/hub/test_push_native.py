@@ -70,6 +70,7 @@ def model_folder(form: str, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_what_is_pushed_loads_by_transformers_alone(model_folder: Path, hub: HubServer, tmp_path: Path) -> None:
     """The command, its verification in two fresh processes included; then a third one that only knows transformers."""
     environment = {**os.environ, **hub.environment(), "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}

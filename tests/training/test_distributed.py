@@ -74,7 +74,7 @@ def text(tmp_path: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("streaming", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_two_processes_train_on_the_same_batches_as_one(streaming: bool, tmp_path: Path, text: Path) -> None:
     source = []
     if streaming:
@@ -95,6 +95,7 @@ def test_two_processes_train_on_the_same_batches_as_one(streaming: bool, tmp_pat
             assert other[key] == (pytest.approx(value, abs=1e-4) if isinstance(value, float) else value), key
 
 
+@pytest.mark.slow
 def test_two_processes_train_a_model_of_another_family_further_as_one(tmp_path: Path, text: Path) -> None:
     write_model("llama", tmp_path / "llama")
     for processes in (1, 2):
@@ -116,6 +117,7 @@ def test_batch_size_must_be_divisible_by_the_processes(tmp_path: Path, text: Pat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_resume_on_another_number_of_processes_keeps_the_batches(tmp_path: Path, text: Path) -> None:
     """In the middle of an epoch: none lost, none repeated."""
     course = ["--lr_scheduler_type=constant_with_warmup", "--resume"]

@@ -306,6 +306,7 @@ def test_inspect_command_shows_the_trained_tokens(
     assert "1 skipped" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_chat_example_answers_each_question(base: Path) -> None:
     command = [sys.executable, "examples/chat.py", str(base), "What?", "And then?", "--max_new_tokens=4"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -51,6 +51,7 @@ def losses(run: Path) -> list[Any]:
     return [line["loss"] for line in metrics(run)]
 
 
+@pytest.mark.slow
 def test_sharded_run_survives_a_failed_save_and_resumes(tmp_path: Path, text: Path) -> None:  # noqa: F811
     whole, run = tmp_path / "whole", tmp_path / "run"
     ended = launch(2, whole, text, "--sample_steps=4")

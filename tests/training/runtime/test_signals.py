@@ -64,7 +64,7 @@ def steps_of(folder: Path) -> list[dict[str, object]]:
     return [line for line in lines if line["kind"] == "train"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_run_that_is_stopped_saves_and_says_how_to_go_on(number: signal.Signals, text: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = begin("python", folder, text, 100_000)
@@ -88,7 +88,7 @@ def test_a_run_that_is_stopped_saves_and_says_how_to_go_on(number: signal.Signal
     assert "--allow_changes max_steps" in refused
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+@pytest.mark.parametrize("launcher", [pytest.param("torchrun", marks=pytest.mark.slow), "accelerate"])
 def test_a_launcher_that_is_stopped_leaves_no_orphan(launcher: str, text: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = begin(launcher, folder, text, 100_000)
