@@ -97,7 +97,7 @@ REFUSED = {
     "train --output_dir docs --text_files python-stdlib": "output_dir 'docs' holds other files",
     "train --output_dir x --text_files README.md --max_length 999": "is above max_position_embeddings=256",
     "train --output_dir x --text_files README.md --model modern-xs --max_length 999": "max_position_embeddings=256",
-    "train --output_dir x --text_files README.md --model nano-s --rope_theta 5": "rope_theta=5.0 needs position_embedding=rotary",
+    "train --output_dir x --text_files README.md --model nano-s --rope_theta 5": "needs position_embedding=rotary",
     "train --output_dir x --text_files README.md --num_key_value_heads 3": "num_key_value_heads, got 4 and 3",
     "train --output_dir x --text_files README.md --model modern-xs --head_dim 33": "head_dim must be even for rotary",
     "train --output_dir x --text_files README.md --model modern-xs --hidden_act gelu": "hidden_act=gelu needs mlp",

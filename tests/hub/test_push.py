@@ -481,9 +481,9 @@ def test_verification_names_each_fault_planted_in_a_commit(
 def test_verification_alone_names_later_changes(run: Path, hub: HubServer, api: HfApi) -> None:
     push_to_hub(run, REPO, api=api)
     verify_publication(REPO, api=api).require()
-    hub.plant(REPO, {"config.json": changed_json(hub.files(REPO, "main")["config.json"], hidden_act="gelu_new")})
+    hub.plant(REPO, {"config.json": changed_json(hub.files(REPO, "main")["config.json"], initializer_range=0.5)})
     report = verify_publication(REPO, api=api)
-    expected = 'config.hidden_act is "gelu_new", was "gelu_pytorch_tanh"'
+    expected = "config.initializer_range is 0.5, was 0.3"
     assert any(expected in line for line in report.differences), report.differences
 
 
