@@ -15,7 +15,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.model.configuration_gpt_kit import GPTKitConfig
-from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM, MultiHeadAttention, TransformerBlock
+from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
+from gpt_kit_hf.model.transformer_block import MultiHeadAttention, TransformerBlock
 
 if TYPE_CHECKING:
     import gguf

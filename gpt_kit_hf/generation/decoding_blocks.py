@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpt_kit_hf.generation.layouts import Layout, Linear, row_by_row
-from gpt_kit_hf.model.modeling_gpt_kit import FeedForward, GPTKitForCausalLM, MultiHeadAttention, TransformerBlock
+from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
+from gpt_kit_hf.model.transformer_block import FeedForward, MultiHeadAttention, TransformerBlock
 
 
 class Block(NamedTuple):

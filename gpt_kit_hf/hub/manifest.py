@@ -19,7 +19,8 @@ from gpt_kit_hf.storage.run_folder import CURVE_FILE, REPORT_FILE
 PUBLICATION_FILE = "publication.json"
 # The code of the model, for machines without this package; a native model has none.
 REMOTE_CODE = (
-    *("configuration_gpt_kit.py", "modeling_gpt_kit.py", "chunked_loss.py", "packed_documents.py", "positions.py"),
+    *("configuration_gpt_kit.py", "modeling_gpt_kit.py", "transformer_block.py"),
+    *("chunked_loss.py", "packed_documents.py", "positions.py"),
 )
 # All other files of a run stay with it. Adapters are published merged, as the run's root holds them; the adapter's own
 # files are for a folder with an adapter alone.

@@ -1,12 +1,13 @@
 """The causal GPT: configuration, modules, losses, presets, registration, and conversion of other checkpoints.
 
-`modeling_gpt_kit` holds the modules, the complete model and its classification heads, `configuration_gpt_kit` the
-configuration, `chunked_loss` the cross entropy without full logits, `positions` the embeddings of positions,
-`packed_documents` positions and the attention masks of packed rows. These five files are copied into saved model
-folders as remote code, so they import nothing else of this package. `presets` builds configurations by name (the
-table of named sizes is in `options/model.py`), `registration` adds the model to the Auto classes of transformers,
-`own_class` recognises a model whose class came with a folder, `losses` computes batch and step losses. `checkpoints/`
-reads and writes checkpoints of other programs. `kit_names` holds the kit's names for parts of the model.
+`modeling_gpt_kit` holds the complete model and its classification heads, `transformer_block` its blocks,
+`configuration_gpt_kit` the configuration, `chunked_loss` the cross entropy without full logits, `positions` the
+embeddings of positions, `packed_documents` positions and the attention masks of packed rows. These six files are
+copied into saved model folders as remote code, so they import nothing else of this package. `presets` builds
+configurations by name (the table of named sizes is in `options/model.py`), `registration` adds the model to the Auto
+classes of transformers, `own_class` recognises a model whose class came with a folder, `losses` computes batch and
+step losses. `checkpoints/` reads and writes checkpoints of other programs. `kit_names` holds the kit's names for parts
+of the model.
 """
 
 import lazy_loader
@@ -20,16 +21,14 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "kit_names": ["GELU", "GPTModel", "LayerNorm"],
         "losses": ["Batch", "compute_batch_loss", "compute_loader_loss", "train_step_with_gradient_clipping"],
         "modeling_gpt_kit": [
-            "FeedForward",
             "GPTKitForCausalLM",
             "GPTKitForQuestionAnswering",
             "GPTKitForSequenceClassification",
             "GPTKitForTokenClassification",
             "GPTKitModel",
             "GPTKitPreTrainedModel",
-            "MultiHeadAttention",
-            "TransformerBlock",
         ],
         "presets": ["create_model_config"],
+        "transformer_block": ["FeedForward", "MultiHeadAttention", "TransformerBlock"],
     },
 )

@@ -171,7 +171,8 @@ def test_a_commit_holds_the_model_its_code_and_its_card_and_nothing_else(
     files = hub.files(REPO, "main")
     expected = {"README.md", "config.json", "configuration_gpt_kit.py", "generation_config.json", "loss.png"}
     expected |= {"model.safetensors", "modeling_gpt_kit.py", "tokenizer.json", "tokenizer_config.json"}
-    expected |= {"chunked_loss.py", "packed_documents.py", "positions.py", "chat_template.jinja", PUBLICATION_FILE}
+    expected |= {"chunked_loss.py", "packed_documents.py", "positions.py", "transformer_block.py"}
+    expected |= {"chat_template.jinja", PUBLICATION_FILE}
     assert files.keys() - {".gitattributes"} == expected == set(result.sent)
     assert result.commit == hub.head(REPO)
     config = json.loads(files["config.json"])

@@ -381,7 +381,7 @@ def wait_for(file: Path, captured: Path) -> None:
 # In the order in which a save writes them.
 FILES = [
     "config.json", "chunked_loss.py", "configuration_gpt_kit.py", "modeling_gpt_kit.py", "packed_documents.py",
-    "positions.py",
+    "positions.py", "transformer_block.py",
     "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "optimizer.safetensors",
     "training_state.json", "manifest.json",
 ]  # fmt: skip
