@@ -104,7 +104,7 @@ def test_every_function_takes_a_model_of_a_folders_own_code(tmp_path: Path) -> N
 def test_code_that_computes_something_else_is_run_as_it_is(tmp_path: Path) -> None:
     model = tiny_gpt_kit(vocab_size=257, max_position_embeddings=32)
     write_model_folder(tmp_path / "folder", model, get_encoding("bytes"))
-    code = tmp_path / "folder" / "modeling_gpt_kit.py"
+    code = tmp_path / "folder" / "transformer_block.py"
     line = "hidden_states = hidden_states + self.dropout(mlp_output)"
     assert code.read_text().count(line) == 1
     code.write_text(code.read_text().replace(line, line.replace("+ ", "- ")))
