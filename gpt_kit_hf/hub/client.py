@@ -26,10 +26,12 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 from gpt_kit_hf.errors import GPTKitError, HubError
 from gpt_kit_hf.hub.secret_scan import first_line
 from gpt_kit_hf.storage.digests import digest_of, git_digest_of
+from gpt_kit_hf.storage.run_folder import EVENTS_PREFIX
 
 # Pickles and other repositories' code are not downloaded.
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.md", "*.png")
-CODE_FILES = ("*.py",)
+# What the model does not need: its code for machines without this package, and the curves that the Hub shows.
+OTHER_FILES = ("*.py", f"{EVENTS_PREFIX}*")
 
 # Reason and next step by exception class; the first that matches counts. `{error}` is the client's own message.
 _REASONS: dict[type[Exception] | tuple[type[Exception], ...], str] = {
@@ -98,7 +100,7 @@ def fetch_model(
             snapshot_download(
                 repo,
                 revision=revision,
-                allow_patterns=[*MODEL_FILES, *(CODE_FILES if with_code else ())],
+                allow_patterns=[*MODEL_FILES, *(OTHER_FILES if with_code else ())],
                 cache_dir=cache_dir,
                 endpoint=None if api is None else api.endpoint,
                 token=None if api is None else api.token,

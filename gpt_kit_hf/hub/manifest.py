@@ -14,7 +14,7 @@ from gpt_kit_hf.hub.native_form import stage_native
 from gpt_kit_hf.hub.secret_scan import scan_for_publication
 from gpt_kit_hf.storage.atomic_files import load_json, save_json
 from gpt_kit_hf.storage.digests import FileDigest, digest_of
-from gpt_kit_hf.storage.run_folder import CURVE_FILE, REPORT_FILE
+from gpt_kit_hf.storage.run_folder import CURVE_FILE, EVENTS_PREFIX, REPORT_FILE, TENSORBOARD_FOLDER
 
 PUBLICATION_FILE = "publication.json"
 # The code of the model, for machines without this package; a native model has none.
@@ -32,6 +32,7 @@ _PUBLISHED_NAMES = (
     *("adapter_config.json", "adapter_model.safetensors"),
 )
 _WEIGHTS = ("model.safetensors", "model-")
+_MAX_EVENT_BYTES = 50_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +44,12 @@ class PublicationManifest:
     probe: Mapping[str, Any]
 
 
-def stage_files(run: Path, stage: Path, *, native: bool = False) -> Path:
+def stage_files(run: Path, stage: Path, *, native: bool = False, tensorboard: bool = False) -> Path:
     """Copy the files to publish, all but the card, from a run or model folder into an empty folder.
 
-    With `native` the model is written in that form. Returns the folder of the model. Raises UsageError for a folder
-    without a model, and for one that has no native form.
+    With `native` the model is written in that form, and with `tensorboard` the curves that TensorBoard has of the run
+    are copied. Returns the folder of the model. Raises UsageError for a folder without a model, for one that has no
+    native form, and for curves of more than 50 MB.
     """
     if not run.is_dir():
         raise UsageError(f"{str(run)!r}: no such folder")
@@ -60,9 +62,26 @@ def stage_files(run: Path, stage: Path, *, native: bool = False) -> Path:
             shutil.copyfile(path, stage / path.name)
     if (run / CURVE_FILE).is_file():
         shutil.copyfile(run / CURVE_FILE, stage / CURVE_FILE)
+    if tensorboard:
+        _stage_events(run, stage)
     if not any(stage.glob("*.safetensors")):
         raise UsageError(f"{str(run)!r} holds no weights as safetensors")
     return folder
+
+
+def _stage_events(run: Path, stage: Path) -> None:
+    """Copy TensorBoard's files with the curves of a run, not those with its options, which name local paths."""
+    found = sorted((run / TENSORBOARD_FOLDER).glob(f"*/{EVENTS_PREFIX}*"))
+    size = sum(path.stat().st_size for path in found)
+    if size > _MAX_EVENT_BYTES:
+        raise UsageError(
+            f"TensorBoard's files in {str(run / TENSORBOARD_FOLDER)!r} have {size / 1e6:.0f} MB, more than the "
+            f"{_MAX_EVENT_BYTES / 1e6:.0f} MB that are published: leave them out by --tensorboard false"
+        )
+    for number, path in enumerate(found):
+        # The name begins with the time of the session; the rest names this machine.
+        began = path.name.removeprefix(EVENTS_PREFIX).partition(".")[0]
+        shutil.copyfile(path, stage / f"{EVENTS_PREFIX}{began}.{number}")
 
 
 def write_manifest(stage: Path, probe: Mapping[str, Any], private_names: tuple[str, ...]) -> PublicationManifest:

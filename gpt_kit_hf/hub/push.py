@@ -25,9 +25,17 @@ from gpt_kit_hf.hub.template_sandbox import check_templates
 from gpt_kit_hf.hub.verify import VerificationReport, probe_request, run_probe, verify_publication
 from gpt_kit_hf.options.hub import PushOptions
 from gpt_kit_hf.storage.digests import digest_of, git_digest_of
+from gpt_kit_hf.storage.run_folder import EVENTS_PREFIX
 
 # Files of an earlier model, which a loader would read in place of, or beside, those of this one.
-_STALE_PREFIXES = ("model-", "model.safetensors", "pytorch_model", "adapter_model", "adapter_config.json")
+_STALE_PREFIXES = (
+    "model-",
+    "model.safetensors",
+    "pytorch_model",
+    "adapter_model",
+    "adapter_config.json",
+    EVENTS_PREFIX,
+)
 _STALE_NAMES = (
     *("chat_template.jinja", "chat_template.json", "special_tokens_map.json", "added_tokens.json"),
     *REMOTE_CODE,
@@ -66,10 +74,11 @@ def push_to_hub(
 ) -> PushResult:
     """Publish the model of a run or model folder as one commit, then download and verify it.
 
-    Sent are weights, configuration with code, tokenizer, chat template, generation defaults, card and manifest, as far
-    as they differ from the repository's; the same commit removes weights and code of an earlier model. With
-    `options.native` the model has the form of a class of transformers, and no code. After an interruption or
-    a failure the repository holds the old commit or the complete new one, and the same call finishes the push.
+    Sent are weights, configuration with code, tokenizer, chat template, generation defaults, card, manifest and the
+    curves of TensorBoard, as far as they differ from the repository's; the same commit removes weights and code of an
+    earlier model. With `options.native` the model has the form of a class of transformers, and no code. After an
+    interruption or a failure the repository holds the old commit or the complete new one, and the same call finishes
+    the push.
 
     Raises:
         UsageError: the folder holds no model.
@@ -81,7 +90,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory(prefix="gpt-kit-push-") as place:
         stage = Path(place) / "stage"
         stage.mkdir()
-        folder = stage_files(run, stage, native=options.native)
+        folder = stage_files(run, stage, native=options.native, tensorboard=options.tensorboard)
         scan_for_publication(stage, _private_names(run))  # before anything is changed on the Hub
         head = _find_head(repo, options.revision, api) if options.dry_run else _prepare_repository(repo, options, api)
         remote = _remote_files(repo, head, api)

@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from gpt_kit_hf.errors import CheckpointError
+from gpt_kit_hf.storage.run_folder import EVENTS_PREFIX
 
 # The formats in which services issue keys. A match is never shown.
 _SECRETS = {
@@ -103,7 +104,9 @@ def _header_faults(file: Path) -> Iterator[str]:
 
 def _text_faults(file: Path, name: str, private_names: tuple[str, ...]) -> Iterator[str]:
     try:
-        text = file.read_text(encoding="utf-8")
+        # TensorBoard's files hold their texts as UTF-8 among other bytes.
+        errors = "replace" if name.startswith(EVENTS_PREFIX) else "strict"
+        text = file.read_text(encoding="utf-8", errors=errors)
     except UnicodeDecodeError:
         yield "it is not text (UTF-8)"
         return

@@ -30,6 +30,11 @@ class PushOptions(Options):
         "publish it as a class of transformers, GPT2LMHeadModel, LlamaForCausalLM or Qwen3ForCausalLM, which other "
         "programs know and which needs no code in the repository; the same commit removes that of an earlier push",
     )
+    tensorboard: bool = option(
+        True,
+        "publish the curves that TensorBoard has of the run, up to 50 MB, which the Hub shows as a tab; its files "
+        "with the options of the run are not published",
+    )
     create_pr: bool = option(False, "open a pull request instead of committing to a branch")
     commit_message: str = option("Publish the model", "message of the commit")
     keep_card: CardBase | None = option(

@@ -120,8 +120,19 @@ class TrainingOptions(Options):
     sample_max_new_tokens: int = option(80, "tokens per text sample", minimum=1, resume="free")
     report_to: list[str] = option(
         ["auto"],
-        "experiment trackers; auto is TensorBoard if it is installed, none disables tracking",
+        "experiment trackers; auto is TensorBoard if it is installed, none disables tracking. trackio keeps its data "
+        "on this machine, outside of the run folder",
         choices=TRACKERS,
+        resume="free",
+    )
+    project: str = option("gpt-kit", "project in the experiment trackers", resume="free")
+    run_name: str | None = option(
+        None, "name of the run in the experiment trackers", unset="the name of output_dir", resume="free"
+    )
+    trackio_space_id: str | None = option(
+        None,
+        "Space on the Hub, OWNER/NAME, that trackio sends the run to, with all its options; a new one is private",
+        unset="nothing is sent",
         resume="free",
     )
     dataloader_num_workers: int = option(
@@ -172,6 +183,11 @@ class TrainingOptions(Options):
             raise UsageError(f"spike_factor must be above 1, or 0 to disable it, got {self.spike_factor}")
         if len(self.report_to) > 1 and (alone := {"auto", "none"} & set(self.report_to)):
             raise UsageError(f"report_to {min(alone)!r} cannot be combined with trackers, got {self.report_to}")
+        if self.trackio_space_id is not None and "trackio" not in self.report_to:
+            raise UsageError(f"trackio_space_id={self.trackio_space_id!r} needs report_to=trackio")
+        for name, value in (("project", self.project), ("run_name", self.run_name)):
+            if value is not None and (not value.strip() or "/" in value or "\\" in value):
+                raise UsageError(f"{name}={value!r} must not be empty or hold a slash: it names a folder, too")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,8 @@ EVALUATIONS_FILE = "evaluations.json"
 REPORT_FILE = "supervision.json"
 INVARIANCE_FILE = "invariance.json"
 ADAPTER_FOLDER = "adapter"
+TENSORBOARD_FOLDER = "tensorboard"
+EVENTS_PREFIX = "events.out.tfevents."  # of the names of its files
 LOCK_FILE = "run.lock"
 
 

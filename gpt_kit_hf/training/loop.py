@@ -30,6 +30,7 @@ from gpt_kit_hf.training.log.live import LiveView, Progress
 from gpt_kit_hf.training.log.messages import Ending, introduction, run_facts
 from gpt_kit_hf.training.log.pace import Pace
 from gpt_kit_hf.training.log.run_log import RunRecord, RunResult, finished_before
+from gpt_kit_hf.training.log.trackers import Trackers
 from gpt_kit_hf.training.runtime.attention import set_attention
 from gpt_kit_hf.training.runtime.compilation import blocks_to_compile
 from gpt_kit_hf.training.runtime.determinism import deterministic_algorithms
@@ -137,7 +138,8 @@ class _Loop:
         self.context, self.pace = context, Pace()
         self.steps = Steps(options, context, task)
         self._check_steps_left()
-        self.record = RunRecord(self.folder, self.accelerator, self.console.log, lock.check)
+        trackers = Trackers(self.chosen, self.console.log, main=self.accelerator.is_main_process)
+        self.record = RunRecord(self.folder, self.accelerator, self.console.log, lock.check, trackers)
         self.checkpoints = RunCheckpoints(context, task, self.steps, self.record, lock.check)
 
     def _check_steps_left(self) -> None:
@@ -165,6 +167,7 @@ class _Loop:
             raise
         finally:
             self.checkpoints.writer.wait()
+            self.record.close()
 
     def _prepare(self) -> None:
         steps = self.steps
@@ -371,6 +374,5 @@ class _Loop:
         step, total, update = self.steps.step, self.steps.total, report.update
         speed, left = self.pace.measure(self.accelerator.device), (total - step) * self.pace.seconds_per_step
         values = {"loss": update.loss, "learning_rate": report.learning_rate, "grad_norm": update.grad_norm}
-        self.record.speed(step, speed)
-        self.record.track("train", step, {**values, **asdict(speed)})
+        self.record.speed(step, speed, values)
         self.console.step(step, total, left, **values, **asdict(speed))

@@ -12,7 +12,7 @@ from gpt_kit_hf.options.training import TrainingOptions
 from gpt_kit_hf.storage.atomic_files import Report, load_json
 from gpt_kit_hf.storage.remote_run import RemoteRun
 from gpt_kit_hf.storage.run_folder import RECORD_FILE, check_run_folder, holds_run, make_run_folder
-from gpt_kit_hf.training.log.trackers import trackers
+from gpt_kit_hf.training.log.trackers import chosen_trackers
 from gpt_kit_hf.training.runtime.attention import check_attention
 from gpt_kit_hf.training.runtime.launch import check_launch, create_accelerator
 from gpt_kit_hf.training.runtime.memory import reuse_freed_memory
@@ -22,12 +22,8 @@ from gpt_kit_hf.training.trainer import resolve_precision
 def run_accelerator(options: OptionsOfRun) -> Accelerator:
     """Start Accelerate with the options of a run; refuse an incomplete launch."""
     chosen = options.training
-    accelerator = create_accelerator(
-        use_cpu=chosen.use_cpu,
-        timeout=chosen.ddp_timeout,
-        trackers=trackers(chosen.report_to),
-        folder=chosen.output_dir,
-    )
+    chosen_trackers(chosen.report_to)  # refuses one that is not installed
+    accelerator = create_accelerator(use_cpu=chosen.use_cpu, timeout=chosen.ddp_timeout)
     check_launch(accelerator)
     if accelerator.device.type == "cpu":
         reuse_freed_memory()

@@ -19,6 +19,8 @@ from hub_server import Fault, HubServer
 from huggingface_hub import HfApi, snapshot_download
 from pushing import LOADER, REPO, SECRET
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpt_kit_hf import (
@@ -38,6 +40,7 @@ from gpt_kit_hf import (
     train,
     verify_publication,
 )
+from gpt_kit_hf.hub import manifest
 from gpt_kit_hf.hub.manifest import PUBLICATION_FILE, read_manifest
 from gpt_kit_hf.hub.secret_scan import scan_for_publication
 from gpt_kit_hf.hub.verify import judge, probe_request, run_probe
@@ -180,6 +183,70 @@ def test_a_commit_holds_the_model_its_code_and_its_card_and_nothing_else(
     assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", *(f"AutoModelFor{kind}" for kind in kinds)}
     assert b"model-index" in files["README.md"]
     assert files["model.safetensors"] == (run / "model.safetensors").read_bytes()
+
+
+def with_events(run: Path, folder: Path, **more: str) -> Path:
+    """A copy of the run with what TensorBoard's writer writes; a file with options names a local path."""
+    shutil.copytree(run, folder)
+    (folder / "tensorboard" / "tiny").mkdir(parents=True)
+    for began in ("1700000000", "1700000100"):
+        writer = SummaryWriter(str(folder.with_name(began)))
+        for step in (1, 2):
+            writer.add_scalar("train/loss", 1.0 / step + float(began[-3:]), step)
+        for name, text in more.items():
+            writer.add_text(name, text)
+        writer.close()
+        [written] = folder.with_name(began).iterdir()
+        written.rename(folder / "tensorboard" / "tiny" / f"events.out.tfevents.{began}.my-laptop.77.0")
+    options = SummaryWriter(str(folder / "tensorboard" / "tiny" / "1700000001.5"))
+    options.add_text("text.text_files", "/home/ann/text.txt")
+    options.close()
+    return folder
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_curves_of_tensorboard_are_published_without_the_options_and_the_name_of_the_machine(
+    run: Path, hub: HubServer, api: HfApi, tmp_path: Path
+) -> None:
+    api.create_repo(REPO)
+    hub.plant(REPO, {"events.out.tfevents.1600000000.0": b"of an earlier model"})
+    own = with_events(run, tmp_path / "own")
+    result = push_to_hub(own, REPO, api=api)
+    files = {name: data for name, data in hub.files(REPO, "main").items() if "tfevents" in name}
+    names = ["events.out.tfevents.1700000000.0", "events.out.tfevents.1700000100.1"]
+    assert sorted(files) == names
+    assert result.removed == ("events.out.tfevents.1600000000.0",)
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    for name, first in zip(names, (1.0, 101.0), strict=True):
+        read = EventAccumulator(str(tmp_path / name)).Reload()
+        assert [event.value for event in read.Scalars("train/loss")] == pytest.approx([first, first - 0.5])
+    assert push_to_hub(own, REPO, api=api).sent == {}
+    assert pull_model(REPO, tmp_path / "pulled", api=api).joinpath(names[0]).read_bytes() == files[names[0]]
+    without = push_to_hub(own, REPO, PushOptions(tensorboard=False), api=api)
+    assert without.removed == tuple(names)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [("hf_" + "a" * 30, "a Hugging Face token"), ("it is in /home/ann/secret.txt", "a path of a machine")],
+)
+def test_curves_with_a_secret_or_a_path_are_refused(
+    text: str, fault: str, run: Path, hub: HubServer, api: HfApi, tmp_path: Path
+) -> None:
+    own = with_events(run, tmp_path / "own", note=text)
+    with pytest.raises(CheckpointError, match=f"tfevents.* cannot be published: .*{fault}"):
+        push_to_hub(own, REPO, api=api)
+    assert push_to_hub(own, REPO, PushOptions(tensorboard=False), api=api).commit is not None
+
+
+def test_curves_that_are_too_large_are_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = with_events(run, tmp_path / "own")
+    monkeypatch.setattr(manifest, "_MAX_EVENT_BYTES", 100)
+    (tmp_path / "stage").mkdir()
+    with pytest.raises(UsageError, match=r"more than the 0 MB that are published: leave them out by --tensorboard"):
+        manifest.stage_files(own, tmp_path / "stage", tensorboard=True)
 
 
 @pytest.mark.usefixtures("quick")

@@ -27,6 +27,7 @@ FREE = {
     "training.keep_best", "training.async_save", "training.logging_steps", "training.log_format",
     "training.sample_steps",
     "training.sample_prompt", "training.sample_max_new_tokens", "training.report_to",
+    "training.project", "training.run_name", "training.trackio_space_id",
     "training.dataloader_num_workers", "training.max_skipped_updates", "training.out_of_memory",
     "training.ddp_timeout", "training.gradient_checkpointing", "training.allow_changes", "text.num_proc",
     "text.token_cache_dir",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import secrets
 from collections.abc import Callable, Mapping
@@ -30,6 +29,7 @@ from gpt_kit_hf.text import finite
 from gpt_kit_hf.training.data_changes import change_notes
 from gpt_kit_hf.training.log.curve import draw_curve
 from gpt_kit_hf.training.log.pace import Speed
+from gpt_kit_hf.training.log.trackers import Trackers
 from gpt_kit_hf.training.runtime.determinism import differing_facts
 from gpt_kit_hf.training.steps import StepReport
 
@@ -49,13 +49,15 @@ class RunRecord:
     `check` raises if the main process may not write to the run any more.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, log: Report, check: Callable[[], None]) -> None:
+    def __init__(
+        self, folder: Path, accelerator: Accelerator, log: Report, check: Callable[[], None], trackers: Trackers
+    ) -> None:
         self._accelerator, self._log, self._check = accelerator, log, check
         self._folder, self._name, self._curve = folder, folder.resolve().name, folder / CURVE_FILE
         self._options, self._record, self._metrics = folder / OPTIONS_FILE, folder / RECORD_FILE, folder / METRICS_FILE
         self._facts: dict[str, Any] = {}
         self._unwritten: list[dict[str, Any]] = []
-        self._tracking = True
+        self._trackers, self._tokens = trackers, 0
         self.notes: list[str] = []  # why a resumed run may round differently
 
     def start(
@@ -94,9 +96,8 @@ class RunRecord:
                 cut_jsonl(
                     self._metrics, lambda line: line["step"] <= done and (line["step"], line["kind"]) not in again
                 )
-        # Trackers take numbers, text and truth values.
-        plain = {k: v if isinstance(v, (bool, int, float, str)) else json.dumps(v) for k, v in options.items()}
-        self._accelerator.init_trackers(self._name, config=plain)
+                self._tokens = sum(line.get("trained_tokens", 0) for line in read_jsonl(self._metrics))
+            self._trackers.start(self._facts["run_id"], options, done)
 
     def update(self, step: int, report: StepReport) -> None:
         """Write the line of a step."""
@@ -104,29 +105,22 @@ class RunRecord:
         update = {name: value for name, value in asdict(report.update).items() if name != "sums" and value is not None}
         line = {"kind": "train", "step": step, **update, "learning_rate": report.learning_rate}
         self._write({**line, "batch": report.batch, "chain": report.chain})
+        self._tokens += report.update.trained_tokens
 
     def evaluation(self, step: int, score: Evaluation) -> None:
         """Write the line of an evaluation, also to the trackers."""
         values = {"loss": score.loss, "bits_per_byte": score.bits_per_byte}
         self._write({"kind": "eval", "step": step, **values, "tokens": score.tokens})
-        self.track("eval", step, values)
+        self._trackers.log("eval", step, values)
 
-    def speed(self, step: int, speed: Speed) -> None:
-        """Write the line of a measured speed."""
+    def speed(self, step: int, speed: Speed, values: Mapping[str, float]) -> None:
+        """Write the line of a measured speed; trackers get the values of the step with it."""
         self._write({"kind": "speed", "step": step, **asdict(speed)})
+        self._trackers.log("train", step, {**values, "tokens": self._tokens, **asdict(speed)})
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Write the line of a text that the model generated."""
         self._write({"kind": "sample", "step": step, "prompt": prompt, "text": text})
-
-    def track(self, group: str, step: int, values: Mapping[str, float]) -> None:
-        """Send values to the trackers, until one fails: that must not end the run."""
-        if self._tracking:
-            try:
-                self._accelerator.log({f"{group}/{name}": value for name, value in values.items()}, step=step)
-            except OSError as error:
-                self._tracking = False
-                self._log(f"trackers are no longer updated: {error}")
 
     def finish(self, step: int, score: Evaluation, baselines: Mapping[str, float], facts: Mapping[str, Any]) -> bool:
         """Write the results and draw the curve, on the main process; return whether it could be drawn."""
@@ -170,6 +164,10 @@ class RunRecord:
         """Return the kinds of lines that there are of this step, such as "eval"; on the main process."""
         lines = read_jsonl(self._metrics) if self._metrics.exists() else []
         return {line["kind"] for line in lines if line["step"] == step}
+
+    def close(self) -> None:
+        """Close the trackers."""
+        self._trackers.close()
 
     def flush(self) -> None:
         """Write all lines to the disk; raise CheckpointError if that fails."""

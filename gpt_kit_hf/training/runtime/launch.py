@@ -18,7 +18,6 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     InitProcessGroupKwargs,
-    ProjectConfiguration,
     parse_flag_from_env,
 )
 
@@ -43,21 +42,16 @@ class _Launcher:
     folder: Path
 
 
-def create_accelerator(
-    *, use_cpu: bool = False, timeout: float = 1800.0, trackers: Sequence[str] = (), folder: str | None = None
-) -> Accelerator:
+def create_accelerator(*, use_cpu: bool = False, timeout: float = 1800.0) -> Accelerator:
     """Return the Accelerator of a run, which connects its processes.
 
-    `timeout` is the time in seconds after which a process gives up waiting for another one. `trackers` write into
-    `folder`. Raises UsageError for a launch with DeepSpeed, Megatron-LM or FSDP1, and for one that divides anything
-    but the batch.
+    `timeout` is the time in seconds after which a process gives up waiting for another one. Raises
+    UsageError for a launch with DeepSpeed, Megatron-LM or FSDP1, and for one that divides anything but the batch.
     """
     _check_environment()
     accelerator = Accelerator(
         cpu=use_cpu,
         mixed_precision="no",  # AMPTrainer does it
-        log_with=list(trackers) or None,
-        project_config=ProjectConfiguration(folder, logging_dir=None if folder is None else f"{folder}/tensorboard"),
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)),
             # The gradients lie in the buffers that are communicated, which saves a copy of them.
@@ -98,7 +92,7 @@ def check_backend(accelerator: Accelerator) -> None:
 
 
 def end_processes(accelerator: Accelerator) -> None:
-    """Close the trackers and destroy the process group."""
+    """Destroy the process group."""
     if accelerator.num_processes > 1:
         # DDP's reducer owns the process group, too. As its last owner it would run the group's destructor with
         # Python's lock held, which gloo's thread may need at that time to free a tensor: a deadlock

@@ -21,7 +21,7 @@ from gpt_kit_hf.training.log import live
 from gpt_kit_hf.training.log.console import Console
 from gpt_kit_hf.training.log.live import Curve, LiveView, Progress
 from gpt_kit_hf.training.log.pace import Pace
-from gpt_kit_hf.training.log.trackers import trackers
+from gpt_kit_hf.training.log.trackers import chosen_trackers
 
 
 class Terminal(io.StringIO):
@@ -290,9 +290,9 @@ def test_the_curve_is_that_of_the_means(count: int) -> None:
 
 
 def test_trackers_refuse_unknown_and_missing_ones() -> None:
-    assert trackers(["none"]) == []
-    assert trackers(["auto"]) in ([], ["tensorboard"])
+    assert chosen_trackers(["none"]) == []
+    assert chosen_trackers(["auto"]) in ([], ["tensorboard"])
     with pytest.raises(UsageError, match="unknown report_to 'tensorbord'; did you mean 'tensorboard'"):
         TrainingOptions(output_dir="x", report_to=["tensorbord"])
     with pytest.raises(UsageError, match="report_to 'comet_ml' is not installed"):
-        trackers(["comet_ml"])
+        chosen_trackers(["comet_ml"])
