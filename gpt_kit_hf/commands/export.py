@@ -1,4 +1,4 @@
-"""`gpt-kit export`."""
+"""`gpt-kit export` and `convert`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,30 @@ from gpt_kit_hf.errors import CheckpointError, GPTKitError, UsageError
 from gpt_kit_hf.export.gguf_file import import_gguf
 from gpt_kit_hf.export.modelfile import modelfile
 from gpt_kit_hf.generation.llama_cpp.source import write_gguf
+from gpt_kit_hf.hub.model_folder import holds_tokenizer
 from gpt_kit_hf.hub.native_form import export_native
+from gpt_kit_hf.model.checkpoints.conversion import convert_checkpoint
 from gpt_kit_hf.options.hub import ExportOptions
+from gpt_kit_hf.options.model import ConvertOptions
 from gpt_kit_hf.storage.atomic_files import replace_file
+
+
+def convert(options: ConvertOptions) -> None:
+    """Convert a checkpoint to another layout."""
+    convert_checkpoint(
+        options.source,
+        options.destination,
+        options.layout,
+        n_head=options.n_head,
+        hidden_act=options.hidden_act,
+        eos_token_id=options.eos_token_id,
+        lora_scaling=options.lora_scaling,
+        drop_classifier=options.drop_classifier,
+        tokenizer_folder=options.tokenizer_folder,
+    )
+    write(f"the model was written to {options.destination}\n")
+    if not holds_tokenizer(Path(options.destination)):
+        write("note      it has no tokenizer, which generate and chat need; give one by --tokenizer_folder\n")
 
 
 def export(options: ExportOptions) -> None:

@@ -22,7 +22,14 @@ from gpt_kit_hf.commands.running import (
     run_command,
 )
 from gpt_kit_hf.errors import UsageError, unknown_name
-from gpt_kit_hf.options.evaluation import CheckOptions, EvaluateOptions, InspectOptions, VerifyOptions
+from gpt_kit_hf.options.evaluation import (
+    CheckOptions,
+    CompareOptions,
+    EvaluateOptions,
+    InspectOptions,
+    RunsOptions,
+    VerifyOptions,
+)
 from gpt_kit_hf.options.generation import ChatCommandOptions, GenerateOptions, PlayOptions, ServeOptions
 from gpt_kit_hf.options.hub import CardOptions, ExportOptions, PullOptions, PushCommandOptions
 from gpt_kit_hf.options.model import ConvertOptions
@@ -84,6 +91,19 @@ COMMANDS = {
             about="Exits with 1 if anything differs from what the run wrote.",
             options=VerifyOptions,
             module="train",
+        ),
+        Command(
+            name="runs",
+            summary="List runs: state, steps, scores, size and date.",
+            about="A run is running, finished, interrupted (--resume continues it) or failed.",
+            options=RunsOptions,
+            module="runs",
+        ),
+        Command(
+            name="compare",
+            summary="Compare runs: the options and results in which they differ, side by side.",
+            options=CompareOptions,
+            module="runs",
         ),
         Command(name="generate", summary="Generate text from a prompt.", options=GenerateOptions, module="generate"),
         Command(
@@ -150,7 +170,7 @@ COMMANDS = {
             name="convert",
             summary="Convert a checkpoint from GPT-2, Llama, Qwen3 or a hand-written GPT, or to GPT-2.",
             options=ConvertOptions,
-            module="convert",
+            module="export",
         ),
         Command(
             name="export",

@@ -141,6 +141,29 @@ class VerifyOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunsOptions(Options):
+    """Where to look for runs, and their order."""
+
+    positionals: ClassVar[tuple[str, ...]] = ("folder",)
+
+    folder: str = option("runs", "folder with runs in it, or in folders in it", names="folder", metavar="FOLDER")
+    sort: Literal["name", "date", "loss"] = option(
+        "name",
+        "order of the runs: by name, from the oldest to the newest, or from the lowest to the highest eval loss",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions(Options):
+    """The runs to compare."""
+
+    positionals: ClassVar[tuple[str, ...]] = ("runs",)
+
+    runs: list[str] = option(REQUIRED, "folders of two runs or more", names="run", metavar="RUN")
+    all: bool = option(False, "show what is equal, too")
+
+
+@dataclass(frozen=True, kw_only=True)
 class InspectOptions(RowOptions, RowReadingOptions):
     """The rows to inspect, and how they would be read."""
 

@@ -103,7 +103,7 @@ OTHERS = {
 def test_prose_names_options_that_exist(page: Path) -> None:
     prose = re.sub(r"^( *)```.*?^\1```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
     # Not the commands of other programs, given in backticks.
-    prose = re.sub(r"`(python|accelerate|torchrun|pip|make)\b[^`]*`", "", prose)
+    prose = re.sub(r"`(python|accelerate|torchrun|pip|make|tensorboard|trackio)\b[^`]*`", "", prose)
     named = set(re.findall(r"--([a-z][a-z0-9_]+)", prose))
     assert named - ALL_OPTIONS - OTHERS == set()
 

@@ -194,6 +194,8 @@ NEEDED: dict[str, list[str]] = {
     "finetune": ["--output_dir=x", "--model_name_or_path=m", "--rows", "a", "b", "--learning_rate=1e-7", "--lora_r=4"],
     "inspect": ["a.json", "--truncation=drop"],
     "verify": ["run", "--replay=1:2"],
+    "runs": ["here", "--sort=loss"],
+    "compare": ["a", "b", "--all"],
     "generate": ["m", "--prompt=null", "--top_k=none"],
     "chat": ["m", "--seed=3"],
     "serve": ["m", "--port=0"],
