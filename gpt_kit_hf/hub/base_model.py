@@ -39,11 +39,15 @@ class BaseModel:
                 f"dropout={dropout}: {named!r} is a {known['model_type']} of transformers, which has no dropout of "
                 "embeddings and residuals: leave dropout out, or convert a Llama or Qwen3 by gpt-kit convert"
             )
-        options = {"dtype": torch.float32, **changed, **pinned}
-        self.model: Any = load_pretrained(AutoModelForCausalLM, source, named, **options)
+        self._source, self._options = source, {"dtype": torch.float32, **changed, **pinned}
+        self.model = self.load()
         record = {} if needed or not (run / RECORD_FILE).is_file() else load_json(run / RECORD_FILE)
         self.commit = commit if needed else record.get("base_commit")
         self.digest = (commit or weights_digest(source)) if needed else record.get("base_digest")
+
+    def load(self) -> Any:
+        """Return the model, read from its files again."""
+        return load_pretrained(AutoModelForCausalLM, self._source, self.named, **self._options)
 
     def facts(self) -> dict[str, Any]:
         """Return the entries of run.json about the model."""

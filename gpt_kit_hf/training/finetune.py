@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import sys
 import tempfile
@@ -34,7 +33,7 @@ from gpt_kit_hf.text import short
 from gpt_kit_hf.training.log.run_log import RunResult
 from gpt_kit_hf.training.loop import run_training
 from gpt_kit_hf.training.lora import add_adapter, load_adapter
-from gpt_kit_hf.training.state.sharded_state import unsharded_model
+from gpt_kit_hf.training.state.sharded_state import gathered, unsharded_model
 from gpt_kit_hf.training.task import RunContext, Sample, Task, check_max_length, generate_sample
 
 
@@ -58,14 +57,10 @@ class InstructionTask(Task):
     eval_before_training = True
 
     def __init__(self, options: FinetuneOptions, context: RunContext, format_fn: FormatFn | None) -> None:
-        if options.adapter.lora_r > 0 and context.accelerator.is_fsdp2:
-            raise UsageError(
-                "lora_r: an adapter is not trained with FSDP2; use DDP, which exchanges the gradients of the adapter "
-                "alone: accelerate launch --config_file examples/accelerate/ddp.yaml ..."
-            )
         self.options, self.context = options, context
         self._lora, self._named = options.adapter.lora_r > 0, options.base.model_name_or_path
         context.console.log(f"loading  {self._named}")
+        self.saves_trained_only = self._lora
         self.base = BaseModel(
             self._named, context.folder, context.checkpoint, dropout=options.base.dropout, adapter=self._lora
         )
@@ -98,13 +93,14 @@ class InstructionTask(Task):
     def sample(self) -> Sample:
         """Return the first evaluation prompt with the model's answer."""
         row = self.eval_rows[0]
-        return generate_sample(
-            self.model,
-            torch.from_numpy(row.input_ids[: int(row.trained.argmax())])[None],
-            self.context.options.sample_max_new_tokens,
-            lambda ids: str(self.tokenizer.decode(ids, skip_special_tokens=True)),
-            eos_token_id=self.tokenizer.eos_token_id,
-        )
+        with gathered(self.model):  # PEFT's `generate` calls the model inside of it
+            return generate_sample(
+                self.model,
+                torch.from_numpy(row.input_ids[: int(row.trained.argmax())])[None],
+                self.context.options.sample_max_new_tokens,
+                lambda ids: str(self.tokenizer.decode(ids, skip_special_tokens=True)),
+                eos_token_id=self.tokenizer.eos_token_id,
+            )
 
     def describe(self) -> list[str]:
         """Return the supervision report and a line with the model's size."""
@@ -133,11 +129,13 @@ class InstructionTask(Task):
         if not self._lora:
             publish_in_run(run, checkpoint)
             return
-        with tempfile.TemporaryDirectory(dir=run, prefix=".merged-") as stage:
-            self._write(copy.deepcopy(self.model).merge_and_unload(), Path(stage))
-            publish_in_run(run, Path(stage))
+        # On a fresh base in host memory: a device may not hold the model twice, and a sharded one is not whole.
+        adapted = load_adapter(self.base.load(), checkpoint)
         (run / ADAPTER_FOLDER).mkdir(exist_ok=True)
-        self.model.save_pretrained(str(run / ADAPTER_FOLDER))
+        adapted.save_pretrained(str(run / ADAPTER_FOLDER))
+        with tempfile.TemporaryDirectory(dir=run, prefix=".merged-") as stage:
+            self._write(adapted.merge_and_unload(), Path(stage))
+            publish_in_run(run, Path(stage))
 
     def next_command(self, run: Path) -> list[str]:
         """Return the command that chats with the model."""

@@ -128,7 +128,7 @@ class RunCheckpoints:
         """Save a sharded model: the main process writes the model, and every process its part of the optimizer."""
         trainer, step = self._steps.trainer, self._steps.step
         self._flush_together(shards)
-        weights = full_state(self._task.model)
+        weights = full_state(self._task.model, trained_only=self._task.saves_trained_only)
         state = sharded_optimizer(self._task.model, trainer.optimizer.optimizer)
         copied = self._copies.copied(state.tensors) if in_background else None
         in_background = shards.all_agree(copied is not None)

@@ -83,6 +83,7 @@ class Task(ABC):
 
     eval_name: str  # of the evaluation data, in log lines
     eval_before_training = False
+    saves_trained_only = False  # as an adapter is saved without its base
     data_name: str | None = None  # by which allow_changes allows other data when the run is resumed, None for never
     context: RunContext
     model: PreTrainedModel

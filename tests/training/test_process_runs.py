@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from ranks import run_ranks
+from safetensors.torch import load_file
 from test_pretrain import LINES, killed_copy, options, update_lines
 from test_sharded_run import sharding
 from tiny_model import write_tiny_model
 
-from gpt_kit_hf import OptimizerOptions, RunOptions, TextOptions, UsageError, finetune, parse_finetune_options, train
+from gpt_kit_hf import OptimizerOptions, RunOptions, TextOptions, finetune, parse_finetune_options, train
 from gpt_kit_hf.options.data import WindowOptions
+from gpt_kit_hf.storage.atomic_files import load_json
 from gpt_kit_hf.storage.checkpoints import list_checkpoints
 from gpt_kit_hf.training import loop
+from gpt_kit_hf.training.finetune import InstructionTask
+from gpt_kit_hf.training.state.sharded_state import is_dtensor
 
 KINDS, HOWS = ("packed", "streamed"), ("ddp", "fsdp2")
 
@@ -83,15 +89,29 @@ def resume(rank: int, world: int, folder: Path, texts: Path) -> None:
     train(options_of("packed", folder, texts, resume=True), stream=None)
 
 
-def refused_adapter(rank: int, world: int, folder: Path) -> str:
-    """Return why an adapter is not trained with FSDP2; the rows are not there, so they were not read before."""
-    prepare("fsdp2", folder, rank, world)
-    given = [f"--output_dir={folder / 'run'}", "--rows=missing.jsonl", f"--model_name_or_path={folder / 'base'}"]
-    try:
-        finetune(parse_finetune_options([*given, "--lora_r=2", "--use_cpu", "--batch_size=2"], prog="test"))
-    except UsageError as error:
-        return str(error)
-    return "not refused"
+def adapt(run: Path, base: Path, *more: str) -> None:
+    """Train an adapter for 4 steps on rows that are not packed, with a bias in the base and without dropout."""
+    given = [f"--output_dir={run}", f"--rows={base.parent / 'rows.jsonl'}", f"--model_name_or_path={base}"]
+    given += ["--lora_r=2", "--batch_size=4", "--max_steps=4", "--save_steps=2", "--sample_steps=2", "--eval_steps=2"]
+    given += ["--use_cpu", "--mixed_precision=fp32", "--report_to=none", "--sample_max_new_tokens=4", "--dropout=0"]
+    finetune(parse_finetune_options([*given, "--max_length=64", *more], prog="test"), stream=None)
+
+
+def adapt_sharded(rank: int, world: int, run: Path, base: Path, *more: str) -> list[str]:
+    """Return the types of the modules that FSDP2 gathers, each by itself."""
+    from torch.distributed.fsdp import FSDPModule
+
+    gathered = list[str]()
+
+    def look(task: InstructionTask) -> dict[str, Any]:
+        gathered.extend(type(module).__name__ for module in task.model.modules() if isinstance(module, FSDPModule))
+        assert all(is_dtensor(parameter) for parameter in task.model.parameters())
+        return {}
+
+    InstructionTask.final_facts = look
+    prepare("fsdp2", run.parent, rank, world)
+    adapt(run, base, *more)
+    return gathered
 
 
 def assert_same(alone: Path, other: Path) -> None:
@@ -136,8 +156,40 @@ def test_processes_train_on_the_same_batches_as_one(
         assert_same(alone / "packed", resumed)
 
 
-def test_an_adapter_with_fsdp2_is_refused_before_anything_is_read(tmp_path: Path) -> None:
-    write_tiny_model(tmp_path / "base")
-    [why] = run_ranks(refused_adapter, 1, tmp_path, tmp_path)
-    assert why.startswith("lora_r: an adapter is not trained with FSDP2; use DDP")
-    assert not (tmp_path / "run").exists()
+def test_an_adapter_on_a_sharded_base_is_that_of_one_process(tmp_path: Path) -> None:
+    """It is saved alone, resumed to the bit, and published merged."""
+    base, alone, run = (tmp_path / name for name in ("base", "alone", "run"))
+    write_tiny_model(base)
+    rows = [{"prompt": f"{n} and {n + 1} are", "completion": f" {2 * n + 1}."} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    adapt(alone, base)
+    gathered, _ = run_ranks(adapt_sharded, 2, tmp_path / "ranks", run, base)
+    assert gathered.count("FSDPTransformerBlock") == 1  # the model has one
+    assert gathered[0] == "FSDPPeftModelForCausalLM"
+    assert_same(alone, run)
+    for name in ("adapter/adapter_model.safetensors", "checkpoints/step-00000002/adapter_model.safetensors"):
+        one, other = load_file(alone / name), load_file(run / name)
+        assert one.keys() == other.keys()
+        assert all(torch.allclose(one[key], other[key], atol=1e-6) for key in one)
+        assert any(one[key].any() for key in one if "lora_B" in key)  # which begin with zeros
+    one, other = (load_file(folder / "model.safetensors") for folder in (alone, run))
+    assert one.keys() == other.keys()
+    assert all(torch.allclose(one[key], other[key], atol=1e-6) for key in one)
+    configs = [load_json(folder / "adapter" / "adapter_config.json") for folder in (alone, run)]
+    assert {**configs[0], "target_modules": sorted(configs[0]["target_modules"])} == {
+        **configs[1],
+        "target_modules": sorted(configs[1]["target_modules"]),
+    }
+    checkpoint = list_checkpoints(run)[-1]
+    names = [name for file in checkpoint.rglob("*.safetensors") for name in load_file(file)]
+    assert names
+    assert all("lora_" in name for name in names), names  # nothing of the base
+
+    resumed = killed_copy(run, tmp_path / "resumed", "step-00000004")
+    run_ranks(adapt_sharded, 2, tmp_path / "again", resumed, base, "--resume")
+    assert update_lines(resumed) == update_lines(run)
+    again = list_checkpoints(resumed)[-1]
+    assert again.name == checkpoint.name
+    for name in ("adapter_model.safetensors", "training_state.json"):
+        assert (again / name).read_bytes() == (checkpoint / name).read_bytes()
+    assert (resumed / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()

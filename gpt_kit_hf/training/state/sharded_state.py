@@ -129,17 +129,16 @@ def restore_sharded_optimizer(folder: Path, model: nn.Module, optimizer: Optimiz
     restore_optimizer_state(optimizer, tensors, rest, names)
 
 
-def full_state(model: nn.Module) -> dict[str, Tensor]:
+def full_state(model: nn.Module, *, trained_only: bool = False) -> dict[str, Tensor]:
     """Return the state dict of the whole model on the first process's CPU, {} in the others; all call it together.
 
-    The tensors are copies. Save them with `unsharded_model`. A tied weight is one tensor under all of its names.
+    With `trained_only`, frozen parameters are not gathered. The tensors are copies. Save them with `unsharded_model`.
+    A tied weight is one tensor under all of its names.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    whole = cast(
-        "dict[str, Tensor]",
-        get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)),
-    )
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
+    whole = cast("dict[str, Tensor]", get_model_state_dict(model, options=options))
     # What is on a CPU, and not sharded, comes back as it is.
     live = {local_part(tensor).untyped_storage().data_ptr() for tensor in model.state_dict().values()}
     whole = {name: t.clone() if t.untyped_storage().data_ptr() in live else t for name, t in whole.items()}
@@ -152,20 +151,42 @@ def unsharded_model(model: PreTrainedModel) -> PreTrainedModel:
     """Return the model itself, or if FSDP2 has sharded it, the same model unsharded and without weights (meta device).
 
     Its `save_pretrained(state_dict=full_state(model))` writes what the whole model would. The sharded model's own
-    would write torch's source files as the model's code, as FSDP2 changes its class to one in a module of torch.
+    would write torch's source files as the model's code, as FSDP2 changes its class to one in a module of torch; that
+    of an adapter of PEFT writes no code, and is returned as it is.
     """
-    if not dist.is_initialized():
-        return model
-    from torch.distributed.fsdp import FSDPModule
-
-    # FSDP2's class, and FSDPModule itself, precede the original class.
-    original: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
-    if original is type(model):
+    original = _unsharded_class(model)
+    if original is type(model) or not isinstance(model, PreTrainedModel):
         return model
     with torch.device("meta"):
         unsharded: PreTrainedModel = original(model.config)
     unsharded.generation_config = model.generation_config
     return unsharded
+
+
+def _unsharded_class(model: nn.Module) -> Any:
+    if not dist.is_initialized():
+        return type(model)
+    from torch.distributed.fsdp import FSDPModule
+
+    # FSDP2's class, and FSDPModule itself, precede the original class.
+    return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Hold the parameters of a sharded model that belong to none of its parts; all processes enter it together.
+
+    FSDP2 gathers them when the whole model is called. This is for calls of a module inside of it.
+    """
+    if _unsharded_class(model) is type(model):
+        yield
+        return
+    sharded = cast("Any", model)
+    sharded.unshard()
+    try:
+        yield
+    finally:
+        sharded.reshard()
 
 
 def _names(model: nn.Module) -> dict[Any, str]:
