@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
+from programs import write_rotated
 from ranks import run_ranks
 from safetensors.torch import load_file
 from test_pretrain import LINES, killed_copy, options, update_lines
@@ -22,20 +23,15 @@ from gpt_kit_hf import OptimizerOptions, RunOptions, TextOptions, finetune, pars
 from gpt_kit_hf.options.data import WindowOptions
 from gpt_kit_hf.storage.atomic_files import load_json
 from gpt_kit_hf.storage.checkpoints import list_checkpoints
-from gpt_kit_hf.training import loop
+from gpt_kit_hf.training import start
 from gpt_kit_hf.training.finetune import InstructionTask
-from gpt_kit_hf.training.state.sharded_state import is_dtensor
 
 KINDS, HOWS = ("packed", "streamed"), ("ddp", "fsdp2")
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("texts")
-    for index in range(8):
-        (folder / f"{index}.txt").write_text("".join(LINES[index:] + LINES[:index]) * 60)
-    (folder / "held.out").write_text("".join(LINES) * 4)
-    return folder
+    return write_rotated(tmp_path_factory.mktemp("texts"), LINES, files=8, times=60)
 
 
 def options_of(kind: str, folder: Path, texts: Path, **changes: Any) -> RunOptions:
@@ -61,9 +57,9 @@ def options_of(kind: str, folder: Path, texts: Path, **changes: Any) -> RunOptio
 
 def prepare(how: str, folder: Path, rank: int, world: int) -> None:
     """Make ready for the next run of this process: a run ends the process group."""
-    create = loop.create_accelerator
+    create = start.create_accelerator
     if how == "fsdp2":
-        loop.create_accelerator = lambda **given: sharding(create(**given))
+        start.create_accelerator = lambda **given: sharding(create(**given))
     if AcceleratorState._shared_state:
         AcceleratorState._reset_state(reset_partial_state=True)
     if not dist.is_initialized():
@@ -75,11 +71,11 @@ _STORES = itertools.count()
 
 
 def run_in_each_way(rank: int, world: int, folder: Path, texts: Path, kinds: tuple[str, ...]) -> None:
-    whole = loop.create_accelerator
+    whole = start.create_accelerator
     for kind, how in itertools.product(kinds, HOWS):
         prepare(how, folder, rank, world)
         train(options_of(kind, folder / f"{kind}-{how}", texts), stream=None)
-        loop.create_accelerator = whole
+        start.create_accelerator = whole
     prepare("fsdp2", folder, rank, world)
     train(options_of("packed", folder / "bf16", texts, mixed_precision="bf16", sample_steps=2), stream=None)
 
@@ -105,7 +101,6 @@ def adapt_sharded(rank: int, world: int, run: Path, base: Path, *more: str) -> l
 
     def look(task: InstructionTask) -> dict[str, Any]:
         gathered.extend(type(module).__name__ for module in task.model.modules() if isinstance(module, FSDPModule))
-        assert all(is_dtensor(parameter) for parameter in task.model.parameters())
         return {}
 
     InstructionTask.final_facts = look

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import write_rotated
 from test_pretrain import LINES, assert_same_run, killed_copy, options
 
 from gpt_kit_hf import RunOptions, TextOptions, UsageError, train
@@ -15,11 +16,7 @@ from gpt_kit_hf import RunOptions, TextOptions, UsageError, train
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("texts")
-    for index in range(4):
-        (folder / f"{index}.txt").write_text("".join(LINES[index:] + LINES[:index]) * 300)
-    (folder / "held.out").write_text("".join(LINES) * 4)
-    return folder
+    return write_rotated(tmp_path_factory.mktemp("texts"), LINES, files=4, times=300)
 
 
 def streamed(folder: Path, texts: Path, **changes: Any) -> RunOptions:

@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 import shlex
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from programs import ROOT, run_program
 
 from gpt_kit_hf import parse_run_options
 
-ROOT = Path(__file__).resolve().parents[3]
 TEMPLATES = ROOT / "examples" / "cluster"
 CONFIG = str(ROOT / "examples" / "configs" / "quickstart.yaml")
-
-
-def preempt(*arguments: str) -> str:
-    """Run the program: a process that has computed nothing must do the forking."""
-    ended = subprocess.run(
-        [sys.executable, "tests/support/preemptions.py", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stdout + ended.stderr[-3000:]
-    return ended.stdout
 
 
 @pytest.mark.parametrize("template", ["slurm.sh", "skypilot.yaml", "kubernetes.yaml", "hf_jobs.sh"])
@@ -42,12 +26,12 @@ def test_the_command_of_a_template_has_valid_options(template: str) -> None:
 
 
 def test_a_run_that_is_preempted_ends_as_one_that_is_not() -> None:
-    said = preempt("kubernetes", "--preemptions", "3")
+    said = run_program("preemptions", "kubernetes", "--preemptions", "3")
     assert said.startswith("kubernetes   3 preemptions")
     assert said.endswith("identical\n")
 
 
 @pytest.mark.slow
 def test_twenty_preemptions_of_each_template_change_nothing() -> None:
-    said = preempt("slurm", "skypilot", "kubernetes", "hf_jobs", "--preemptions", "20")
+    said = run_program("preemptions", "slurm", "skypilot", "kubernetes", "hf_jobs", "--preemptions", "20")
     assert said.count("identical") == 4
