@@ -27,8 +27,10 @@ from gpt_kit_hf.options.evaluation import (
     CompareOptions,
     EvaluateOptions,
     InspectOptions,
+    ReportOptions,
     RunsOptions,
     VerifyOptions,
+    WatchOptions,
 )
 from gpt_kit_hf.options.generation import ChatCommandOptions, GenerateOptions, PlayOptions, ServeOptions
 from gpt_kit_hf.options.hub import CardOptions, ExportOptions, PullOptions, PushCommandOptions
@@ -144,6 +146,22 @@ COMMANDS = {
             "attention implementation, in fp32 and bf16. Exits with 1 if logits or greedy tokens differ.",
             options=CheckOptions,
             module="evaluate",
+        ),
+        Command(
+            name="watch",
+            summary="Watch the curves of runs on a page, while they train or later.",
+            about="Shows losses, bits per byte, learning rate, gradient norm, speed, memory, samples and options, from "
+            "the run folders alone; nothing is written there. Only this machine "
+            "can open the page. Needs the extra play.",
+            options=WatchOptions,
+            module="watch",
+        ),
+        Command(
+            name="report",
+            summary="Write all that is known of a run into one HTML file.",
+            about="The file needs no network, and shows no path of this machine.",
+            options=ReportOptions,
+            module="watch",
         ),
         Command(
             name="card",

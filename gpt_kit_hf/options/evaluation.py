@@ -1,9 +1,10 @@
-"""Options of evaluation: scores of text, rows and benchmark tasks, and checks of models and runs."""
+"""Options of evaluation: scores of text, rows and benchmark tasks, checks of models and runs, and looks at runs."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal, TypeAlias
 
 from gpt_kit_hf.errors import UsageError
@@ -20,8 +21,8 @@ from gpt_kit_hf.options.data import (
     separator_option,
 )
 from gpt_kit_hf.options.declare import REQUIRED, Options, option
-from gpt_kit_hf.options.files import check_encoding_of_files
-from gpt_kit_hf.options.generation import LoadedModelOptions, device_option
+from gpt_kit_hf.options.files import check_encoding_of_files, check_local
+from gpt_kit_hf.options.generation import LoadedModelOptions, device_option, page_open_option, page_port_option
 
 Kind: TypeAlias = Literal["auto", "text", "rows"]
 PaddingSide: TypeAlias = Literal["left", "right"]
@@ -189,3 +190,53 @@ class InspectOptions(RowOptions, RowReadingOptions):
     def row_options(self) -> RowOptions:
         """Return where the rows come from."""
         return RowOptions(**{field.name: getattr(self, field.name) for field in dataclasses.fields(RowOptions)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchOptions(Options):
+    """The runs to watch, and their page."""
+
+    positionals: ClassVar[tuple[str, ...]] = ("runs",)
+
+    runs: list[str] = option(
+        REQUIRED, "folders of runs, or folders that hold runs; a run may begin there later", metavar="RUN"
+    )
+    port: int = page_port_option()
+    open: bool = page_open_option()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for run in self.runs:
+            check_local("runs", run)
+            if Path(run).is_file():
+                raise UsageError(f"runs {run!r} is a file; a run is a folder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions(Options):
+    """A run, and what its report shows."""
+
+    positionals: ClassVar[tuple[str, ...]] = ("run", "file")
+
+    run: str = option(REQUIRED, "folder of a run", names="run", metavar="RUN")
+    file: str | None = option(
+        None,
+        "file to write; a report that was written before is replaced, any other file is not",
+        unset="RUN/report.html",
+        metavar="FILE.html",
+    )
+    text_files: list[str] | None = option(
+        None,
+        "text to show by token, as files, folders or globs",
+        unset="the run's own held-out text, if its files are where they were",
+        names="files",
+        metavar="FILE",
+    )
+    tokens: int = option(
+        1024, "about this many tokens of the text are shown with their probabilities; 0 shows none", minimum=0
+    )
+    device: str = device_option()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_local("file", self.file or "")

@@ -31,7 +31,9 @@ from gpt_kit_hf.storage.run_history import RunHistory, RunReader, State, find_ru
 FILES = {
     "/": "watch/page.html",
     "/curves.js": "curves.js",
+    "/run_charts.js": "run_charts.js",
     "/curves.css": "curves.css",
+    "/runs.css": "runs.css",
     "/watch.js": "watch/watch.js",
     "/watch.css": "watch/style.css",
 }

@@ -5,33 +5,17 @@
   const COLORS = 8;
   const SHOWN_AT_FIRST = 8;
   const WAIT = {running: 2000, idle: 5000};
-  const SMOOTHING = [0, 0.005, 0.02, 0.05, 0.1];
   const GROUPS = {
     train: ["loss", "learning_rate", "grad_norm"],
     eval: ["eval_loss", "bits_per_byte"],
     speed: ["tokens_per_second", "memory_bytes", "elapsed"],
   };
-  const CHARTS = [
-    {name: "bits_per_byte", group: "eval", title: "Bits per byte", unit: "held-out text", points: true},
-    {name: "learning_rate", group: "train", title: "Learning rate"},
-    {name: "grad_norm", group: "train", title: "Gradient norm", unit: "before clipping", smooth: true},
-    {name: "tokens_per_second", group: "speed", title: "Speed", unit: "trained tokens per second"},
-    {name: "memory_bytes", group: "speed", title: "Peak memory", format: Curves.bytes},
-  ];
-
   const byId = id => document.getElementById(id);
   const runs = new Map(); // by id: {id, name, state, shown, color, curves, samples, about, facts, version}
-  let range = null;
 
-  function make(name, className = "", text = null) {
-    const made = document.createElement(name);
-    if (className) made.className = className;
-    if (text !== null) made.textContent = text;
-    return made;
-  }
-
+  const {make} = RunCharts;
   const shownRuns = () => [...runs.values()].filter(run => run.shown && run.curves);
-  const colorOf = run => `var(--run-${run.color % COLORS})`;
+  const charts = RunCharts.create({loss: byId("loss"), others: byId("charts"), controls: byId("controls")});
 
   // ---- what is new
 
@@ -66,10 +50,7 @@
     }
     replaceFrom(run.samples, news.samples.from, news.samples.new);
     if (news.about.options) run.about = news.about;
-    const timed = run.curves.speed;
-    const elapsed = {steps: timed.steps, value: timed.series.elapsed.value};
-    for (const rows of Object.values(run.curves)) rows.seconds = Curves.secondsAt(rows.steps, elapsed);
-    run.elapsed = elapsed;
+    RunCharts.addSeconds(run);
   }
 
   function seenOf(run) {
@@ -102,7 +83,7 @@
     for (const news of content.runs) {
       let run = runs.get(news.id);
       if (!run) {
-        run = {id: news.id, shown: runs.size < SHOWN_AT_FIRST, color: runs.size};
+        run = {id: news.id, shown: runs.size < SHOWN_AT_FIRST, color: `var(--run-${runs.size % COLORS})`};
         runs.set(news.id, run);
         found = found || run.shown;
       }
@@ -152,7 +133,7 @@
       update();
     });
     const swatch = make("span", "chart-swatch");
-    swatch.style.backgroundColor = colorOf(run);
+    swatch.style.backgroundColor = run.color;
     name.append(box, swatch, make("span", "", run.name));
     const first = make("td");
     first.append(name);
@@ -195,74 +176,6 @@
     ];
   }
 
-  // ---- the charts
-
-  const onZoom = wanted => {
-    range = wanted;
-    draw();
-  };
-  const lossChart = Curves.create(byId("loss"), {title: "Loss", unit: "nats per token", height: 360, onZoom});
-  byId("loss").prepend(lossChart.root);
-  const charts = CHARTS.map(each => [each, Curves.create(byId("charts"), {...each, onZoom})]);
-
-  function rowsOf(run, group, name) {
-    const {steps, tokens, seconds, count, series} = run.curves[group];
-    return {steps, tokens, seconds, count, ...series[name]};
-  }
-
-  function view() {
-    return {
-      axis: byId("axis").value,
-      logX: byId("log-x").checked,
-      smoothing: SMOOTHING[Number(byId("smoothing").value)],
-      range,
-    };
-  }
-
-  function starOf(run) {
-    const {best} = run.facts;
-    const place = run.curves.eval.steps.indexOf(best.step);
-    if (place < 0) return null;
-    const {tokens, seconds} = run.curves.eval;
-    const name = `${run.name}: best checkpoint, step ${best.step}`;
-    return {
-      name, color: colorOf(run), value: best.value, steps: best.step, tokens: tokens[place],
-      seconds: seconds && seconds[place],
-    };
-  }
-
-  // Of the runs that share a baseline: one line, as they are of the same text.
-  function levelsOf(shown, unit) {
-    const levels = new Map();
-    for (const run of shown) {
-      for (const [name, bits] of Object.entries(run.about.baselines)) {
-        const value = unit === "bits" ? bits : bits * Math.LN2 * run.about.bytes_per_token;
-        if (Number.isFinite(value)) levels.set(`${name} ${value.toFixed(3)}`, {name, value});
-      }
-    }
-    return [...levels.values()];
-  }
-
-  function drawCharts() {
-    const shown = shownRuns();
-    const lines = [];
-    for (const run of shown) {
-      const color = colorOf(run);
-      lines.push({name: run.name, color, rows: rowsOf(run, "train", "loss"), raw: true});
-      lines.push({name: `${run.name}, held-out`, color, rows: rowsOf(run, "eval", "eval_loss"), points: true});
-    }
-    const marks = shown.filter(run => run.facts.best).map(starOf).filter(mark => mark);
-    lossChart.draw({...view(), lines, marks, levels: levelsOf(shown, "nats"), logY: byId("log-y").checked});
-    for (const [each, chart] of charts) {
-      const drawn = shown.map(run => ({
-        name: run.name, color: colorOf(run), rows: rowsOf(run, each.group, each.name), points: each.points, raw: true,
-      }));
-      const levels = each.name === "bits_per_byte" ? levelsOf(shown, "bits") : [];
-      chart.draw({...view(), lines: drawn, levels, smoothing: each.smooth ? view().smoothing : 0});
-    }
-    byId("whole").hidden = range === null;
-  }
-
   // ---- samples
 
   function drawSamples() {
@@ -283,7 +196,7 @@
       if (!sample) continue;
       const head = make("h3");
       const swatch = make("span", "chart-swatch");
-      swatch.style.backgroundColor = colorOf(run);
+      swatch.style.backgroundColor = run.color;
       head.append(swatch, make("span", "", `${run.name}, step ${sample.step.toLocaleString("en")}`));
       const text = make("pre");
       const begins = sample.text.startsWith(sample.prompt) ? sample.prompt : "";
@@ -327,20 +240,13 @@
     const text = rows.map(row => row.outerHTML).join("");
     if (text !== tableText) byId("run-rows").replaceChildren(...rows); // else the focus stays where it is
     tableText = text;
-    drawCharts();
+    charts.draw(shownRuns());
     drawSamples();
     drawOptions();
     const first = shownRuns()[0];
     document.title = first ? `${first.name} ${first.facts.step} – gpt-kit watch` : "gpt-kit watch";
   }
 
-  for (const id of ["axis", "smoothing", "log-x", "log-y"]) {
-    byId(id).addEventListener("input", () => {
-      if (id === "axis") range = null;
-      draw();
-    });
-  }
-  byId("whole").addEventListener("click", () => onZoom(null));
   byId("sample-step").addEventListener("input", drawSamples);
   byId("differences").addEventListener("input", drawOptions);
   document.addEventListener("visibilitychange", () => document.hidden || update());
