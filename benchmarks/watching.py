@@ -34,7 +34,7 @@ from typing import Any
 import psutil
 
 PAGE_SECONDS = 2.0  # between two requests of the page
-DOCS = Path(__file__).parents[1] / "docs"
+TEXT = Path(__file__).parents[1] / "docs" / "*.md"
 COMMAND = (sys.executable, "-m", "gpt_kit_hf.commands.main")
 SHAPE = "--encoding bytes --model nano-s --n_layer 2 --n_embd 64 --n_head 2 --max_length 64 --batch_size 8"
 
@@ -102,16 +102,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         run = Path(temporary) / "run"
         metrics = run / "metrics.jsonl"
-        train = f"train --text_files {DOCS} {SHAPE} --max_steps 10000000 --eval_steps 100000 --output_dir {run}"
+        train = f"train --text_files {TEXT} {SHAPE} --max_steps 10000000 --eval_steps 100000 --output_dir {run}"
         quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         environment = {**os.environ, "OMP_NUM_THREADS": str(asked.threads)}
         with (
-            started(*train.split(), "--save_steps", "100000", "--report_to", "none", env=environment, **quiet),
+            started(
+                *train.split(), "--save_steps", "100000", "--report_to", "none", env=environment, **quiet
+            ) as trained,
             started("watch", str(run), "--no_open", stdout=subprocess.PIPE) as watch,
         ):
             assert watch.stdout is not None
             page = Page(watch.stdout.readline().split()[2])
-            wait_for(lambda: metrics.is_file() and metrics.stat().st_size > 20_000, "the start of the run")
+            wait_for(
+                lambda: trained.poll() is not None or (metrics.is_file() and metrics.stat().st_size > 20_000),
+                "the start of the run",
+            )
+            if trained.poll() is not None:
+                raise SystemExit(f"the run ended with {trained.returncode}")
             page.ask()
             figures = measure(asked.rounds, asked.seconds, metrics, watch, page)
     print(json.dumps(figures, indent=1))

@@ -3,7 +3,8 @@
 `main` is the entry point, with the table of commands and their summaries; `running` runs a command and maps each kind
 of error to an exit code; `checks` looks for named files, models and runs before torch is imported. Families: `train`
 (train, finetune, verify), `tokenize`, `inspect`, `generate` (generate, chat, serve, play), `evaluate` (evaluate,
-check), `publish` (push, pull, card), `convert` and `export`. `options_page` writes docs/options.md.
+check), `publish` (push, pull, card), `watch` (watch, report), `convert` and `export`. `options_page` writes
+docs/options.md.
 """
 
 import lazy_loader

@@ -150,9 +150,9 @@ COMMANDS = {
         Command(
             name="watch",
             summary="Watch the curves of runs on a page, while they train or later.",
-            about="Shows losses, bits per byte, learning rate, gradient norm, speed, memory, samples and options, from "
-            "the run folders alone; nothing is written there. Only this machine "
-            "can open the page. Needs the extra play.",
+            about="Shows losses, bits per byte, learning rate, gradient norm, speed, memory, samples and options. It "
+            "reads the run folders, and writes nothing there. Only this machine can open the page. Needs the extra "
+            "play.",
             options=WatchOptions,
             module="watch",
         ),

@@ -7,8 +7,8 @@ give the same logits.
 
 What a model believes at each token: `token_scores` computes probabilities, ranks, entropies and sampling from logits,
 `text_reader` reads a text that changes without starting again, `attention_maps` returns the weights of attention,
-`logit_lens` what each layer would say, and `text_comparison` aligns two models on one text. `held_out` finds the text that
-a run was evaluated on, and `passages` scores parts of a text by token.
+`logit_lens` what each layer would say, and `text_comparison` aligns two models on one text. `held_out` finds the
+text that a run was evaluated on, and `passages` scores parts of a text by token.
 """
 
 import lazy_loader

@@ -10,7 +10,7 @@ import tiktoken
 
 from gpt_kit_hf.data.text.corpus import prepare_corpus, prepare_eval
 from gpt_kit_hf.data.text.tokens.token_stream import TokenStream
-from gpt_kit_hf.errors import GPTKitError, UsageError, one_line
+from gpt_kit_hf.errors import GPTKitError, UsageError
 from gpt_kit_hf.options.data import TextOptions
 from gpt_kit_hf.options.files import find_files, is_url
 
@@ -22,7 +22,7 @@ def held_out_text(options: Mapping[str, Any], record: Mapping[str, Any], encodin
     """Return the text that a pretraining run was evaluated on; `options` are flat, `record` is its run.json.
 
     Raises UsageError for a run of instruction rows or of a dataset of the Hub, for a text of more than 200 MiB of
-    which a part was split off, and for files that are gone or have changed.
+    which a part was split off, and for files that are gone or have changed. The messages name no file; the cause does.
     """
     names = [field.name for field in dataclasses.fields(TextOptions)]
     chosen = {name: options[f"text.{name}"] for name in names if f"text.{name}" in options}
@@ -41,7 +41,7 @@ def held_out_text(options: Mapping[str, Any], record: Mapping[str, Any], encodin
         seed = int(options.get("training.seed", 0))
         found = prepare_eval(text, encoding)[0] if apart else prepare_corpus(text, encoding, seed=seed).eval
     except (GPTKitError, OSError, TypeError, ValueError) as error:
-        raise UsageError(f"the text of the run cannot be read again ({one_line(error)}): {_REMEDY}") from None
+        raise UsageError(f"the text of the run cannot be read again: {_REMEDY}") from error
     if found.fingerprint() != record.get("eval_fingerprint"):
         raise UsageError(f"the text of the run has changed: {_REMEDY}")
     return found

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import tiktoken
+import torch
 from transformers import PreTrainedModel
 
 from gpt_kit_hf.data.text.tokens.token_stream import TokenStream
-from gpt_kit_hf.evaluation.token_scores import Beliefs, score_tokens
+from gpt_kit_hf.evaluation.token_scores import Beliefs, beliefs_of
 from gpt_kit_hf.evaluation.windows import DocumentWindows
 from gpt_kit_hf.tokenization import encodings
 from gpt_kit_hf.tokenization.encodings import EOS_TOKEN
@@ -58,15 +59,18 @@ def scored_passages(
     passages = []
     for window in sorted(windows.spread(tokens).tolist()):
         read, targets = windows[window]
-        ids, first = [*read.tolist(), int(targets[-1])], int((targets < 0).sum())
-        scored = list(_scored(ids, score_tokens(model, ids, _LIKELIEST), encoding))[first:]
-        passages.append(Passage(before=_spelled(encoding, ids[first]), tokens=tuple(scored)))
+        following, first = [*read[1:].tolist(), int(targets[-1])], int((targets < 0).sum())
+        with torch.inference_mode():
+            logits = model(read[None].to(model.device), use_cache=False).logits[0]  # (T, V)
+            beliefs = beliefs_of(logits, following, _LIKELIEST)
+        scored = tuple(_scored(following, beliefs, encoding))[first:]
+        passages.append(Passage(before=_spelled(encoding, int(read[first])), tokens=scored))
     return passages
 
 
-def _scored(ids: Sequence[int], beliefs: Beliefs, encoding: tiktoken.Encoding) -> Iterator[ScoredToken]:
+def _scored(following: Sequence[int], beliefs: Beliefs, encoding: tiktoken.Encoding) -> Iterator[ScoredToken]:
     columns = (beliefs.next_logprob, beliefs.next_rank, beliefs.top_ids, beliefs.top_logprobs)
-    rows = zip(ids[1:], *(column.tolist()[:-1] for column in columns), strict=True)
+    rows = zip(following, *(column.tolist() for column in columns), strict=True)
     for token, logprob, rank, top_ids, top_logprobs in rows:
         expected = zip(top_ids, top_logprobs, strict=True)
         likeliest = tuple((_spelled(encoding, each), math.exp(own)) for each, own in expected)

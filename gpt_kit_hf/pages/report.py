@@ -69,7 +69,8 @@ def write_report(
             if text_files:
                 raise
             reason = one_line(error)
-            announce(f"the report shows no tokens: {reason}")
+            more = "" if error.__cause__ is None else f" ({one_line(error.__cause__)})"
+            announce(f"the report shows no tokens: {reason}{more}")
     replace_file(file, render_report(run, card_facts(folder), passages, no_passages=reason))
 
 

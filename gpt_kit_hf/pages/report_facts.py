@@ -88,8 +88,8 @@ def _lead(run: RunHistory, facts: Mapping[str, Any]) -> str:
     own = next((each for each in facts.get("evaluations", []) if each.get("own")), None)
     if own and "bits_per_byte" in own:
         lead += f" On text that it was not trained on it needs {own['bits_per_byte']:.3f} bits for each byte"
-        beside = " and ".join(f"{name} {bits:.3f}" for name, bits in own.get("beside", {}).items())
-        lead += f"; without a model, {beside}." if beside else "."
+        beside = ", ".join(f"{name}: {bits:.3f}" for name, bits in own.get("beside", {}).items())
+        lead += f" ({beside})." if beside else "."
     return lead
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM
 
 from gpt_kit_hf.data.text.corpus import prepare_text
+from gpt_kit_hf.errors import CheckpointError, UsageError
 from gpt_kit_hf.evaluation.held_out import held_out_text
 from gpt_kit_hf.evaluation.passages import Passage, ScoredToken, scored_passages
 from gpt_kit_hf.generation.generate import context_length
@@ -31,17 +32,21 @@ _CONTEXT = 48  # characters before a token in the lists
 def held_out_passages(run: RunHistory, text_files: list[str] | None, tokens: int, device: str) -> list[Passage]:
     """Return passages of the named text, or of the run's held-out text, scored by the run's model.
 
-    Raises UsageError if there is no model, or the text cannot be found, and DataError for a text that cannot be used.
+    Raises UsageError if there is no model, or the text cannot be found, with a message that names no file, and
+    DataError for a named text that cannot be used.
     """
     place = str(run.folder)
-    folder = find_model_folder(place)
-    encoding = load_text_encoding(folder, place)
+    try:
+        folder = find_model_folder(place)
+        encoding = load_text_encoding(folder, place)
+        model = load_pretrained(AutoModelForCausalLM, folder, place)
+        check_tokenizer(folder, model.config)
+    except (UsageError, CheckpointError) as error:
+        raise UsageError("the folder of the run holds no model that can be loaded") from error
     if text_files:
         stream = prepare_text(TextOptions(text_files=text_files), encoding)[0]
     else:
         stream = held_out_text(run.options, run.record, encoding)
-    model = load_pretrained(AutoModelForCausalLM, folder, place)
-    check_tokenizer(folder, model.config)
     move_to_device(model, device)
     trained, context = run.record.get("max_length"), context_length(model)
     lengths = [length for length in (trained, context) if isinstance(length, int)]

@@ -199,6 +199,8 @@ NEEDED: dict[str, list[str]] = {
     "generate": ["m", "--prompt=null", "--top_k=none"],
     "chat": ["m", "--seed=3"],
     "serve": ["m", "--port=0"],
+    "watch": ["r", "s", "--port=8001", "--no_open"],
+    "report": ["r", "r.html", "--tokens=0"],
     "play": ["m", "n", "--port=8001", "--no_open"],
     "evaluate": ["m", "a.txt", "--document_separator=\n\n"],
     "check": ["m", "--attention", "eager", "sdpa", "--no_compile_flex"],

@@ -27,11 +27,11 @@ def chromium() -> Iterator[Browser]:
 def served() -> Iterator[Callable[[ASGIApp], str]]:
     """Serve an application on a free port of this machine until the tests of the module end; returns its address."""
     with ExitStack() as stack:
-        yield lambda app: stack.enter_context(_serving(app))
+        yield lambda app: stack.enter_context(serving(app))
 
 
 @contextmanager
-def _serving(app: ASGIApp) -> Iterator[str]:
+def serving(app: ASGIApp) -> Iterator[str]:
     with listen("127.0.0.1", 0) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
