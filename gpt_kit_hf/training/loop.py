@@ -209,7 +209,10 @@ class _Loop:
             pace.add(time.perf_counter() - began, report.update.trained_tokens)
             if steps.step == first + _STEPS_TO_ESTIMATE and self.console.view is None:
                 left = duration(pace.seconds_per_step * (steps.total - steps.step))
-                self.console.log(f"about {left} left, without evaluations")
+                loss = f"loss {report.update.loss:.3f}"
+                self.console.log(
+                    f"step {steps.step:,}/{steps.total:,}  {loss}  about {left} left, without evaluations"
+                )
             if steps.step % self.chosen.logging_steps == 0 or steps.step == steps.total:
                 self._log_step(report)
             if report.stop:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -209,3 +210,44 @@ def test_importing_registers_the_model_in_any_order(order: str) -> None:
     code = f"import sys\n{ORDERS[order]}\n{_KNOWN}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# Runs a script whose first import of a large library ends it.
+_FIRST_LINE = """
+import runpy, sys
+class Loading:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("torch", "transformers", "datasets", "numpy"):
+            sys.stdout.flush()
+            raise SystemExit(3)
+sys.meta_path.insert(0, Loading())
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("rank", "more", "line"),
+    [
+        ("0", [], "loading  PyTorch and transformers"),
+        ("1", [], None),
+        ("0", ["--log_format=json"], '{"event": "message", "time": "'),
+    ],
+)
+@pytest.mark.parametrize("script", ["gpt_kit_hf/commands/main.py", "examples/pretrain.py"])
+def test_the_first_line_comes_before_large_libraries_are_loaded(
+    script: str, rank: str, more: list[str], line: str | None, tmp_path: Path
+) -> None:
+    command = ["train"] if script.endswith("main.py") else []
+    given = [f"--output_dir={tmp_path / 'run'}", "--text_files=README.md", *more]
+    ended = subprocess.run(
+        [sys.executable, "-c", _FIRST_LINE, script, *command, *given],
+        cwd=ROOT,
+        env={**os.environ, "RANK": rank},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 3, ended.stderr
+    lines = ended.stdout.splitlines()
+    assert lines == [] if line is None else [each.startswith(line) for each in lines] == [True]
