@@ -153,6 +153,7 @@ def test_a_text_that_changes_is_read_as_if_it_was_new(family: str, model: PreTra
 def test_a_long_text_is_read_in_parts_that_can_be_stopped() -> None:
     model = GPTModel(create_model_config("nano-xs", n_layer=1, vocab_size=60, max_position_embeddings=700)).eval()
     reader, ids = TextReader(model), torch.randint(60, (600,)).tolist()
+    reader.read(ids)
     asked: list[int] = []
 
     def stop() -> bool:
@@ -160,11 +161,10 @@ def test_a_long_text_is_read_in_parts_that_can_be_stopped() -> None:
         return len(asked) == 3
 
     with pytest.raises(StoppedError):
-        reader.read(ids, stop)
-    found = reader.read(ids[:10] + ids)  # what was read so far is not taken for known
-    torch.testing.assert_close(
-        found.beliefs, score_tokens(model, ids[:10] + ids), rtol=1e-5, atol=1e-5, equal_nan=True
-    )
+        reader.read(ids[::-1], stop)
+    assert len(asked) == 3
+    found = reader.read(ids[:590])  # what was read so far is not taken for this text
+    torch.testing.assert_close(found.beliefs, score_tokens(model, ids[:590]), rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 def test_texts_that_cannot_be_read_are_refused() -> None:

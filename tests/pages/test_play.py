@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from tiny_model import CHAT_TEMPLATE, write_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpt_kit_hf import get_chat_template
+from gpt_kit_hf.commands.main import main
 from gpt_kit_hf.errors import StoppedError, UsageError
 from gpt_kit_hf.evaluation.attention_maps import attention_weights
 from gpt_kit_hf.generation import http_server
+from gpt_kit_hf.pages import server
 from gpt_kit_hf.pages.models import Models
 from gpt_kit_hf.pages.play import PlayPage, play
 from gpt_kit_hf.pages.work import Work
@@ -356,6 +359,25 @@ def test_the_first_model_is_loaded_before_the_page_opens(folders: dict[str, Path
     for place, reason in ((tmp_path, "holds no model yet"), (tmp_path / "none", "no such folder")):
         with pytest.raises(UsageError, match=reason):
             play([str(place)], announce=lambda _: None)
+
+
+def test_the_command_serves_the_page_of_its_models(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers: list[Any] = []
+
+    def run(app: Any, listener: socket.socket, **_: Any) -> None:
+        host, port = listener.getsockname()
+        client = TestClient(app, base_url=f"http://{host}:{port}")
+        answers.extend([host, port, client.get("/models").json(), client.get("/").text])
+
+    monkeypatch.setattr(server, "run_until_signal", run)
+    assert main(["play", str(folders["kit"]), str(folders["run"]), "--no_open"]) == 0
+    host, port, models, page = answers
+    assert capsys.readouterr().out == f"kit is open at: http://{host}:{port}/ (Ctrl-C stops)\n"
+    assert host == "127.0.0.1"
+    assert [each["key"] for each in models] == ["0", "1/step-00000010", "1/step-00000005"]
+    assert "/main.js" in page
 
 
 def test_missing_packages_are_named(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
