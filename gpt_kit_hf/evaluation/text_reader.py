@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from gpt_kit_hf.evaluation.token_scores import Beliefs, beliefs_of
 from gpt_kit_hf.generation.generate import context_length, vocabulary_size
 
 _TOKENS_AT_ONCE = 256
+_WINDOWS_KEPT = 128  # of texts that exceed the context
+_REPLACED = "the text was replaced by a newer one"
 
 
 class Reading(NamedTuple):
@@ -42,6 +45,7 @@ class TextReader:
             DynamicCache(config=model.config)
         )
         self._last: Reading | None = None
+        self._windows: OrderedDict[tuple[int, ...], Beliefs] = OrderedDict()
 
     def read(self, ids: Sequence[int], stop: Callable[[], bool] = lambda: False) -> Reading:
         """Return the reading of a text.
@@ -62,6 +66,49 @@ class TextReader:
             parts.insert(0, Beliefs(*(each[:start] for each in kept)))
         self._last = Reading(ids, Beliefs(*(torch.cat(each) for each in zip(*parts, strict=True))), logits)
         return self._last
+
+    def read_windows(self, ids: Sequence[int], stop: Callable[[], bool] = lambda: False) -> Reading:
+        """Return the reading of a text of any length.
+
+        One that exceeds the model's context is read in windows, as `DocumentWindows` has them with `stride` equal to
+        `max_length`: each follows the one before, except for the last, which ends with the text. What comes next is
+        expected from as many tokens as the model can read. Raises what `read` raises otherwise.
+        """
+        ids = list(ids)
+        length = self.context_length
+        if length is None or len(ids) <= length:
+            return self.read(ids, stop)
+        parts = []
+        for place in range(0, len(ids) - 1, length):
+            start = self.window_start(len(ids), place)
+            window = self._window(tuple(ids[start : start + length + 1]), stop)
+            parts.append(Beliefs(*(each[place - start :] for each in window)))
+        last = self.read(ids[-length:], stop)
+        parts.append(Beliefs(*(each[-1:] for each in last.beliefs)))
+        return Reading(ids, Beliefs(*(torch.cat(each) for each in zip(*parts, strict=True))), last.logits)
+
+    def window_start(self, n_ids: int, place: int) -> int:
+        """Return where the window begins from which the token after a place is expected, in a text of `n_ids` ids."""
+        length = self.context_length
+        if length is None or n_ids <= length:
+            return 0
+        if place == n_ids - 1:
+            return n_ids - length
+        return min(place // length * length, n_ids - 1 - length)
+
+    def _window(self, ids: tuple[int, ...], stop: Callable[[], bool]) -> Beliefs:
+        """Return what is expected after each id of a window but the last, which is known already."""
+        if ids not in self._windows:
+            if stop():
+                raise StoppedError(_REPLACED)
+            self._check(list(ids[:-1]))
+            with torch.inference_mode():
+                logits = self.model(torch.tensor([ids[:-1]], device=self.model.device), use_cache=False).logits[0]
+                self._windows[ids] = beliefs_of(logits, ids[1:], self._top)
+        self._windows.move_to_end(ids)
+        while len(self._windows) > _WINDOWS_KEPT:
+            self._windows.popitem(last=False)
+        return self._windows[ids]
 
     def _check(self, ids: list[int]) -> None:
         if not ids:
@@ -94,7 +141,7 @@ class TextReader:
         size = _TOKENS_AT_ONCE if self._is_cached else len(ids)
         for first in range(start, len(ids), size):
             if stop():
-                raise StoppedError("the text was replaced by a newer one")
+                raise StoppedError(_REPLACED)
             rows = self._logits(ids[first : first + size])  # (t, V)
             parts.append(beliefs_of(rows, ids[first + 1 : first + 1 + len(rows)], self._top))
         return parts, rows[-1].float().cpu()

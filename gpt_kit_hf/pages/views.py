@@ -23,17 +23,23 @@ Json: TypeAlias = dict[str, Any]
 
 ATTENTION_TOKENS = 128  # of the beginning of a text; what follows does not change it
 LENS_TOKENS = 12
+MOST_TOKENS = 8192
 _BARS = 24
 _DIFFERENCES = 12
 
 
 def read_view(opened: OpenModel, ids: Sequence[int], stop: Stop = lambda: False) -> Json:
-    """Return a text's tokens with their scores and the likeliest alternatives, and what is expected next."""
+    """Return a text's tokens with their scores and the likeliest alternatives, and what is expected next.
+
+    A text that exceeds the model's context is read in windows; `windows` are the tokens at which one begins anew.
+    """
     whole = opened.with_start(ids)
     n_start = len(whole) - len(ids)
     if not whole:
-        return {"ids": [], "text": "", "tokens": [], "next": None, "scores": None}
-    reading = opened.reader.read(whole, stop)
+        return {"ids": [], "text": "", "tokens": [], "next": None, "scores": None, "windows": []}
+    if len(whole) > MOST_TOKENS:
+        raise UsageError(f"the text has {len(whole):,} tokens, and the page shows at most {MOST_TOKENS:,}: shorten it")
+    reading = opened.reader.read_windows(whole, stop)
     beliefs, pieces = reading.beliefs, opened.pieces(ids)
     scored = reading.beliefs.next_logprob[:-1]
     n_bytes = sum(opened.text_bytes(ids, pieces)[1 - n_start :])
@@ -53,6 +59,7 @@ def read_view(opened: OpenModel, ids: Sequence[int], stop: Stop = lambda: False)
         "tokens": [token_view(opened, beliefs, n + n_start, ids[n], pieces[n]) for n in range(len(ids))],
         "next": belief_view(opened, beliefs, len(whole) - 1),
         "scores": scores,
+        "windows": [place - n_start for place in _restarts(opened, len(whole))],
     }
 
 
@@ -84,7 +91,7 @@ def sampling_view(
     opened: OpenModel, ids: Sequence[int], *, temperature: float, top_k: int | None, top_p: float
 ) -> Json:
     """Return the likeliest next tokens, [id, text, probability before, after], and what is cut."""
-    logits = opened.reader.read(opened.with_start(ids)).logits
+    logits = opened.reader.read_windows(opened.with_start(ids)).logits
     sampled = sampling_distribution(logits, temperature=temperature, top_k=top_k, top_p=top_p)
     best = sampled.before.topk(min(_BARS, len(sampled.before)))
     bars = [
@@ -134,7 +141,7 @@ def attention_view(opened: OpenModel, ids: Sequence[int], layer: int, head: int)
         raise UsageError(opened.no_attention)
     whole = opened.with_start(ids)
     n_start = len(whole) - len(ids)
-    shown = whole[:ATTENTION_TOKENS]
+    shown = whole[: min(ATTENTION_TOKENS, opened.reader.context_length or ATTENTION_TOKENS)]
     if not shown:
         raise UsageError("the text is empty")
     weights = opened.attention(shown)  # (L, H, T, T)
@@ -163,8 +170,9 @@ def lens_view(opened: OpenModel, ids: Sequence[int], position: int) -> Json:
     if not 0 <= position + n_start < len(whole):
         raise UsageError(f"position={position}: from {-n_start} to below {len(ids)}")
     stop = position + n_start + 1
-    places = range(max(0, stop - LENS_TOKENS), stop)
-    lens = opened.lens(whole[:stop], places)
+    begin = opened.reader.window_start(len(whole), stop - 1)
+    places = range(max(begin, stop - LENS_TOKENS), stop)
+    lens = opened.lens(whole[begin:stop], [place - begin for place in places])
     texts = [*_start_text(opened, n_start), *(each.decode("utf-8", "backslashreplace") for each in opened.pieces(ids))]
     return {
         "columns": [
@@ -223,7 +231,7 @@ class _Side:
         self._n_start = len(whole) - len(ids)
         if not ids:
             raise UsageError("the text is empty")
-        self._opened, self._reading = opened, opened.reader.read(whole, stop)
+        self._opened, self._reading = opened, opened.reader.read_windows(whole, stop)
         self.pieces = opened.pieces(ids)
         self.lengths = [len(piece) for piece in self.pieces]
         scored = self._reading.beliefs.next_logprob[:-1].tolist()
@@ -244,6 +252,13 @@ class _Side:
             "loss": _number(float(-scored.double().mean())) if len(scored) else None,
             "bits_per_byte": bits_per_byte(scored, self._n_bytes),
         }
+
+
+def _restarts(opened: OpenModel, n_ids: int) -> list[int]:
+    """Return the places of the tokens that are expected from one token only, as a window begins before them."""
+    length = opened.reader.context_length or n_ids
+    places = range(length, n_ids - 1, length)
+    return [place + 1 for place in places if opened.reader.window_start(n_ids, place) == place]
 
 
 def _start_text(opened: OpenModel, n_start: int) -> list[str]:

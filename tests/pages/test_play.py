@@ -21,7 +21,9 @@ from gpt_kit_hf import get_chat_template
 from gpt_kit_hf.commands.main import main
 from gpt_kit_hf.errors import StoppedError, UsageError
 from gpt_kit_hf.evaluation.attention_maps import attention_weights
+from gpt_kit_hf.evaluation.score import score_model
 from gpt_kit_hf.generation import http_server
+from gpt_kit_hf.options.evaluation import ScoreOptions
 from gpt_kit_hf.pages import server
 from gpt_kit_hf.pages.models import Models
 from gpt_kit_hf.pages.play import PlayPage, play
@@ -126,7 +128,38 @@ def test_ids_are_read_as_given(client: TestClient) -> None:
     assert "either text or ids" in refused(client, "read")
     assert "either text or ids" in refused(client, "read", text="a", ids=[1])
     assert "id 999" in refused(client, "read", ids=[999])
-    assert "context" in refused(client, "read", text="a" * 100)
+    assert "at most 8,192" in refused(client, "read", text="a" * 9000)
+
+
+def test_a_long_text_is_scored_as_an_evaluation_scores_it(
+    client: TestClient, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    text = "The king sees the naïve 😀 sea. " * 7  # more than three windows
+    (tmp_path / "text.txt").write_text(text)
+    expected = score_model(str(folders["kit"]), ScoreOptions(data=[str(tmp_path / "text.txt")])).evaluation
+    found = post(client, "read", text=text)
+    assert found["scores"]["tokens"] == expected.tokens == len(text.encode())
+    assert found["scores"]["loss"] == pytest.approx(expected.loss, abs=1e-5)
+    assert found["scores"]["bits_per_byte"] == pytest.approx(expected.bits_per_byte, abs=1e-5)
+    # The text has 245 tokens with the first: windows begin at 0, 64, 128, and the last ends with it.
+    whole = [256, *text.encode()]
+    assert len(whole) == 246
+    assert found["windows"] == [64, 128]
+    for place, start in ((139, 128), (191, 128), (192, 181), (244, 181), (245, 182)):
+        row = plain(folders["kit"], whole[start : place + 1])[-1]
+        expects = found["tokens"][place]["expected"] if place < 245 else found["next"]
+        assert expects["top"][0][2] == pytest.approx(float(row.max()), abs=1e-5), place
+        lens = post(client, "lens", ids=found["ids"], position=place - 1)
+        assert lens["layers"][-1][-1][0][2] == pytest.approx(float(row.max()), abs=1e-5), place
+        assert len(lens["columns"]) == min(12, place + 1 - start)
+    assert len(post(client, "lens", ids=found["ids"], position=129)["columns"]) == 3
+    attention = post(client, "attention", ids=found["ids"], layer=0, head=0)
+    assert (len(attention["tokens"]), attention["left_out"]) == (64, len(whole) - 64)
+    end = post(client, "sampling", ids=found["ids"], sampling={})["bars"][0]
+    assert end[:2] == found["next"]["top"][0][:2]
+    assert lines(client, ids=found["ids"], sampling={}) == [{"end": "the model's context of 64 tokens is full"}]
+    both = post(client, "compare", other=KEYS["tuned"], text=text)  # the same weights, in a longer context
+    assert both["totals"][0]["loss"] == pytest.approx(expected.loss, abs=1e-5)
 
 
 def test_an_empty_text_is_what_begins_a_document(client: TestClient, folders: dict[str, Path]) -> None:

@@ -196,6 +196,19 @@ def test_a_text_is_generated_and_continued_from_an_alternative(page: Page, folde
     assert page.js("document.querySelector('#text').value") == "The " + chr(chosen)
 
 
+def test_what_is_typed_while_a_text_is_generated_stays(page: Page) -> None:
+    for new_tokens, shown in (("3", "#ended:not(:empty)"), ("50", "#tokens [data-n='12']")):
+        write(page, "The king")
+        page.choose("#new-tokens", new_tokens)
+        page.click("#generate")
+        page.wait(f"document.querySelector({json.dumps(shown)}) !== null")
+        write(page, "sea")
+        page.wait("!document.querySelector('#generate').hidden")
+        page.settle()
+        assert page.js("document.querySelector('#text').value") == "sea"
+        assert "".join(page.texts("#tokens [data-id]")) == "sea"
+
+
 def test_html_of_a_model_is_shown_as_text(page: Page) -> None:
     write(page, "<img src=x onerror=window.attacked=1>")
     page.js("document.querySelector('#text').value = ''")

@@ -23,8 +23,8 @@ const TABS = {
   curves: ["Curves", showRuns],
 };
 
-const EMPTY = { ids: [], text: "", tokens: [], next: null, scores: null };
-const state = { model: "", facts: null, read: EMPTY, selected: 0, tab: "loss" };
+const EMPTY = { ids: [], text: "", tokens: [], next: null, scores: null, windows: [] };
+const state = { model: "", facts: null, read: EMPTY, selected: 0, tab: "loss", edits: 0 };
 let entries = [];
 
 // --- what is shown
@@ -61,10 +61,12 @@ async function guarded(action) {
 // --- reading
 
 async function read(given) {
+  const { edits } = state;
   document.body.dataset.state = "reading";
   await guarded(async () => {
     const found = await ask("read", { model: state.model, ...given });
-    if (!found) return;
+    // What was typed meanwhile is not replaced.
+    if (!found || (given.ids && state.edits !== edits)) return;
     const atEnd = state.selected >= state.read.tokens.length;
     state.read = found;
     if (atEnd || state.selected > found.tokens.length) state.selected = found.tokens.length;
@@ -83,7 +85,7 @@ function select(n) {
 
 /** Put a token at the chosen place, without what follows. */
 function continueFrom(id) {
-  stop();
+  edit();
   const ids = [...state.read.ids.slice(0, state.selected), id];
   state.selected = state.read.tokens.length; // goes along with the end of the text
   return read({ ids });
@@ -97,10 +99,12 @@ async function generate() {
   byId("generate").hidden = true;
   byId("stop").hidden = false;
   byId("ended").textContent = "";
+  const edits = state.edits;
   await guarded(() => stream("generate", { ...given, max_new_tokens: count }, addGenerated));
   byId("generate").hidden = false;
   byId("stop").hidden = true;
-  await read({ ids: state.read.ids });
+  // What was typed meanwhile, or put in place of a token, is read already.
+  if (state.edits === edits) await read({ ids: state.read.ids });
 }
 
 function addGenerated(line) {
@@ -109,7 +113,7 @@ function addGenerated(line) {
     return;
   }
   const { token, next, text } = line;
-  state.read = { ids: [...state.read.ids, token.id], text, tokens: [...state.read.tokens, token], next, scores: state.read.scores };
+  state.read = { ids: [...state.read.ids, token.id], text, tokens: [...state.read.tokens, token], next, scores: state.read.scores, windows: [] };
   state.selected = state.read.tokens.length;
   byId("text").value = text;
   showTokens(state);
@@ -118,6 +122,12 @@ function addGenerated(line) {
 
 function stop() {
   cancel("generate");
+}
+
+/** End what is being generated, as the text becomes another one. */
+function edit() {
+  state.edits += 1;
+  stop();
 }
 
 // --- models
@@ -153,7 +163,7 @@ function offerNewer() {
 }
 
 async function open(key) {
-  stop();
+  edit();
   document.body.dataset.state = "loading";
   byId("facts").textContent = "loading …";
   await guarded(async () => {
@@ -179,7 +189,7 @@ function millions(n) {
 
 function listen() {
   byId("text").addEventListener("input", () => {
-    stop();
+    edit();
     state.selected = Infinity;
     readTyped();
   });

@@ -27,9 +27,10 @@ export function tokenElement(text, properties = {}) {
 export function showTokens(state) {
   const by = byId("colour").value;
   const { tokens } = state.read;
+  const restarts = new Set(state.read.windows);
   const made = tokens.map((token, n) =>
     tokenElement(token.text, {
-      className: ["token", token.special && "special", n === state.selected && "selected"].filter(Boolean).join(" "),
+      className: ["token", token.special && "special", n === state.selected && "selected", restarts.has(n) && "window"].filter(Boolean).join(" "),
       title: token.logprob === null ? visible(token.text) : `${visible(token.text)}  ${percent(Math.exp(token.logprob))}, rank ${token.rank}`,
       tabIndex: 0,
       data: { n, id: token.id, logprob: token.logprob ?? "", rank: token.rank ?? "", entropy: token.expected?.entropy ?? "" },
@@ -43,6 +44,11 @@ export function showTokens(state) {
   byId("legend").firstElementChild.textContent = low;
   byId("legend").lastElementChild.textContent = high;
   byId("legend-text").textContent = caption;
+  const isLong = state.facts.context !== null && state.read.ids.length + start.length > state.facts.context;
+  byId("windows").hidden = !isLong;
+  byId("windows").textContent = isLong
+    ? `The text is longer than the model's context of ${state.facts.context} tokens. It is read in windows of that length, as gpt-kit evaluate reads it: the first tokens after a bar are expected from few tokens. Nothing can be generated after it.`
+    : "";
 }
 
 export function showSide(state) {
