@@ -38,6 +38,7 @@ from gpt_kit_hf.storage.run_history import RunReader
 
 FILES = {
     "/": "play/page.html",
+    "/curve_math.js": "curve_math.js",
     "/curves.js": "curves.js",
     "/curves.css": "curves.css",
     **{

@@ -30,7 +30,7 @@ from gpt_kit_hf.storage.run_history import RunHistory, read_run
 
 _TEMPLATE = resources.files("gpt_kit_hf.pages").joinpath("report.html.jinja").read_text(encoding="utf-8")
 _STYLES = ("runs.css", "curves.css", "report/style.css")
-_SCRIPTS = ("curves.js", "run_charts.js", "report/report.js")
+_SCRIPTS = ("curve_math.js", "curves.js", "run_charts.js", "report/report.js")
 _SECTIONS = {
     "curves": "Curves",
     "samples": "Samples",

@@ -30,6 +30,7 @@ from gpt_kit_hf.storage.run_history import RunHistory, RunReader, State, find_ru
 
 FILES = {
     "/": "watch/page.html",
+    "/curve_math.js": "curve_math.js",
     "/curves.js": "curves.js",
     "/run_charts.js": "run_charts.js",
     "/curves.css": "curves.css",

@@ -152,6 +152,7 @@ def test_text_is_shown_as_text(root: Path, tmp_path: Path) -> None:
     assert [name for name, _ in tags if name in ("script", "img", "b", "style")].count("script") == 2
     assert not [name for name, _ in tags if name in ("img", "iframe", "object", "link")][1:]  # the empty icon
     assert not any(each.startswith("on") for _, attributes in tags for each in attributes)
+    assert "<" not in re.search(r'id="curve-data">(.*?)</script>', page)[1]  # type: ignore[index]
     assert ATTACK in html.unescape(re.sub("<[^>]*>", "", page))
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)[1]  # type: ignore[index]
     assert "default-src 'none'" in policy
