@@ -87,14 +87,26 @@ class TrainingOptions(Options):
         0, "seed of the initial weights, the data order, dropout and the evaluation split", minimum=0, below=2**63
     )
     use_cpu: bool = option(False, "train on the CPU even if there is a GPU", resume="allowed")
-    eval_steps: int = option(250, "optimizer steps between evaluations", minimum=1, resume="free")
+    eval_steps: float | None = option(
+        None,
+        "optimizer steps between evaluations; below 1, the fraction of all steps",
+        above=0,
+        unset="a twentieth of all steps, from 10 to 250",
+        resume="free",
+    )
     max_eval_samples: int = option(
         128,
         "evaluation windows or rows scored per evaluation; the last evaluation scores all",
         minimum=1,
         resume="free",
     )
-    save_steps: int = option(500, "optimizer steps between checkpoints", minimum=1, resume="free")
+    save_steps: float | None = option(
+        None,
+        "optimizer steps between checkpoints; below 1, the fraction of all steps",
+        above=0,
+        unset="a tenth of all steps, from 10 to 500",
+        resume="free",
+    )
     save_total_limit: int = option(2, "number of most recent checkpoints to keep", minimum=1, resume="free")
     keep_best: int = option(
         0,
@@ -103,11 +115,34 @@ class TrainingOptions(Options):
         minimum=0,
         resume="free",
     )
+    load_best_model_at_end: bool = option(
+        False,
+        "publish the checkpoint with the best evaluation in the run, instead of the last; every checkpoint is then "
+        "evaluated, and the best one kept",
+        resume="free",
+    )
+    metric_for_best_model: Literal["loss", "bits_per_byte"] = option(
+        "loss", "score by which checkpoints are compared: nats per token, or bits per byte", resume="free"
+    )
+    early_stopping_patience: int | None = option(
+        None,
+        "end the run after this many evaluations in a row without a better score",
+        minimum=1,
+        unset="all steps are done",
+        resume="free",
+    )
+    early_stopping_threshold: float = option(
+        0.0, "by how much a score must be lower than the best to count as better", minimum=0, resume="free"
+    )
     async_save: bool = option(
         True, "write checkpoints in the background, if there is enough memory for a copy of the state", resume="free"
     )
-    logging_steps: int = option(
-        50, "optimizer steps between progress lines and between tracker entries", minimum=1, resume="free"
+    logging_steps: float | None = option(
+        None,
+        "optimizer steps between progress lines and between tracker entries; below 1, the fraction of all steps",
+        above=0,
+        unset="a fiftieth of all steps, from 10 to 50",
+        resume="free",
     )
     log_format: Literal["text", "json"] = option(
         "text",
@@ -115,7 +150,13 @@ class TrainingOptions(Options):
         "facts",
         resume="free",
     )
-    sample_steps: int = option(500, "optimizer steps between text samples; 0 disables them", minimum=0, resume="free")
+    sample_steps: float | None = option(
+        None,
+        "optimizer steps between text samples; below 1, the fraction of all steps; 0 disables them",
+        minimum=0,
+        unset="a fifth of all steps, from 10 to 500",
+        resume="free",
+    )
     sample_prompt: str = option("", "prompt of the text samples", resume="free")
     sample_max_new_tokens: int = option(80, "tokens per text sample", minimum=1, resume="free")
     report_to: list[str] = option(
@@ -188,6 +229,45 @@ class TrainingOptions(Options):
         for name, value in (("project", self.project), ("run_name", self.run_name)):
             if value is not None and (not value.strip() or "/" in value or "\\" in value):
                 raise UsageError(f"{name}={value!r} must not be empty or hold a slash: it names a folder, too")
+        for name in ("eval_steps", "save_steps", "logging_steps", "sample_steps"):
+            object.__setattr__(self, name, checked_steps(name, getattr(self, name)))
+
+    def intervals(self, total_steps: int) -> Intervals:
+        """Return the steps between evaluations, checkpoints, progress lines and samples of a run of so many steps."""
+
+        def steps(given: float | None, parts: int, most: int) -> int:
+            return min(most, max(10, total_steps // parts)) if given is None else steps_of(given, total_steps)
+
+        return Intervals(
+            evaluation=steps(self.eval_steps, 20, 250),
+            saving=steps(self.save_steps, 10, 500),
+            logging=steps(self.logging_steps, 50, 50),
+            sample=steps(self.sample_steps, 5, 500),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Intervals:
+    """Numbers of steps between what a run does besides training; 0 if it never does."""
+
+    evaluation: int
+    saving: int
+    logging: int
+    sample: int
+
+
+def checked_steps(name: str, steps: float | None) -> float | None:
+    """Return a number of steps, a whole one as an integer. Raises UsageError for one above 1 that is not whole."""
+    if steps is None or 0 < steps < 1:
+        return steps
+    if steps != int(steps):
+        raise UsageError(f"{name}={steps} must be a whole number of steps, or a fraction of all steps below 1")
+    return int(steps)
+
+
+def steps_of(steps: float, total_steps: int) -> int:
+    """Return a number of steps that an option gives as such, or, below 1, as a fraction of all steps, at least 1."""
+    return max(1, round(steps * total_steps)) if 0 < steps < 1 else int(steps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,8 +284,11 @@ class OptimizerOptions(Options):
         "steps",
         resume="allowed",
     )
-    warmup_steps: int = option(
-        100, "optimizer steps over which the learning rate rises linearly", minimum=0, resume="allowed"
+    warmup_steps: float = option(
+        0.05,
+        "optimizer steps over which the learning rate rises linearly; below 1, the fraction of all steps",
+        minimum=0,
+        resume="allowed",
     )
     min_lr_ratio: float = option(
         0.1, "learning rate of the last step, as a fraction of the peak", minimum=0, maximum=1, resume="allowed"
@@ -238,6 +321,7 @@ class OptimizerOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "warmup_steps", checked_steps("warmup_steps", self.warmup_steps))
         for name in ("muon_momentum", "muon_learning_rate"):
             if self.optimizer != "muon" and getattr(self, name) != getattr(type(self), name):
                 raise UsageError(f"{name}={getattr(self, name)} is for optimizer=muon, not {self.optimizer}")
@@ -255,7 +339,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "learning_rate": 4e-3,
             "lr_scheduler_type": "linear",
             "min_lr_ratio": 0.02,
-            "warmup_steps": 60,
+            "warmup_steps": 0.1,
         },
     }
 )
@@ -269,5 +353,5 @@ def recipe_options(recipe: str) -> dict[str, Any]:
 
 
 def finetuning_optimizer() -> OptimizerOptions:
-    """Return the optimizer's defaults for finetuning: a lower learning rate and a shorter warmup."""
-    return OptimizerOptions(learning_rate=3e-4, warmup_steps=20)
+    """Return the optimizer's defaults for finetuning: a lower learning rate."""
+    return OptimizerOptions(learning_rate=3e-4)

@@ -62,7 +62,7 @@ def save_checkpoint(
     """
     if step < 0 or keep_last < 1:
         raise UsageError(f"step={step}, keep_last={keep_last}: must be at least 0 and 1")
-    final = run / "checkpoints" / f"step-{step:08d}"
+    final = checkpoint_folder(run, step)
     # Not only the step: a process that lost the run's lock may still write to its stage.
     stage = final.with_name(f".stage-{final.name}-{secrets.token_hex(4)}")
     check()
@@ -83,6 +83,11 @@ def save_checkpoint(
         shutil.rmtree(stage, ignore_errors=True)
     _rotate(run, step, keep_last, keep, report)
     return final
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Return the folder of a run's checkpoint of a step, whether there is one or not."""
+    return run / "checkpoints" / f"step-{step:08d}"
 
 
 def checkpoint_step(folder: Path) -> int:

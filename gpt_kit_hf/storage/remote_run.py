@@ -194,6 +194,13 @@ class RemoteRun:
         if here is None:
             raise CheckpointError(f"none of the {len(newer)} complete checkpoints in {self._url} is intact")
 
+    def fetch(self, step: int) -> None:
+        """Fetch a checkpoint that the run folder lacks. Raises CheckpointError if it is damaged."""
+        try:
+            self._fetch_checkpoint(step)
+        except _DamagedError as error:
+            raise CheckpointError(f"step-{step:08d} in {self._url} is damaged: {error}") from error
+
     def _fetch_checkpoint(self, step: int) -> None:
         expected = self._remote_files(step)
 

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
+from transformers import AutoModelForCausalLM
 
 from gpt_kit_hf.data.instructions.batches import PackedRows, PaddedRows
 from gpt_kit_hf.data.instructions.formats import FormatFn
@@ -32,8 +33,8 @@ from gpt_kit_hf.storage.run_folder import ADAPTER_FOLDER, REPORT_FILE, publish_i
 from gpt_kit_hf.text import short
 from gpt_kit_hf.training.log.run_log import RunResult
 from gpt_kit_hf.training.loop import run_training
-from gpt_kit_hf.training.lora import add_adapter, load_adapter
-from gpt_kit_hf.training.state.sharded_state import gathered, unsharded_model
+from gpt_kit_hf.training.lora import add_adapter, load_adapter, replace_adapter
+from gpt_kit_hf.training.state.sharded_state import gathered, replace_weights, unsharded_model
 from gpt_kit_hf.training.task import RunContext, Sample, Task, check_max_length, generate_sample
 
 
@@ -123,6 +124,16 @@ class InstructionTask(Task):
     def write_model(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write the model, or the adapter alone, with the tokenizer and the report."""
         self._write(self.model, folder, weights)
+
+    def load_weights(self, checkpoint: Path) -> None:
+        """Give the model the weights of a checkpoint, or the adapter's; every process calls."""
+        if self._lora:
+            replace_adapter(self.model, checkpoint)
+            return
+        replace_weights(
+            self.model,
+            lambda: AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).state_dict(),
+        )
 
     def publish(self, run: Path, checkpoint: Path) -> None:
         """Copy the finished model into the run's root folder: merged, with the adapter beside it, for LoRA."""

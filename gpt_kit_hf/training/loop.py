@@ -15,8 +15,9 @@ import torch
 from gpt_kit_hf.errors import DataError, NonFiniteError, StoppedError, UsageError
 from gpt_kit_hf.evaluation.metrics import Evaluation
 from gpt_kit_hf.options.run import CHANGED_TEXT, OptionsOfRun, changed_options, flat_options
+from gpt_kit_hf.options.training import steps_of
 from gpt_kit_hf.storage.atomic_files import load_json
-from gpt_kit_hf.storage.checkpoints import checkpoint_step
+from gpt_kit_hf.storage.checkpoints import checkpoint_folder, checkpoint_step
 from gpt_kit_hf.storage.lock import RunLock
 from gpt_kit_hf.storage.remote_run import RemoteRun
 from gpt_kit_hf.storage.run_folder import (
@@ -137,6 +138,8 @@ class _Loop:
         self.folder, self.checkpoint, self.lock = context.folder, context.checkpoint, lock
         self.context, self.pace = context, Pace()
         self.steps = Steps(options, context, task)
+        self.every = self.chosen.intervals(self.steps.total)
+        self._evaluated: int | None = None  # the step of the last evaluation in the run
         self._check_steps_left()
         trackers = Trackers(self.chosen, self.console.log, main=self.accelerator.is_main_process)
         self.record = RunRecord(self.folder, self.accelerator, self.console.log, lock.check, trackers)
@@ -180,15 +183,15 @@ class _Loop:
             options, facts, self.changes, self.new_data, computing=computing, done=done, total=steps.total
         )
         if self.accelerator.is_main_process:
-            self.checkpoints.scores = self.record.scores()
+            self.checkpoints.scores = self.record.scores(self.chosen.metric_for_best_model)
         if self.checkpoint is not None:
             steps.restore(self.checkpoint)
-        warmup = self.options.optimizer.warmup_steps
+        warmup = steps_of(self.options.optimizer.warmup_steps, steps.total)
         for line in introduction(self.context, self.task, steps, warmup, self.record.notes):
             self.console.log(line)
         self.console.event("begin", None, run=str(self.folder), step=steps.step, steps=steps.total, **facts)
         steps.begin()
-        progress = Progress(step=steps.step, steps=steps.total, save_steps=self.chosen.save_steps)
+        progress = Progress(step=steps.step, steps=steps.total, save_steps=self.every.saving)
         self.console.show(LiveView(progress, self.pace, device))
 
     def _train(self) -> None:
@@ -197,12 +200,14 @@ class _Loop:
         done = decide_on_main(self.accelerator, lambda: self.record.kinds_at(first))
         if self._evaluation_due(first) and "eval" not in done:
             self._evaluate_and_log(self.chosen.max_eval_samples if first else None)
+        if first and "eval" in done:
+            self._evaluated = first
         if first < steps.total and self._sample_due(first) and "sample" not in done:
             self._sample()
         # Only now: the compiler takes every size that it has seen to change for one that changes, also in training.
         for block in self.to_compile:
             block.compile()
-        while steps.step < steps.total:
+        while steps.step < steps.total and not self._stops_early():
             began = time.perf_counter()
             report = self._take_step()
             self._record_update(report)
@@ -213,12 +218,14 @@ class _Loop:
                 self.console.log(
                     f"step {steps.step:,}/{steps.total:,}  {loss}  about {left} left, without evaluations"
                 )
-            if steps.step % self.chosen.logging_steps == 0 or steps.step == steps.total:
+            if steps.step % self.every.logging == 0 or steps.step == steps.total:
                 self._log_step(report)
             if report.stop:
                 self._save_and_stop()
             if steps.step < steps.total:
                 self._evaluate_sample_save()
+        if self.checkpoints.keeps_best and self._evaluated != steps.step:
+            self._evaluate_and_log(self.chosen.max_eval_samples)  # the last checkpoint is compared with the others
 
     def _take_step(self) -> StepReport:
         """Compute the next step, or save and stop; add step and checkpoint to the message of an error."""
@@ -239,20 +246,27 @@ class _Loop:
             self._save_and_stop()
         return report
 
+    def _stops_early(self) -> bool:
+        """Return whether the score has not become better for as many evaluations as the options allow."""
+        patience = self.chosen.early_stopping_patience
+        if patience is None or self._evaluated != self.steps.step:
+            return False
+        return decide_on_main(self.accelerator, lambda: self.checkpoints.evaluations_since_best() >= patience)
+
     def _evaluation_due(self, step: int) -> bool:
         """Return whether there is an evaluation between this step and the next."""
         if step == 0:
             return self.task.eval_before_training
-        saved_as_best = self.chosen.keep_best > 0 and step % self.chosen.save_steps == 0
-        return step < self.steps.total and (step % self.chosen.eval_steps == 0 or saved_as_best)
+        saved_as_best = self.checkpoints.keeps_best > 0 and step % self.every.saving == 0
+        return step < self.steps.total and (step % self.every.evaluation == 0 or saved_as_best)
 
     def _sample_due(self, step: int) -> bool:
         """Return whether there is a text sample between this step and the next."""
-        return step > 0 and self.chosen.sample_steps > 0 and step % self.chosen.sample_steps == 0
+        return step > 0 and self.every.sample > 0 and step % self.every.sample == 0
 
     def _evaluate_sample_save(self) -> None:
         """Do what is due after this step."""
-        step, saves = self.steps.step, self.steps.step % self.chosen.save_steps == 0
+        step, saves = self.steps.step, self.steps.step % self.every.saving == 0
         if self._evaluation_due(step):
             self._evaluate_and_log(self.chosen.max_eval_samples)
         if self._sample_due(step):
@@ -278,11 +292,12 @@ class _Loop:
     def _evaluate_and_log(self, max_samples: int | None) -> None:
         score = self._evaluate(max_samples)
         step, values = self.steps.step, {"loss": score.loss, "bits_per_byte": score.bits_per_byte}
+        self._evaluated = step
         shown = f"eval loss {score.loss:.3f}, {score.bits_per_byte:.3f} bits per byte"
         self.console.event("eval", f"step {step:,}  {shown}", step=step, **values)
         self.console.score(f"{shown} (step {step:,})")
 
-    def _evaluate(self, max_samples: int | None) -> Evaluation:
+    def _evaluate(self, max_samples: int | None, *, last: bool = False) -> Evaluation:
         """Score evaluation samples, all of them for None; save and stop if asked to meanwhile."""
         # The score on all of them is that of the saved weights, so in fp32, whatever the precision of training. FSDP2
         # gathers the weights in the precision of training, always.
@@ -296,9 +311,10 @@ class _Loop:
         if not math.isfinite(score.loss):
             last = self.checkpoints.describe_last()
             raise NonFiniteError(f"the eval loss is {score.loss} at step {self.steps.step}: {last}")
-        self.record.evaluation(self.steps.step, score)
+        self.record.evaluation(self.steps.step, score, last=last)
+        values = {"loss": score.loss, "bits_per_byte": score.bits_per_byte}
         if max_samples is not None:  # scores on all samples are not comparable with these
-            self.checkpoints.scores[self.steps.step] = score.loss
+            self.checkpoints.scores[self.steps.step] = values[self.chosen.metric_for_best_model]
         return score
 
     def _sample(self) -> None:
@@ -322,23 +338,24 @@ class _Loop:
 
     def _finish(self) -> RunResult:
         """Score all evaluation data, publish the model in the run's root folder, and log the results."""
-        score = self._evaluate(None)
+        published = decide_on_main(self.accelerator, self.checkpoints.to_publish)
+        if published != self.steps.step:
+            self.task.load_weights(checkpoint_folder(self.folder, published))
+        score = self._evaluate(None, last=True)
         self._sample()
         facts = self.task.final_facts()
         if self.accelerator.is_main_process:
-            checkpoint = self.checkpoints.writer.last
-            assert checkpoint is not None
             self.lock.check()
-            self.task.publish(self.folder, checkpoint)
+            self.task.publish(self.folder, checkpoint_folder(self.folder, published))
             baselines = self.task.baselines()
-            drawn = self.record.finish(self.steps.step, score, baselines, facts)
+            drawn = self.record.finish(self.steps.step, published, score, baselines, facts)
             self.console.close()
-            ending = self._ending(score, baselines, drawn)
+            ending = self._ending(score, baselines, drawn, published)
             self.console.event("finish", "\n".join(ending.lines()), step=self.steps.step, **ending.facts())
         decide_on_main(self.accelerator, self.checkpoints.finish_copy)  # and all wait for it
         return RunResult(folder=self.folder, steps=self.steps.step, evaluation=score)
 
-    def _ending(self, score: Evaluation, baselines: Mapping[str, float], drawn: bool) -> Ending:
+    def _ending(self, score: Evaluation, baselines: Mapping[str, float], drawn: bool, published: int) -> Ending:
         best, scores = self.checkpoints.best_steps(), self.checkpoints.scores
         return Ending(
             folder=self.folder,
@@ -347,7 +364,11 @@ class _Loop:
             baselines=baselines,
             # On all of it, as the last.
             before=self.record.scores().get(0) if self.task.eval_before_training else None,
-            best=(best[0], scores[best[0]]) if best else None,
+            metric=self.chosen.metric_for_best_model,
+            scores=scores,
+            best=best[0] if best else None,
+            published=published,
+            steps=(self.steps.step, self.steps.total),
             curve=drawn,
             next_command=self.task.next_command(self.folder),
         )

@@ -36,6 +36,12 @@ def load_adapter(model: Any, folder: Path) -> Any:
         return _peft().PeftModel.from_pretrained(model, str(folder), is_trainable=True)
 
 
+def replace_adapter(model: Any, folder: Path) -> None:
+    """Give the model's adapter the weights of the one in a folder."""
+    peft = _peft()
+    peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(folder), device="cpu"))
+
+
 @contextmanager
 def _without_peft_noise() -> Iterator[None]:
     """Hide a warning that PEFT causes by reading an attribute of transformers under its old name."""

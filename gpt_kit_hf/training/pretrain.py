@@ -18,6 +18,7 @@ import tiktoken
 import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset
+from transformers import AutoModelForCausalLM
 
 from gpt_kit_hf.data.order import BatchPlan, MixtureOrder, ShuffledOrder, StreamOrder
 from gpt_kit_hf.data.text.corpus import Corpus, check_stated_encoding, choose_encoding, prepare_corpus, prepare_eval
@@ -52,7 +53,7 @@ from gpt_kit_hf.tokenization.model_encoding import encoding_of
 from gpt_kit_hf.training.log.run_log import RunResult
 from gpt_kit_hf.training.loop import run_training
 from gpt_kit_hf.training.runtime.preparation import Preparation, prepare_together
-from gpt_kit_hf.training.state.sharded_state import unsharded_model
+from gpt_kit_hf.training.state.sharded_state import replace_weights, unsharded_model
 from gpt_kit_hf.training.task import RunContext, Sample, Task, check_max_length, generate_sample, joined_position
 
 # Tokens of the training text that are counted for a baseline: the other processes wait meanwhile.
@@ -168,6 +169,11 @@ class TextTask(Task):
         else:  # with what else the tokenizer and the generation defaults hold, such as a chat template
             model.save_pretrained(str(folder), state_dict=weights)
             self.base.tokenizer.save_pretrained(str(folder))
+
+    def load_weights(self, checkpoint: Path) -> None:
+        """Give the model the weights of a checkpoint; every process calls."""
+        kind = GPTKitForCausalLM if self.base is None else AutoModelForCausalLM
+        replace_weights(self.model, lambda: kind.from_pretrained(checkpoint, dtype=torch.float32).state_dict())
 
     def next_command(self, run: Path) -> list[str]:
         """Return the command that generates text."""

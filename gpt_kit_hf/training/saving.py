@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from accelerate import Accelerator
 from gpt_kit_hf.errors import CheckpointError
 from gpt_kit_hf.hub.safety import check_model_folder
 from gpt_kit_hf.storage.atomic_files import Report
-from gpt_kit_hf.storage.checkpoints import checkpoint_step, latest_checkpoint, list_checkpoints
+from gpt_kit_hf.storage.checkpoints import checkpoint_folder, checkpoint_step, latest_checkpoint, list_checkpoints
 from gpt_kit_hf.storage.digests import FileDigest
 from gpt_kit_hf.training.log.run_log import RunRecord
 from gpt_kit_hf.training.state.checkpoint_writer import CheckpointWriter
@@ -38,8 +39,8 @@ def checkpoint_to_resume(run: Path, accelerator: Accelerator, log: Report) -> Pa
 class RunCheckpoints:
     """Writes the checkpoints of a run and decides which are kept.
 
-    `scores` holds the eval losses that the best ones are chosen by, {step: loss}, on the main process. `check` raises
-    if this process may not write to the run any more.
+    `scores` holds what the best ones are chosen by, {step: score}, on the main process; lower is better. `check`
+    raises if this process may not write to the run any more.
     """
 
     def __init__(
@@ -89,12 +90,35 @@ class RunCheckpoints:
             self._log(f"{error}; training continues, and the older checkpoints are kept")
 
     def best_steps(self) -> list[int]:
-        """Return the steps of the checkpoints that are kept for their eval loss, the best first."""
+        """Return the steps of the checkpoints that are kept for their score, the best first."""
         present = {checkpoint_step(folder) for folder in list_checkpoints(self._folder)} | {self._steps.step}
         if self._remote is not None:
             present |= self._remote.steps
-        ranked = sorted((loss, step) for step, loss in self.scores.items() if step in present)
-        return [step for _, step in ranked[: self._chosen.keep_best]]
+        ranked = sorted((score, step) for step, score in self.scores.items() if step in present)
+        return [step for _, step in ranked[: self.keeps_best]]
+
+    @property
+    def keeps_best(self) -> int:
+        """The number of checkpoints that are kept for their score."""
+        return max(self._chosen.keep_best, int(self._chosen.load_best_model_at_end))
+
+    def evaluations_since_best(self) -> int:
+        """Return how many evaluations in a row have not been better than the best before them."""
+        best, count = math.inf, 0
+        for step in sorted(self.scores.keys() - {0}):  # the one before training scores all samples
+            if self.scores[step] < best - self._chosen.early_stopping_threshold:
+                best, count = self.scores[step], 0
+            else:
+                count += 1
+        return count
+
+    def to_publish(self) -> int:
+        """Return the step whose checkpoint is published, and fetch that from remote_dir if it is there only."""
+        best = self.best_steps() if self._chosen.load_best_model_at_end else []
+        step = best[0] if best else self._steps.step
+        if self._remote is not None and not checkpoint_folder(self._folder, step).is_dir():
+            self._remote.fetch(step)
+        return step
 
     def finish_copy(self) -> None:
         """Upload what remote_dir lacks of the finished run; on the main process. Raises CheckpointError."""

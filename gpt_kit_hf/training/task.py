@@ -143,6 +143,10 @@ class Task(ABC):
         Called from another thread while the model trains: must not change anything that a step reads.
         """
 
+    @abstractmethod
+    def load_weights(self, checkpoint: Path) -> None:
+        """Give the model the weights of a checkpoint; every process calls."""
+
     def publish(self, run: Path, checkpoint: Path) -> None:
         """Copy the finished model into the run's root folder."""
         publish_in_run(run, checkpoint)

@@ -9,7 +9,7 @@ from typing import Any
 
 from gpt_kit_hf.errors import CheckpointError, UsageError
 from gpt_kit_hf.storage.atomic_files import load_json, read_jsonl
-from gpt_kit_hf.storage.checkpoints import MANIFEST, list_checkpoints, verify_checkpoint
+from gpt_kit_hf.storage.checkpoints import MANIFEST, checkpoint_folder, list_checkpoints, verify_checkpoint
 from gpt_kit_hf.storage.digests import digest_of
 from gpt_kit_hf.storage.run_folder import LOCK_FILE, METRICS_FILE, OPTIONS_FILE, RECORD_FILE, holds_run
 from gpt_kit_hf.training.state.batch_digests import chained
@@ -93,8 +93,9 @@ def _check_published(run: Path, record: Mapping[str, Any], found: Verification) 
     if not isinstance(results, dict) or not (run / "config.json").is_file():
         found.lines.append("not finished")
         return
-    step = results.get("steps", 0)
-    source = run / "checkpoints" / f"step-{step:08d}"
+    # Earlier versions published the last checkpoint always.
+    step: Any = results.get("published_step", results.get("steps", 0))
+    source = checkpoint_folder(run, step)
     copied = [path.name for path in sorted(run.glob("*.safetensors")) if (source / path.name).is_file()]
     if not copied:  # LoRA: the checkpoint holds the adapter alone
         found.lines.append(f"finished after step {step}; the root folder holds a merged model")

@@ -15,6 +15,8 @@ from gpt_kit_hf.storage.run_folder import CURVE_FILE, METRICS_FILE
 from gpt_kit_hf.training.steps import Steps
 from gpt_kit_hf.training.task import RunContext, Task
 
+_OVERFITTED = 0.01  # by which share the score rises above the lowest before a run is said to overfit
+
 
 def run_facts(context: RunContext, task: Task, steps: Steps) -> dict[str, Any]:
     """Return what a run trains, on what, and where, for run.json."""
@@ -51,14 +53,23 @@ def introduction(context: RunContext, task: Task, steps: Steps, warmup_steps: in
 
 @dataclass(frozen=True, kw_only=True)
 class Ending:
-    """The results of a run. `before` is the loss before the first step, on the same text, None if it is unknown."""
+    """The results of a run.
+
+    `before` is the loss before the first step, on the same text, None if it is unknown; `scores` are those in the run,
+    {step: `metric`}; `best` is the step of the best kept checkpoint, if one is kept for its score, and `published`
+    that of the model; `steps` are those done and those planned.
+    """
 
     folder: Path
     eval_name: str
     score: Evaluation
     baselines: Mapping[str, float]
     before: float | None
-    best: tuple[int, float] | None
+    metric: str
+    scores: Mapping[int, float]
+    best: int | None
+    published: int
+    steps: tuple[int, int]
     curve: bool
     next_command: Sequence[str]
 
@@ -67,18 +78,37 @@ class Ending:
         score, bits = self.score, [f"{self.score.bits_per_byte:.3f} bits per byte"]
         bits += [f"{name} {value:.3f}" for name, value in self.baselines.items()]
         brought = "" if self.before is None else f"; it was {self.before:.4f} before training"
-        best = []
-        if self.best is not None:
-            best = [f"best     checkpoints/step-{self.best[0]:08d}, eval loss {self.best[1]:.3f} in the run"]
         return [
             f"\n{self.eval_name} ({score.text_bytes:,} bytes): {'; '.join(bits)}",
             f"loss {score.loss:.4f} nats per token, perplexity {score.perplexity:.1f}{brought}",
             f"model    {self.folder} (from_pretrained loads it)",
-            *best,
+            *self._course(),
             f"curve    {self.folder / CURVE_FILE if self.curve else 'not drawn: pip install matplotlib'}",
             f"metrics  {self.folder / METRICS_FILE}",
             f"next     {shlex.join(self.next_command)}",
         ]
+
+    def _course(self) -> list[str]:
+        """Return lines on the best checkpoint, an early stop, and a score that has become worse."""
+        done, planned = self.steps
+        lines, shown = [], {step: f"eval {self.metric.replace('_', ' ')} {x:.3f}" for step, x in self.scores.items()}
+        if self.best is not None:
+            is_model = " in the run: the published model" if self.best == self.published else " in the run"
+            lines.append(f"best     checkpoints/step-{self.best:08d}, {shown[self.best]}{is_model}")
+        if done < planned:
+            lines.append(f"note     stopped after step {done} of {planned}: the evaluation did not become better")
+        within = sorted(step for step in self.scores if step > 0)
+        lowest = min(within, key=self.scores.__getitem__, default=0)
+        if within and self.scores[within[-1]] > self.scores[lowest] * (1 + _OVERFITTED):
+            lines.append(
+                f"note     the model overfits: {shown[lowest]} at step {lowest} rose to "
+                f"{self.scores[within[-1]]:.3f} at step {within[-1]}; train for fewer steps, add dropout, or publish "
+                "the best checkpoint with --load_best_model_at_end true"
+                if self.published == done
+                else f"note     {shown[lowest]} at step {lowest} rose to {self.scores[within[-1]]:.3f} at step "
+                f"{within[-1]}: the model overfits from there on"
+            )
+        return lines
 
     def facts(self) -> dict[str, Any]:
         """Return the same as facts."""
@@ -91,6 +121,8 @@ class Ending:
             "loss_before_training": self.before,
             "beside_bits_per_byte": dict(self.baselines),
             "model": str(self.folder),
-            "best_step": None if self.best is None else self.best[0],
+            "best_step": self.best,
+            "published_step": self.published,
+            "planned_steps": self.steps[1],
             "next": list(self.next_command),
         }

@@ -90,12 +90,10 @@ class RunRecord:
             self._check()
             save_json(self._options, options)
             save_json(self._record, self._facts)
-            # The last evaluation and sample follow the last checkpoint, and will be written again.
-            again = [(done, "eval"), (done, "sample")] if done == total else []
             if self._metrics.exists():
-                cut_jsonl(
-                    self._metrics, lambda line: line["step"] <= done and (line["step"], line["kind"]) not in again
-                )
+                # What follows the last checkpoint will be written again, unless a finished run is made longer.
+                is_over = done == total or "results" not in before
+                cut_jsonl(self._metrics, lambda line: line["step"] <= done and not (is_over and _is_last(line, done)))
                 self._tokens = sum(line.get("trained_tokens", 0) for line in read_jsonl(self._metrics))
             self._trackers.start(self._facts["run_id"], options, done)
 
@@ -107,10 +105,11 @@ class RunRecord:
         self._write({**line, "batch": report.batch, "chain": report.chain})
         self._tokens += report.update.trained_tokens
 
-    def evaluation(self, step: int, score: Evaluation) -> None:
-        """Write the line of an evaluation, also to the trackers."""
+    def evaluation(self, step: int, score: Evaluation, *, last: bool = False) -> None:
+        """Write the line of an evaluation, also to the trackers; `last` marks that of the published model."""
         values = {"loss": score.loss, "bits_per_byte": score.bits_per_byte}
-        self._write({"kind": "eval", "step": step, **values, "tokens": score.tokens})
+        marked = {"last": True} if last else {}
+        self._write({"kind": "eval", "step": step, **values, "tokens": score.tokens, **marked})
         self._trackers.log("eval", step, values)
 
     def speed(self, step: int, speed: Speed, values: Mapping[str, float]) -> None:
@@ -122,10 +121,17 @@ class RunRecord:
         """Write the line of a text that the model generated."""
         self._write({"kind": "sample", "step": step, "prompt": prompt, "text": text})
 
-    def finish(self, step: int, score: Evaluation, baselines: Mapping[str, float], facts: Mapping[str, Any]) -> bool:
-        """Write the results and draw the curve, on the main process; return whether it could be drawn."""
+    def finish(
+        self, steps: int, published: int, score: Evaluation, baselines: Mapping[str, float], facts: Mapping[str, Any]
+    ) -> bool:
+        """Write the results and draw the curve, on the main process; return whether it could be drawn.
+
+        `steps` were done, fewer than planned after an early stop; `published` is the step of the published model.
+        """
         results = {"loss": score.loss, "bits_per_byte": score.bits_per_byte, "tokens": score.tokens}
-        results |= {"text_bytes": score.text_bytes, "steps": step}
+        results |= {"text_bytes": score.text_bytes, "steps": steps, "published_step": published}
+        if steps < self._facts["steps"]:
+            self._facts |= {"steps": steps, "planned_steps": self._facts["steps"]}
         self._facts |= facts
         self._check()
         self._facts["results"] = {**results, "beside_bits_per_byte": dict(baselines)}
@@ -154,11 +160,11 @@ class RunRecord:
         except GPTKitError as reason:
             self._log(f"{what} is not noted in {self._record.name}: {one_line(reason)}")
 
-    def scores(self) -> dict[int, float]:
-        """Return the loss of each evaluation on this evaluation text so far, by step; on the main process."""
+    def scores(self, metric: str = "loss") -> dict[int, float]:
+        """Return the loss or bits_per_byte of each evaluation on this text so far, by step; on the main process."""
         lines = read_jsonl(self._metrics) if self._metrics.exists() else []
         since = eval_changed_after(self._facts)
-        return {line["step"]: line["loss"] for line in lines if line["kind"] == "eval" and line["step"] > since}
+        return {line["step"]: line[metric] for line in lines if line["kind"] == "eval" and line["step"] > since}
 
     def kinds_at(self, step: int) -> set[str]:
         """Return the kinds of lines that there are of this step, such as "eval"; on the main process."""
@@ -203,6 +209,11 @@ def finished_before(folder: Path) -> RunResult | None:
         return None
     score = Evaluation(loss=results["loss"], tokens=results["tokens"], text_bytes=results["text_bytes"])
     return RunResult(folder=folder, steps=results["steps"], evaluation=score)
+
+
+def _is_last(line: Mapping[str, Any], step: int) -> bool:
+    """Return whether a line of metrics.jsonl was written after the last checkpoint, that of this step."""
+    return line["step"] == step and (line["kind"] == "sample" or line.get("last") is True)
 
 
 def _session(done: int, changes: Mapping[str, Any], computing: Mapping[str, Any]) -> dict[str, Any]:

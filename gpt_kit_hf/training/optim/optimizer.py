@@ -11,7 +11,7 @@ from torch.optim import AdamW, Muon, Optimizer
 from transformers.pytorch_utils import Conv1D
 
 from gpt_kit_hf.errors import UsageError
-from gpt_kit_hf.options.training import OptimizerOptions
+from gpt_kit_hf.options.training import OptimizerOptions, steps_of
 from gpt_kit_hf.training.optim.muon import MuonWithAdamW, check_matrices
 
 # Key of a parameter group: its learning rate divided by that of the step; 1 if missing.
@@ -81,10 +81,10 @@ def learning_rate_at(step: int, total_steps: int, options: OptimizerOptions) -> 
     of the peak at the last step; warmup_stable_decay (Hu et al. 2024) keeps the peak and decays linearly in the last
     `decay_ratio` of the steps; constant_with_warmup keeps the peak.
     """
-    if step < options.warmup_steps:
-        return options.learning_rate * (step + 1) / options.warmup_steps
+    start = steps_of(options.warmup_steps, total_steps)
+    if step < start:
+        return options.learning_rate * (step + 1) / start
     low = options.min_lr_ratio
-    start = options.warmup_steps
     if options.lr_scheduler_type == "warmup_stable_decay":
         start = max(start, total_steps - round(total_steps * options.decay_ratio))
     progress = min(1.0, max(0.0, (step - start) / max(1, total_steps - 1 - start)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +145,21 @@ def full_state(model: nn.Module, *, trained_only: bool = False) -> dict[str, Ten
     first = _names(model)
     same = {name: first[tensor] for name, tensor in model.state_dict(keep_vars=True).items()}
     return {name: whole[same[name]] for name in whole}
+
+
+def replace_weights(model: nn.Module, read: Callable[[], dict[str, Tensor]]) -> None:
+    """Give a model, sharded or whole, the weights that `read` returns for the whole model; all processes call.
+
+    The first process reads for all, if the model is sharded.
+    """
+    if not any(is_dtensor(parameter) for parameter in model.parameters()):
+        model.load_state_dict(read())
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    whole: dict[str, Any] = dict(read()) if dist.get_rank() == 0 else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, whole, options=options)
 
 
 def unsharded_model(model: PreTrainedModel) -> PreTrainedModel:
