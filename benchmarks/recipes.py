@@ -41,7 +41,7 @@ CONTEXT, BATCH, VOCABULARY = 128, 16, 257
 MODEL = ModelOptions(model="nano-xs", n_layer=4, n_head=4, n_embd=256, max_position_embeddings=CONTEXT)
 # Between the rates 2e-3 and 4e-3; with 1,000 steps 1e-3 ends at 1.774, 2e-3 at 1.708.
 PLAIN = OptimizerOptions(learning_rate=2.5e-3, lr_scheduler_type="cosine", min_lr_ratio=0.02, warmup_steps=60)
-RECIPES = {"plain": PLAIN, "fast": OptimizerOptions(**recipe_options("fast"))}
+RECIPES = {"plain": PLAIN, "fast": OptimizerOptions(**{**recipe_options("fast"), "warmup_steps": 60})}
 
 
 def main() -> None:

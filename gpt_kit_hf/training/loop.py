@@ -309,8 +309,8 @@ class _Loop:
         except StoppedError:
             self._save_and_stop()
         if not math.isfinite(score.loss):
-            last = self.checkpoints.describe_last()
-            raise NonFiniteError(f"the eval loss is {score.loss} at step {self.steps.step}: {last}")
+            newest = self.checkpoints.describe_last()
+            raise NonFiniteError(f"the eval loss is {score.loss} at step {self.steps.step}: {newest}")
         self.record.evaluation(self.steps.step, score, last=last)
         values = {"loss": score.loss, "bits_per_byte": score.bits_per_byte}
         if max_samples is not None:  # scores on all samples are not comparable with these

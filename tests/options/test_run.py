@@ -24,7 +24,8 @@ FREE = {
     "training.output_dir", "training.resume", "training.overwrite", "training.per_device_train_batch_size",
     "training.remote_dir",
     "training.eval_steps", "training.max_eval_samples", "training.save_steps", "training.save_total_limit",
-    "training.keep_best", "training.async_save", "training.logging_steps", "training.log_format",
+    "training.keep_best", "training.load_best_model_at_end", "training.metric_for_best_model",
+    "training.early_stopping_patience", "training.early_stopping_threshold", "training.async_save", "training.logging_steps", "training.log_format",
     "training.sample_steps",
     "training.sample_prompt", "training.sample_max_new_tokens", "training.report_to",
     "training.project", "training.run_name", "training.trackio_space_id",
@@ -64,7 +65,7 @@ RUN = Path("runs/x")
 def test_a_change_is_free_or_allowed_or_refused() -> None:
     stored = flat_options(run())
     assert changed_options(stored, run(), RUN) == {}
-    assert changed_options(stored, run(eval_steps=7), RUN) == {"training.eval_steps": [250, 7]}
+    assert changed_options(stored, run(eval_steps=7), RUN) == {"training.eval_steps": [None, 7]}
     with pytest.raises(UsageError, match=r"_rate was 0\.001, is 0\.1.*allow it by --allow_changes learning_rate$"):
         changed_options(stored, run(learning_rate=0.1), RUN)
     named = run(resume=True, learning_rate=0.1, allow_changes="learning_rate")
