@@ -41,11 +41,11 @@ class OpenModel:
         self.reader = TextReader(model)
         self._bytes, self.decode = TokenBytes(tokenizer), decode_function(tokenizer)
         self.special_ids = frozenset(tokenizer.all_special_ids)
-        begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-        # A text begins where documents begin, so that its first token is scored, too.
-        self.start_id: int | None = end if begin is None else begin
+        self.start_id = _start_id(tokenizer)
         eos = model.generation_config.eos_token_id if model.generation_config is not None else None
-        self.eos_ids = [eos] if isinstance(eos, int) else list(eos or ([] if end is None else [end]))
+        self.eos_ids = [eos] if isinstance(eos, int) else list(eos or [])
+        if not self.eos_ids and tokenizer.eos_token_id is not None:
+            self.eos_ids = [tokenizer.eos_token_id]
         self._anchor = tokenizer.encode("a", add_special_tokens=False)
         self._spelled: dict[int, str] = {}
         self._attention: tuple[list[int], Tensor] | None = None
@@ -115,6 +115,17 @@ class OpenModel:
         except UsageError as error:
             return f"{error}."
         return None
+
+
+def _start_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the token with which a text begins, so that its first token is scored, too; None if there is none.
+
+    As in an evaluation, it is the BOS token that the tokenizer puts before a text, else the EOS token.
+    """
+    begin: int | None = tokenizer.bos_token_id
+    end: int | None = tokenizer.eos_token_id
+    adds_begin = begin is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [begin]
+    return begin if adds_begin or end is None else end
 
 
 class Models:

@@ -27,6 +27,7 @@ from gpt_kit_hf.options.evaluation import ScoreOptions
 from gpt_kit_hf.pages import server
 from gpt_kit_hf.pages.models import Models
 from gpt_kit_hf.pages.play import PlayPage, play
+from gpt_kit_hf.pages.views import read_view
 from gpt_kit_hf.pages.work import Work
 from gpt_kit_hf.tokenization.chat_templates import render_chat
 
@@ -160,6 +161,18 @@ def test_a_long_text_is_scored_as_an_evaluation_scores_it(
     assert lines(client, ids=found["ids"], sampling={}) == [{"end": "the model's context of 64 tokens is full"}]
     both = post(client, "compare", other=KEYS["tuned"], text=text)  # the same weights, in a longer context
     assert both["totals"][0]["loss"] == pytest.approx(expected.loss, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen"])
+def test_a_text_begins_as_in_an_evaluation(kind: str, tmp_path: Path) -> None:
+    write_model(kind, tmp_path / kind)
+    (tmp_path / "text.txt").write_text(TEXT)
+    expected = score_model(str(tmp_path / kind), ScoreOptions(data=[str(tmp_path / "text.txt")])).evaluation
+    opened = Models([str(tmp_path / kind)]).open("0")
+    found = read_view(opened, opened.encode(TEXT))["scores"]
+    assert found["tokens"] == expected.tokens
+    assert found["loss"] == pytest.approx(expected.loss, abs=1e-5)
+    assert found["bytes"] == len(TEXT.encode())
 
 
 def test_an_empty_text_is_what_begins_a_document(client: TestClient, folders: dict[str, Path]) -> None:
