@@ -258,6 +258,18 @@ def test_a_conversation_in_the_form_of_the_template(page: Page, folders: dict[st
     assert page.js("document.querySelector('#conversation [data-role=user].trained')") is None
 
 
+def test_the_curves_of_a_run_are_drawn(page: Page, folders: dict[str, Path]) -> None:
+    metrics = folders["run"] / "metrics.jsonl"
+    records = [{"kind": "train", "step": step, "loss": 4 - step / 10, "tokens": 8} for step in range(1, 11)]
+    metrics.write_text("".join(json.dumps(each) + "\n" for each in records))
+    page.click("[data-tab=curves]")
+    assert page.texts("#absent") == ["This model is not in the folder of its run."]
+    use(page, "3/step-00000010")
+    page.wait("document.querySelector('#curves [data-name=run]') !== null")
+    assert page.texts("#curves-note span") == [" run (interrupted)"]
+    metrics.unlink()
+
+
 def test_the_newest_checkpoint_is_offered(chromium: Browser, url: str, folders: dict[str, Path]) -> None:
     with chromium.page() as page:
         page.open(url)
