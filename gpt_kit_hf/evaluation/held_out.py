@@ -15,7 +15,6 @@ from gpt_kit_hf.options.data import TextOptions
 from gpt_kit_hf.options.files import find_files, is_url
 
 _MOST_BYTES = 200 << 20  # of text that is read again to split the same part off
-_REMEDY = "name a text to show"
 
 
 def held_out_text(options: Mapping[str, Any], record: Mapping[str, Any], encoding: tiktoken.Encoding) -> TokenStream:
@@ -27,13 +26,13 @@ def held_out_text(options: Mapping[str, Any], record: Mapping[str, Any], encodin
     names = [field.name for field in dataclasses.fields(TextOptions)]
     chosen = {name: options[f"text.{name}"] for name in names if f"text.{name}" in options}
     if not any(chosen.get(name) for name in ("text_files", "token_files", "mixture", "dataset_name")):
-        raise UsageError(f"the run was not trained on text: {_REMEDY}")
+        raise UsageError("the run was not trained on text")
     apart = bool(chosen.get("eval_files"))
     patterns = [*(chosen.get("text_files") or []), *(each.partition(":")[2] for each in chosen.get("mixture") or [])]
     if not apart and (chosen.get("dataset_name") or any(each.startswith("dataset:") for each in patterns)):
-        raise UsageError(f"the run was evaluated on a dataset: {_REMEDY}")
+        raise UsageError("the run was evaluated on a dataset")
     if any(map(is_url, [*patterns, *(chosen.get("eval_files") or [])])):
-        raise UsageError(f"the text of the run is behind a URL: {_REMEDY}")
+        raise UsageError("the text of the run is behind a URL")
     try:
         text = TextOptions(**chosen)
         if not apart and not text.token_files:
@@ -41,9 +40,9 @@ def held_out_text(options: Mapping[str, Any], record: Mapping[str, Any], encodin
         seed = int(options.get("training.seed", 0))
         found = prepare_eval(text, encoding)[0] if apart else prepare_corpus(text, encoding, seed=seed).eval
     except (GPTKitError, OSError, TypeError, ValueError) as error:
-        raise UsageError(f"the text of the run cannot be read again: {_REMEDY}") from error
+        raise UsageError("the text of the run cannot be read again") from error
     if found.fingerprint() != record.get("eval_fingerprint"):
-        raise UsageError(f"the text of the run has changed: {_REMEDY}")
+        raise UsageError("the text of the run has changed")
     return found
 
 

@@ -37,10 +37,11 @@ _DATA = {
     "fingerprint": "fingerprint of the data",
 }
 _TOKENIZER = {"name": "tokenizer", "fingerprint": "fingerprint of the tokenizer"}
+# What was done to random weights, or to the base model, with which data.
 _KINDS = {
-    "pretrained": ("a language model", "trained from random weights"),
-    "continued": ("a language model", "trained further"),
-    "tuned": ("a model", "tuned on instruction rows"),
+    "pretrained": "trained from random weights on {data}",
+    "continued": "{base} trained further on {data}",
+    "tuned": "{base} tuned on the instruction rows of {data}",
 }
 _STATES = {
     "running": "It is still training",
@@ -77,17 +78,19 @@ def values(run: RunHistory, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _lead(run: RunHistory, facts: Mapping[str, Any]) -> str:
-    kind, trained = _KINDS.get(facts["kind"], ("a language model", "trained"))
     parameters = f" with {short(facts['parameters'])} parameters" if facts.get("parameters") else ""
     named = [each["name"] for each in sources(facts.get("options", {}))]
-    data = f" on {', '.join(named[:3])}{' and more' if len(named) > 3 else ''}" if named else ""
-    lead = f"This is {kind}{parameters}, {trained}{data}: {run.trained_tokens:,} tokens in {run.steps_done:,} steps."
+    data = ", ".join(named[:3]) + (" and more" if len(named) > 3 else "") if named else "data that is not recorded"
+    base = (facts.get("base") or {}).get("name") or "a model"
+    made = _KINDS.get(facts["kind"], "trained on {data}").format(base=base, data=data)
+    lead = f"A language model{parameters}: {made}, {run.trained_tokens:,} tokens in {run.steps_done:,} steps."
     if run.state in _STATES:
         of = f" of {run.steps_planned:,}" if run.steps_planned else ""
         lead += f" {_STATES[run.state]} after step {run.steps_done:,}{of}."
     own = next((each for each in facts.get("evaluations", []) if each.get("own")), None)
     if own and "bits_per_byte" in own:
-        lead += f" On text that it was not trained on it needs {own['bits_per_byte']:.3f} bits for each byte"
+        unseen = "answers" if facts["kind"] == "tuned" else "text"
+        lead += f" On {unseen} that it was not trained on it needs {own['bits_per_byte']:.3f} bits for each byte"
         beside = ", ".join(f"{name}: {bits:.3f}" for name, bits in own.get("beside", {}).items())
         lead += f" ({beside})." if beside else "."
     return lead
@@ -177,7 +180,8 @@ def _commands(name: str, facts: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _code(name: str, facts: Mapping[str, Any]) -> str:
-    own = facts.get("architecture", {}).get("model_type") == "gpt_kit"
+    architecture = facts.get("architecture", {})
+    own, context = architecture.get("model_type") == "gpt_kit", architecture.get("max_position_embeddings") or 200
     chat = facts.get("tokenizer", {}).get("chat")
     ask = (
         'tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True, '
@@ -194,7 +198,8 @@ def _code(name: str, facts: Mapping[str, Any]) -> str:
             f"tokenizer = AutoTokenizer.from_pretrained({name!r})",
             f"model = AutoModelForCausalLM.from_pretrained({name!r})",
             f"inputs = {ask}",
-            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100, do_sample=True)[0]))",
+            f"ids = model.generate(**inputs, max_new_tokens={min(100, context // 2)}, do_sample=True)",
+            "print(tokenizer.decode(ids[0]))",
         ]
     )
 

@@ -6,6 +6,7 @@ import html
 import json
 import math
 import re
+import shlex
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,12 +18,15 @@ from run_folders import write_run
 from tiny_model import write_tiny_model
 from transformers import AutoModelForCausalLM
 
-from gpt_kit_hf.commands.main import main
+from gpt_kit_hf.commands.main import COMMANDS, main
 from gpt_kit_hf.data.text.corpus import prepare_corpus
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.evaluation.held_out import held_out_text
 from gpt_kit_hf.evaluation.passages import scored_passages
+from gpt_kit_hf.hub.card.facts import card_facts
 from gpt_kit_hf.options.data import TextOptions
+from gpt_kit_hf.options.parser import parse_options
+from gpt_kit_hf.pages import report_facts
 from gpt_kit_hf.pages.report import write_report
 from gpt_kit_hf.storage.run_history import read_run
 from gpt_kit_hf.tokenization.encodings import get_encoding
@@ -80,8 +84,8 @@ def test_the_held_out_text_is_that_of_the_run(root: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"text.text_files": ["nowhere.txt"]}, "cannot be read again: name a text to show"),
-        ({"text.eval_fraction": 0.3}, "has changed: name a text to show"),
+        ({"text.text_files": ["nowhere.txt"]}, "cannot be read again"),
+        ({"text.eval_fraction": 0.3}, "has changed"),
         ({"text.text_files": None}, "was not trained on text"),
         ({"text.text_files": ["s3://b/x.txt"]}, "is behind a URL"),
         ({"text.text_files": None, "text.dataset_name": "a/b"}, "was evaluated on a dataset"),
@@ -173,6 +177,20 @@ def test_a_run_without_a_model_or_its_text(root: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such file"):
         written(tmp_path / "mine", tmp_path / "c.html", text_files=["nowhere.txt"])
     assert not (tmp_path / "c.html").exists()
+
+
+def test_what_is_said_of_its_use_works(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = card_facts(root / "mine")
+    monkeypatch.chdir(root)
+    values = report_facts.values(read_run(root / "mine"), facts)
+    for line in values["commands"].splitlines():
+        program, name, *arguments = shlex.split(line, comments=True)
+        assert program == "gpt-kit"
+        assert parse_options(COMMANDS[name].options, arguments, prog=name) is not None
+    exec(values["code"], {})
+    assert len(capsys.readouterr().out) > 10
 
 
 def test_a_failed_run_shows_no_path_of_its_error(tmp_path: Path) -> None:
