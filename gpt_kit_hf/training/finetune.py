@@ -108,7 +108,7 @@ class InstructionTask(Task):
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         how = f"LoRA of rank {self.options.adapter.lora_r}" if self._lora else "in full"
         return [
-            *self.report.text(color=self.context.console.interactive).splitlines(),
+            *self.report.text(color=self.context.console.color).splitlines(),
             f"model     {self._named}: {short(self.model.num_parameters())} parameters, "
             f"{short(trained)} of them trained ({how})",
         ]

@@ -192,6 +192,8 @@ class _Loop:
         self.console.event("begin", None, run=str(self.folder), step=steps.step, steps=steps.total, **facts)
         steps.begin()
         progress = Progress(step=steps.step, steps=steps.total, save_steps=self.every.saving)
+        if scores := self.checkpoints.scores:
+            progress.score = f"eval loss {scores[max(scores)]:.3f} (step {max(scores):,})"
         self.console.show(LiveView(progress, self.pace, device))
 
     def _train(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
@@ -18,12 +19,15 @@ class Console:
     """Writes what happens in a run. Without a stream it is silent.
 
     `log_format` is "text", lines for people, or "json", an object a line. On a terminal, `show` adds a view of the
-    progress below the lines of text; `view` is that view, None where there is none.
+    progress below the lines of text; `view` is that view, None where there is none. `color` says whether lines of text
+    may have colours.
     """
 
     def __init__(self, stream: TextIO | None, log_format: Literal["text", "json"] = "text") -> None:
         self._stream, self._json = stream, log_format == "json"
         self.interactive = stream is not None and not self._json and stream.isatty()
+        # https://no-color.org
+        self.color = self.interactive and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         self.view: LiveView | None = None
 
     def log(self, line: str = "") -> None:

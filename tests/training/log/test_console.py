@@ -220,6 +220,7 @@ def test_no_color(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     colour = re.compile(r"\x1b\[[\d;]*m")
     for wanted in (True, False):
         console = Console(terminal)
+        assert console.color is wanted
         console.show(view_of(Progress(step=5, steps=10, save_steps=5)))
         console.close()
         assert bool(colour.search(terminal.getvalue())) is wanted
