@@ -73,7 +73,7 @@ COMMANDS = {
             summary="Tokenize a text before training, without a GPU, on one machine or several.",
             about="gpt-kit train with the same text, encoding and token_cache_dir then tokenizes nothing.",
             options=TokenizeOptions,
-            module="tokenize",
+            module="data",
         ),
         Command(
             name="finetune",
@@ -85,7 +85,7 @@ COMMANDS = {
             name="inspect",
             summary="Show which tokens of instruction rows would be trained, and which rows are invalid.",
             options=InspectOptions,
-            module="inspect",
+            module="data",
         ),
         Command(
             name="verify",
