@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +157,25 @@ def test_a_request_that_the_page_does_not_make(tmp_path: Path, body: dict[str, A
 def test_names_tell_runs_apart(tmp_path: Path) -> None:
     folders = [tmp_path / "x" / "a", tmp_path / "y" / "a", tmp_path / "y" / "b"]
     assert display_names(folders) == dict(zip(folders, ["x/a", "y/a", "b"], strict=True))
+
+
+def test_the_command_serves_without_torch_and_stops_on_request(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 10, checkpoints=())
+    program = (
+        "import sys; from gpt_kit_hf.commands.main import main; "
+        "code = main(sys.argv[1:]); sys.exit(9 if 'torch' in sys.modules else code)"
+    )
+    command = [sys.executable, "-c", program, "watch", str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            url = process.stdout.readline().split()[2]
+            assert url.startswith("http://127.0.0.1:")
+            body = json.dumps({"runs": {"0": {}}}).encode()
+            request = urllib.request.Request(f"{url}update", body, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                assert json.load(answer)["runs"][0]["facts"]["step"] == 10
+            process.terminate()
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
