@@ -24,7 +24,6 @@ from gpt_kit_hf.storage.run_folder import (
     OPTIONS_FILE,
     holds_run,
 )
-from gpt_kit_hf.text import duration
 from gpt_kit_hf.training.data_changes import data_change
 from gpt_kit_hf.training.log.console import Console
 from gpt_kit_hf.training.log.live import LiveView, Progress
@@ -214,12 +213,8 @@ class _Loop:
             report = self._take_step()
             self._record_update(report)
             pace.add(time.perf_counter() - began, report.update.trained_tokens)
-            if steps.step == first + _STEPS_TO_ESTIMATE and self.console.view is None:
-                left = duration(pace.seconds_per_step * (steps.total - steps.step))
-                loss = f"loss {report.update.loss:.3f}"
-                self.console.log(
-                    f"step {steps.step:,}/{steps.total:,}  {loss}  about {left} left, without evaluations"
-                )
+            if steps.step == first + _STEPS_TO_ESTIMATE:
+                self.console.estimate(steps.step, steps.total, report.update.loss, pace.seconds_per_step)
             if steps.step % self.every.logging == 0 or steps.step == steps.total:
                 self._log_step(report)
             if report.stop:

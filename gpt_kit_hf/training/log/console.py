@@ -49,6 +49,12 @@ class Console:
         shown = None if self.view is not None else line
         self.event("step", shown, step=step, steps=steps, seconds_left=seconds_left, **facts)
 
+    def estimate(self, step: int, steps: int, loss: float, seconds_per_step: float) -> None:
+        """Write a first estimate of the time left, before the first line of `step`, if there is no view."""
+        if self.view is None:
+            left = duration((steps - step) * seconds_per_step)
+            self.log(f"step {step:,}/{steps:,}  loss {loss:.3f}  about {left} left, without evaluations")
+
     def show(self, view: LiveView) -> None:
         """Show a view below the lines from now on, if the stream is a terminal."""
         if self.interactive and self._stream is not None:

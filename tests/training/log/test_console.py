@@ -91,10 +91,12 @@ def test_console_writes_lines_to_a_pipe() -> None:
         console.advance(1, 2.5)
     console.step(1, 10, 90.0, loss=2.5, **SPEED)
     console.event("begin", None, steps=10)
+    console.estimate(2, 1000, loss=2.25, seconds_per_step=0.2)
     console.log("done")
     console.close()
     line = "step 1/10  loss 2.500  1.23k tokens/s  1.50 GB memory  1 min 30 s left"
-    assert stream.getvalue() == f"{line}\ndone\n"
+    estimate = "step 2/1,000  loss 2.250  about 3 min 20 s left, without evaluations"
+    assert stream.getvalue() == f"{line}\n{estimate}\ndone\n"
 
 
 @pytest.mark.parametrize("kind", [io.StringIO, Terminal])
@@ -172,6 +174,7 @@ def test_the_view_stays_below_the_lines(terminal: Terminal) -> None:
     console = Console(terminal)
     console.show(view_of(Progress(step=2, steps=10, save_steps=4)))
     console.step(2, 10, 90.0, loss=2.5, **SPEED)  # the view shows it
+    console.estimate(2, 10, loss=2.5, seconds_per_step=0.2)
     console.advance(3, 2.5)
     console.log("a line\nand another")
     console.advance(4, 2.0)
