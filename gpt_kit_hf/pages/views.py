@@ -51,7 +51,7 @@ def read_view(opened: OpenModel, ids: Sequence[int], stop: Stop = lambda: False)
             "bytes": n_bytes,
             "loss": _number(loss),
             "perplexity": _number(math.exp(min(loss, 700))),
-            "bits_per_byte": bits_per_byte(scored, n_bytes),
+            "bits_per_byte": _number(bits_per_byte(scored, n_bytes)),
         }
     return {
         "ids": list(ids),
@@ -250,7 +250,7 @@ class _Side:
         return {
             "tokens": self._n_tokens,
             "loss": _number(float(-scored.double().mean())) if len(scored) else None,
-            "bits_per_byte": bits_per_byte(scored, self._n_bytes),
+            "bits_per_byte": _number(bits_per_byte(scored, self._n_bytes)),
         }
 
 
@@ -269,5 +269,5 @@ def _at(ids: Sequence[int], n: int) -> int | None:
     return ids[n] if n < len(ids) else None
 
 
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _number(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

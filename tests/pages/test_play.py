@@ -175,6 +175,20 @@ def test_a_text_begins_as_in_an_evaluation(kind: str, tmp_path: Path) -> None:
     assert found["bytes"] == len(TEXT.encode())
 
 
+def test_a_token_that_cannot_come_has_no_number(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path)
+    models = Models([str(tmp_path)])
+    weight = models.open("0").model.lm_head.weight
+    with torch.no_grad():
+        weight[ord("z")] = torch.inf  # its logits are infinite or NaN, as those of a model that went wrong
+    page = PlayPage(models)
+    client = TestClient(page.app(), base_url="http://127.0.0.1")
+    found = post(client, "read", text="az")
+    assert found["tokens"][1]["logprob"] is None
+    assert found["scores"]["loss"] is None
+    page.work.end()
+
+
 def test_an_empty_text_is_what_begins_a_document(client: TestClient, folders: dict[str, Path]) -> None:
     found = post(client, "read", text="")
     assert (found["tokens"], found["scores"]) == ([], None)
