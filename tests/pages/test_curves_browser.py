@@ -39,6 +39,12 @@ def hover(page: Page, chart: str, part: float) -> list[str]:
     return page.texts(f"{chart} .chart-tip > div")
 
 
+def wait_for_steps(page: Page, shown: str) -> None:
+    """Let the page ask for news now, as when it is looked at again, and wait until it shows these steps."""
+    page.js("document.dispatchEvent(new Event('visibilitychange'))")
+    page.wait(f"document.querySelector('#run-rows td:nth-child(3)').textContent === '{shown}'", 30)
+
+
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(watch, "_LOOK_AGAIN", -1.0)
@@ -85,11 +91,11 @@ def test_watch_follows_a_run_that_grows_and_is_resumed(
         page.open(served(watch_app([later])))
         page.wait("document.querySelector('#waiting').textContent.includes('no run has begun there yet')")
         write_run(later, 10, planned=100, checkpoints=())
-        page.wait("document.querySelector('#run-rows td:nth-child(3)').textContent === '10 / 100'", 30)
+        wait_for_steps(page, "10 / 100")
         write_lines(later, metric_lines(50, first=11))
-        page.wait("document.querySelector('#run-rows td:nth-child(3)').textContent === '50 / 100'", 30)
+        wait_for_steps(page, "50 / 100")
         cut_jsonl(later / "metrics.jsonl", lambda line: line["step"] <= 30)
-        page.wait("document.querySelector('#run-rows td:nth-child(3)').textContent === '30 / 100'", 30)
+        wait_for_steps(page, "30 / 100")
         assert page.problems == []
 
 
