@@ -36,6 +36,7 @@ from gpt_kit_hf.training.runtime.compilation import blocks_to_compile
 from gpt_kit_hf.training.runtime.determinism import deterministic_algorithms
 from gpt_kit_hf.training.runtime.launch import end_processes, launcher_pid
 from gpt_kit_hf.training.runtime.lost_processes import lost_process, lost_run
+from gpt_kit_hf.training.runtime.memory import frozen_objects
 from gpt_kit_hf.training.runtime.signals import EXIT_STOPPED, StopSignals
 from gpt_kit_hf.training.saving import RunCheckpoints, checkpoint_to_resume
 from gpt_kit_hf.training.start import check_fit, continues_run, make_folders, run_accelerator
@@ -159,7 +160,8 @@ class _Loop:
         try:
             with self.stop.stop_between_steps():
                 self._prepare()
-                self._train()
+                with frozen_objects():
+                    self._train()
                 self.checkpoints.save(must=True)
                 return self._finish()
         except StoppedError:

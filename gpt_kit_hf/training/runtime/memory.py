@@ -1,9 +1,12 @@
-"""A setting of glibc's allocator that makes training on a CPU faster."""
+"""Memory of a training process: glibc's allocator, and Python's garbage collector."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # mallopt parameters of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -20,3 +23,18 @@ def reuse_freed_memory() -> bool:
         return False
     libc = ctypes.CDLL(None)
     return bool(libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+@contextmanager
+def frozen_objects() -> Iterator[None]:
+    """Let the garbage collector leave alone what exists now, until the end of the block.
+
+    A full collection looks at every object, 450,000 with torch and transformers imported: 0.3 s of a step, again and
+    again. What is made in the block is collected as always.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

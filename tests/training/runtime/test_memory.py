@@ -1,10 +1,12 @@
-"""What malloc does with freed memory, in a process of its own."""
+"""What malloc does with freed memory, in a process of its own, and what the garbage collector looks at."""
 
 from __future__ import annotations
 
+import gc
 import platform
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,22 @@ def test_large_tensors_are_made_of_memory_that_is_there() -> None:
     }
     assert faults["as it is"] > 1000  # 64 MB have 16,384 pages, unless the system has large ones
     assert faults["reuse"] < faults["as it is"] / 20
+
+
+def test_only_what_is_new_is_collected() -> None:
+    class Node:
+        other: Node
+
+    def cycle(made: list[int]) -> None:
+        first, second = Node(), Node()
+        first.other, second.other = second, first
+        weakref.finalize(first, made.append, 1)
+
+    ended: list[int] = []
+    before = len(gc.get_objects())
+    with memory.frozen_objects():
+        assert len(gc.get_objects()) < before / 10
+        cycle(ended)
+        gc.collect()
+        assert ended == [1]
+    assert gc.get_freeze_count() == 0
