@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shutil
 import subprocess
 import tempfile
@@ -43,7 +44,11 @@ class Browser:
 
     def __init__(self, executable: str, profile: Path) -> None:
         command = [executable, *_FLAGS, f"--user-data-dir={profile}", "about:blank"]
-        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        # Its reports of crashes and its caches would lie in the user's folder, whatever the profile.
+        places = dict.fromkeys(("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"), str(profile))
+        self._process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env={**os.environ, **places}
+        )
         too_long = threading.Timer(_SECONDS, self._process.kill)
         too_long.start()
         lines = []
