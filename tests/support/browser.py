@@ -151,7 +151,7 @@ class Page:
             raise AssertionError(found["exceptionDetails"].get("exception", {}).get("description", found))
         return found["result"].get("value")
 
-    def wait(self, condition: str, seconds: float = 20) -> None:
+    def wait(self, condition: str, seconds: float = 50) -> None:
         """Wait until an expression is true on the page, which may be another one by then."""
         program = (
             "new Promise((done, fail) => { const end = Date.now() + %d; (function look() { let holds = false;"
