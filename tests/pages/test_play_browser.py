@@ -141,8 +141,8 @@ def test_numbers_and_colours_are_those_of_a_forward_pass(page: Page, logprobs: t
 def test_each_tab_shows_a_forward_pass(page: Page, model: PreTrainedModel, logprobs: torch.Tensor) -> None:
     write(page, TEXT)
     page.click("[data-tab=sampling]")
-    page.choose("#top-k", "3")
     page.choose("#temperature", "0.5")
+    page.choose("#top-k", "3")
     page.wait("document.querySelectorAll('#sampling-bars .cut').length === 21")
     best = (logprobs[-1] / 0.5).topk(3)
     assert numbers(page, "#sampling-bars div", "after")[:3] == pytest.approx(

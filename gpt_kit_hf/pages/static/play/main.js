@@ -100,7 +100,9 @@ async function generate() {
   byId("stop").hidden = false;
   byId("ended").textContent = "";
   const edits = state.edits;
-  await guarded(() => stream("generate", { ...given, max_new_tokens: count }, addGenerated));
+  // A line that was on its way when the text was edited is not added.
+  const add = (line) => state.edits === edits && addGenerated(line);
+  await guarded(() => stream("generate", { ...given, max_new_tokens: count }, add));
   byId("generate").hidden = false;
   byId("stop").hidden = true;
   // What was typed meanwhile, or put in place of a token, is read already.
