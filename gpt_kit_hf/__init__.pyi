@@ -25,11 +25,15 @@ from .errors import GPTKitError as GPTKitError
 from .errors import HubError as HubError
 from .errors import NonFiniteError as NonFiniteError
 from .errors import UsageError as UsageError
+from .evaluation.attention_maps import attention_weights as attention_weights
 from .evaluation.invariance import check_invariance as check_invariance
+from .evaluation.logit_lens import LogitLens as LogitLens
 from .evaluation.metrics import Evaluation as Evaluation
 from .evaluation.metrics import evaluate_stream as evaluate_stream
 from .evaluation.score import ScoreReport as ScoreReport
 from .evaluation.score import score_model as score_model
+from .evaluation.token_scores import sampling_distribution as sampling_distribution
+from .evaluation.token_scores import score_tokens as score_tokens
 from .export.gguf_file import save_as_gguf as save_as_gguf
 from .export.native import save_as_native as save_as_native
 from .generation.chat import Conversation as Conversation

@@ -17,8 +17,11 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "attention_maps": ["attention_weights"],
         "invariance": ["check_invariance"],
+        "logit_lens": ["LogitLens"],
         "metrics": ["Evaluation", "evaluate_stream"],
         "score": ["ScoreReport", "score_model"],
+        "token_scores": ["sampling_distribution", "score_tokens"],
     },
 )
