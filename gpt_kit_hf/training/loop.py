@@ -215,9 +215,10 @@ class _Loop:
             report = self._take_step()
             self._record_update(report)
             pace.add(time.perf_counter() - began, report.update.trained_tokens)
-            if steps.step == first + _STEPS_TO_ESTIMATE:
+            due = steps.step % self.every.logging == 0 or steps.step == steps.total
+            if steps.step == first + _STEPS_TO_ESTIMATE and not due:
                 self.console.estimate(steps.step, steps.total, report.update.loss, pace.seconds_per_step)
-            if steps.step % self.every.logging == 0 or steps.step == steps.total:
+            if due:
                 self._log_step(report)
             if report.stop:
                 self._save_and_stop()
