@@ -1,14 +1,11 @@
-"""Fixtures, and child processes to kill, that the tests of several folders share."""
+"""Fixtures that the tests of several folders share."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import os
-import signal
-import traceback
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 # Read when the Hub's client is imported: its other way of sending files needs more than a loopback server.
@@ -28,8 +25,6 @@ import transformers
 # The name under which tiktoken caches GPT-2's merges: the SHA-1 of their address.
 _GPT2_MERGES = hashlib.sha1(b"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe").hexdigest()
 _SHARED = Path(__file__).resolve().parents[2] / "shared"
-
-KILLED = -signal.SIGKILL
 
 
 @pytest.fixture(autouse=True)
@@ -91,32 +86,3 @@ def logged() -> Iterator[list[str]]:
     yield messages
     logger.removeHandler(handler)
     assert messages == []
-
-
-def fork() -> int:
-    with warnings.catch_warnings():
-        # Newer Pythons warn that torch's threads do not survive a fork; the children here use none.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return os.fork()
-
-
-def start_child(body: Callable[[], object]) -> int:
-    """Run body in a forked process that ends without pytest's own clean-up; return its pid."""
-    if pid := fork():
-        return pid
-    code = 1
-    try:
-        body()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
-
-
-def in_child(body: Callable[[], object]) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(start_child(body), 0)[1])
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)

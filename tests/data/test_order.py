@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import start_child
+from children import start_child
 from torch.utils.data import DataLoader
 
 from gpt_kit_hf.data.order import BatchPlan, MixtureOrder, Order, PlannedBatches, ShuffledOrder, shuffled

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from children import KILLED, die, in_child
 from command_line import gpt_kit
-from conftest import KILLED, die, in_child
 from test_gguf_file import LLAMA3, random_model
 from torchao.quantization import Int8WeightOnlyConfig, quantize_  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import start_child
+from children import start_child
 from safetensors.torch import load_file, save_file
 from shapes import MODERN, both_shapes
 from torch import Tensor, nn

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import KILLED, die, in_child
+from children import KILLED, die, in_child
 
 from gpt_kit_hf.errors import CheckpointError
 from gpt_kit_hf.storage import atomic_files

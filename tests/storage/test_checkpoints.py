@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import KILLED, die, in_child, start_child
+from children import KILLED, die, in_child, start_child
 from safetensors.torch import save_file
 
 from gpt_kit_hf.errors import CheckpointError, UsageError

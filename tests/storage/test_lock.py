@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import KILLED, die, in_child, start_child
+from children import KILLED, die, in_child, start_child
 
 from gpt_kit_hf.errors import CheckpointError, RunError
 from gpt_kit_hf.storage import lock, processes

@@ -162,6 +162,8 @@ def test_a_signal_ends_the_training_of_a_vocabulary(
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     with subprocess.Popen(command, text=True, preexec_fn=heard, env=environment, **streams) as process, ended(process):
         assert process.stdout is not None
+        assert process.stdout.readline() == "loading  PyTorch and transformers\n"
+        assert process.stdout.readline().startswith("reading  ")
         assert process.stdout.readline() == "training a bpe of 60,000 tokens on the text\n"
         [child] = wait_for_children(process.pid)
         while child.cpu_times().user < 1:  # beyond the imports, in the trainer

@@ -74,8 +74,9 @@ def peak_memory(device: torch.device) -> int:
         return int(torch.mps.driver_allocated_memory())
     if device.type != "cpu":
         return int(torch.accelerator.max_memory_allocated(device))
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource  # not on Windows
-
+    try:
+        import resource
+    except ImportError:  # on Windows, whose system keeps the peak itself
+        found = psutil.Process().memory_info()._asdict()
+        return int(found.get("peak_wset", found["rss"]))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -141,6 +141,7 @@ def test_the_progress_is_logged_where_no_bar_is(
     text: TextOptions, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(token_cache, "_LOGGED", 0)
+    monkeypatch.setattr(token_cache, "_FIRST_LOGGED", 0)
     assert main(["tokenize", "--text_files", *(text.text_files or []), "--encoding=bytes"]) == 0
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) > 12

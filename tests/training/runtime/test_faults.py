@@ -33,7 +33,7 @@ import datasets
 import pytest
 import test_signals
 import torch
-from conftest import KILLED, die
+from children import KILLED, die
 from kill_campaign import Course, differences, write_texts
 from kill_campaign import options as campaign_options
 from safetensors.torch import load_file

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiktoken
-from conftest import KILLED, in_child
+from children import KILLED, in_child
 
 from gpt_kit_hf.data.text import shards
 from gpt_kit_hf.data.text.documents import (
