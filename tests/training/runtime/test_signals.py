@@ -88,7 +88,7 @@ def test_a_run_that_is_stopped_saves_and_says_how_to_go_on(number: signal.Signal
     assert "--allow_changes max_steps" in refused
 
 
-@pytest.mark.parametrize("launcher", [pytest.param("torchrun", marks=pytest.mark.slow), "accelerate"])
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_a_launcher_that_is_stopped_leaves_no_orphan(launcher: str, text: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = begin(launcher, folder, text, 100_000)
