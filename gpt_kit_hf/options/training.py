@@ -117,8 +117,8 @@ class TrainingOptions(Options):
     )
     load_best_model_at_end: bool = option(
         False,
-        "publish the checkpoint with the best evaluation in the run, instead of the last; every checkpoint is then "
-        "evaluated, and the best one kept",
+        "publish the checkpoint with the best evaluation in the run, instead of the last; each evaluation that is the "
+        "best so far is then saved, and the best checkpoint kept",
         resume="free",
     )
     metric_for_best_model: Literal["loss", "bits_per_byte"] = option(

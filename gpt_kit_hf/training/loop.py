@@ -260,6 +260,12 @@ class _Loop:
         saved_as_best = self.checkpoints.keeps_best > 0 and step % self.every.saving == 0
         return step < self.steps.total and (step % self.every.evaluation == 0 or saved_as_best)
 
+    def _is_to_publish(self) -> bool:
+        """Return whether this step has the best score so far, in a run that publishes the best one."""
+        if not self.chosen.load_best_model_at_end:
+            return False
+        return decide_on_main(self.accelerator, lambda: self.checkpoints.evaluations_since_best() == 0)
+
     def _sample_due(self, step: int) -> bool:
         """Return whether there is a text sample between this step and the next."""
         return step > 0 and self.every.sample > 0 and step % self.every.sample == 0
@@ -269,6 +275,7 @@ class _Loop:
         step, saves = self.steps.step, self.steps.step % self.every.saving == 0
         if self._evaluation_due(step):
             self._evaluate_and_log(self.chosen.max_eval_samples)
+            saves = saves or self._is_to_publish()
         if self._sample_due(step):
             self._sample()
         if saves:
