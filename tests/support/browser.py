@@ -170,9 +170,15 @@ class Page:
             self.js(frames)
 
     def write(self, selector: str, text: str) -> None:
-        """Put a text into a field in place of its own, as if it was pasted."""
-        self.js(f"(e => {{ e.focus(); e.select(); }})(document.querySelector({json.dumps(selector)}))")
-        self.send("Input.insertText", text=text)
+        """Put a text into a field in place of its own, as if it was pasted.
+
+        It is one program: between two commands a page may write into the field, and the second would add to that.
+        """
+        program = (
+            "((e, text) => {{ e.focus(); e.select(); document.execCommand('delete');"
+            " document.execCommand('insertText', false, text); }})(document.querySelector({}), {})"
+        )
+        self.js(program.format(json.dumps(selector), json.dumps(text)))
 
     def choose(self, selector: str, value: str) -> None:
         """Choose a value of a select or slider."""
