@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
     EntryNotFoundError,
     GatedRepoError,
@@ -34,20 +34,16 @@ MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.md",
 OTHER_FILES = ("*.py", f"{EVENTS_PREFIX}*")
 
 # Reason and next step by exception class; the first that matches counts. `{error}` is the client's own message.
-_REASONS: dict[type[Exception] | tuple[type[Exception], ...], str] = {
+_REASONS: dict[type[Exception], str] = {
     HFValidationError: "{error}: name it OWNER/NAME, of letters, digits, '-', '_' and '.'",
     LocalTokenNotFoundError: "you are not logged in: run `hf auth login`, or set HF_TOKEN",
     GatedRepoError: "the repository is gated: request access on its page, and log in",
     RepositoryNotFoundError: "there is no such repository, or your account may not see it: check the name, and log in "
     "(`hf auth login`)",
     RevisionNotFoundError: "there is no such branch, tag or commit: see the repository's page",
-    (
-        IncompleteSnapshotError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-    ): "the Hub cannot be reached and the cache does not hold it ({error}): run the same command again",
     EntryNotFoundError: "a file is missing on the Hub ({error}): push again",
 }
+_NOT_REACHED = (IncompleteSnapshotError, LocalEntryNotFoundError, OfflineModeIsEnabled)
 _STATUS_REASONS = {
     401: "your token is not valid: run `hf auth login`, or set HF_TOKEN to a valid one",
     403: "your token has no write access to this repository: create one that has",
@@ -71,8 +67,13 @@ def hub_errors(failure: str) -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     first = first_line(error)
-    for kinds, reason in _REASONS.items():
-        if isinstance(error, kinds):
+    if isinstance(error, _NOT_REACHED):
+        if is_offline_mode():
+            return "the Hub was not asked, as HF_HUB_OFFLINE is set, and the cache does not hold it: unset that"
+        first = first.removeprefix("Got: ")
+        return f"the Hub was not reached ({first}), and the cache does not hold it: run the same command again"
+    for kind, reason in _REASONS.items():
+        if isinstance(error, kind):
             return reason.format(error=first)
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code if error.response is not None else None

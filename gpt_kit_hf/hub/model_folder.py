@@ -40,7 +40,7 @@ def find_model_folder(place: str) -> str:
         try:
             folder = fetch_model(place)
         except HubError as error:
-            raise HubError(f"{place!r} is no local folder, and {error}") from None
+            raise HubError(f"{place!r}: no such folder, and {error}") from None
         check_model_folder(folder)
         check_templates(folder)
         _refuse_classifier(folder, place)
