@@ -10,14 +10,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gpt_kit_hf.errors import UsageError
+from gpt_kit_hf.generation.generate import check_ids
 
 
 def attention_weights(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
     """Return the weights of one plain forward pass, (L, H, T, T): [l, h, t, s] is how much t takes from s <= t.
 
     They are computed by the "eager" attention, which is put back afterwards: others do not form the weights. The model
-    is in eval mode. Raises UsageError for a model that does not return weights of all its layers.
+    is in eval mode. Raises UsageError for ids outside of the vocabulary, and for a model that does not return weights
+    of all its layers.
     """
+    check_ids(model, ids)
     with torch.inference_mode(), _eager(model):
         answer = model(
             torch.tensor([list(ids)], device=model.device), use_cache=False, output_attentions=True, return_dict=True

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gpt_kit_hf.errors import UsageError
+from gpt_kit_hf.generation.generate import check_ids
 
 # What families of models call the norm after their last layer.
 _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
@@ -43,7 +44,11 @@ class LogitLens:
             raise UsageError(f"{type(model).__name__} computes more than a norm and an output head after its layers")
 
     def __call__(self, ids: Sequence[int], positions: Sequence[int], top: int = 5) -> Lens:
-        """Return the lens at some positions of a text, by one plain forward pass."""
+        """Return the lens at some positions of a text, by one plain forward pass.
+
+        Raises UsageError for ids outside of the vocabulary.
+        """
+        check_ids(self._model, ids)
         with torch.inference_mode():
             hidden, _ = self._run(list(ids))
             rows = hidden[:, list(positions)].flatten(0, 1)  # (L + 1, T, D) -> ((L + 1) * P, D)

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from gpt_kit_hf.errors import StoppedError, UsageError
 from gpt_kit_hf.evaluation.token_scores import Beliefs, beliefs_of
-from gpt_kit_hf.generation.generate import context_length, vocabulary_size
+from gpt_kit_hf.generation.generate import check_ids, context_length
 
 _TOKENS_AT_ONCE = 256
 _WINDOWS_KEPT = 128  # of texts that exceed the context
@@ -39,7 +39,7 @@ class TextReader:
 
     def __init__(self, model: PreTrainedModel, top: int = 10) -> None:
         self.model, self._top = model, top
-        self.context_length, self._vocabulary_size = context_length(model), vocabulary_size(model)
+        self.context_length = context_length(model)
         self._cache: DynamicCache | None = None
         self._is_cached = "past_key_values" in inspect.signature(model.forward).parameters and _can_be_cut(
             DynamicCache(config=model.config)
@@ -113,8 +113,7 @@ class TextReader:
     def _check(self, ids: list[int]) -> None:
         if not ids:
             raise UsageError("the text is empty, and this model has no token that begins a text")
-        if (wrong := next((i for i in ids if not 0 <= i < self._vocabulary_size), None)) is not None:
-            raise UsageError(f"the text holds id {wrong}; ids are from 0 to below vocab_size={self._vocabulary_size}")
+        check_ids(self.model, ids)
         if self.context_length is not None and len(ids) > self.context_length:
             raise UsageError(
                 f"the text has {len(ids)} tokens, more than the model's context, {self.context_length}: shorten it"

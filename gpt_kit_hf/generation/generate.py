@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias, get_args
 
@@ -340,6 +340,13 @@ def _checked_prompt(model: PreTrainedModel, token_ids: Tensor) -> Tensor:
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Return the number of logits of the model, which may be more than its tokenizer has tokens."""
     return int(model.config.get_text_config(decoder=True).vocab_size)
+
+
+def check_ids(model: PreTrainedModel, ids: Sequence[int]) -> None:
+    """Raise UsageError if a text has an id outside of the model's vocabulary."""
+    size = vocabulary_size(model)
+    if (wrong := next((i for i in ids if not 0 <= i < size), None)) is not None:
+        raise UsageError(f"the text holds id {wrong}; ids are from 0 to below vocab_size={size}")
 
 
 def context_length(model: PreTrainedModel) -> int | None:

@@ -263,6 +263,15 @@ def test_a_row_of_the_lens_is_the_model_without_the_later_layers(kind: str, tmp_
         torch.testing.assert_close(found.top_logprobs[n_kept].double(), best.values, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("wrong", [-1, 10**6])
+def test_ids_outside_of_the_vocabulary_are_refused(wrong: int, model: PreTrainedModel) -> None:
+    rule = f"the text holds id {wrong}; ids are from 0 to below vocab_size={model.config.vocab_size}"
+    with pytest.raises(UsageError, match=rule):
+        attention_weights(model, [0, wrong])
+    with pytest.raises(UsageError, match=rule):
+        LogitLens(model)([0, wrong], [0])
+
+
 def test_a_model_that_does_more_after_its_layers_has_no_lens() -> None:
     config = Gemma2Config(**_SHAPE, head_dim=16, final_logit_softcapping=0.01)
     with pytest.raises(UsageError, match="computes more than a norm and an output head"):
