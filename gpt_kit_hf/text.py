@@ -1,9 +1,10 @@
-"""Formats text, numbers and durations for people."""
+"""Formats text, numbers, durations and the names of folders for people."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 
@@ -40,3 +41,15 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def display_names(folders: Iterable[Path]) -> dict[Path, str]:
+    """Return the shortest names that tell the folders apart: the last part of a path, or as many as are needed."""
+    whole = {folder: folder.resolve() for folder in folders}
+    names = {}
+    for folder, path in whole.items():
+        others = [other for each, other in whole.items() if each != folder]
+        depths = range(1, len(path.parts) + 1)
+        depth = next((n for n in depths if all(other.parts[-n:] != path.parts[-n:] for other in others)), 1)
+        names[folder] = "/".join(path.parts[-depth:])
+    return names

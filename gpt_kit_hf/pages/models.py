@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,8 +20,13 @@ from gpt_kit_hf.generation.token_bytes import TokenBytes
 from gpt_kit_hf.hub.model_folder import check_tokenizer, find_model_folder, load_pretrained, move_to_device
 from gpt_kit_hf.storage.checkpoints import checkpoint_step, list_checkpoints
 from gpt_kit_hf.storage.run_folder import holds_run
+from gpt_kit_hf.text import display_names
 
 _KEPT = 3  # loaded models; one that was not used for longest makes room
+
+
+# The files of a model's weights: name, inode, time of the last change, bytes.
+_Weights: TypeAlias = frozenset[tuple[str, int, int, int]]
 
 
 class Entry(NamedTuple):
@@ -33,11 +39,24 @@ class Entry(NamedTuple):
     folder: str  # what is loaded
 
 
+class WeightFiles:
+    """The files of weights in a folder, as they are when this is made."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._weights = folder, _weights(folder)
+
+    def were_replaced(self) -> bool:
+        """Return whether a file is new or changed since; not if files were only deleted."""
+        return not _weights(self._folder) <= self._weights
+
+
 class OpenModel:
     """A loaded model with its tokenizer, in eval mode, and what can be asked of it."""
 
-    def __init__(self, entry: Entry, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.entry, self.model, self.tokenizer = entry, model, tokenizer
+    def __init__(
+        self, entry: Entry, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, files: WeightFiles
+    ) -> None:
+        self.entry, self.model, self.tokenizer, self.files = entry, model, tokenizer, files
         self.reader = TextReader(model)
         self._bytes, self.decode = TokenBytes(tokenizer), decode_function(tokenizer)
         self.special_ids = frozenset(tokenizer.all_special_ids)
@@ -128,6 +147,15 @@ def _start_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return begin if adds_begin or end is None else end
 
 
+def _weights(folder: Path) -> _Weights:
+    found = set()
+    for path in folder.glob("*.safetensors"):
+        with suppress(FileNotFoundError):  # deleted at this moment
+            file = path.stat()
+            found.add((path.name, file.st_ino, file.st_mtime_ns, file.st_size))
+    return frozenset(found)
+
+
 class Models:
     """The models of several places. A request can only choose among the keys of `entries`."""
 
@@ -135,11 +163,17 @@ class Models:
         self.places, self._device = list(places), device
         self._open: OrderedDict[str, OpenModel] = OrderedDict()
 
+    def labels(self) -> dict[str, str]:
+        """Return {place: label}: the shortest names that tell folders apart, and a Hub id as it is."""
+        names = display_names(Path(place) for place in self.places if Path(place).exists())
+        return {place: names.get(Path(place), place) for place in self.places}
+
     def entries(self) -> list[Entry]:
         """Return what can be chosen now: of each place its model, then its checkpoints, the newest first."""
         found: list[Entry] = []
+        labels = self.labels()
         for number, place in enumerate(self.places):
-            folder, name = Path(place), Path(place).name if Path(place).exists() else place
+            folder, name = Path(place), labels[place]
             if not folder.is_dir() or (folder / "config.json").is_file():
                 found.append(Entry(str(number), name, None, place, place))
             for checkpoint in reversed(list_checkpoints(folder)):
@@ -156,10 +190,14 @@ class Models:
         return found[0]
 
     def open(self, key: str) -> OpenModel:
-        """Return a model, loaded now if it is not. Raises UsageError for an unknown key and what cannot be loaded."""
-        if key in self._open:
+        """Return a model, loaded now if it is not, or if its weights were replaced; a deleted one stays open.
+
+        Raises UsageError for an unknown key and for what cannot be loaded.
+        """
+        if key in self._open and not self._open[key].files.were_replaced():
             self._open.move_to_end(key)
             return self._open[key]
+        self._open.pop(key, None)
         entries = {entry.key: entry for entry in self.entries()}
         if key not in entries:
             raise UsageError(unknown_name("model", key, entries or ["none"]))
@@ -174,8 +212,9 @@ def _load(entry: Entry, device: str) -> OpenModel:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = find_model_folder(entry.folder)
+    files = WeightFiles(Path(folder))  # before the weights are read: what is replaced meanwhile is read again
     tokenizer = load_pretrained(AutoTokenizer, folder, entry.place)
     model = load_pretrained(AutoModelForCausalLM, folder, entry.place)
     check_tokenizer(folder, model.config)
     move_to_device(model, device)
-    return OpenModel(entry, model.eval(), tokenizer)
+    return OpenModel(entry, model.eval(), tokenizer, files)

@@ -18,6 +18,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from gpt_kit_hf.errors import CheckpointError, GPTKitError, StoppedError, UsageError, one_line
+from gpt_kit_hf.generation.generate import check_ids
 from gpt_kit_hf.pages.chat import Turn, conversation_view, prompt_ids
 from gpt_kit_hf.pages.curve_rows import curves
 from gpt_kit_hf.pages.models import Models, OpenModel
@@ -75,10 +76,11 @@ class TextRequest(ModelRequest):
     ids: list[int] | None = None
 
     def ids_of(self, opened: OpenModel) -> list[int]:
-        """Return the ids of the text."""
+        """Return the ids of the text. Raises UsageError for ids that the model does not have."""
         if self.text is not None and self.ids is None:
             return opened.encode(self.text)
         if self.ids is not None and self.text is None:
+            check_ids(opened.model, self.ids)
             return self.ids
         raise UsageError("give either text or ids")
 
@@ -136,7 +138,7 @@ class PlayPage:
 
     def __init__(self, models: Models) -> None:
         self._models, self.work = models, Work()
-        self._runs = [RunReader(folder) for folder in map(Path, models.places) if holds_run(folder)]
+        self._runs = {place: RunReader(Path(place)) for place in models.places if holds_run(Path(place))}
 
     def app(self) -> ASGIApp:
         """Return the application."""
@@ -175,7 +177,11 @@ class PlayPage:
 
     async def _curves(self, _: Request) -> Response:
         # In the thread of all work, as a reader keeps its place in the file.
-        return JSONResponse(await self.work.run("curves", lambda _: [_run_view(reader) for reader in self._runs]))
+        return JSONResponse(await self.work.run("curves", self._run_views))
+
+    def _run_views(self, _: Stop) -> list[Json]:
+        labels = self._models.labels()
+        return [_run_view(labels[place], reader) for place, reader in self._runs.items()]
 
     def _open(self, opened: OpenModel, asked: ModelRequest, stop: Stop) -> Json:
         return opened.facts()
@@ -221,7 +227,7 @@ class PlayPage:
         `n_text` counts the ids at the end of `whole` that are shown as text: none of a conversation's prompt.
         """
         generator = torch.Generator().manual_seed(secrets.randbits(63) if asked.seed is None else asked.seed)
-        end = f"{asked.max_new_tokens} tokens were added"
+        end = "1 token was added" if asked.max_new_tokens == 1 else f"{asked.max_new_tokens} tokens were added"
         try:
             for n_new in range(1, asked.max_new_tokens + 1):
                 step = partial(self._next, asked, whole, n_text + n_new, generator)
@@ -249,9 +255,9 @@ class PlayPage:
         return added_view(opened, whole, n_text)
 
 
-def _run_view(reader: RunReader) -> Json:
+def _run_view(name: str, reader: RunReader) -> Json:
     """Return the curves of a run and its best checkpoint; only the error if it cannot be read."""
-    shown: Json = {"name": reader.folder.name or str(reader.folder)}
+    shown: Json = {"name": name}
     try:
         run = reader.read()
     except CheckpointError as error:

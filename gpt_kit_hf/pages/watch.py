@@ -12,7 +12,7 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -27,6 +27,7 @@ from gpt_kit_hf.errors import CheckpointError, one_line
 from gpt_kit_hf.pages.curve_rows import curves
 from gpt_kit_hf.pages.server import Asked, pages_app, read_request
 from gpt_kit_hf.storage.run_history import RunHistory, RunReader, State, find_runs, read_state
+from gpt_kit_hf.text import display_names
 
 FILES = {
     "/": "watch/page.html",
@@ -137,18 +138,6 @@ def watch_app(places: Sequence[Path]) -> ASGIApp:
         return JSONResponse(await run_in_threadpool(watched.update, seen.runs))
 
     return pages_app(FILES, [Route("/update", update, methods=["POST"])])
-
-
-def display_names(folders: Iterable[Path]) -> dict[Path, str]:
-    """Return the shortest names that tell the folders apart: the last part of a path, or as many as are needed."""
-    whole = {folder: folder.resolve() for folder in folders}
-    names = {}
-    for folder, path in whole.items():
-        others = [other for each, other in whole.items() if each != folder]
-        depths = range(1, len(path.parts) + 1)
-        depth = next((n for n in depths if all(other.parts[-n:] != path.parts[-n:] for other in others)), 1)
-        names[folder] = "/".join(path.parts[-depth:])
-    return names
 
 
 def run_facts(run: RunHistory) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from foreign_models import write_model
+from run_folders import write_run
 from starlette.testclient import TestClient
 from tiny_model import CHAT_TEMPLATE, write_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -242,6 +243,7 @@ def test_generating_is_transformers_generate(client: TestClient, folders: dict[s
 def test_generating_ends_for_a_reason(client: TestClient, folders: dict[str, Path]) -> None:
     full = lines(client, text="a" * 60, sampling={"temperature": 0}, max_new_tokens=20)
     assert len(full) == 4
+    assert lines(client, text="a", sampling={}, max_new_tokens=1)[-1] == {"end": "1 token was added"}
     assert full[-1] == {"end": "the model's context of 64 tokens is full"}
     same = [lines(client, text="a", sampling={"temperature": 2.0}, max_new_tokens=8, seed=3) for _ in range(2)]
     other = lines(client, text="a", sampling={"temperature": 2.0}, max_new_tokens=8, seed=4)
@@ -269,6 +271,12 @@ def test_attention_is_that_of_a_forward_pass(client: TestClient, folders: dict[s
     for t, row in enumerate(found["weights"]):
         assert row == pytest.approx(expected[layer, 1, t, : t + 1].tolist(), abs=1e-6)
     assert "from 0 to below" in refused(client, "attention", name, ids=ids, layer=9, head=0)
+    size = model.config.vocab_size
+    for wrong in (-1, size, 2**70):
+        message = f"the text holds id {wrong}; ids are from 0 to below vocab_size={size}"
+        assert refused(client, "attention", name, ids=[*ids, wrong], layer=0, head=0) == message
+        assert refused(client, "lens", name, ids=[*ids, wrong], position=0) == message
+        assert refused(client, "sampling", name, ids=[*ids, wrong], sampling={}) == message
 
 
 def test_the_lens_says_what_the_model_says_at_its_end(client: TestClient, folders: dict[str, Path]) -> None:
@@ -376,6 +384,49 @@ def test_checkpoints_of_a_run_can_be_chosen(client: TestClient, folders: dict[st
         assert post(client, "read", "4/step-00000015", text="a") == post(client, "read", "kit", text="a")
     finally:
         shutil.rmtree(newer, ignore_errors=True)
+
+
+def test_a_model_whose_weights_are_replaced_is_loaded_again(tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    write_tiny_model(run)
+    model = AutoModelForCausalLM.from_pretrained(run)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.5)
+    model.save_pretrained(other)
+    models = Models([str(run)])
+    page = PlayPage(models)
+    client = TestClient(page.app(), base_url="http://127.0.0.1")
+
+    def expected() -> list[float]:
+        return [each[2] for each in post(client, "read", text="abc")["next"]["top"]]
+
+    def true() -> list[float]:
+        values: list[float] = plain(run, [256, *b"abc"])[-1].topk(10).values.tolist()
+        return values
+
+    before = expected()
+    assert before == pytest.approx(true(), abs=1e-5)
+    opened = models.open("0")
+    assert models.open("0") is opened
+    (other / "model.safetensors").replace(run / "model.safetensors")  # as a resumed run publishes
+    assert expected() == pytest.approx(true(), abs=1e-5)
+    assert expected() != pytest.approx(before, abs=1e-3)
+    page.work.end()
+
+
+def test_labels_tell_places_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [tmp_path / side / "run" for side in ("x", "y")]
+    for run in runs:
+        write_run(run, 2, checkpoints=(2,))
+        (run / "config.json").write_text("{}")
+    monkeypatch.chdir(runs[0])
+    page = PlayPage(Models([".", str(runs[1]), "someone/run"]))
+    client = TestClient(page.app(), base_url="http://127.0.0.1")
+    labels = [each["label"] for each in client.get("/models").json()]
+    assert labels == ["x/run", "x/run, step 2", "y/run", "y/run, step 2", "someone/run"]
+    assert [run["name"] for run in client.get("/curves").json()] == ["x/run", "y/run"]
+    page.work.end()
+    assert [each.label for each in Models(["."]).entries()] == ["run", "run, step 2"]
 
 
 def test_parts_that_a_model_lacks_have_a_reason(client: TestClient) -> None:

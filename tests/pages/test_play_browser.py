@@ -275,6 +275,7 @@ def test_the_newest_checkpoint_is_offered(chromium: Browser, url: str, folders: 
         page.open(url)
         page.wait("document.body.dataset.state === 'ready'")
         use(page, "3/step-00000010")
+        assert "parameters · 1 layer · context 64" in page.texts("#facts")[0]
         newer = folders["run"] / "checkpoints" / "step-00000015"
         shutil.copytree(folders["kit"], newer)
         try:

@@ -15,9 +15,10 @@ from run_folders import metric_lines, write_lines, write_run
 from starlette.testclient import TestClient
 
 from gpt_kit_hf.pages import watch
-from gpt_kit_hf.pages.watch import display_names, watch_app
+from gpt_kit_hf.pages.watch import watch_app
 from gpt_kit_hf.storage.atomic_files import cut_jsonl
 from gpt_kit_hf.storage.lock import RunLock
+from gpt_kit_hf.text import display_names
 
 
 class Page:

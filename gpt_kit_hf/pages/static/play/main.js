@@ -177,7 +177,7 @@ async function open(key) {
     state.followed = entries.find((each) => each.key.split("/")[0] === key.split("/")[0])?.key === key;
     byId("model").value = key;
     const context = facts.context ? ` · context ${facts.context.toLocaleString("en")}` : "";
-    byId("facts").textContent = `${facts.kind} · ${millions(facts.parameters)} parameters · ${facts.layers} layers${context}`;
+    byId("facts").textContent = `${facts.kind} · ${millions(facts.parameters)} parameters · ${facts.layers} ${facts.layers === 1 ? "layer" : "layers"}${context}`;
     offerNewer();
     await read({ text: byId("text").value });
   });
