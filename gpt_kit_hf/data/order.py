@@ -63,10 +63,14 @@ def _mixed(values: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class ShuffledOrder:
-    """Each sample once per epoch, in a new order each epoch."""
+    """Each sample once per epoch, in a new order each epoch.
+
+    With `reshuffled`, the samples of each epoch are others: those of epoch e have the ids from e * samples on.
+    """
 
     samples: int
     seed: int
+    reshuffled: bool = False
 
     def ids(self, consumed: Ints) -> Ints:
         """Return the sample ids at these positions, (n,) -> (n,)."""
@@ -75,7 +79,7 @@ class ShuffledOrder:
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
             ids[chosen] = shuffled(consumed[chosen] % self.samples, self.samples, self.seed, int(epoch))
-        return ids
+        return ids + epochs * self.samples if self.reshuffled else ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,12 +99,14 @@ class MixtureOrder:
 
     Each block of 4,096 samples has the same number from each source, the nearest to its weight, at places drawn by
     the seed. Each source is shuffled by itself and starts over when it is used up. An epoch has as many samples as
-    all sources together.
+    all sources together. With `reshuffled`, a source has other samples each time: the ids of the next time are higher
+    by `samples`.
     """
 
     sizes: tuple[int, ...]
     weights: tuple[float, ...]
     seed: int
+    reshuffled: bool = False
 
     def __post_init__(self) -> None:
         assert len(self.sizes) == len(self.weights)
@@ -138,6 +144,8 @@ class MixtureOrder:
             taken = blocks[own] * self.quotas[source] + ranks[own]
             seed = int(_mixed(np.uint64((self.seed + (source + 1) * 0x9E3779B97F4A7C15) % 2**64)))
             ids[own] = ShuffledOrder(samples=size, seed=seed).ids(taken) + sum(self.sizes[:source])
+            if self.reshuffled:
+                ids[own] += taken // size * self.samples
         return ids
 
 

@@ -261,6 +261,10 @@ class WindowOptions(Options):
     packing: bool = option(
         False, "mask attention between the documents of a window, and do not train on the token after a document"
     )
+    reshuffle: bool = option(
+        True,
+        "cut other windows in each further pass over the text: its documents in another order, from another token on",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,7 +17,6 @@ from typing import Any, TextIO
 import tiktoken
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset
 from transformers import AutoModelForCausalLM
 
 from gpt_kit_hf.data.order import BatchPlan, MixtureOrder, ShuffledOrder, StreamOrder
@@ -29,7 +28,7 @@ from gpt_kit_hf.data.text.streaming import StreamBatches, StreamShard, stream_sh
 from gpt_kit_hf.data.text.tokenize import stored_shards, tokenize_text
 from gpt_kit_hf.data.text.tokens.token_cache import cache_folder
 from gpt_kit_hf.data.text.tokens.token_stream import TokenStream
-from gpt_kit_hf.data.text.windows import TokenWindows, collate_windows
+from gpt_kit_hf.data.text.windows import EpochWindows, collate_windows
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.evaluation.metrics import (
     Evaluation,
@@ -273,17 +272,18 @@ class PretrainingTask(TextTask):
 
     data_name = CHANGED_TEXT
     corpus: Corpus
+    dataset: EpochWindows
     collate = staticmethod(collate_windows)
 
     def __init__(self, options: RunOptions, context: RunContext) -> None:
         super().__init__(options, context)
         seed = context.options.seed
         self.fingerprint = self.corpus.fingerprint
-        if len(self.cut) == 1:
-            self.dataset, self.order = self.cut[0], ShuffledOrder(samples=len(self.cut[0]), seed=seed)
+        sizes, other_windows = self.dataset.sizes, self.windows.reshuffle
+        if len(sizes) == 1:
+            self.order = ShuffledOrder(samples=sizes[0], seed=seed, reshuffled=other_windows)
         else:
-            self.dataset = ConcatDataset(self.cut)
-            self.order = MixtureOrder(sizes=tuple(map(len, self.cut)), weights=self.corpus.weights, seed=seed)
+            self.order = MixtureOrder(sizes=sizes, weights=self.corpus.weights, seed=seed, reshuffled=other_windows)
 
     def describe(self) -> list[str]:
         """Return log lines that describe the text, the mixture and the model."""
@@ -325,8 +325,7 @@ class PretrainingTask(TextTask):
         self.corpus = prepare_corpus(
             self.options.text, self.encoding, seed=self.context.options.seed, log=self.context.console.log
         )
-        cut = self.windows
-        self.cut = [TokenWindows(text, cut.length, cut.step, packing=cut.packing) for text in self.corpus.sources]
+        self.dataset = EpochWindows(self.corpus.sources, self.windows, seed=self.context.options.seed)
         return self.corpus.eval
 
 

@@ -195,3 +195,16 @@ def test_workers_load_the_planned_batches(processes: int, micro: int, workers: i
         assert max(map(len, batches)) <= micro
         shares.append(np.concatenate(batches).reshape(4, -1))
     np.testing.assert_array_equal(np.concatenate(shares, axis=1).ravel(), order.ids(np.arange(36, 84)))
+
+
+def test_ids_of_reshuffled_orders_tell_the_epoch() -> None:
+    positions = np.arange(40)
+    plain, other = ShuffledOrder(samples=10, seed=3), ShuffledOrder(samples=10, seed=3, reshuffled=True)
+    np.testing.assert_array_equal(other.ids(positions), plain.ids(positions) + positions // 10 * 10)
+    sizes, weights = (5, 20), (3.0, 1.0)
+    mixture = MixtureOrder(sizes=sizes, weights=weights, seed=3, reshuffled=True)
+    ids = mixture.ids(np.arange(200))
+    np.testing.assert_array_equal(ids % 25, MixtureOrder(sizes=sizes, weights=weights, seed=3).ids(np.arange(200)))
+    for low, size in ((0, 5), (5, 20)):  # each source by itself goes through its epochs
+        own = ids[(ids % 25 >= low) & (ids % 25 < low + size)]
+        np.testing.assert_array_equal(own // 25, np.arange(len(own)) // size)

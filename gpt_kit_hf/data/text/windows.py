@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -14,10 +16,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from gpt_kit_hf.data.text.documents import MARKS_IN_TEXT, Policy, document_ends
-from gpt_kit_hf.data.text.tokens.token_stream import TokenStream
+from gpt_kit_hf.data.text.tokens.token_stream import TokenStream, reshuffled
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.model.losses import Batch
-from gpt_kit_hf.options.data import EosInText, check_stride
+from gpt_kit_hf.options.data import EosInText, WindowOptions, check_stride
 from gpt_kit_hf.tokenization import encodings
 
 # A target of this id is not trained: the default `ignore_index` of torch's cross-entropy.
@@ -74,6 +76,42 @@ class TokenWindows(Dataset["tuple[Tensor, ...]"]):
         window = window_item(self.stream.read(start, start + self.max_length + 1), inside)
         window[1][: self.max_length - fresh] = IGNORED
         return window
+
+
+class EpochWindows(Dataset["tuple[Tensor, ...]"]):
+    """The windows of one or several streams; with `reshuffle`, others in each epoch.
+
+    The windows of epoch e have the indices from e * len(self) on, stream by stream. They are cut from `reshuffled`
+    documents; those of epoch 0 from the streams as they are. Without `reshuffle`, there is only epoch 0.
+    """
+
+    def __init__(self, streams: Sequence[TokenStream], options: WindowOptions, *, seed: int) -> None:
+        self._options, self._seed = options, seed
+        self._windows = [{0: self._cut(stream)} for stream in streams]
+        self.sizes = tuple(len(each[0]) for each in self._windows)
+        self._ends = list(itertools.accumulate(self.sizes))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        epoch, inside = divmod(index, len(self))
+        if epoch < 0 or (epoch and not self._options.reshuffle):
+            raise IndexError(f"window {index} of {len(self)}")
+        source = bisect.bisect_right(self._ends, inside)
+        return self._of_epoch(source, epoch)[inside - self._ends[source] + self.sizes[source]]
+
+    def _of_epoch(self, source: int, epoch: int) -> TokenWindows:
+        windows = self._windows[source]
+        if epoch not in windows:
+            # A batch may have samples of two epochs. The first is what the others are cut from.
+            for old in windows.keys() - {0, epoch - 1}:
+                del windows[old]
+            windows[epoch] = self._cut(reshuffled(windows[0].stream, self._seed + source, epoch))
+        return windows[epoch]
+
+    def _cut(self, stream: TokenStream) -> TokenWindows:
+        return TokenWindows(stream, self._options.length, self._options.step, packing=self._options.packing)
 
 
 def window_item(ids: npt.NDArray[np.int64], starts: npt.NDArray[np.int64] | None) -> tuple[Tensor, ...]:

@@ -17,9 +17,10 @@ from transformers import AutoTokenizer, DynamicCache
 from gpt_kit_hf import GPTModel, create_model_config
 from gpt_kit_hf.data.order import BatchPlan, PlannedBatches, ShuffledOrder
 from gpt_kit_hf.data.text.corpus import prepare_text
-from gpt_kit_hf.data.text.tokens.token_stream import TokenStream, split_eval
+from gpt_kit_hf.data.text.tokens.token_stream import TokenStream, reshuffled, split_eval
 from gpt_kit_hf.data.text.windows import (
     IGNORED,
+    EpochWindows,
     GPTPretrainingDataset,
     TokenWindows,
     collate_windows,
@@ -347,3 +348,52 @@ def test_a_tokenizer_of_transformers_reads_marks_as_its_encoding_does(tmp_path: 
     with pytest.warns(UserWarning, match="within a line"):
         ids = loader_ids(text, tokenizer)
     assert ids == [*b"one\n", 256, *f"two {EOS_TOKEN} two".encode()]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_reshuffled_stream_has_the_same_documents_from_another_token_on(seed: int) -> None:
+    stream, texts = random_stream(np.random.default_rng(seed), documents=1 + seed % 7)
+    assert reshuffled(stream, seed, 0) is stream
+    found = reshuffled(stream, seed, 3)
+    np.testing.assert_array_equal(found.read(0, len(found)), reshuffled(stream, seed, 3).read(0, len(found)))
+    parts = np.split(found.read(0, len(found)), np.asarray(found.document_starts)[1:])
+    wanted = {text.tobytes() for text in map(np.int64, texts)}
+    whole = [part for part in parts if part.tobytes() in wanted]
+    assert len(whole) >= len(texts) - 1
+    if len(whole) < len(texts):  # one is cut: it begins in the last part and ends in the first
+        assert np.append(parts[-1], parts[0]).tobytes() in wanted
+        assert len(parts) == len(texts) + 1
+    firsts = {tuple(reshuffled(stream, seed, epoch).read(0, 4)) for epoch in range(1, 9)}
+    assert len(firsts) > 1
+
+
+def test_each_epoch_of_reshuffled_windows_has_each_target_once() -> None:
+    rng = np.random.default_rng(0)
+    streams = [random_stream(rng, documents=9)[0] for _ in range(2)]
+    windows = EpochWindows(streams, WindowOptions(max_length=8), seed=5)
+    fixed = [window for stream in streams for window in TokenWindows(stream, 8, 8)]
+    epochs = [[windows[epoch * len(windows) + index] for index in range(len(windows))] for epoch in range(3)]
+    for one, other in zip(epochs[0], fixed, strict=True):
+        assert all(map(torch.equal, one, other))
+    for epoch in epochs:
+        for source, size in enumerate(windows.sizes):
+            own = epoch[sum(windows.sizes[:source]) :][:size]
+            targets = torch.cat([target[target != IGNORED] for _, target in own])
+            # All but the token that comes first, which no window has as a target.
+            counts = streams[source].counts(256) - np.bincount(targets, minlength=256)
+            assert (counts >= 0).all()
+            assert counts.sum() == 1
+    inputs = [torch.stack([window[0] for window in epoch]) for epoch in epochs]
+    assert not torch.equal(inputs[0], inputs[1])
+    assert not torch.equal(inputs[1], inputs[2])
+    # Any order of reading gives the same, as the order of a run does when it is resumed.
+    for index in rng.integers(0, 3 * len(windows), 200).tolist():
+        epoch, inside = divmod(index, len(windows))
+        assert all(map(torch.equal, windows[index], epochs[epoch][inside]))
+
+
+def test_windows_of_a_later_epoch_need_reshuffling() -> None:
+    stream, _ = random_stream(np.random.default_rng(0), documents=9)
+    windows = EpochWindows([stream], WindowOptions(max_length=8, reshuffle=False), seed=0)
+    with pytest.raises(IndexError, match=f"window {len(windows)} of {len(windows)}"):
+        windows[len(windows)]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gpt_kit_hf.data.order import shuffled
 from gpt_kit_hf.data.text.tokens.stored_arrays import AnyIds, Ints, Pieces
 
 _BLOCK = 1 << 20
@@ -163,6 +164,28 @@ def join_streams(streams: Sequence[TokenStream]) -> TokenStream:
         np.concatenate([each.low + before[n] for n, each in enumerate(starts)]),
     )
     return TokenStream(Pieces.joined([stream.pieces for stream in streams]), joined)
+
+
+def reshuffled(stream: TokenStream, seed: int, epoch: int) -> TokenStream:
+    """Return the documents in an order drawn by (seed, epoch), from a token on that is drawn, too; epoch 0 as it is.
+
+    The document in which it begins continues at the end: all tokens are there, and one document is cut in two.
+    """
+    if epoch == 0:
+        return stream
+    starts, stops = _bounds(stream, np.arange(len(stream.document_starts)))
+    held = stops > starts
+    order = shuffled(np.arange(held.sum()), int(held.sum()), seed, epoch)
+    starts, stops = starts[held][order], stops[held][order]
+    begins = np.cumsum(stops - starts) - (stops - starts)
+    first = int(shuffled(np.zeros(1, np.int64), len(stream), seed, epoch)[0])
+    cut = int(np.searchsorted(begins, first, side="right")) - 1
+    inside = starts[cut] + first - begins[cut]
+    # From that token on, the documents after, those before, and the beginning of the one that is cut.
+    starts = np.concatenate(([inside], starts[cut + 1 :], starts[: cut + 1]))
+    stops = np.concatenate((stops[cut:], stops[:cut], [inside]))
+    begins = np.cumsum(stops - starts) - (stops - starts)
+    return TokenStream(_spans(stream, starts, stops), begins[stops > starts])
 
 
 def split_eval(stream: TokenStream, fraction: float, seed: int) -> tuple[TokenStream, TokenStream]:
