@@ -187,7 +187,8 @@ def _aligned(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def _blocks(hidden_states: Tensor, projection: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield blocks of rows, as slices, with their logits in aligned rows (n, V padded); all blocks share one buffer.
 
-    What lies behind the columns of the projection is undefined.
+    Behind the columns of the projection are zeros: products of torch in bfloat16 on a CPU read one column more if
+    their number is odd, and a NaN there would spoil the gradient.
     """
     count, columns = len(hidden_states), len(projection)
     padded = columns + -columns % _ALIGNMENT
@@ -195,6 +196,7 @@ def _blocks(hidden_states: Tensor, projection: Tensor) -> Iterator[tuple[slice, 
     most = max(1, logits_at_once // padded)
     size = min(count, 1 << (most.bit_length() - 1))  # a power of two, or all rows
     buffer = hidden_states.new_empty(size, padded)
+    buffer[:, columns:] = 0.0
     for first in range(0, count, max(1, size)):
         rows = slice(first, min(first + size, count))
         logits = buffer[: rows.stop - first]

@@ -73,6 +73,22 @@ def test_half_precision_is_used_in_products_only(dtype: torch.dtype, weights_in:
         assert float((ours.double() - theirs).norm() / theirs.norm()) < 0.02
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("columns", [61, 64, 257])
+def test_memory_that_was_not_written_spoils_nothing(dtype: torch.dtype, columns: int) -> None:
+    hidden, weight, targets = operands(40, columns, 16, 0.2, dtype)
+    torch.use_deterministic_algorithms(True)  # new memory is filled with NaN
+    try:
+        loss = summed_cross_entropy(hidden, weight, targets)
+        loss.backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert loss.isfinite()
+    for tensor in (hidden, weight):
+        assert tensor.grad is not None
+        assert tensor.grad.isfinite().all()
+
+
 def test_double_precision_stays_double() -> None:
     hidden, weight, targets = operands(9, 40, 8, 0.2, torch.float64)
     loss = summed_cross_entropy(hidden, weight, targets)
