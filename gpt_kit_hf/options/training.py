@@ -318,11 +318,18 @@ class OptimizerOptions(Options):
     muon_learning_rate: float | None = option(
         None, "Muon: peak learning rate of the matrices", above=0, unset="learning_rate", resume="allowed"
     )
+    muon_beta2: float | None = option(
+        None,
+        "Muon: decay rate of the mean squares by which the rows of an update are made equally large (NorMuon)",
+        minimum=0,
+        below=1,
+        unset="rows stay as they are",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "warmup_steps", checked_steps("warmup_steps", self.warmup_steps))
-        for name in ("muon_momentum", "muon_learning_rate"):
+        for name in ("muon_momentum", "muon_learning_rate", "muon_beta2"):
             if self.optimizer != "muon" and getattr(self, name) != getattr(type(self), name):
                 raise UsageError(f"{name}={getattr(self, name)} is for optimizer=muon, not {self.optimizer}")
 

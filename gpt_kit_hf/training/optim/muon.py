@@ -14,13 +14,17 @@ from torch.optim.adamw import adamw
 
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.training.optim.owners import computed_by_owners, computed_by_replicas
-from gpt_kit_hf.training.state.sharded_state import is_dtensor
+from gpt_kit_hf.training.state.sharded_state import is_dtensor, one_a_row
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 # Elements of a batch of matrices: enough to keep a device busy, and little memory compared with the model's.
 _MAX_BATCH_ELEMENTS = 1 << 24
+# Key of a group: the decay rate of the mean squares of the rows, by which they are scaled; not at all if missing.
+ROW_BETA2 = "row_beta2"
+_ROW_MEANS = "row_mean_square"
+_LEAST_SQUARE = 1e-20  # of a row that has no gradient
 
 
 class MuonWithAdamW(Optimizer):
@@ -76,6 +80,8 @@ class MuonWithAdamW(Optimizer):
             first = matrices[indices[0]]
             stacked = torch.stack([updates[index] for index in indices])  # (N, rows here, columns)
             steps = self._orthogonalised(stacked, first, group)
+            if group.get(ROW_BETA2) is not None:
+                steps = self._rows_scaled(steps, [matrices[index] for index in indices], group[ROW_BETA2])
             rows, columns = first.shape
             # How the step's size depends on the shape, by torch's names.
             scales = {
@@ -98,6 +104,23 @@ class MuonWithAdamW(Optimizer):
         if is_dtensor(matrix):
             return computed_by_owners(sent, matrix.shape[0], processes, compute).to(stacked.dtype)
         return computed_by_replicas(sent, processes, compute).to(stacked.dtype)
+
+    def _rows_scaled(self, steps: Tensor, matrices: list[Tensor], beta2: float) -> Tensor:
+        """Return steps with equally large rows, over time: (N, rows here, columns) -> the same.
+
+        A row is divided by the root of the running mean of its squares (NorMuon, Li et al. 2025), which starts with
+        its first value. The root mean square of all is then that of an orthogonal matrix.
+        """
+        for matrix in matrices:
+            if _ROW_MEANS not in self.state[matrix]:
+                self.state[matrix][_ROW_MEANS] = torch.zeros_like(one_a_row(matrix))
+        kept = [_here(self.state[matrix][_ROW_MEANS]) for matrix in matrices]
+        before = torch.stack(kept)
+        squares = steps.square().mean(2, keepdim=True)  # (N, rows here, columns) -> (N, rows here, 1)
+        means = torch.where(before > 0, before.lerp(squares, 1.0 - beta2), squares)
+        torch._foreach_copy_(kept, list(means.unbind()))
+        longer = max(matrices[0].shape)
+        return steps * (means * longer).clamp(min=_LEAST_SQUARE).rsqrt()
 
     def _processes(self, matrix: Any) -> ProcessGroup | None:
         """Return the processes that divide the work on a matrix among them, or None."""

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.options.training import OptimizerOptions, steps_of
-from gpt_kit_hf.training.optim.muon import MuonWithAdamW, check_matrices
+from gpt_kit_hf.training.optim.muon import ROW_BETA2, MuonWithAdamW, check_matrices
 
 # Key of a parameter group: its learning rate divided by that of the step; 1 if missing.
 _RATE_RATIO = "rate_ratio"
@@ -25,8 +25,8 @@ def create_optimizer(model: nn.Module, options: OptimizerOptions) -> Optimizer:
     optimizer=muon, Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks") updates the
     matrices of linear layers and of adapters, except the output projection; AdamW updates the rest. Muon's updates
     are scaled to the size of AdamW's (Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2), so that the
-    same learning rate and weight decay fit. Raises UsageError if Muon would have no matrix, or one that is sharded
-    otherwise than by FSDP2.
+    same learning rate and weight decay fit; with muon_beta2, each row is. Raises UsageError if Muon would have no
+    matrix, or one that is sharded otherwise than by FSDP2.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if options.optimizer == "adamw":
@@ -38,7 +38,7 @@ def create_optimizer(model: nn.Module, options: OptimizerOptions) -> Optimizer:
     check_matrices(matrices)
     rate = options.learning_rate if options.muon_learning_rate is None else options.muon_learning_rate
     muon = Muon(
-        [{"params": matrices, _RATE_RATIO: rate / options.learning_rate}],
+        [{"params": matrices, _RATE_RATIO: rate / options.learning_rate, ROW_BETA2: options.muon_beta2}],
         lr=rate,
         weight_decay=options.weight_decay,
         momentum=options.muon_momentum,

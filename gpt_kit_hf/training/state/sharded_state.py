@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +50,20 @@ def local_part(tensor: Tensor) -> Tensor:
     """Return the part of a sharded tensor that this process holds, or the tensor itself."""
     part: Tensor = cast("Any", tensor).to_local() if is_dtensor(tensor) else tensor
     return part
+
+
+def one_a_row(matrix: Tensor) -> Tensor:
+    """Return the first column, (rows, 1), of a matrix that may be sharded by rows; it is sharded alike."""
+    return matrix.detach()[:, :1]
+
+
+def sharded_like(parameter: Tensor, shape: Sequence[int]) -> Tensor | None:
+    """Return a tensor of that shape with a parameter's sharding: the parameter, or a column of it; None for others."""
+    if tuple(shape) == tuple(parameter.shape):
+        return parameter.detach()
+    if parameter.dim() == 2 and tuple(shape) == (parameter.shape[0], 1):
+        return one_a_row(parameter)
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,9 +241,9 @@ def _empty_moments(shards: Mapping[str, TensorStorageMetadata], weights: Mapping
         name = label.partition(".")[2]
         if name not in weights:
             raise CheckpointError(f"{label} belongs to no parameter of the model")
-        parameter, dtype = weights[name], stored.properties.dtype
-        if stored.size == parameter.shape:
-            moments[label] = torch.empty_like(parameter, dtype=dtype)
+        alike, dtype = sharded_like(weights[name], stored.size), stored.properties.dtype
+        if alike is not None:
+            moments[label] = torch.empty_like(alike, dtype=dtype)
         else:
             moments[label] = torch.empty(stored.size, dtype=dtype)
     return moments

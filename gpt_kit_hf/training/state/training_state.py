@@ -13,7 +13,7 @@ from gpt_kit_hf.errors import CheckpointError
 from gpt_kit_hf.storage.atomic_files import load_json, load_tensors, save_json, save_tensors
 from gpt_kit_hf.training.state.host_copies import HostCopies
 from gpt_kit_hf.training.state.optimizer_state import flatten_optimizer_state, restore_optimizer_state
-from gpt_kit_hf.training.state.sharded_state import is_dtensor, restore_sharded_optimizer
+from gpt_kit_hf.training.state.sharded_state import is_dtensor, restore_sharded_optimizer, sharded_like
 from gpt_kit_hf.training.trainer import AMPTrainer
 
 SHARDS = "sharded"
@@ -128,7 +128,7 @@ def _sharded_alike(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Te
     found = dict(tensors)
     for label, tensor in tensors.items():
         p = sharded.get(label.partition(".")[2])
-        if p is not None and tensor.shape == p.shape:
+        if p is not None and sharded_like(p, tensor.shape) is not None:
             found[label] = distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
     return found
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from test_optimizer import MUON, give_gradients, tiny_model
+from test_optimizer import NORMUON, give_gradients, tiny_model
 from torch import Tensor
 from torch.distributed import group as groups
 from torch.distributed.device_mesh import init_device_mesh
@@ -41,7 +41,7 @@ def trained(world: int, how: str) -> dict[str, Any]:
         for block in model.model.layers:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    optimizer: Any = create_optimizer(model, MUON)
+    optimizer: Any = create_optimizer(model, NORMUON)
     if how == "ddp":
         optimizer.replicas = groups.WORLD
     muon.orthogonalised = counted = Orthogonalised()
