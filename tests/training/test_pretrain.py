@@ -296,7 +296,9 @@ def test_unfinished_run_loads_from_its_newest_checkpoint(
     assert find_model_folder(str(tmp_path / "run")).endswith("step-00000012")
     assert find_model_folder(str(finished[0])) == str(finished[0])
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(HubError, match=r"'someone/model': no such folder, and .* not fetched: .* HF_HUB_OFFLINE is set"):
+    with pytest.raises(
+        HubError, match=r"'someone/model': no such folder, and .* not fetched: .* HF_HUB_OFFLINE is set"
+    ):
         find_model_folder("someone/model")
     with pytest.raises(UsageError, match="holds no model"):
         find_model_folder(str(tmp_path))
