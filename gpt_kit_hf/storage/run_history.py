@@ -72,6 +72,19 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Score:
+    """An evaluation: its loss, NaN if it was not finite, and on how many tokens, None if that is not recorded.
+
+    `is_last` marks the one at the end of a run, of the published model on all held-out data.
+    """
+
+    step: int
+    loss: float
+    tokens: int | None
+    is_last: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunHistory:
     """A run as its folder shows it.
 
@@ -87,6 +100,7 @@ class RunHistory:
     options: Mapping[str, Any]
     record: Mapping[str, Any]
     series: Mapping[str, Series]
+    scores: tuple[Score, ...]
     samples: tuple[Sample, ...]
     skipped: int
     checkpoints: tuple[int, ...]
@@ -105,9 +119,15 @@ class RunHistory:
 
     @property
     def steps_planned(self) -> int | None:
-        """The number of steps that the run is to do, None before it is known."""
-        steps = self.record.get("steps")
+        """The number of steps that the run was to do, also if it stopped early; None before it is known."""
+        steps = self.record.get("planned_steps", self.record.get("steps"))
         return steps if type(steps) is int else None
+
+    @property
+    def step_published(self) -> int | None:
+        """The step of the model in the folder of a finished run, None before the end."""
+        step = self.results.get("published_step")
+        return step if type(step) is int else None
 
     @property
     def trained_tokens(self) -> int:
@@ -153,12 +173,17 @@ class RunHistory:
     def best(self) -> tuple[int, float] | None:
         """The step and the evaluation loss of the best checkpoint in the folder, None without one that was scored.
 
-        Evaluations before a change of the evaluation text do not count.
+        Evaluations in the run are on a part of the held-out data, so the last one, on all of it, is compared with them
+        only if they had as many tokens; it counts if there is no other. Evaluations before training, and before a
+        change of the evaluation text, do not count.
         """
-        since, kept = eval_changed_after(self.record), set(self.checkpoints)
-        found = zip(self.series["eval_loss"].steps, self.series["eval_loss"].values, strict=True)
-        scored = [(loss, step) for step, loss in found if step > since and step in kept and math.isfinite(loss)]
-        return min(scored)[::-1] if scored else None
+        since, kept = max(0, eval_changed_after(self.record)), set(self.checkpoints)
+        scored = [each for each in self.scores if each.step > since and each.step in kept and math.isfinite(each.loss)]
+        within = [each for each in scored if not each.is_last]
+        steps, tokens = {each.step for each in within}, {each.tokens for each in within} - {None}
+        within += [each for each in scored if each.is_last and each.step not in steps and tokens == {each.tokens}]
+        best = min(within or scored, key=lambda each: (each.loss, each.step), default=None)
+        return None if best is None else (best.step, best.loss)
 
 
 class RunReader:
@@ -189,6 +214,7 @@ class RunReader:
             options=options,
             record=record,
             series=self._curves.series(),
+            scores=tuple(self._curves.scores),
             samples=tuple(self._curves.samples),
             skipped=self._curves.skipped,
             checkpoints=tuple(checkpoint_step(folder) for folder in list_checkpoints(self.folder)),
@@ -235,6 +261,7 @@ class _Curves:
     def __init__(self) -> None:
         self._columns = {name: (array("q"), array("q"), array("d")) for name in SERIES}
         self._tokens = 0
+        self.scores: list[Score] = []
         self.samples: list[Sample] = []
         self.skipped = 0
 
@@ -249,6 +276,8 @@ class _Curves:
                 self.skipped += 1
             elif type(trained) is int:
                 self._tokens += trained
+        elif kind == "eval":
+            self.scores.append(_score(step, line))
         elif kind == "sample":
             self.samples.append(Sample(step=step, prompt=str(line.get("prompt", "")), text=str(line.get("text", ""))))
         for name, (of, key) in SERIES.items():
@@ -256,7 +285,7 @@ class _Curves:
                 steps, tokens, values = self._columns[name]
                 steps.append(step)
                 tokens.append(self._tokens)
-                values.append(float(line[key]) if _is_number(line.get(key)) else math.nan)
+                values.append(_float(line.get(key)))
 
     def series(self) -> dict[str, Series]:
         """Return the series so far, which do not change with the next line."""
@@ -264,6 +293,16 @@ class _Curves:
             name: Series(steps=steps[:], tokens=tokens[:], values=values[:])
             for name, (steps, tokens, values) in self._columns.items()
         }
+
+
+def _score(step: int, line: Mapping[str, Any]) -> Score:
+    tokens = line.get("tokens")
+    return Score(
+        step=step,
+        loss=_float(line.get("loss")),
+        tokens=tokens if type(tokens) is int else None,
+        is_last=line.get("last") is True,
+    )
 
 
 def _state(folder: Path, record: Mapping[str, Any]) -> tuple[State, str | None]:
@@ -318,6 +357,10 @@ def _begins(sessions: Iterable[object]) -> Iterator[int]:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _float(value: Any) -> float:
+    return float(value) if _is_number(value) else math.nan
 
 
 def _object(value: object) -> Mapping[str, Any]:

@@ -52,6 +52,29 @@ def test_the_best_checkpoint_is_one_that_is_kept(tmp_path: Path) -> None:
     assert read_run(folder).best is None
 
 
+def test_the_last_evaluation_is_compared_only_with_those_on_as_many_tokens(tmp_path: Path) -> None:
+    def best(name: str, *scores: tuple[int, float, int | None], last: tuple[int, float, int]) -> object:
+        steps = tuple({step for step, *_ in (*scores, last)})
+        folder = write_run(tmp_path / name, 0, planned=40, checkpoints=steps)
+        lines: list[dict[str, Any]] = [
+            {"kind": "eval", "step": step, "loss": loss, "tokens": n} for step, loss, n in scores
+        ]
+        step, loss, tokens = last
+        lines.append({"kind": "eval", "step": step, "loss": loss, "tokens": tokens, "last": True})
+        write_lines(folder, lines)
+        return read_run(folder).best
+
+    part, whole = 4096, 90_000
+    assert best("easier", (20, 3.0, part), (30, 2.9, part), last=(40, 2.5, whole)) == (30, 2.9)
+    assert best("scored twice", (20, 3.0, part), (40, 3.2, part), last=(40, 2.5, whole)) == (20, 3.0)
+    # As many tokens are the same text. The last is of the published model, which may be another than that of its step.
+    assert best("short text", (20, 3.0, part), last=(40, 2.5, part)) == (40, 2.5)
+    assert best("published", (20, 3.0, part), (40, 3.2, part), last=(40, 2.5, part)) == (20, 3.0)
+    assert best("alone", last=(40, 2.5, whole)) == (40, 2.5)
+    assert best("before training", (0, 1.0, whole), (20, 3.0, part), last=(40, 2.5, whole)) == (20, 3.0)
+    assert best("unknown", (20, 3.0, None), last=(40, 2.5, whole)) == (20, 3.0)
+
+
 def test_reading_in_pieces_gives_what_reading_at_once_gives(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", 0, planned=40, checkpoints=())
     data = "".join(json.dumps(line) + "\n" for line in metric_lines(40)).encode()
