@@ -20,6 +20,8 @@ from gpt_kit_hf.commands.running import (
     escape_what_cannot_be_shown,
     quiet_libraries,
     run_command,
+    to_output,
+    write,
 )
 from gpt_kit_hf.errors import UsageError, unknown_name
 from gpt_kit_hf.options.evaluation import (
@@ -206,11 +208,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     escape_what_cannot_be_shown()
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("--help", "-h"):
-        sys.stdout.write(_overview())
-        return 0 if given else USAGE_ERROR
+        return run_command(lambda: write(_overview())) or (0 if given else USAGE_ERROR)
     if given[0] == "--version":
-        sys.stdout.write(f"gpt-kit {version('gpt-kit-hf')}\n")
-        return 0
+        return run_command(lambda: write(f"gpt-kit {version('gpt-kit-hf')}\n"))
     return run_command(lambda: _run(given[0], given[1:]))
 
 
@@ -219,7 +219,8 @@ def _run(name: str, arguments: Sequence[str]) -> None:
     if name not in COMMANDS:
         raise UsageError(unknown_name("command", name, COMMANDS))
     command = COMMANDS[name]
-    options: object = parse_options(command.options, arguments, prog=f"gpt-kit {name}", about=command.help())
+    with to_output():  # of --help
+        options: object = parse_options(command.options, arguments, prog=f"gpt-kit {name}", about=command.help())
     check_options(options)
     command.run(options)
 

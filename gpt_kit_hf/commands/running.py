@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 from gpt_kit_hf.errors import GPTKitError, StoppedError, UsageError, one_line
 from gpt_kit_hf.options.run import OptionsOfRun
@@ -14,6 +16,7 @@ from gpt_kit_hf.training.log.console import Console
 from gpt_kit_hf.training.runtime.signals import EXIT_STOPPED
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+OUTPUT_CLOSED = 141  # as a program that SIGPIPE ends
 
 
 def escape_what_cannot_be_shown() -> None:
@@ -37,6 +40,7 @@ def _not_encoded(name: str) -> str:
 
 def run_command(command: Callable[[], object]) -> int:
     """Run a command and return its exit code; an expected error is one line on stderr, not a traceback."""
+    _open_missing_streams()
     quiet_libraries()
     try:
         command()
@@ -56,6 +60,13 @@ def run_command(command: Callable[[], object]) -> int:
         # A scheduler, which starts the run again: it had not begun, so there was nothing to save.
         return _fail(f"stopped by {error} before the first step", EXIT_STOPPED)
     return 0
+
+
+def _open_missing_streams() -> None:
+    """Write to nowhere where the process was started without an output stream, as by `>&-`: Python has None there."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 (until the process ends)
 
 
 def _fail(error: object, code: int) -> int:
@@ -78,10 +89,23 @@ def announce_loading(options: OptionsOfRun) -> None:
         Console(sys.stdout, options.training.log_format).log("loading  PyTorch and transformers")
 
 
+@contextmanager
+def to_output() -> Iterator[None]:
+    """Flush what is written to the standard output; if its reader is gone, as after `| head`, end without a word."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python reports it at its end
+        raise SystemExit(OUTPUT_CLOSED) from None
+
+
 def write(text: str) -> None:
     """Write to the standard output, without control characters if it is a terminal."""
-    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
-    sys.stdout.flush()
+    with to_output():
+        sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
 
 
 def note(text: str) -> None:
