@@ -76,6 +76,9 @@ def _check(option: Option, named: str, text: bool) -> None:
         if not files.get(option.names):
             _check_model(named)
     elif option.names in ("folder", "run"):
+        if place.is_file():
+            what = "the folder of a run" if option.names == "run" else "a folder"
+            raise UsageError(f"{option.name} {named!r} is a file: give {what}")
         if not place.is_dir():
             raise UsageError(f"{option.name} {named!r}: no such folder")
         if option.names == "run" and not holds_run(place):

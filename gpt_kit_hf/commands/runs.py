@@ -24,22 +24,28 @@ _NOT_COMPARED = {"options", "steps", "versions", "sessions", "results", "run_id"
 
 
 def runs(options: RunsOptions) -> None:
-    """List the runs in a folder. Raises UsageError if there are none."""
+    """List the runs in a folder.
+
+    Raises UsageError if there are none, and CheckpointError, after the list, for those that cannot be read.
+    """
     folder = Path(options.folder)
     found = find_runs(folder)
     if not found:
         raise UsageError(f"{options.folder!r} holds no run, nor do the folders in it")
-    rows, notes = [], []
+    rows, unreadable = [], []
     for run in found:
         try:
             rows.append(_Row(read_run(run)))
         except CheckpointError as error:
-            notes.append(f"{run} cannot be read: {error}")
+            unreadable.append(f"{run} cannot be read: {error}")
     order = {"name": lambda row: str(row.run.folder), "date": lambda row: row.changed, "loss": lambda row: row.loss}
     rows.sort(key=order[options.sort])
-    heading = ["RUN", "STATE", "STEPS", "EVAL LOSS", "BITS/BYTE", "PARAMETERS", "SIZE", "CHANGED"]
-    lines = [heading, *(row.cells() for row in rows)]
-    write("".join(f"{line}\n" for line in [*_aligned(lines), *_notes(rows), *notes]))
+    if rows:
+        heading = ["RUN", "STATE", "STEPS", "EVAL LOSS", "BITS/BYTE", "PARAMETERS", "SIZE", "CHANGED"]
+        lines = [heading, *(row.cells() for row in rows)]
+        write("".join(f"{line}\n" for line in [*_aligned(lines), *_notes(rows)]))
+    if unreadable:
+        raise CheckpointError("; ".join(unreadable))
 
 
 def compare(options: CompareOptions) -> None:
@@ -99,6 +105,22 @@ def _notes(rows: Sequence[_Row]) -> Iterator[str]:
             step = max(run.checkpoints, default=0)
             resumed = f"continues after step {step:,}" if step else "has no checkpoint and begins again"
             yield f"{run.folder} {resumed} with --resume and the options of before"
+        elif run.state == "finished":
+            yield from _ending(run)
+
+
+def _ending(run: RunHistory) -> Iterator[str]:
+    """Yield what a finished run did otherwise than to train all steps and publish the last."""
+    done, planned = run.steps_done, run.steps_planned
+    if planned is not None and done < planned:
+        yield f"{run.folder} stopped early, after step {done:,} of {planned:,}"
+    if (published := _published(run)) != _ABSENT:
+        yield f"{run.folder} published the model of step {published}"
+
+
+def _published(run: RunHistory) -> str:
+    step = run.step_published
+    return _ABSENT if step in (None, run.steps_done) else f"{step:,}"
 
 
 def _groups(found: Sequence[RunHistory]) -> dict[str, list[tuple[str, list[str]]]]:
@@ -118,6 +140,7 @@ def _results(run: RunHistory) -> dict[str, Any]:
     return {
         "state": run.state,
         "steps": f"{run.steps_done:,}",
+        "published step, if not the last": _published(run),
         "trained tokens": f"{run.trained_tokens:,}",
         "skipped updates": run.skipped,
         "training loss, last step": _number(run.series["loss"].last),

@@ -9,6 +9,7 @@ from gpt_kit_hf.commands.running import note, quiet_libraries, write
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.generation.http_server import check_packages
 from gpt_kit_hf.options.evaluation import ReportOptions, WatchOptions
+from gpt_kit_hf.storage.run_history import find_runs
 
 _MARK = b'<meta name="generator" content="gpt-kit report">'
 _NICENESS = 10  # a run on the same cores goes first
@@ -20,6 +21,9 @@ def watch(options: WatchOptions) -> None:
     from gpt_kit_hf.pages.server import serve_page
     from gpt_kit_hf.pages.watch import watch_app
 
+    for run in options.runs:
+        if not find_runs(Path(run)):
+            write(f"waiting for {'a run in ' if Path(run).exists() else ''}{run}\n")
     if os.name == "posix":
         os.nice(_NICENESS)
     serve_page(

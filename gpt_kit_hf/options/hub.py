@@ -68,6 +68,8 @@ class PushCommandOptions(PushOptions):
             return
         if self.repo is None or not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo):
             raise UsageError(f"give REPO, OWNER/NAME on the Hub{f', got {self.repo!r}' if self.repo else ''}")
+        if Path(self.run).is_file():
+            raise UsageError(f"run {self.run!r} is a file: give the folder of a run or model")
         if not Path(self.run).is_dir():
             raise UsageError(f"run {self.run!r}: no such folder")
 

@@ -17,9 +17,17 @@ DATA = {"eval_fingerprint": "e1", "data_fingerprint": "d1", "tokenizer_fingerpri
 
 
 def write_run(
-    folder: Path, steps: int, planned: int, *, loss: float | None, options: dict[str, Any] | None = None, **facts: Any
+    folder: Path,
+    steps: int,
+    planned: int,
+    *,
+    loss: float | None,
+    published: int | None = None,
+    options: dict[str, Any] | None = None,
+    **facts: Any,
 ) -> Path:
     """Write a run of 10 tokens a step, with evaluations of 5 / step nats; `loss` is the result, None without one."""
+    published = steps if published is None else published
     folder.mkdir(parents=True)
     chosen = {"training.output_dir": str(folder), "training.seed": 0, "optimizer.learning_rate": 1e-3}
     (folder / "options.json").write_text(json.dumps({**chosen, **(options or {})}))
@@ -32,7 +40,7 @@ def write_run(
     }
     record.setdefault("sessions", [{"after_step": 0}])
     if loss is not None:
-        record["results"] = {"loss": loss, "bits_per_byte": loss / 2, "steps": steps}
+        record["results"] = {"loss": loss, "bits_per_byte": loss / 2, "steps": steps, "published_step": published}
     (folder / "run.json").write_text(json.dumps(record))
     lines: list[dict[str, Any]] = []
     for step in range(1, steps + 1):
@@ -63,13 +71,16 @@ def folder(tmp_path: Path) -> Path:
     live = write_run(runs / "live", 10, 50, loss=None)
     owner = {"host": "elsewhere", "pid": 1, "id": "x", "lease": 90.0}
     (live / "run.lock").write_text(json.dumps(owner))
-    (runs / "damaged").mkdir()
-    (runs / "damaged" / "options.json").write_text("{}")
-    (runs / "damaged" / "run.json").write_text("{")
     for number, name in enumerate(("deeper/stopped", "live", "broken", "done")):
         for file in ("metrics.jsonl", "run.json"):
             os.utime(runs / name / file, (1_700_000_000 + number,) * 2)
     return runs
+
+
+def damage(run: Path) -> None:
+    run.mkdir(parents=True)
+    (run / "options.json").write_text("{}")
+    (run / "run.json").write_text("{")
 
 
 def test_runs_lists_states_steps_scores_and_sizes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,7 +102,53 @@ def test_runs_lists_states_steps_scores_and_sizes(folder: Path, capsys: pytest.C
     assert f"{folder}/broken failed: disk full\\x1b[2J" in notes
     assert f"{folder}/broken has no checkpoint and begins again with --resume and the options of before" in notes
     assert f"{folder}/deeper/stopped continues after step 20 with --resume and the options of before" in notes
-    assert any(note.startswith(f"{folder}/damaged cannot be read: ") for note in notes)
+    assert "stopped early" not in " ".join(notes)
+
+
+def test_runs_that_cannot_be_read_are_named_after_the_others(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damage(folder / "torn")
+    assert main(["runs", str(folder)]) == 1
+    said = capsys.readouterr()
+    assert [line.split()[0] for line in said.out.splitlines()[1:5]] == [
+        f"{folder}/{name}" for name in ("broken", "deeper/stopped", "done", "live")
+    ]
+    assert said.err.startswith(f"error: {folder}/torn cannot be read: ")
+    assert said.err.count("\n") == 1
+    assert main(["runs", str(folder / "torn")]) == 1
+    assert capsys.readouterr().out == ""
+
+
+def test_a_run_that_stopped_early_shows_its_plan_and_what_it_published(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "early", 50, 50, loss=0.75, published=30, planned_steps=4000)
+    _, row, *notes = said(capsys, "runs", str(tmp_path))
+    assert row[1:3] == ["finished", "50/4,000"]
+    assert [" ".join(note) for note in notes] == [
+        f"{run} stopped early, after step 50 of 4,000",
+        f"{run} published the model of step 30",
+    ]
+    other = write_run(tmp_path / "other", 50, 50, loss=0.75)
+    shown = {line[0]: line[1:] for line in said(capsys, "compare", str(run), str(other))[1:]}
+    assert shown["published step, if not the last"] == ["30", "-"]
+
+
+COMMAND = "import sys; from gpt_kit_hf.commands.main import main; sys.exit(main(sys.argv[1:]))"
+
+
+@pytest.mark.parametrize("arguments", [["runs"], ["compare"], ["--help"], ["runs", "--help"], ["--version"]])
+@pytest.mark.parametrize("output", ["closed", "without a reader"])
+def test_an_output_that_nobody_reads_ends_without_a_word(output: str, arguments: list[str], folder: Path) -> None:
+    names = {("runs",): [str(folder)], ("compare",): [str(folder / "done"), str(folder / "live")]}
+    command = [sys.executable, "-c", COMMAND, *arguments, *names.get(tuple(arguments), [])]
+    if output == "closed":
+        command = ["/bin/sh", "-c", 'exec "$@" >&-', "sh", *command]
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False, timeout=120)
+    os.close(writing)
+    expected = 141 if output == "without a reader" else 0
+    assert (ended.stderr, ended.returncode) == (b"", expected)
 
 
 @pytest.mark.parametrize(

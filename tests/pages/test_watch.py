@@ -166,10 +166,14 @@ def test_the_command_serves_without_torch_and_stops_on_request(tmp_path: Path) -
         "import sys; from gpt_kit_hf.commands.main import main; "
         "code = main(sys.argv[1:]); sys.exit(9 if 'torch' in sys.modules else code)"
     )
-    command = [sys.executable, "-c", program, "watch", str(tmp_path / "run")]
+    (tmp_path / "empty").mkdir()
+    places = [str(tmp_path / name) for name in ("run", "nope", "empty")]
+    command = [sys.executable, "-c", program, "watch", *places]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
+            assert process.stdout.readline() == f"waiting for {places[1]}\n"
+            assert process.stdout.readline() == f"waiting for a run in {places[2]}\n"
             url = process.stdout.readline().split()[2]
             assert url.startswith("http://127.0.0.1:")
             body = json.dumps({"runs": {"0": {}}}).encode()
