@@ -101,7 +101,8 @@ async def read_request(request: Request, kind: type[_Asked]) -> _Asked:
         return kind.model_validate_json(bytes(body))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise HTTPException(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        place = ".".join(map(str, first["loc"])) or "the body"
+        raise HTTPException(400, f"{place}: {first['msg']}") from None
 
 
 def serve_page(

@@ -50,6 +50,22 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> TestClient:
     return TestClient(app, base_url="http://127.0.0.1:8123", raise_server_exceptions=False)
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"{", "the body: Invalid JSON: EOF while parsing"),
+        (b'"a": 1', "the body: Invalid JSON: trailing characters"),
+        (b"[1, 2]", "the body: Input should be an object"),
+        (b'{"a": 1}', "b: Field required"),
+        (b'{"a": "1", "b": 2}', "a: Input should be a valid integer"),
+    ],
+)
+def test_the_message_on_a_wrong_body_begins_with_its_place(client: TestClient, body: bytes, message: str) -> None:
+    answer = client.post("/add", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert answer.json()["error"].startswith(message)
+
+
 def test_listed_files_are_served_and_no_other(client: TestClient) -> None:
     page, script = client.get("/"), client.get("/page.js")
     assert (page.text, page.headers["content-type"]) == ("<p>page</p>", "text/html; charset=utf-8")
