@@ -161,7 +161,7 @@ COMMANDS = {
         Command(
             name="report",
             summary="Write all that is known of a run into one HTML file.",
-            about="The file needs no network, and shows no path of this machine.",
+            about="The file needs no network, and shows no path of this machine. Needs the extra play.",
             options=ReportOptions,
             module="watch",
         ),

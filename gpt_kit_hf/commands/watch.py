@@ -37,6 +37,7 @@ def watch(options: WatchOptions) -> None:
 
 def report(options: ReportOptions) -> None:
     """Write the report of a run."""
+    check_packages("the report", "play")
     file = _report_file(options)
     from gpt_kit_hf.pages.report import write_report  # slow to import
 

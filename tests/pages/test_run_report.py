@@ -23,6 +23,7 @@ from gpt_kit_hf.data.text.corpus import prepare_corpus
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.evaluation.held_out import held_out_text
 from gpt_kit_hf.evaluation.passages import scored_passages
+from gpt_kit_hf.generation import http_server
 from gpt_kit_hf.hub.card.facts import card_facts
 from gpt_kit_hf.options.data import TextOptions
 from gpt_kit_hf.options.parser import parse_options
@@ -200,6 +201,16 @@ def test_a_failed_run_shows_no_path_of_its_error(tmp_path: Path) -> None:
     assert "stopped with an error" in page
     assert "OSError" in page
     assert "/home/me" not in page
+
+
+def test_a_report_names_the_extra_that_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(http_server, "_PACKAGES", ("no_such_package",))
+    assert main(["report", str(write_run(tmp_path / "run", 10))]) == 2
+    assert (
+        "the report needs packages that are not installed: pip install 'gpt-kit-hf[play]'" in capsys.readouterr().err
+    )
 
 
 def test_only_a_report_is_replaced(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
