@@ -314,6 +314,14 @@ class OptimizerOptions(Options):
     max_grad_norm: float = option(
         1.0, "gradients are clipped to this global norm; 0 disables clipping", minimum=0, resume="allowed"
     )
+    ema_decay: float | None = option(
+        None,
+        "decay rate, per step, of a moving average of the weights, which is evaluated, saved and published instead of "
+        "them",
+        above=0,
+        below=1,
+        unset="no average",
+    )
     muon_momentum: float = option(0.95, "Muon: momentum", minimum=0, below=1, resume="allowed")
     muon_learning_rate: float | None = option(
         None, "Muon: peak learning rate of the matrices", above=0, unset="learning_rate", resume="allowed"

@@ -311,7 +311,7 @@ class _Loop:
         in_fp32 = max_samples is None and not self.accelerator.is_fsdp2
         autocast = nullcontext if in_fp32 else self.steps.trainer.autocast
         try:
-            with self.console.activity("evaluating"):
+            with self.console.activity("evaluating"), self.steps.average.in_model():
                 score = self.task.evaluate(max_samples, self.steps.plan.micro_batch_size, autocast)
         except StoppedError:
             self._save_and_stop()
@@ -333,6 +333,7 @@ class _Loop:
             torch.no_grad(),
             torch.random.fork_rng(),
             self.steps.trainer.autocast(),
+            self.steps.average.in_model(),
             # A compiled model would be recompiled for each length of the growing text.
             torch.compiler.set_stance("force_eager"),
         ):
@@ -345,6 +346,7 @@ class _Loop:
 
     def _finish(self) -> RunResult:
         """Score all evaluation data, publish the model in the run's root folder, and log the results."""
+        self.steps.average.stay_in_model()
         published = decide_on_main(self.accelerator, self.checkpoints.to_publish)
         if published != self.steps.step:
             self.task.load_weights(checkpoint_folder(self.folder, published))

@@ -78,10 +78,11 @@ class RunCheckpoints:
             return
         in_background = self._chosen.async_save and not must
         try:
-            if self._shards is not None:
-                self._save_sharded(self._shards, position, in_background=in_background)
-            elif self._accelerator.is_main_process:
-                self._save_whole(position, in_background=in_background)
+            with self._steps.average.in_model():
+                if self._shards is not None:
+                    self._save_sharded(self._shards, position, in_background=in_background)
+                elif self._accelerator.is_main_process:
+                    self._save_whole(position, in_background=in_background)
         except CheckpointError as error:
             if must and self._accelerator.is_main_process:
                 raise

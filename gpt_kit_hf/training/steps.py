@@ -22,6 +22,7 @@ from gpt_kit_hf.errors import DataError, RunError
 from gpt_kit_hf.model.losses import Batch
 from gpt_kit_hf.options.run import OptionsOfRun
 from gpt_kit_hf.training.optim.optimizer import create_optimizer, learning_rate_at, set_learning_rate
+from gpt_kit_hf.training.optim.weight_average import WeightAverage
 from gpt_kit_hf.training.runtime.available_memory import out_of_memory
 from gpt_kit_hf.training.runtime.determinism import computing_facts
 from gpt_kit_hf.training.state.batch_digests import batch_digest, chained, content_digest, halves, joined
@@ -99,6 +100,8 @@ class Steps:
             max_grad_norm=options.optimizer.max_grad_norm or None,
             accelerator=self._accelerator,
         )
+        decay = options.optimizer.ema_decay
+        self.average = WeightAverage(task.model, self.trainer.optimizer.optimizer, decay)
         self.step = 0
         self.skipped_in_a_row = 0
         self._chain = ""
@@ -113,6 +116,7 @@ class Steps:
     def restore(self, checkpoint: Path) -> None:
         """Restore optimizer and position from a checkpoint; the model has its weights already."""
         position = restore_training_state(checkpoint, self.task.model, self.trainer)
+        self.average.exchange()
         self.step, self.skipped_in_a_row = position["step"], position["skipped_in_a_row"]
         self._chain, self._norms = position["chain"], list(position["recent_norms"])
         self._data_position = position["data_position"]
@@ -168,6 +172,8 @@ class Steps:
         except _AbandonedError:
             self.trainer.optimizer.zero_grad(set_to_none=True)
             return None
+        if update.skipped is None:
+            self.average.update(self.step)
         assert self._next is not None  # fetched by _meanwhile
         low, high, stops, self._next.trained_tokens = update.sums
         batch = batch_digest(self.plan.sample_ids(self.step), joined(low, high))

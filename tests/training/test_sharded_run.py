@@ -77,21 +77,30 @@ def test_sharded_run_survives_a_failed_save_and_resumes(tmp_path: Path, text: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_sharded_run_resumes_on_another_number_of_processes(optimizer: str, tmp_path: Path, text: Path) -> None:  # noqa: F811
-    run, chosen = tmp_path / "run", f"--optimizer={optimizer}"
-    ended = launch(2, run, text, chosen, script=__file__)
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        ["--optimizer=adamw"],
+        ["--optimizer=muon"],
+        ["--optimizer=muon", "--muon_beta2=0.9", "--ema_decay=0.9"],
+    ],
+    ids=["adamw", "muon", "normuon and average"],
+)
+def test_sharded_run_resumes_on_another_number_of_processes(chosen: list[str], tmp_path: Path, text: Path) -> None:  # noqa: F811
+    run = tmp_path / "run"
+    ended = launch(2, run, text, *chosen, script=__file__)
     assert ended.returncode == 0, ended.stderr
     checkpoint = run / "checkpoints" / "step-00000004"
     # Weights once, as a model folder; of the optimizer each process wrote its share, in the background.
     sizes = {path.name: path.stat().st_size for path in checkpoint.rglob("*.safetensors")}
     model = sizes.pop("model.safetensors")
-    # Of a matrix Muon keeps one tensor, AdamW two; and there are headers.
-    assert (1 if optimizer == "muon" else 2) * model < sum(sizes.values()) < 2.2 * model
+    # Of a matrix Muon keeps one tensor, AdamW two, an average one more; and there are headers.
+    least = (1 if "--optimizer=muon" in chosen else 2) + any("ema" in each for each in chosen)
+    assert least * model < sum(sizes.values()) < (least + 1.2) * model
     assert GPTKitForCausalLM.from_pretrained(checkpoint).num_parameters() > 0
     for processes, script in ((1, "examples/pretrain.py"), (4, __file__)):
         resumed = killed_copy(run, tmp_path / f"by-{processes}", "step-00000008")
-        ended = launch(processes, resumed, text, chosen, "--resume", script=script)
+        ended = launch(processes, resumed, text, *chosen, "--resume", script=script)
         assert ended.returncode == 0, ended.stderr
         assert "resumed  after step 4" in ended.stdout
         assert losses(resumed) == pytest.approx(losses(run), abs=1e-4)
