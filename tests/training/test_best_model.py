@@ -167,3 +167,19 @@ def test_intervals_are_shares_of_the_steps() -> None:
     assert intervals(100, **given) == (25, 7, 1, 0)
     with pytest.raises(UsageError, match=r"eval_steps=2\.5 must be a whole number of steps, or a fraction"):
         TrainingOptions(output_dir="x", eval_steps=2.5)
+
+
+def test_a_run_that_is_made_longer_compares_evaluations_of_its_steps_only(text: Path, tmp_path: Path) -> None:
+    """The score of the model that was published is on all held-out text: it is no evaluation of its step."""
+    chosen: dict[str, Any] = {"max_eval_samples": 2, "save_total_limit": 99, "load_best_model_at_end": True}
+    train(options(text, tmp_path / "whole", **chosen), stream=None)
+    train(options(text, tmp_path / "run", **chosen, max_steps=12), stream=None)
+    longer = options(text, tmp_path / "run", **chosen, resume=True, allow_changes=["max_steps"])
+    train(longer, stream=None)
+
+    def on_a_part(folder: Path) -> list[tuple[int, float]]:
+        found = [line for line in updates(folder) if line["kind"] == "eval" and "last" not in line]
+        return [(line["step"], line["loss"]) for line in found]
+
+    assert on_a_part(tmp_path / "run") == on_a_part(tmp_path / "whole")
+    assert results(tmp_path / "run")["published_step"] == results(tmp_path / "whole")["published_step"]

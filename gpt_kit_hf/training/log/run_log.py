@@ -162,14 +162,21 @@ class RunRecord:
 
     def scores(self, metric: str = "loss") -> dict[int, float]:
         """Return the loss or bits_per_byte of each evaluation on this text so far, by step; on the main process."""
-        lines = read_jsonl(self._metrics) if self._metrics.exists() else []
         since = eval_changed_after(self._facts)
-        return {line["step"]: line[metric] for line in lines if line["kind"] == "eval" and line["step"] > since}
+        evaluations = [line for line in self._lines() if line["kind"] == "eval" and line["step"] > since]
+        return {line["step"]: line[metric] for line in evaluations}
 
     def kinds_at(self, step: int) -> set[str]:
         """Return the kinds of lines that there are of this step, such as "eval"; on the main process."""
+        return {line["kind"] for line in self._lines() if line["step"] == step}
+
+    def _lines(self) -> list[dict[str, Any]]:
+        """Return the lines so far, without the score of a model that was published.
+
+        That is on other samples, and a run that is made longer has it amid the others.
+        """
         lines = read_jsonl(self._metrics) if self._metrics.exists() else []
-        return {line["kind"] for line in lines if line["step"] == step}
+        return [line for line in lines if line.get("last") is not True]
 
     def close(self) -> None:
         """Close the trackers."""
