@@ -34,10 +34,12 @@ from gpt_kit_hf import (
     train,
 )
 from gpt_kit_hf.model.presets import build_config
-from gpt_kit_hf.options.training import recipe_options
 
-# With the warmup that the recipe had when the results of the studies were made.
-FAST = OptimizerOptions(**{**recipe_options("fast"), "warmup_steps": 60})
+# The recipe `fast` as it was when the results of the studies were made.
+FAST = OptimizerOptions(
+    optimizer="muon", muon_learning_rate=8e-3, learning_rate=4e-3, lr_scheduler_type="linear", min_lr_ratio=0.02,
+    warmup_steps=60,
+)  # fmt: skip
 CORPORA = ("tinyshakespeare", "python-stdlib")
 BYTES, BPE = 258, 4096  # ids, with the end of text and the padding
 
@@ -90,15 +92,22 @@ def of_size(model: ModelOptions, vocabulary: int, wanted: int) -> ModelOptions:
     return dataclasses.replace(model, n_inner=8 * round(1 + (wanted - eight) / (sixteen - eight)))
 
 
-def steps_of(models: Mapping[str, ModelOptions], vocabulary: int, context: int, batch: int) -> dict[str, Any]:
-    """Return a training step of each model, all on the same batch of random ids."""
+def steps_of(
+    models: Mapping[str, ModelOptions],
+    vocabulary: int,
+    context: int,
+    batch: int,
+    optimizers: Mapping[str, OptimizerOptions] | None = None,
+) -> dict[str, Any]:
+    """Return a training step of each model, all on the same batch of random ids; `optimizers` are FAST by default."""
     torch.manual_seed(0)
     ids = torch.randint(vocabulary, (batch, context + 1))
     pairs = Batch(ids[:, :-1], ids[:, 1:])
     trainers = {}
     for name, shape in models.items():
         model = GPTKitForCausalLM(build_config(shape, vocab_size=vocabulary))
-        trainers[name] = AMPTrainer(model, create_optimizer(model, FAST), accelerator=Accelerator(cpu=True))
+        optimizer = create_optimizer(model, FAST if optimizers is None else optimizers[name])
+        trainers[name] = AMPTrainer(model, optimizer, accelerator=Accelerator(cpu=True))
     return {name: lambda trainer=trainer: trainer.update([pairs]) for name, trainer in trainers.items()}
 
 

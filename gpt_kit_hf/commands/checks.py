@@ -13,7 +13,7 @@ from gpt_kit_hf.options.declare import Option, sections_of
 from gpt_kit_hf.options.evaluation import VerifyOptions
 from gpt_kit_hf.options.files import PYTHON_STDLIB, check_local, find_files, is_url, may_be_hub_id
 from gpt_kit_hf.options.generation import EngineOptions
-from gpt_kit_hf.options.run import RunOptions
+from gpt_kit_hf.options.run import PlanOptions, RunOptions
 from gpt_kit_hf.options.training import TrainingOptions
 from gpt_kit_hf.storage.atomic_files import check_can_be_made, load_json
 from gpt_kit_hf.storage.gguf_header import is_gguf
@@ -28,7 +28,8 @@ def check_options(options: object) -> None:
     """Raise UsageError or DataError for files, folders, models and runs that the options name and cannot be used."""
     training = getattr(options, "training", None)
     # Another process of this run may have just made the folder.
-    if isinstance(training, TrainingOptions) and os.environ.get("WORLD_SIZE", "1") == "1":
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    if isinstance(training, TrainingOptions) and alone and not isinstance(options, PlanOptions):
         check_run_folder(Path(training.output_dir), resume=training.resume, overwrite=training.overwrite)
     # A checkpoint replaces the model that a text is trained further on, which may be gone.
     resumes = (

@@ -38,7 +38,7 @@ from gpt_kit_hf.options.generation import ChatCommandOptions, GenerateOptions, P
 from gpt_kit_hf.options.hub import CardOptions, ExportOptions, PullOptions, PushCommandOptions
 from gpt_kit_hf.options.model import ConvertOptions
 from gpt_kit_hf.options.parser import parse_options
-from gpt_kit_hf.options.run import FinetuneOptions, RunOptions, TokenizeOptions
+from gpt_kit_hf.options.run import FinetuneOptions, PlanOptions, RunOptions, TokenizeOptions
 
 ABOUT = "Train, evaluate, use and publish a GPT of your own."
 
@@ -70,6 +70,14 @@ COMMANDS = {
     command.name: command
     for command in (
         Command(name="train", summary="Pretrain a GPT on text.", options=RunOptions, module="train"),
+        Command(
+            name="plan",
+            summary="Plan a run that takes a given time: shape, length, vocabulary, rates; and what to expect.",
+            about="Reads the text, times steps of a few shapes on this machine, prints a page, and writes a file for "
+            "gpt-kit train --config. Options that are given stay. gpt-kit train --budget plans and trains in one.",
+            options=PlanOptions,
+            module="train",
+        ),
         Command(
             name="tokenize",
             summary="Tokenize a text before training, without a GPU, on one machine or several.",

@@ -1,15 +1,20 @@
-"""`gpt-kit train`, `finetune` and `verify`."""
+"""`gpt-kit train`, `plan`, `finetune` and `verify`."""
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
 from gpt_kit_hf.commands.running import note, write
 from gpt_kit_hf.errors import CheckpointError
 from gpt_kit_hf.options.evaluation import VerifyOptions
-from gpt_kit_hf.options.run import FinetuneOptions, RunOptions
+from gpt_kit_hf.options.planning import parse_budget
+from gpt_kit_hf.options.run import FinetuneOptions, PlanOptions, RunOptions
 from gpt_kit_hf.training.finetune import finetune as run_finetuning
+from gpt_kit_hf.training.log.console import Console
+from gpt_kit_hf.training.planning.page import page_lines, write_plan
+from gpt_kit_hf.training.planning.plan import make_plan
 from gpt_kit_hf.training.pretrain import train as run_pretraining
 from gpt_kit_hf.training.replay import replay_steps
 from gpt_kit_hf.training.verify import verify_run
@@ -18,6 +23,16 @@ from gpt_kit_hf.training.verify import verify_run
 def train(options: RunOptions) -> None:
     """Pretrain a GPT on text."""
     run_pretraining(options, stream=sys.stdout)
+
+
+def plan(options: PlanOptions) -> None:
+    """Plan a run for a budget, print the plan, and write it."""
+    log = Console(sys.stdout, options.training.log_format).log
+    made = make_plan(options, log)
+    for line in page_lines(made, parse_budget(options.plan.budget)):
+        log(line)
+    write_plan(made, Path(options.plan.plan_file), options.plan.budget)
+    log(f"next     gpt-kit train --config {shlex.quote(options.plan.plan_file)}")
 
 
 def finetune(options: FinetuneOptions) -> None:

@@ -2,9 +2,9 @@
 
 `declare` defines what a declaration holds and checks values against it: type, choices, bounds, and options that
 exclude each other. `training` (run, optimizer), `model` (presets, shape, conversion), `data`, `finetuning`,
-`generation`, `evaluation` and `hub` declare the options. `run` combines those of a training run and has the rules for
-resuming one; `token_files` refuses options of text for ids. `parser` reads a command line, `config_file` a YAML file;
-`pages` writes help and documentation, `files` finds the files that globs name.
+`generation`, `evaluation`, `hub` and `planning` declare the options. `run` combines those of a training run and has
+the rules for resuming one. `parser` reads a command line, `config_file` a YAML file; `pages` writes help and
+documentation, `files` finds the files that globs name and refuses options of text for files of ids.
 """
 
 import lazy_loader

@@ -9,8 +9,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 from gpt_kit_hf.errors import UsageError, unknown_name
 from gpt_kit_hf.options.declare import Options, Resume, changed_values, option
-from gpt_kit_hf.options.files import check_encoding_of_files, check_local
-from gpt_kit_hf.options.token_files import check_options_of_ids
+from gpt_kit_hf.options.files import check_encoding_of_files, check_local, check_options_of_ids
 
 TRAINED_BPE = "bpe"
 KEEP = "keep"

@@ -234,7 +234,7 @@ def sections_of(kind: Any) -> Mapping[str, Section]:
     if issubclass(kind, Options):
         return {"": Section(kind=kind, options=options_of(kind))}
     hints, sections = get_type_hints(kind), {}
-    for field in dataclasses.fields(kind):
+    for field in (field for field in dataclasses.fields(kind) if field.init):
         section = hints[field.name]
         options = options_of(section)
         if field.default_factory not in (dataclasses.MISSING, section):

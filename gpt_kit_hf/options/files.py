@@ -1,4 +1,4 @@
-"""Files that options name: lists, globs, the source of Python's standard library, and encodings of files."""
+"""Files that options name: lists, globs, Python's standard library, their encodings, and files of token ids."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import stat
 import sys
 import sysconfig
+from collections.abc import Mapping, Sequence
 from encodings.aliases import aliases
 from pathlib import Path
 
@@ -20,6 +21,9 @@ _NO_TEXT = {"hex", "base64", "bz2", "zlib", "rot13", "uu", "quopri", "undefined"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 # Tests repeat themselves and hold files that are not UTF-8 on purpose.
 _STDLIB_WITHOUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib-dynload"}
+# Options of text that do not apply to ids; how text is read applies to evaluation files beside token files.
+_OF_TEXT = ("text_column", "encoding_of_files", "document_separator", "eos_in_text", "on_bad_text", "num_proc")
+_OF_STREAMS = ("streaming", "shuffle_windows", "stream_shards")
 
 
 def is_url(name: str) -> bool:
@@ -139,3 +143,21 @@ def check_encoding_of_files(name: str | None) -> None:
     except (LookupError, UnicodeError, ValueError):
         known = {alias.replace("_", "-") for alias in (*aliases, *aliases.values())}
         raise UsageError(unknown_name("encoding_of_files", name, sorted(known - _NO_TEXT))) from None
+
+
+def is_token_file(name: str) -> bool:
+    """Return whether a name is that of a token file."""
+    return name.endswith((".bin", ".ds"))
+
+
+def check_options_of_ids(given: Mapping[str, object], eval_files: Sequence[str] | None) -> None:
+    """Raise UsageError for an option that does not apply to token files; `given` are those that were given."""
+    has_text = eval_files is not None and not any(map(is_token_file, eval_files))
+    refused = {
+        **dict.fromkeys(() if has_text else _OF_TEXT, "is for text, and token_files hold ids"),
+        **dict.fromkeys(_OF_STREAMS, "is for a text that is streamed, and token_files are read where they lie"),
+        "dataset_train_split": "is for dataset_name, and token_files have no splits",
+    }
+    for name, value in given.items():
+        if name in refused and value is not None:
+            raise UsageError(f"{name}={value!r} {refused[name]}: leave it out")

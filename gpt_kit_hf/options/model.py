@@ -156,6 +156,12 @@ class ModelOptions(Options):
         """The longest context, in tokens."""
         return int(self._value("max_position_embeddings"))
 
+    @property
+    def blocks(self) -> tuple[int, int, int]:
+        """The number of layers, the heads of each, and their width."""
+        layers, heads, width = (int(self._value(name)) for name in ("n_layer", "n_head", "n_embd"))
+        return layers, heads, width
+
     def _check_shape(self) -> None:
         """Raise UsageError for numbers that do not fit each other; the configuration checks them again."""
         n_embd, n_head = int(self._value("n_embd")), int(self._value("n_head"))

@@ -54,12 +54,21 @@ def parse_options(kind: type[T], arguments: Sequence[str], *, prog: str, about: 
         sys.stdout.write(config_page(prog, sections, {}))
         raise SystemExit(0)
     options = _build(kind, sections, values, positionals)
+    if hasattr(options, "given"):
+        options.given.update(values)
     if (check := getattr(kind, "check_given", None)) is not None:
         check(given, values)
     if values.get("print_config"):
         sys.stdout.write(config_page(prog, sections, values))
         raise SystemExit(0)
     return options
+
+
+def build_options(kind: type[T], values: Mapping[str, Any]) -> T:
+    """Return the options of a command with these values, by name, also of a recipe; others have their defaults."""
+    recipe = values.get("recipe")
+    chosen = {**({} if recipe is None else _recipes(kind)[recipe]), **values}
+    return _build(kind, sections_of(kind), chosen, ())
 
 
 def _recipes(kind: type) -> Mapping[str, Mapping[str, Any]]:

@@ -18,15 +18,17 @@ from gpt_kit_hf.options.data import (
     TextOptions,
     WindowOptions,
 )
-from gpt_kit_hf.options.declare import Option, Options, changed_values, flat_declarations, option
+from gpt_kit_hf.options.declare import Option, Options, changed_values, flat_declarations, option, sections_of
+from gpt_kit_hf.options.files import check_options_of_ids
 from gpt_kit_hf.options.finetuning import AdapterOptions, BaseOptions
 from gpt_kit_hf.options.model import ModelOptions, check_no_shape
 from gpt_kit_hf.options.parser import parse_options
-from gpt_kit_hf.options.token_files import check_options_of_ids
+from gpt_kit_hf.options.planning import BudgetOptions, PlanFileOptions
 from gpt_kit_hf.options.training import RECIPES, OptimizerOptions, TrainingOptions, finetuning_optimizer
 
 T = TypeVar("T")
 
+PLANNED_RUN = "runs/planned"  # the folder of a plan's run, if none is named
 CHANGED_TEXT = "text"  # in allow_changes: the text may differ, and the options that say where it comes from
 
 
@@ -42,6 +44,9 @@ class RunOptions:
     windows: WindowOptions = dataclasses.field(default_factory=WindowOptions)
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     optimizer: OptimizerOptions = dataclasses.field(default_factory=OptimizerOptions)
+    plan: BudgetOptions = dataclasses.field(default_factory=BudgetOptions)
+    # What was given on a command line or in its file, by name: a plan does not change it. The parser fills it.
+    given: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_allow_changes(self)
@@ -69,6 +74,14 @@ class RunOptions:
         if base is not None:
             check_no_shape(base, given)
             _check_no_new_vocabulary(_has_tokenizer(base), given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(RunOptions):
+    """All options of a plan: those of the run, and the file that it is written to."""
+
+    training: TrainingOptions = dataclasses.field(default_factory=lambda: TrainingOptions(output_dir=PLANNED_RUN))
+    plan: PlanFileOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +143,7 @@ class OptionsOfRun(Protocol):
 
 def flat_options(options: Any) -> dict[str, Any]:
     """Return the options of a run as "section.name": value."""
-    sections = dataclasses.asdict(options)
+    sections = {name: dataclasses.asdict(getattr(options, name)) for name in sections_of(type(options))}
     return {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
 
 

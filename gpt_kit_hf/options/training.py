@@ -346,15 +346,16 @@ class OptimizerOptions(Options):
 RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "plain": {},
-        # Found on tinyshakespeare, 4 layers of 256 (benchmarks/README.md): a stable phase gains nothing in so short a
-        # run.
+        # Found on tinyshakespeare, 4 layers of 256, in 230 steps (benchmarks/README.md, "recipes.py").
         "fast": {
             "optimizer": "muon",
             "muon_learning_rate": 8e-3,
+            "muon_momentum": 0.85,
+            "muon_beta2": 0.95,
             "learning_rate": 4e-3,
             "lr_scheduler_type": "linear",
             "min_lr_ratio": 0.02,
-            "warmup_steps": 0.1,
+            "warmup_steps": 0.03,
         },
     }
 )

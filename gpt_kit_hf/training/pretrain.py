@@ -49,6 +49,7 @@ from gpt_kit_hf.text import short
 from gpt_kit_hf.tokenization import encodings
 from gpt_kit_hf.tokenization.export import load_encoding
 from gpt_kit_hf.tokenization.model_encoding import encoding_of
+from gpt_kit_hf.training.log.console import Console
 from gpt_kit_hf.training.log.run_log import RunResult
 from gpt_kit_hf.training.loop import run_training
 from gpt_kit_hf.training.runtime.preparation import Preparation, prepare_together
@@ -65,6 +66,11 @@ def train(options: RunOptions, *, stream: TextIO | None = sys.stdout) -> RunResu
     The run folder then holds the model for `from_pretrained`, its checkpoints, metrics.jsonl, loss.png and run.json.
     Raises what `run_training` raises.
     """
+    if options.plan.budget is not None:
+        # Here, as a plan imports what a run without one does not need.
+        from gpt_kit_hf.training.planning.plan import planned_options
+
+        options = planned_options(options, Console(stream, options.training.log_format).log)
     return run_training(options, lambda context: text_task(options, context), stream=stream)
 
 

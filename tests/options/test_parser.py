@@ -190,6 +190,7 @@ NEEDED: dict[str, list[str]] = {
         "--recipe=fast",
         "--sample_prompt=\tdef 'x'\n\x85",
     ],
+    "plan": ["--text_files", "a: b", "--budget=20m", "--plan_file=b.yaml"],
     "tokenize": ["--text_files", "a: b", "--encoding=gpt2", "--num_shards=4", "--shard_index=3"],
     "finetune": ["--output_dir=x", "--model_name_or_path=m", "--rows", "a", "b", "--learning_rate=1e-7", "--lora_r=4"],
     "inspect": ["a.json", "--truncation=drop"],

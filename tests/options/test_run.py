@@ -33,7 +33,7 @@ FREE = {
     "training.dataloader_num_workers", "training.max_skipped_updates", "training.out_of_memory",
     "training.ddp_timeout", "training.gradient_checkpointing", "training.allow_changes", "text.num_proc",
     "text.token_cache_dir",
-    "rows.unknown_keys",
+    "rows.unknown_keys", "plan.budget",
 }  # fmt: skip
 ALLOWED = {
     "training.max_steps", "training.num_train_epochs", "training.mixed_precision", "training.torch_compile",

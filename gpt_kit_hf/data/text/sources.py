@@ -18,8 +18,7 @@ from gpt_kit_hf.data.text.shards import SHARD_BYTES, FileShard, file_shards
 from gpt_kit_hf.data.text.tokens.token_files import TokenFile, describe_files, find_token_files
 from gpt_kit_hf.errors import DataError
 from gpt_kit_hf.options.data import TextOptions, weighted_sources
-from gpt_kit_hf.options.files import find_files, folder_notes, is_url
-from gpt_kit_hf.options.token_files import is_token_file
+from gpt_kit_hf.options.files import find_files, folder_notes, is_token_file, is_url
 
 _SMALLEST_SHARD = 1 << 12
 

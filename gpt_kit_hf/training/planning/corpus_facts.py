@@ -1,0 +1,65 @@
+"""What a plan needs to know of a text: its size, how much of it repeats, and how well gzip compresses it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import tiktoken
+
+from gpt_kit_hf.data.text.corpus import Corpus
+from gpt_kit_hf.data.text.tokens.token_stream import TokenStream
+from gpt_kit_hf.evaluation.metrics import gzip_bits_per_byte, token_byte_lengths
+
+_BLOCK = 1 << 20  # tokens
+_LOOKED_AT = 1 << 26  # tokens of the training text in which lines are compared
+_LONG_LINE = 32  # bytes of a line whose repetition is no accident
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusFacts:
+    """Sizes of a text without what is held out, the bits per byte of gzip on what is, and the share that repeats.
+
+    `repeated` is the share of the bytes in lines that stand earlier in the text, of lines of 32 bytes and more.
+    """
+
+    documents: int
+    tokens: int
+    text_bytes: int
+    eval_tokens: int
+    gzip: float
+    repeated: float
+
+    @property
+    def bytes_per_token(self) -> float:
+        """The mean over the training text."""
+        return self.text_bytes / self.tokens
+
+
+def corpus_facts(corpus: Corpus) -> CorpusFacts:
+    """Return the facts of a corpus; all of it is read once."""
+    lengths = token_byte_lengths(corpus.encoding)
+    return CorpusFacts(
+        documents=corpus.documents,
+        tokens=len(corpus.train),
+        text_bytes=max(1, int(corpus.train.counts(corpus.encoding.n_vocab) @ lengths)),
+        eval_tokens=len(corpus.eval),
+        gzip=gzip_bits_per_byte(corpus.eval, corpus.encoding),
+        repeated=repeated_share(corpus.train, corpus.encoding),
+    )
+
+
+def repeated_share(stream: TokenStream, encoding: tiktoken.Encoding) -> float:
+    """Return the share of a stream's bytes in long lines that stand earlier in it; of its first 67M tokens."""
+    special = np.array([encoding.encode_single_token(token) for token in encoding.special_tokens_set], np.int64)
+    seen, repeated, total, rest = set[int](), 0, 0, b""
+    for first in range(0, min(len(stream), _LOOKED_AT), _BLOCK):
+        ids = stream.read(first, min(first + _BLOCK, len(stream)))
+        text = rest + encoding.decode_bytes(ids[~np.isin(ids, special)].tolist())
+        *lines, rest = text.split(b"\n")
+        for line in lines:
+            total += len(line) + 1
+            if len(line) >= _LONG_LINE:
+                repeated += (len(line) + 1) * (hash(line) in seen)
+                seen.add(hash(line))
+    return repeated / max(1, total)

@@ -1,0 +1,318 @@
+"""Plans: budgets, the law, the choice of a shape, the file, and what a run makes of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from gpt_kit_hf import RunOptions, TextOptions, TrainingOptions
+from gpt_kit_hf.commands.main import main
+from gpt_kit_hf.data.text.corpus import prepare_corpus
+from gpt_kit_hf.errors import UsageError
+from gpt_kit_hf.options.parser import parse_options
+from gpt_kit_hf.options.planning import Budget, BudgetOptions, parse_budget
+from gpt_kit_hf.options.run import PlanOptions, flat_options
+from gpt_kit_hf.tokenization import encodings
+from gpt_kit_hf.training.cost import StepCost
+from gpt_kit_hf.training.planning import candidates, plan
+from gpt_kit_hf.training.planning.candidates import Candidate, Timing, allowed_shapes
+from gpt_kit_hf.training.planning.corpus_facts import corpus_facts
+from gpt_kit_hf.training.planning.law import LAW, Law, layer_parameters
+
+MODEL = ("n_layer", "n_head", "n_embd")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = np.random.default_rng(0)
+    words = ["".join(map(chr, rng.integers(97, 123, rng.integers(2, 9)))) for _ in range(200)]
+    lines = [" ".join(rng.choice(words, 8)) for _ in range(600)]
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("\n".join([*lines, *lines[:200]]) + "\n")
+    return file
+
+
+@pytest.fixture
+def instant(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+    """Steps take what their parameters need at 1e11 operations a second; returned are the shapes that were timed."""
+    timed = []
+
+    def candidate(self: Timing, shape: tuple[int, int, int], context: int, batch_size: int) -> Candidate:
+        timed.append(shape)
+        layers, heads, width = shape
+        size = layer_parameters(layers, width)
+        parameters = size + width * self._vocab_size
+        return Candidate(
+            layers=layers, heads=heads, width=width, parameters=parameters, layer_parameters=size,
+            step_tokens=batch_size * context,
+            cost=StepCost(seconds=6 * parameters * batch_size * context / 1e11, peak_bytes=16 * parameters),
+        )  # fmt: skip
+
+    monkeypatch.setattr(Timing, "candidate", candidate)
+    return timed
+
+
+def options(text: Path, budget: str, *arguments: str) -> RunOptions:
+    return parse_options(
+        RunOptions,
+        [f"--text_files={text}", "--output_dir=run", f"--budget={budget}", "--use_cpu", *arguments],
+        prog="",
+    )
+
+
+# --- budgets
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("90s", ("seconds", 90.0)),
+        ("20m", ("seconds", 1200.0)),
+        ("1.5 h", ("seconds", 5400.0)),
+        ("2d", ("seconds", 172800.0)),
+        ("2e15flop", ("flop", 2e15)),
+        ("300Mtok", ("tokens", 3e8)),
+        ("2Btok", ("tokens", 2e9)),
+    ],
+)
+def test_budgets_are_times_operations_or_tokens(written: str, meant: tuple[Any, float]) -> None:
+    assert parse_budget(written) == Budget(*meant)
+
+
+@pytest.mark.parametrize("wrong", ["20", "m", "-3m", "0h", "3 weeks", "1e3", "20M", "nan s", ""])
+def test_other_budgets_are_refused_with_the_units_that_there_are(wrong: str) -> None:
+    with pytest.raises(UsageError, match=r"budget=.* one of the units s, m, min, h, d, flop, tok"):
+        BudgetOptions(budget=wrong)
+
+
+# --- the text
+
+
+def test_facts_of_a_text(text: Path) -> None:
+    encoding = encodings.with_pad_token(encodings.get_encoding("bytes"))
+    corpus = prepare_corpus(TextOptions(text_files=[str(text)], eval_fraction=0.1), encoding, seed=0)
+    facts = corpus_facts(corpus)
+    trained = bytes(i for i in corpus.train.read(0, len(corpus.train)) if i < 256)
+    assert facts.text_bytes == len(trained)
+    assert facts.tokens == len(corpus.train)
+    assert facts.documents == 1
+    seen, repeated, total = set[bytes](), 0, 0
+    for line in trained.split(b"\n")[:-1]:
+        total += len(line) + 1
+        repeated += (len(line) + 1) * (len(line) >= 32 and line in seen)
+        seen.add(line)
+    assert facts.repeated == repeated / total > 0.1
+
+
+# --- the law
+
+
+def test_the_law_is_its_formula() -> None:
+    law = Law(0.2, 0.1, 0.3, 0.25, 0.4, 5.0)
+    once = 3.0 * (0.2 + 0.1 * 2.0**-0.3 + 0.25 * 0.5**-0.4)
+    assert law.bits_per_byte(3.0, parameters=2e6, seen=5e5, text=1e6) == pytest.approx(once)
+    worth = 1.0 + 5.0 * (1 - math.exp(-3 / 5))  # four passes over 1 MB
+    assert law.bits_per_byte(3.0, parameters=2e6, seen=4e6, text=1e6) == pytest.approx(
+        3.0 * (0.2 + 0.1 * 2.0**-0.3 + 0.25 * worth**-0.4)
+    )
+
+
+def test_more_of_anything_is_better_by_the_law() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        parameters, seen, text_bytes = 10 ** rng.uniform([4, 4, 4], [9, 10, 10])
+        bits = LAW.bits_per_byte(3.0, parameters=parameters, seen=seen, text=text_bytes)
+        assert LAW.bits_per_byte(3.0, parameters=2 * parameters, seen=seen, text=text_bytes) < bits
+        assert LAW.bits_per_byte(3.0, parameters=parameters, seen=1.1 * seen, text=text_bytes) <= bits
+        assert LAW.bits_per_byte(3.0, parameters=parameters, seen=seen, text=2 * text_bytes) <= bits
+
+
+# --- the choice
+
+
+def test_a_larger_budget_never_promises_less(text: Path, instant: list[tuple[int, int, int]]) -> None:
+    plans = [plan.make_plan(options(text, f"{seconds}s"), print) for seconds in (1, 4, 16, 64, 256, 1024)]
+    bits = [each.bits_per_byte for each in plans]
+    assert bits == sorted(bits, reverse=True)
+    sizes = [each.candidate.layer_parameters for each in plans]
+    assert sizes == sorted(sizes)
+    assert sizes[-1] > sizes[0]
+    for each in plans:
+        assert each.twice[0] < each.bits_per_byte
+        assert each.twice[1] <= each.bits_per_byte
+
+
+def test_no_shape_that_was_timed_is_better(text: Path, instant: list[tuple[int, int, int]]) -> None:
+    """Against all shapes, each by itself."""
+    chosen = plan.make_plan(options(text, "30s"), print)
+    alone = [
+        plan.make_plan(
+            options(text, "30s", f"--n_layer={layers}", f"--n_head={heads}", f"--n_embd={width}"), print
+        ).bits_per_byte
+        for layers, heads, width in candidates.SHAPES[:8]
+    ]
+    assert chosen.bits_per_byte == pytest.approx(min(alone), rel=1e-9)
+
+
+@pytest.mark.parametrize("budget", ["20s", "5e11flop", "200ktok"])
+def test_a_plan_takes_what_it_may(budget: str, text: Path, instant: list[tuple[int, int, int]]) -> None:
+    made, meant = plan.make_plan(options(text, budget), print), parse_budget(budget)
+    step = made.batch_size * made.context
+    taken = {
+        "seconds": made.seconds,
+        "flop": 6 * made.candidate.parameters * made.steps * step,
+        "tokens": made.steps * step,
+    }[meant.kind]
+    assert taken == pytest.approx(meant.amount, rel=0.05)
+
+
+def test_what_was_given_stays(text: Path, instant: list[tuple[int, int, int]]) -> None:
+    # Also where it is what it would be by default.
+    given = ("--n_layer=3", "--batch_size=32", "--max_length=64", "--dropout=0.3", "--weight_decay=0.1", "--seed=5")
+    made = plan.make_plan(options(text, "60s", *given), print)
+    expected = {
+        "n_layer": 3, "batch_size": 32, "max_length": 64, "dropout": 0.3, "weight_decay": 0.1, "seed": 5
+    }  # fmt: skip
+    assert {name: made.values[name] for name in expected} == expected
+    assert {layers for layers, _, _ in instant} == {3}
+    assert made.values["max_position_embeddings"] == 64
+    own = plan.make_plan(options(text, "60s", "--model=nano-xs", "--optimizer=adamw"), print)
+    assert own.values["model"] == "nano-xs"
+    assert "muon_learning_rate" not in own.values
+    assert (own.candidate.layers, own.candidate.width) == (4, 128)
+
+
+def test_shapes_have_heads_of_an_even_width() -> None:
+    for fixed in ({}, {"n_head": 8}, {"n_embd": 96}, {"n_layer": 1}):
+        for shape in allowed_shapes(fixed, (4, 4, 256)):
+            assert all(fixed.get(name, value) == value for name, value in zip(MODEL, shape, strict=True))
+            assert shape[2] % (2 * shape[1]) == 0
+    assert [*allowed_shapes({"model": "nano-xs"}, (4, 4, 128))] == [(4, 4, 128)]
+
+
+def test_repeated_text_and_many_passes_are_noted(tmp_path: Path, instant: list[tuple[int, int, int]]) -> None:
+    file = tmp_path / "text.txt"
+    lines = [f"line {n % 40}, which stands there again and again" for n in range(2000)]
+    file.write_text("\n".join(lines))
+    made = plan.make_plan(options(file, "600s"), print)
+    assert any("lines that stand in it before" in note for note in made.notes)
+    assert any(f"read {made.epochs:.0f} times" in note for note in made.notes)
+    assert made.values["dropout"] == 0.2
+
+
+def test_shapes_that_do_not_fit_into_the_memory_are_left_out(
+    text: Path, instant: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "available_memory", lambda: 16 * (layer_parameters(4, 128) + 300 * 128))
+    made = plan.make_plan(options(text, "10h"), print)
+    assert made.candidate.width <= 128
+    assert any("do not fit into the memory" in note for note in made.notes)
+    monkeypatch.setattr(plan, "available_memory", lambda: 1000)
+    with pytest.raises(UsageError, match="no shape fits into the memory, 1,000 bytes"):
+        plan.make_plan(options(text, "10h"), print)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max_steps=5"], "budget='9s' and max_steps=5: both say how long the run is"),
+        (["--num_train_epochs=2"], "budget='9s' and num_train_epochs=2.0: both say"),
+        (["--streaming", "--eval_files=TEXT"], "budget='9s' needs a stored text"),
+        (["--model_name_or_path=somewhere"], "budget='9s' plans a new model"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(arguments: list[str], message: str, text: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        plan.make_plan(options(text, "9s", *(each.replace("TEXT", str(text)) for each in arguments)), print)
+
+
+def test_several_processes_need_a_file(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="write a plan with gpt-kit plan, and launch it by --config"):
+        plan.make_plan(options(text, "9s"), print)
+
+
+# --- the file and the run
+
+
+def test_the_file_of_a_plan_is_what_train_takes(
+    text: Path, instant: list[tuple[int, int, int]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, run = tmp_path / "plans" / "mine.yaml", tmp_path / "run"
+    command = ["plan", "--text_files", str(text), "--budget", "30s", "--plan_file", str(file), "--use_cpu"]
+    assert main([*command, "--output_dir", str(run), "--eval_fraction", "0.1"]) == 0
+    said = capsys.readouterr().out
+    for begin in ("text ", "shape ", "length ", "rates ", "needs ", "expected ", "next "):
+        assert f"\n{begin}" in said
+    values = yaml.safe_load(file.read_text())
+    assert f"{values['max_steps']:,} steps of {values['batch_size']} x {values['max_length']} tokens" in said
+    planned = parse_options(RunOptions, ["--config", str(file)], prog="")
+    assert planned.training.max_steps == values["max_steps"]
+    assert planned.text.eval_fraction == 0.1
+    assert planned.optimizer.optimizer == "muon"
+    assert planned.plan.budget is None
+    # The same plan again is no other file, another one is not written over it.
+    assert main([*command, "--output_dir", str(run), "--eval_fraction", "0.1"]) == 0
+    assert main([*command, "--output_dir", str(run), "--eval_fraction", "0.2"]) == 2
+    assert f"plan_file '{file}' exists, and is not replaced" in capsys.readouterr().err
+    assert yaml.safe_load(file.read_text()) == values
+
+
+def test_train_plans_and_a_resumed_run_keeps_its_plan(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shapes are really timed; the budget is in tokens, so that the plan does not depend on the machine's load."""
+    run = tmp_path / "run"
+    command = ["train", "--text_files", str(text), "--budget", "20ktok", "--use_cpu", "--output_dir", str(run)]
+    command += ["--n_embd=16", "--n_head=2", "--n_layer=1", "--report_to=none", "--max_length=32", "--sample_steps=0"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "timed    1 layer of 16: " in said
+    record = json.loads((run / "options.json").read_text())
+    assert record["plan.budget"] == "20ktok"
+    assert record["training.max_steps"] * record["training.batch_size"] * 32 == pytest.approx(20_000, rel=0.05)
+    assert f"training {record['training.max_steps']:,} steps of" in said
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("it is planned again")
+
+    monkeypatch.setattr(plan, "make_plan", refuse)
+    assert main([*command, "--resume"]) == 0
+    assert "is complete" in capsys.readouterr().out
+    assert json.loads((run / "options.json").read_text()) == record
+
+
+def test_what_was_given_is_no_option_of_the_run(text: Path) -> None:
+    made = options(text, "9s")
+    assert made.given["budget"] == "9s"
+    assert not [name for name in flat_options(made) if name.startswith("given")]
+    assert made == replace(made)
+    assert replace(made).given == {}
+
+
+def test_plan_needs_no_output_dir(text: Path) -> None:
+    made = parse_options(PlanOptions, [f"--text_files={text}", "--budget=9s"], prog="")
+    assert made.training.output_dir == "runs/planned"
+    with pytest.raises(UsageError, match="budget is missing"):
+        parse_options(PlanOptions, [f"--text_files={text}"], prog="")
+
+
+def test_a_run_without_a_command_line_is_planned(
+    text: Path, instant: list[tuple[int, int, int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = RunOptions(
+        training=TrainingOptions(output_dir="run", use_cpu=True),
+        text=TextOptions(text_files=[str(text)]),
+        plan=BudgetOptions(budget="10s"),
+    )
+    planned = plan.planned_options(made, lambda line: None)
+    assert planned.training.max_steps is not None
+    assert planned.text == made.text
+    assert planned.training.use_cpu
