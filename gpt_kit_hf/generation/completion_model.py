@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from gpt_kit_hf.generation.completion import LOWEST_TEMPERATURE, Choice, Chunk, FinishReason, Sampling, ScoredToken
+from gpt_kit_hf.generation.decode_loop import unusable_logits
 from gpt_kit_hf.generation.fast_decoder import Decoder, pays, why_not
 from gpt_kit_hf.generation.generate import (
     CONTEXT_TOKENS,
@@ -158,6 +159,8 @@ class _Answer:
         return self._choice.finished
 
     def _choose(self, logits: Tensor) -> int:
+        if not logits.max().isfinite():  # NaN if one of them is
+            raise unusable_logits()
         sampling, scores = self._sampling, logits
         if sampling.logit_bias or sampling.frequency_penalty or sampling.presence_penalty:
             scores = logits.clone()

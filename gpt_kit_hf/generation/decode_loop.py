@@ -88,10 +88,7 @@ class _Choice:
     def check(self) -> None:
         """Raise NonFiniteError if a token so far was chosen from unusable logits; it waits for a GPU."""
         if self._unusable:
-            raise NonFiniteError(
-                "the logits of the model are NaN or infinite, so no token can be chosen: check that its weights are "
-                "finite, or take a dtype with a wider range"
-            )
+            raise unusable_logits()
 
     def have_all_ended(self) -> bool:
         """Return whether each row has ended."""
@@ -106,6 +103,14 @@ class _Choice:
     def _is_end(self, tokens: Tensor) -> Tensor:
         """(B, ...) -> (B, ...)"""
         return (tokens.unsqueeze(-1) == self._eos).any(dim=-1)
+
+
+def unusable_logits() -> NonFiniteError:
+    """Return the error for logits from which no token can be chosen."""
+    return NonFiniteError(
+        "the logits of the model are NaN or infinite, so no token can be chosen: check that its weights are finite, "
+        "or take a dtype with a wider range"
+    )
 
 
 def _next_tokens(logits: Tensor, decoding: GenerationConfig) -> tuple[Tensor, Tensor]:

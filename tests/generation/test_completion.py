@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from gpt_kit_hf.errors import NonFiniteError
 from gpt_kit_hf.generation import fast_decoder, layouts
 from gpt_kit_hf.generation.completion import Chunk, Sampling
 from gpt_kit_hf.generation.completion_model import CompletionModel
@@ -44,6 +45,18 @@ def llama() -> PreTrainedModel:
 
 def mamba() -> PreTrainedModel:
     return MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=1, **SIZES))
+
+
+@pytest.mark.parametrize("fault", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0, 0.8])
+@pytest.mark.parametrize("make", [gpt2, mamba])  # by the decoder of this package, and by `generate`
+def test_unusable_logits_end_the_answer(make: object, temperature: float, fault: float, tmp_path: Path) -> None:
+    model = make().eval()  # type: ignore[operator]
+    with torch.no_grad():
+        model.get_output_embeddings().weight[7] = fault
+    ready = CompletionModel(model, byte_tokenizer(tmp_path))
+    with pytest.raises(NonFiniteError, match="logits of the model are NaN or infinite"):
+        ready.complete(PROMPT, 1, Sampling(max_new_tokens=5, temperature=temperature), lambda chunk: None)
 
 
 @pytest.mark.parametrize("make", [gpt2, llama, mamba])
