@@ -31,6 +31,13 @@ def short(number: float) -> str:
     return f"{number:.0f}"
 
 
+def file_size(size: float) -> str:
+    """Return a number of bytes as text: 3 kB, 45 MB, 1.24 GB."""
+    if size >= 0.9995e9:
+        return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e6:.0f} MB" if size >= 0.9995e6 else f"{size / 1e3:.0f} kB"
+
+
 def duration(seconds: float) -> str:
     """Return a duration in at most two units: 40 s, 3 min 20 s, 2 h 5 min."""
     if not math.isfinite(seconds):

@@ -199,8 +199,8 @@ class TrainingOptions(Options):
     )
     out_of_memory: Literal["halve", "stop"] = option(
         "halve",
-        "when a step runs out of memory: halve per_device_train_batch_size and repeat it (single process only), or "
-        "stop the run",
+        "when a step does not fit in memory, as is found out before the first one or in a later one: halve "
+        "per_device_train_batch_size (single process only), or stop the run",
         resume="free",
     )
     gradient_checkpointing: bool = option(
@@ -231,6 +231,11 @@ class TrainingOptions(Options):
                 raise UsageError(f"{name}={value!r} must not be empty or hold a slash: it names a folder, too")
         for name in ("eval_steps", "save_steps", "logging_steps", "sample_steps"):
             object.__setattr__(self, name, checked_steps(name, getattr(self, name)))
+
+    @property
+    def best_kept(self) -> int:
+        """The number of checkpoints that are kept for their score."""
+        return max(self.keep_best, int(self.load_best_model_at_end))
 
     def intervals(self, total_steps: int) -> Intervals:
         """Return the steps between evaluations, checkpoints, progress lines and samples of a run of so many steps."""

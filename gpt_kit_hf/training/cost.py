@@ -12,7 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import psutil
@@ -40,11 +40,13 @@ _UPDATED = 1 << 22
 class StepMemory:
     """The memory that a step takes: `micro_batch_size` is the largest that fits, 0 if not even one row does.
 
-    `weights` are there already. `passes` is what forward and backward passes take on top, gradients included, `state`
-    what the optimizer's state will take. All are bytes of this process, on its device.
+    `asked` is about what a step would take with the micro-batches that were asked for, 0 if unknown. `weights` are
+    there already. `passes` is what forward and backward passes take on top, gradients included, `state` what the
+    optimizer's state will take. All are bytes of this process, on its device.
     """
 
     micro_batch_size: int
+    asked: int
     weights: int
     passes: int
     state: int
@@ -57,10 +59,9 @@ class StepMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class StepSeconds:
-    """The time of a micro-batch, forward and backward; of one without gradients; and of the optimizer's update."""
+    """The time of a micro-batch, forward and backward, and of the optimizer's update."""
 
     micro_batch: float
-    forward: float
     update: float
 
 
@@ -87,7 +88,7 @@ def measure_cost(
     """
     probe = Probe(model, optimizer, rows, autocast, accumulates=micro_steps > 1)
     memory = probe.memory(micro_batch_size)
-    seconds = probe.seconds(micro_batch_size)
+    seconds = probe.seconds(rows(micro_batch_size))
     memory = probe.measured(memory)
     return StepCost(
         seconds=micro_steps * seconds.micro_batch + seconds.update, peak_bytes=memory.weights + memory.added
@@ -102,6 +103,12 @@ def random_rows(vocab_size: int, length: int) -> Rows:
         return Batch(ids[:, :-1], ids[:, 1:])
 
     return rows
+
+
+def first_rows(batch: Batch, count: int) -> Batch:
+    """Return the first rows of a batch."""
+    positions = None if batch.position_ids is None else batch.position_ids[:count]
+    return Batch(batch.input_ids[:count], batch.targets[:count], positions)
 
 
 class Probe:
@@ -119,6 +126,11 @@ class Probe:
         self._accumulates = accumulates
         self._device = next(model.parameters()).device
         self._gauge = _Gauge(self._device)
+
+    @property
+    def before(self) -> int:
+        """The bytes that the process had before."""
+        return self._gauge.before
 
     def memory(self, micro_batch_size: int, available: float = math.inf) -> StepMemory:
         """Return the memory of a step with micro-batches of this size, or of a half, a quarter, ... that fits.
@@ -143,27 +155,34 @@ class Probe:
         size = micro_batch_size
         while size and not fits(size):
             size = -(-size // 2) if size > 1 else 0
-        passes = tried[size] if size in tried else self._gauge.risen() if size else _extrapolated(tried, 1)
+        if size:
+            tried.setdefault(size, self._gauge.risen())
+        passes = _extrapolated(tried, max(size, 1))
+        asked = _extrapolated(tried, micro_batch_size)
         weights = sum({t.data_ptr(): t.nbytes for t in map(local_part, self._model.parameters())}.values())
-        return StepMemory(micro_batch_size=size, weights=weights, passes=round(passes), state=state)
+        return StepMemory(
+            micro_batch_size=size,
+            asked=round(asked + state) if tried else 0,
+            weights=weights,
+            passes=round(passes),
+            state=state,
+        )
 
-    def seconds(self, micro_batch_size: int) -> StepSeconds:
-        """Return the times of a micro-batch and of an update, after passes of that size."""
-        batch, few = self._rows(micro_batch_size), self._rows(min(micro_batch_size, _FEW_ROWS[-1]))
+    def seconds(self, batch: Batch) -> StepSeconds:
+        """Return the times of this micro-batch and of an update, after passes of its size."""
         with self._probing():
             micro_batch = self._timed(lambda: self._pass(batch))
-            with torch.no_grad():
-                forward = self._timed(lambda: self._loss(few)) * micro_batch_size / len(few.input_ids)
-        return StepSeconds(micro_batch=micro_batch, forward=forward, update=self._update_seconds())
+        return StepSeconds(micro_batch=micro_batch, update=self._update_seconds())
+
+    def forward_seconds(self, batch: Batch, autocast: Autocast) -> float:
+        """Return the time of computing a batch's loss without gradients."""
+        with self._probing(), torch.no_grad():
+            self._model.eval()
+            return self._timed(lambda: self._loss(batch, autocast))
 
     def measured(self, memory: StepMemory) -> StepMemory:
         """Return the memory with what all passes so far have taken."""
-        return StepMemory(
-            micro_batch_size=memory.micro_batch_size,
-            weights=memory.weights,
-            passes=max(memory.passes, self._gauge.risen() - memory.state),
-            state=memory.state,
-        )
+        return replace(memory, passes=max(memory.passes, self._gauge.risen() - memory.state))
 
     # --- passes
 
@@ -196,10 +215,10 @@ class Probe:
         if not self._accumulates:
             self._forget_gradients()
         # Divided, so that fp16 has no overflow.
-        (self._loss(batch) / batch.targets.numel()).backward()  # type: ignore[no-untyped-call]
+        (self._loss(batch, self._autocast) / batch.targets.numel()).backward()  # type: ignore[no-untyped-call]
 
-    def _loss(self, batch: Batch) -> Tensor:
-        with self._autocast():
+    def _loss(self, batch: Batch, autocast: Autocast) -> Tensor:
+        with autocast():
             return summed_batch_loss(
                 batch.input_ids, batch.targets, self._model, self._device, position_ids=batch.position_ids
             ).loss_sum
@@ -311,7 +330,7 @@ class _Gauge:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.forget()
-        self._before = self._now()
+        self.before = self._now()
 
     def forget(self) -> None:
         """Free what is not in use, and forget the most so far."""
@@ -324,7 +343,7 @@ class _Gauge:
     def risen(self) -> int:
         """Return the most so far; on a CPU without glibc, less if it had been higher before."""
         peak = peak_memory(self._device)
-        return max(self._now(), peak if peak > self._peak_before else 0) - self._before
+        return max(self._now(), peak if peak > self._peak_before else 0) - self.before
 
     def _now(self) -> int:
         if self._device.type == "cpu":

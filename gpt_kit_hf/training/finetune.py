@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
@@ -21,21 +22,25 @@ from gpt_kit_hf.data.instructions.reader import SkippedRows, read_rows
 from gpt_kit_hf.data.instructions.report import report_of
 from gpt_kit_hf.data.instructions.templates import as_prompted, with_template
 from gpt_kit_hf.data.instructions.tokenized import SupervisedRows, encode_rows
-from gpt_kit_hf.data.order import ShuffledOrder
+from gpt_kit_hf.data.order import BatchPlan, ShuffledOrder
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.evaluation.metrics import Evaluation, evaluate_batches, tokenizer_byte_lengths
 from gpt_kit_hf.hub.base_model import BaseModel
+from gpt_kit_hf.model.losses import Batch
 from gpt_kit_hf.options.data import KEEP, RowOptions, SupervisionOptions
 from gpt_kit_hf.options.files import find_files
 from gpt_kit_hf.options.run import FinetuneOptions
 from gpt_kit_hf.storage.atomic_files import save_json
 from gpt_kit_hf.storage.run_folder import ADAPTER_FOLDER, REPORT_FILE, publish_in_run
 from gpt_kit_hf.text import short
+from gpt_kit_hf.training.cost import first_rows
 from gpt_kit_hf.training.log.run_log import RunResult
 from gpt_kit_hf.training.loop import run_training
 from gpt_kit_hf.training.lora import add_adapter, load_adapter, replace_adapter
 from gpt_kit_hf.training.state.sharded_state import gathered, replace_weights, unsharded_model
 from gpt_kit_hf.training.task import RunContext, Sample, Task, check_max_length, generate_sample
+
+_STEPS_AVERAGED = 32  # whose batches show how long an average one is
 
 
 def finetune(
@@ -72,13 +77,33 @@ class InstructionTask(Task):
         self.report = report_of(train, self.tokenizer, eval_rows=self.eval_rows)
         self.report.check()
         rows = PackedRows(train) if options.supervision.packing else PaddedRows(train)
-        self.dataset, self.collate = rows, rows.collate
+        self.dataset: PackedRows | PaddedRows = rows
+        self.collate = rows.collate
         self.order = ShuffledOrder(samples=len(rows), seed=context.options.seed)
         self.tokens_per_sample = int((train.lengths - 1).sum()) / len(rows)  # what the model reads
         self.fingerprint = f"{train.fingerprint()}-{self.eval_rows.fingerprint()}"
         if self._lora:  # an adapter must not be resumed on another base
             self.fingerprint += f"-{self.base.digest}"
         self.byte_lengths = tokenizer_byte_lengths(self.tokenizer, self.model.config.vocab_size)
+
+    def longest_rows(self, count: int) -> Batch:
+        """Return the longest rows or sequences, again if there are fewer."""
+        longest = np.argsort(-self.dataset.lengths)
+        return self.collate([self.dataset[index] for index in np.resize(longest, count).tolist()])
+
+    def typical_rows(self, plan: BatchPlan, step: int, count: int) -> Batch:
+        """Return rows of the micro-batch that comes closest to the average length of many."""
+        planned = [ids for number in range(step, step + _STEPS_AVERAGED) for ids in plan.micro_batches(number)]
+        lengths = np.array([self.dataset.lengths[ids].max() for ids in planned])
+        nearest = int(np.abs(lengths - lengths.mean()).argmin())
+        batch = self.collate([self.dataset[index] for index in planned[nearest]])
+        return first_rows(batch, count)
+
+    def ids_evaluated(self, max_samples: int | None, batch_size: int) -> int:
+        """Return the number of ids in the padded batches."""
+        lengths = PaddedRows(self.eval_rows).lengths[:max_samples]
+        batches = [lengths[first : first + batch_size] for first in range(0, len(lengths), batch_size)]
+        return sum(len(batch) * int(batch.max()) for batch in batches)
 
     def evaluate(
         self, max_samples: int | None, batch_size: int, autocast: Callable[[], AbstractContextManager[object]]

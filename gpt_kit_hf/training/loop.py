@@ -20,17 +20,16 @@ from gpt_kit_hf.storage.atomic_files import load_json
 from gpt_kit_hf.storage.checkpoints import checkpoint_folder, checkpoint_step
 from gpt_kit_hf.storage.lock import RunLock
 from gpt_kit_hf.storage.remote_run import RemoteRun
-from gpt_kit_hf.storage.run_folder import (
-    OPTIONS_FILE,
-    holds_run,
-)
+from gpt_kit_hf.storage.run_folder import OPTIONS_FILE, holds_run
 from gpt_kit_hf.training.data_changes import data_change
+from gpt_kit_hf.training.due import due_in
 from gpt_kit_hf.training.log.console import Console
 from gpt_kit_hf.training.log.live import LiveView, Progress
 from gpt_kit_hf.training.log.messages import Ending, introduction, run_facts
 from gpt_kit_hf.training.log.pace import Pace
 from gpt_kit_hf.training.log.run_log import RunRecord, RunResult, finished_before
 from gpt_kit_hf.training.log.trackers import Trackers
+from gpt_kit_hf.training.needs import measure_needs
 from gpt_kit_hf.training.runtime.attention import set_attention
 from gpt_kit_hf.training.runtime.compilation import blocks_to_compile
 from gpt_kit_hf.training.runtime.determinism import deterministic_algorithms
@@ -44,7 +43,6 @@ from gpt_kit_hf.training.steps import BatchError, StepReport, Steps
 from gpt_kit_hf.training.task import RunContext, Task, decide_on_main
 
 _STEPS_TO_ESTIMATE = 10  # after which the remaining time is estimated
-_IDS_SHOWN = 8  # sample ids in the message about a batch
 
 
 def run_training(
@@ -138,9 +136,10 @@ class _Loop:
         self.folder, self.checkpoint, self.lock = context.folder, context.checkpoint, lock
         self.context, self.pace = context, Pace()
         self.steps = Steps(options, context, task)
-        self.every = self.chosen.intervals(self.steps.total)
+        self.due = due_in(self.chosen, self.steps.total, eval_before_training=task.eval_before_training)
         self._evaluated: int | None = None  # the step of the last evaluation in the run
         self._check_steps_left()
+        self.needs = measure_needs(options, context, task, self.steps, self.due)
         trackers = Trackers(self.chosen, self.console.log, main=self.accelerator.is_main_process)
         self.record = RunRecord(self.folder, self.accelerator, self.console.log, lock.check, trackers)
         self.checkpoints = RunCheckpoints(context, task, self.steps, self.record, lock.check)
@@ -176,7 +175,7 @@ class _Loop:
     def _prepare(self) -> None:
         steps = self.steps
         done = 0 if self.checkpoint is None else checkpoint_step(self.checkpoint)
-        options, facts = flat_options(self.options), run_facts(self.context, self.task, steps)
+        options, facts = flat_options(self.options), run_facts(self.context, self.task, steps, self.needs)
         device, model = self.accelerator.device, self.task.model
         self.to_compile = blocks_to_compile(model, self.chosen.torch_compile, device, self.console.log)
         computing = steps.computing_facts(compiled=bool(self.to_compile))
@@ -187,12 +186,14 @@ class _Loop:
             self.checkpoints.scores = self.record.scores(self.chosen.metric_for_best_model)
         if self.checkpoint is not None:
             steps.restore(self.checkpoint)
+        steps.splits = self.needs.splits
         warmup = steps_of(self.options.optimizer.warmup_steps, steps.total)
         for line in introduction(self.context, self.task, steps, warmup, self.record.notes):
             self.console.log(line)
+        self.console.event("needs", "\n".join(self.needs.lines()), **self.needs.facts())
         self.console.event("begin", None, run=str(self.folder), step=steps.step, steps=steps.total, **facts)
         steps.begin()
-        progress = Progress(step=steps.step, steps=steps.total, save_steps=self.every.saving)
+        progress = Progress(step=steps.step, steps=steps.total, save_steps=self.due.every.saving)
         if scores := self.checkpoints.scores:
             progress.score = f"eval loss {scores[max(scores)]:.3f} (step {max(scores):,})"
         self.console.show(LiveView(progress, self.pace, device))
@@ -201,11 +202,11 @@ class _Loop:
         steps, pace, first = self.steps, self.pace, self.steps.step
         # A run that stops on request leaves evaluation and sample of its last step to the one that continues.
         done = decide_on_main(self.accelerator, lambda: self.record.kinds_at(first))
-        if self._evaluation_due(first) and "eval" not in done:
+        if self.due.evaluation(first) and "eval" not in done:
             self._evaluate_and_log(self.chosen.max_eval_samples if first else None)
         if first and "eval" in done:
             self._evaluated = first
-        if first < steps.total and self._sample_due(first) and "sample" not in done:
+        if first < steps.total and self.due.sample(first) and "sample" not in done:
             self._sample()
         # Only now: the compiler takes every size that it has seen to change for one that changes, also in training.
         for block in self.to_compile:
@@ -215,8 +216,8 @@ class _Loop:
             report = self._take_step()
             self._record_update(report)
             pace.add(time.perf_counter() - began, report.update.trained_tokens)
-            due = steps.step % self.every.logging == 0 or steps.step == steps.total
-            if steps.step == first + _STEPS_TO_ESTIMATE and not due:
+            due = steps.step % self.due.every.logging == 0 or steps.step == steps.total
+            if self.needs.seconds is None and steps.step == first + _STEPS_TO_ESTIMATE and not due:
                 self.console.estimate(steps.step, steps.total, report.update.loss, pace.seconds_per_step)
             if due:
                 self._log_step(report)
@@ -224,7 +225,7 @@ class _Loop:
                 self._save_and_stop()
             if steps.step < steps.total:
                 self._evaluate_sample_save()
-        if self.checkpoints.keeps_best and self._evaluated != steps.step:
+        if self.chosen.best_kept and self._evaluated != steps.step:
             self._evaluate_and_log(self.chosen.max_eval_samples)  # the last checkpoint is compared with the others
 
     def _take_step(self) -> StepReport:
@@ -234,7 +235,7 @@ class _Loop:
         except BatchError as error:
             step = self.steps.step + 1
             raise DataError(
-                f"step {step} cannot be computed: {error}; its samples are {self._samples(step)}; "
+                f"step {step} cannot be computed: {error}; its samples are {self.steps.samples(step)}; "
                 f"{self.checkpoints.describe_last()}"
             ) from error
         except (ConnectionError, EOFError) as error:
@@ -253,30 +254,19 @@ class _Loop:
             return False
         return decide_on_main(self.accelerator, lambda: self.checkpoints.evaluations_since_best() >= patience)
 
-    def _evaluation_due(self, step: int) -> bool:
-        """Return whether there is an evaluation between this step and the next."""
-        if step == 0:
-            return self.task.eval_before_training
-        saved_as_best = self.checkpoints.keeps_best > 0 and step % self.every.saving == 0
-        return step < self.steps.total and (step % self.every.evaluation == 0 or saved_as_best)
-
     def _is_to_publish(self) -> bool:
         """Return whether this step has the best score so far, in a run that publishes the best one."""
         if not self.chosen.load_best_model_at_end:
             return False
         return decide_on_main(self.accelerator, lambda: self.checkpoints.evaluations_since_best() == 0)
 
-    def _sample_due(self, step: int) -> bool:
-        """Return whether there is a text sample between this step and the next."""
-        return step > 0 and self.every.sample > 0 and step % self.every.sample == 0
-
     def _evaluate_sample_save(self) -> None:
         """Do what is due after this step."""
-        step, saves = self.steps.step, self.steps.step % self.every.saving == 0
-        if self._evaluation_due(step):
+        step, saves = self.steps.step, self.due.saving(self.steps.step)
+        if self.due.evaluation(step):
             self._evaluate_and_log(self.chosen.max_eval_samples)
             saves = saves or self._is_to_publish()
-        if self._sample_due(step):
+        if self.due.sample(step):
             self._sample()
         if saves:
             with self.console.activity("saving a checkpoint"):
@@ -312,7 +302,7 @@ class _Loop:
         autocast = nullcontext if in_fp32 else self.steps.trainer.autocast
         try:
             with self.console.activity("evaluating"), self.steps.average.in_model():
-                score = self.task.evaluate(max_samples, self.steps.plan.micro_batch_size, autocast)
+                score = self.task.evaluate(max_samples, self.steps.micro_batch_size, autocast)
         except StoppedError:
             self._save_and_stop()
         if not math.isfinite(score.loss):
@@ -396,12 +386,8 @@ class _Loop:
         if in_a_row >= self.chosen.max_skipped_updates:
             raise NonFiniteError(
                 f"{in_a_row} updates in a row were skipped, the last at step {step}: {skipped}; its batch is "
-                f"{report.batch}, samples {self._samples(step)}; {self.checkpoints.describe_last()}"
+                f"{report.batch}, samples {self.steps.samples(step)}; {self.checkpoints.describe_last()}"
             )
-
-    def _samples(self, step: int) -> str:
-        ids = self.steps.plan.sample_ids(step - 1).tolist()
-        return ", ".join(map(str, ids[:_IDS_SHOWN])) + (", ..." if len(ids) > _IDS_SHOWN else "")
 
     def _log_step(self, report: StepReport) -> None:
         step, total, update = self.steps.step, self.steps.total, report.update

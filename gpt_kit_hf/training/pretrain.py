@@ -49,6 +49,7 @@ from gpt_kit_hf.text import short
 from gpt_kit_hf.tokenization import encodings
 from gpt_kit_hf.tokenization.export import load_encoding
 from gpt_kit_hf.tokenization.model_encoding import encoding_of
+from gpt_kit_hf.training.cost import random_rows
 from gpt_kit_hf.training.log.console import Console
 from gpt_kit_hf.training.log.run_log import RunResult
 from gpt_kit_hf.training.loop import run_training
@@ -106,6 +107,15 @@ class TextTask(Task):
     @abstractmethod
     def _read_text(self) -> TokenStream:
         """Prepare the training text; return the evaluation text."""
+
+    def longest_rows(self, count: int) -> Batch:
+        """Return windows of random ids: all windows are equally long."""
+        return random_rows(self.encoding.n_vocab, self.windows.length)(count)
+
+    def ids_evaluated(self, max_samples: int | None, batch_size: int) -> int:
+        """Return the number of tokens that are scored."""
+        tokens = len(self.eval_text)
+        return tokens if max_samples is None else min(tokens, max_samples * self.windows.length)
 
     def evaluate(
         self, max_samples: int | None, batch_size: int, autocast: Callable[[], AbstractContextManager[object]]

@@ -96,12 +96,7 @@ class RunCheckpoints:
         if self._remote is not None:
             present |= self._remote.steps
         ranked = sorted((score, step) for step, score in self.scores.items() if step in present)
-        return [step for _, step in ranked[: self.keeps_best]]
-
-    @property
-    def keeps_best(self) -> int:
-        """The number of checkpoints that are kept for their score."""
-        return max(self._chosen.keep_best, int(self._chosen.load_best_model_at_end))
+        return [step for _, step in ranked[: self._chosen.best_kept]]
 
     def evaluations_since_best(self) -> int:
         """Return how many evaluations in a row have not been better than the best before them."""

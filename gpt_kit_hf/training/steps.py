@@ -32,6 +32,7 @@ from gpt_kit_hf.training.trainer import AMPTrainer, UpdateReport
 
 # The spike limit is a multiple of the median of the last so many gradient norms; a tenth of them must be known.
 _NORMS = 100
+_IDS_SHOWN = 8  # sample ids in the message about a batch
 # A step that has taken longer is abandoned when the run is asked to stop: schedulers kill a job after a grace period.
 _SECONDS_TO_FINISH = 2.0
 
@@ -124,6 +125,11 @@ class Steps:
         # Else the run was asked to go on with micro-batches of another size.
         self.splits = splits if size == self.plan.micro_batch_size else 1
 
+    @property
+    def micro_batch_size(self) -> int:
+        """The largest number of rows that are computed at once, after the cuts."""
+        return -(-self.plan.micro_batch_size // self.splits)
+
     def begin(self, last: int | None = None) -> None:
         """Start reading the batches of the steps up to `last`, by default all."""
         self._batches = self.task.batches(self.plan, self.step, last or self.total, self._data_position)
@@ -184,6 +190,11 @@ class Steps:
             self._norms = [*self._norms, update.grad_norm][-_NORMS:]
         self._data_position = fetched.position
         return StepReport(update=update, learning_rate=rate, batch=batch, chain=self._chain, stop=stops > 0)
+
+    def samples(self, step: int) -> str:
+        """Return the sample ids of a step, counted from 1, for a message."""
+        ids = self.plan.sample_ids(step - 1).tolist()
+        return ", ".join(map(str, ids[:_IDS_SHOWN])) + (", ..." if len(ids) > _IDS_SHOWN else "")
 
     def loader_ended(self) -> bool:
         """Return whether a DataLoader process has ended since the step began, or ends within a second."""

@@ -108,6 +108,18 @@ class Task(ABC):
         return None
 
     @abstractmethod
+    def longest_rows(self, count: int) -> Batch:
+        """Return a batch of so many rows, as long as any that is trained on."""
+
+    def typical_rows(self, plan: BatchPlan, step: int, count: int) -> Batch:
+        """Return so many rows, as long as those of the average micro-batch of the plan from this step on."""
+        return self.longest_rows(count)
+
+    @abstractmethod
+    def ids_evaluated(self, max_samples: int | None, batch_size: int) -> int:
+        """Return how many ids an evaluation reads, in all processes, padding included."""
+
+    @abstractmethod
     def evaluate(
         self, max_samples: int | None, batch_size: int, autocast: Callable[[], AbstractContextManager[object]]
     ) -> Evaluation:

@@ -39,6 +39,11 @@ class PackedRows(Dataset[tuple[Tensor, Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.sequences)
 
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """(sequences,) int64: what the model reads of each."""
+        return np.full(len(self), self.max_length, np.int64)
+
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         ids = np.full(self.max_length, self.rows.eos_token_id, np.int64)
         targets = np.full(self.max_length, IGNORED, np.int64)
@@ -65,6 +70,11 @@ class PaddedRows(Dataset[tuple[Tensor, Tensor]]):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """(rows,) int64: what the model reads of each."""
+        return self.rows.lengths - 1
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         ids, targets = _shifted(self.rows[index])

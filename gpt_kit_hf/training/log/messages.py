@@ -12,14 +12,15 @@ import torch
 
 from gpt_kit_hf.evaluation.metrics import Evaluation
 from gpt_kit_hf.storage.run_folder import CURVE_FILE, METRICS_FILE
+from gpt_kit_hf.training.needs import RunNeeds
 from gpt_kit_hf.training.steps import Steps
 from gpt_kit_hf.training.task import RunContext, Task
 
 _OVERFITTED = 0.01  # by which share the score rises above the lowest before a run is said to overfit
 
 
-def run_facts(context: RunContext, task: Task, steps: Steps) -> dict[str, Any]:
-    """Return what a run trains, on what, and where, for run.json."""
+def run_facts(context: RunContext, task: Task, steps: Steps, needs: RunNeeds) -> dict[str, Any]:
+    """Return what a run trains, on what, and where, and what it takes, for run.json."""
     return {
         "parameters": task.model.num_parameters(),
         **task.facts(),
@@ -28,6 +29,7 @@ def run_facts(context: RunContext, task: Task, steps: Steps) -> dict[str, Any]:
         "attn_implementation": task.model.config._attn_implementation,
         "device": str(context.accelerator.device),
         "processes": context.accelerator.num_processes,
+        "needs": needs.facts(),
     }
 
 

@@ -40,6 +40,17 @@ def available_memory(root: Path = Path("/")) -> int:
     return min([available, *_left_in_cgroups(root)])
 
 
+def memory_left(device: torch.device) -> int | None:
+    """Return the bytes that tensors of this process may still take on a device, None if it does not tell."""
+    if device.type == "cpu":
+        return available_memory()
+    if device.type != "cuda":
+        return None
+    # What torch has reserved and not given to tensors is free as well.
+    free, reserved = torch.cuda.mem_get_info(device)[0], torch.cuda.memory_reserved(device)
+    return int(free + reserved - torch.cuda.memory_allocated(device))
+
+
 def _left_in_cgroups(root: Path) -> list[int]:
     """Return the bytes left in the control group of this process, and in each one above it, where limited."""
     try:

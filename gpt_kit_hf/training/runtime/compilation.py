@@ -32,7 +32,7 @@ def blocks_to_compile(
     model is left as it is, and `log` gets the reason. Raises UsageError for wanted=True if the model does not declare
     its blocks.
     """
-    if not (device.type == "cuda" if wanted is None else wanted):
+    if not is_compiled(wanted, device):
         return []
     names = set(model._no_split_modules or ())
     blocks = [module for module in model.modules() if type(module).__name__ in names]
@@ -44,6 +44,11 @@ def blocks_to_compile(
         log(f"note     not compiled: {reason}")
         return []
     return blocks
+
+
+def is_compiled(wanted: bool | None, device: torch.device) -> bool:
+    """Return whether blocks are to be compiled, where the machine can."""
+    return device.type == "cuda" if wanted is None else wanted
 
 
 def _why_not(device: torch.device) -> str | None:

@@ -25,7 +25,6 @@ def reuse_freed_memory() -> bool:
 
 def release_freed_memory() -> None:
     """Make glibc return all memory that this process has freed to the system, once; other C libraries do nothing."""
-    gc.collect()
     if (libc := _glibc()) is not None:
         libc.malloc_trim(0)
 

@@ -15,7 +15,7 @@ from gpt_kit_hf.training.state.sharded_state import local_part
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.staging import DefaultStager
 
-_WRITING = 1.5  # times the state: the memory that writing takes, beside the copies
+WRITING = 1.5  # times the state: the memory that writing takes, beside the copies
 
 
 class HostCopies:
@@ -36,7 +36,7 @@ class HostCopies:
         """Return copies, in which tied tensors are tied, or None for want of memory, which is reported once."""
         # A tied tensor is counted once.
         size = sum({t.untyped_storage().data_ptr(): t.nbytes for t in map(local_part, tensors.values())}.values())
-        needed = self._sharing * ((1 + _WRITING) * size - self._held)
+        needed = self._sharing * ((1 + WRITING) * size - self._held)
         if (left := available_memory()) < needed:
             self._tell(f"copies take {needed:,.0f} bytes of host memory, {left:,} are left")
             return None

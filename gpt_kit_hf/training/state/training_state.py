@@ -21,7 +21,7 @@ _STATE_FILE = "training_state.json"
 _OPTIMIZER_FILE = "optimizer.safetensors"
 _WEIGHTS = "weights"  # prefix of a weight's name among the tensors to copy; an optimizer tensor has its own
 _POSITION = ("step", "corpus", "data_position", "skipped_in_a_row", "recent_norms", "chain", "micro_batch")
-_SMALL_FILES_BYTES = 32 << 20  # an upper bound for tokenizer, configuration and code
+SMALL_FILES_BYTES = 32 << 20  # an upper bound for tokenizer, configuration and code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class TrainingState:
         """Upper bound of its size on disk."""
         distinct = {tensor.untyped_storage().data_ptr(): tensor for tensor in self.weights.values()}
         tensors = [*distinct.values(), *self.optimizer.values()]
-        return sum(tensor.nbytes for tensor in tensors) + _SMALL_FILES_BYTES
+        return sum(tensor.nbytes for tensor in tensors) + SMALL_FILES_BYTES
 
     def write(self, folder: Path) -> None:
         """Write optimizer and position; the caller writes the weights."""

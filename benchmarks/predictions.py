@@ -1,0 +1,143 @@
+"""How well a run predicts what it takes: time and peak memory said before the first step, beside those measured.
+
+`python benchmarks/predictions.py tinyshakespeare.txt --rows instructions.json` trains models of six shapes, and
+finetunes one of them in full and by LoRA, each with one thread and with two, each in a process of its own. Time is
+from the prediction to the end of the run, and that of a step in the median; memory is the most that the process held,
+as the system counts it. Other work on the machine changes how long a run takes behind its prediction. Runs that the
+file of results has are not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import measure
+import studies
+
+# Layers, width, heads, context, batch, micro-batch, optimizer, encoding, steps.
+SHAPES: dict[str, tuple[int, int, int, int, int, int, str, str, int]] = {
+    "xs, bytes": (4, 128, 4, 256, 8, 8, "adamw", "bytes", 40),
+    "small, bytes": (4, 256, 4, 128, 8, 8, "adamw", "bytes", 40),
+    "small, muon": (4, 256, 4, 128, 8, 4, "muon", "bytes", 40),
+    "deep, bytes": (8, 192, 6, 128, 8, 4, "adamw", "bytes", 40),
+    "wide, short": (4, 512, 8, 64, 8, 8, "muon", "bytes", 40),
+    "gpt2's vocabulary": (2, 128, 4, 128, 8, 4, "adamw", "gpt2", 30),
+}
+FINETUNED = {"in full": "0", "LoRA": "8"}
+BASE = "small, bytes"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", help="tinyshakespeare.txt")
+    parser.add_argument("--rows", help="instruction rows; without them nothing is finetuned")
+    parser.add_argument("--results", default="runs/predictions.jsonl", help="file of the runs; those in it are kept")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--only", nargs="+", choices=[*SHAPES, *FINETUNED], default=[*SHAPES, *FINETUNED])
+    options = parser.parse_args()
+    results = studies.Results(options.results)
+    print(f"machine  {measure.machine('cpu')}; {measure.versions('torch', 'transformers')}")
+    for threads in options.threads:
+        for name in options.only:
+            facts = {"study": "predictions", "run": name, "threads": threads}
+            if not results.find(**facts) and (name in SHAPES or options.rows):
+                with tempfile.TemporaryDirectory() as folder:
+                    results.add(facts, made(name, threads, options, Path(folder)))
+    report(results)
+
+
+def made(name: str, threads: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Make one run; return what it predicted, and what it took."""
+    if name in SHAPES:
+        return taken(training(name, options, folder / "run"), threads)
+    base = folder / "base"
+    command = training(BASE, options, base)
+    command[command.index("--max_steps") + 1] = "2"
+    command[command.index("--max_length") + 1] = "512"
+    taken(command, threads)
+    return taken(
+        [
+            *("finetune", "--model_name_or_path", str(base), "--rows", options.rows, "--max_length", "512"),
+            *("--lora_r", FINETUNED[name], "--batch_size", "4", "--max_steps", "60"),
+            *("--output_dir", str(folder / "run"), "--report_to", "none", "--mixed_precision", "fp32"),
+            *("--max_eval_samples", "32"),
+        ],
+        threads,
+    )
+
+
+def training(name: str, options: argparse.Namespace, folder: Path) -> list[str]:
+    layers, width, heads, context, batch, micro_batch, optimizer, encoding, steps = SHAPES[name]
+    return [
+        *("train", "--text_files", options.text, "--encoding", encoding, "--output_dir", str(folder)),
+        *("--model", "modern-xs", "--n_layer", str(layers), "--n_embd", str(width), "--n_head", str(heads)),
+        *("--max_length", str(context), "--batch_size", str(batch), "--optimizer", optimizer),
+        *("--per_device_train_batch_size", str(micro_batch), "--max_steps", str(steps), "--report_to", "none"),
+        *("--eval_fraction", "0.01", "--max_eval_samples", "32", "--mixed_precision", "fp32"),
+    ]
+
+
+def taken(command: list[str], threads: int) -> dict[str, Any]:
+    """Run `gpt-kit` in a process; return its prediction, and the seconds and bytes that it took."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    said = Path(tempfile.mkstemp()[1])
+    with said.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gpt_kit_hf.commands.main", *command, "--log_format", "json"],
+            stdout=output, stderr=subprocess.DEVNULL, env=environment,
+        )  # fmt: skip
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    events = [json.loads(line) for line in said.read_text().splitlines() if line.startswith("{")]
+    said.unlink()
+    if process.returncode:
+        raise SystemExit(f"gpt-kit {' '.join(command)} failed: {events[-1:]}")
+    at = {event["event"]: event for event in events}
+    ended, began = (datetime.fromisoformat(at[name]["time"]) for name in ("finish", "needs"))
+    speeds = [event["tokens_per_second"] for event in events if event["event"] == "step"]
+    return {
+        "predicted": {name: at["needs"][name] for name in ("seconds", "memory_bytes", "step_seconds")},
+        "seconds": (ended - began).total_seconds(),
+        "memory_bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        "tokens_per_second": speeds,
+        "precision": at["begin"]["precision"],
+        "versions": measure.versions("torch", "transformers"),
+    }
+
+
+def report(results: studies.Results) -> None:
+    """Print the table of all runs in the results."""
+    rows, errors = [], {"seconds": list[float](), "memory_bytes": list[float]()}
+    for found in results.find(study="predictions"):
+        predicted = found["predicted"]
+        ratios = {name: predicted[name] / found[name] for name in errors}
+        for name, ratio in ratios.items():
+            errors[name].append(abs(ratio - 1.0))
+        rows.append(
+            [
+                found["run"],
+                found["threads"],
+                f"{predicted['seconds']:.0f} s",
+                f"{found['seconds']:.0f} s",
+                f"{ratios['seconds']:.2f}",
+                f"{predicted['memory_bytes'] / 1e6:,.0f} MB",
+                f"{found['memory_bytes'] / 1e6:,.0f} MB",
+                f"{ratios['memory_bytes']:.2f}",
+            ]
+        )
+    measure.show(rows, ["run", "threads", "predicted", "took", "ratio", "predicted", "took", "ratio"])
+    for name, found in errors.items():
+        print(f"{name}: off by {statistics.median(found):.1%} in the median, {max(found):.1%} at most")
+
+
+if __name__ == "__main__":
+    main()
