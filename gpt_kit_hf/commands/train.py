@@ -9,7 +9,6 @@ from pathlib import Path
 from gpt_kit_hf.commands.running import note, write
 from gpt_kit_hf.errors import CheckpointError
 from gpt_kit_hf.options.evaluation import VerifyOptions
-from gpt_kit_hf.options.planning import parse_budget
 from gpt_kit_hf.options.run import FinetuneOptions, PlanOptions, RunOptions
 from gpt_kit_hf.training.finetune import finetune as run_finetuning
 from gpt_kit_hf.training.log.console import Console
@@ -29,7 +28,7 @@ def plan(options: PlanOptions) -> None:
     """Plan a run for a budget, print the plan, and write it."""
     log = Console(sys.stdout, options.training.log_format).log
     made = make_plan(options, log)
-    for line in page_lines(made, parse_budget(options.plan.budget)):
+    for line in page_lines(made):
         log(line)
     write_plan(made, Path(options.plan.plan_file), options.plan.budget)
     log(f"next     gpt-kit train --config {shlex.quote(options.plan.plan_file)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -27,6 +28,8 @@ def parse_budget(text: str) -> Budget:
     """Return the budget that a text means. Raises UsageError for another unit, for none, and for nothing."""
     match = _NUMBER.fullmatch(text)
     number, unit = (float(match[1]), match[2]) if match else (0.0, "")
+    if not math.isfinite(number):
+        number = 0.0
     if number > 0 and unit in _SECONDS:
         return Budget("seconds", number * _SECONDS[unit])
     if number > 0 and unit in _TOKENS:

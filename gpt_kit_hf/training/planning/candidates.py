@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from gpt_kit_hf.model.configuration_gpt_kit import GPTKitConfig
 from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
 from gpt_kit_hf.model.presets import build_config
 from gpt_kit_hf.options.model import ModelOptions
@@ -27,9 +28,9 @@ SHAPES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A shape, its parameters, and the time and memory of a step of `step_tokens` tokens.
+    """A shape, its parameters, and the time and memory of a step of `batch_size` x `context` tokens.
 
-    `layer_parameters` are those of the blocks alone, by which the law counts.
+    `layer_parameters` are those of the blocks alone, by which the law counts. `timed` says that the cost was measured.
     """
 
     layers: int
@@ -37,8 +38,20 @@ class Candidate:
     width: int
     parameters: int
     layer_parameters: int
-    step_tokens: int
+    batch_size: int
+    context: int
     cost: StepCost
+    timed: bool = True
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Layers, heads and width."""
+        return self.layers, self.heads, self.width
+
+    @property
+    def step_tokens(self) -> int:
+        """The tokens of a step."""
+        return self.batch_size * self.context
 
     @property
     def seconds_per_token(self) -> float:
@@ -46,46 +59,71 @@ class Candidate:
         return self.cost.seconds / self.step_tokens
 
 
+@dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Times steps of shapes with the vocabulary, context and precision of a run."""
+    """Times steps of shapes with the vocabulary, context and precision of a run.
 
-    def __init__(
-        self,
-        model: ModelOptions,
-        optimizer: OptimizerOptions,
-        accelerator: Accelerator,
-        mixed_precision: str,
-        vocab_size: int,
-    ) -> None:
-        self._model, self._optimizer, self._accelerator = model, optimizer, accelerator
-        self._precision, self._vocab_size = mixed_precision, vocab_size
+    `micro_batch_size` is that of the run, None for the whole batch.
+    """
 
-    def candidate(self, shape: tuple[int, int, int], context: int, batch_size: int) -> Candidate:
-        """Return a shape with the cost of a step of `batch_size` x `context` tokens, computed a few times."""
-        layers, heads, width = shape
-        chosen = replace(self._model, n_layer=layers, n_head=heads, n_embd=width, max_position_embeddings=context)
+    model: ModelOptions
+    optimizer: OptimizerOptions
+    accelerator: Accelerator
+    mixed_precision: str
+    vocab_size: int
+    context: int
+    micro_batch_size: int | None = None
+
+    def candidate(self, shape: tuple[int, int, int], batch_size: int) -> Candidate:
+        """Return a shape with the cost of a step of `batch_size` sequences, computed a few times."""
         with torch.random.fork_rng(devices=[]):
-            model = GPTKitForCausalLM(build_config(chosen, vocab_size=self._vocab_size))
+            model = GPTKitForCausalLM(self._config(shape))
         trainer = AMPTrainer(
             model,
-            create_optimizer(model, self._optimizer),
-            mixed_precision=self._precision,
-            accelerator=self._accelerator,
+            create_optimizer(model, self.optimizer),
+            mixed_precision=self.mixed_precision,
+            accelerator=self.accelerator,
         )
+        micro = min(batch_size, self.micro_batch_size or batch_size)
         cost = measure_cost(
             model,
             trainer.optimizer.optimizer,
-            random_rows(self._vocab_size, context),
-            micro_batch_size=batch_size,
+            random_rows(self.vocab_size, self.context),
+            micro_batch_size=micro,
+            micro_steps=-(-batch_size // micro),
             autocast=trainer.autocast,
         )
+        return self._made(shape, batch_size, model.num_parameters(), cost)
+
+    def estimated(self, shape: tuple[int, int, int], like: Candidate) -> Candidate:
+        """Return a shape with a cost that is to that of another shape as are their parameters."""
+        parameters = self.parameters(shape)
+        factor = parameters / like.parameters
+        cost = StepCost(seconds=like.cost.seconds * factor, peak_bytes=round(like.cost.peak_bytes * factor))
+        return replace(self._made(shape, like.batch_size, parameters, cost), timed=False)
+
+    def parameters(self, shape: tuple[int, int, int]) -> int:
+        """Return the number of parameters of a shape, without making it."""
+        layers, heads, width = shape
+        with torch.device("meta"):
+            one, two = (GPTKitForCausalLM(self._config((few, heads, width))).num_parameters() for few in (1, 2))
+        return int(one + (layers - 1) * (two - one))
+
+    def _config(self, shape: tuple[int, int, int]) -> GPTKitConfig:
+        layers, heads, width = shape
+        chosen = replace(self.model, n_layer=layers, n_head=heads, n_embd=width, max_position_embeddings=self.context)
+        return build_config(chosen, vocab_size=self.vocab_size)
+
+    def _made(self, shape: tuple[int, int, int], batch_size: int, parameters: int, cost: StepCost) -> Candidate:
+        layers, heads, width = shape
         return Candidate(
             layers=layers,
             heads=heads,
             width=width,
-            parameters=model.num_parameters(),
+            parameters=parameters,
             layer_parameters=layer_parameters(layers, width),
-            step_tokens=batch_size * context,
+            batch_size=batch_size,
+            context=self.context,
             cost=cost,
         )
 

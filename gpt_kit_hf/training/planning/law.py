@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from gpt_kit_hf.text import short
+
 
 @dataclass(frozen=True)
 class Law:
@@ -24,32 +26,39 @@ class Law:
 
     def bits_per_byte(self, gzip: float, *, parameters: float, seen: float, text: float) -> float:
         """Return the bits per byte of held-out text; `seen` and `text` are bytes, trained on and different ones."""
+        size, length = self._terms(parameters, seen, text)
+        return float(gzip * (self.floor + size + length))
+
+    def gains(self, *, parameters: float, seen: float, text: float) -> tuple[float, float]:
+        """Return by how much the ratio falls if the parameters grow, and if the text seen grows, by a small factor."""
+        size, length = self._terms(parameters, seen, text)
+        return self.size_power * size, self.length_power * length
+
+    def _terms(self, parameters: float, seen: float, text: float) -> tuple[float, float]:
         epochs = seen / text
         worth = seen if epochs <= 1 else text * (1 + self.repeats * (1 - math.exp(-(epochs - 1) / self.repeats)))
-        ratio = (
-            self.floor
-            + self.size * (parameters / 1e6) ** -self.size_power
-            + self.length * (worth / 1e6) ** -self.length_power
-        )
-        return float(gzip * ratio)
+        size = self.size * (parameters / 1e6) ** -self.size_power
+        return size, self.length * (worth / 1e6) ** -self.length_power
 
 
 @dataclass(frozen=True)
 class Range:
-    """The runs that the law was fitted to: up to so many parameters of the blocks and bytes seen."""
+    """The runs that the law was fitted to: (fewest, most) parameters of the blocks, and bytes seen."""
 
-    parameters: float
-    seen: float
+    parameters: tuple[float, float]
+    seen: tuple[float, float]
 
     def holds(self, parameters: float, seen: float) -> bool:
-        """Return whether a run lies within the range, or no more than four times beyond it."""
-        return parameters <= 4 * self.parameters and seen <= 4 * self.seen
+        """Return whether a run lies within the range, or no more than four times outside of it."""
+        pairs = ((self.parameters, parameters), (self.seen, seen))
+        return all(low / 4 <= value <= 4 * high for (low, high), value in pairs)
 
     def told(self) -> str:
         """Return the range in words."""
+        (smallest, largest), (least, most) = self.parameters, self.seen
         return (
-            f"the law was measured up to {self.parameters / 1e6:.0f}M parameters and {self.seen / 1e6:.0f} MB of text "
-            "seen"
+            f"the law was measured with {short(smallest)} to {short(largest)} parameters in the layers and "
+            f"{short(least)} to {short(most)} bytes of text seen"
         )
 
 
@@ -57,7 +66,7 @@ class Range:
 # deviation of the logarithm.
 LAW = Law(0.3, 0.15, 0.3, 0.25, 0.35, 8.0)
 DEVIATION = 0.03
-MEASURED = Range(3.2e6, 3.3e6)
+MEASURED = Range((98_304, 3_145_728), (200e3, 3.3e6))
 
 
 def layer_parameters(layers: int, width: int) -> int:

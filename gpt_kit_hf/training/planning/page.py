@@ -7,7 +7,6 @@ import shlex
 from pathlib import Path
 
 from gpt_kit_hf.errors import UsageError
-from gpt_kit_hf.options.planning import Budget
 from gpt_kit_hf.storage.atomic_files import replace_file
 from gpt_kit_hf.text import duration, short
 from gpt_kit_hf.training.planning.law import DEVIATION, MEASURED
@@ -15,34 +14,35 @@ from gpt_kit_hf.training.planning.plan import Plan
 from gpt_kit_hf.training.runtime.available_memory import available_memory
 
 
-def page_lines(plan: Plan, budget: Budget) -> list[str]:
+def page_lines(plan: Plan) -> list[str]:
     """Return the plan in lines, for a person who has not seen one before."""
-    facts, shape, values = plan.facts, plan.candidate, plan.values
+    facts, chosen, run = plan.facts, plan.candidate, plan.run
     low, high = (plan.bits_per_byte * math.exp(sign * 2 * DEVIATION) for sign in (-1, 1))
     twice_budget, twice_text = plan.twice
-    dropout, optimizer = values["dropout"], values.get("optimizer", "adamw")
-    decay, free = values.get("weight_decay", 0.1), _bytes(available_memory())
-    rates = [f"{values.get('learning_rate', 1e-3):g}"]
-    if optimizer == "muon":
-        rates = [f"{values['muon_learning_rate']:g} for the matrices of the blocks", f"{rates[0]} for the rest"]
+    rates = f"{run.optimizer.learning_rate:g}"
+    if run.optimizer.optimizer == "muon":
+        of_matrices = run.optimizer.muon_learning_rate or run.optimizer.learning_rate
+        rates = f"{of_matrices:g} for the matrices of the layers, {rates} for the rest"
     lines = [
-        f"text     {facts.documents:,} document{'s' * (facts.documents != 1)}, {short(facts.text_bytes)} bytes, "
-        f"{short(facts.tokens)} training tokens ({plan.encoding.name}, vocabulary of {plan.encoding.n_vocab:,}), "
-        f"{facts.repeated:.0%} of it in lines that stand in it before",
-        f"shape    {shape.layers} layer{'s' * (shape.layers > 1)} of {shape.width} with {shape.heads} "
-        f"head{'s' * (shape.heads > 1)}, {short(shape.parameters)} parameters"
-        + (f"; the best of {plan.timed} that were timed" if plan.timed > 1 else ""),
-        f"length   {plan.steps:,} steps of {plan.batch_size} x {plan.context} tokens: {plan.epochs:.2f} epochs",
-        f"rates    {optimizer}, {' and '.join(rates)}; weight decay {decay:g}, dropout {dropout:g}",
-        f"needs    about {duration(plan.seconds)}, {_bytes(plan.memory_bytes)} of memory ({free} free now), "
-        f"{_bytes(plan.disk_bytes)} of disk",
+        f"text     {facts.documents:,} document{'s' * (facts.documents != 1)}; to train on {short(facts.text_bytes)} "
+        f"bytes, {short(facts.tokens)} tokens ({plan.encoding.name}, vocabulary of {plan.encoding.n_vocab:,}); "
+        f"{facts.repeated:.0%} are in repeated lines",
+        f"shape    {chosen.layers} layer{'s' * (chosen.layers > 1)} of {chosen.width} with {chosen.heads} "
+        f"head{'s' * (chosen.heads > 1)}, {short(chosen.parameters)} parameters"
+        + (f"; the best of {plan.tried} shapes" if plan.tried > 1 else ""),
+        f"length   {plan.steps:,} steps of {chosen.batch_size} x {chosen.context} tokens: the text is read "
+        f"{plan.epochs:.2g} times",
+        f"rates    {run.optimizer.optimizer}, {rates}; weight decay {run.optimizer.weight_decay:g}, dropout "
+        f"{run.model.dropout or 0:g}",
+        f"needs    about {duration(plan.seconds)}, {_bytes(plan.memory_bytes)} of memory "
+        f"({_bytes(available_memory())} are free), {_bytes(plan.disk_bytes)} of disk",
         f"expected {plan.bits_per_byte:.2f} bits per byte of the held-out text, between {low:.2f} and {high:.2f}; "
         f"gzip -9 reaches {facts.gzip:.2f}",
-        f"         twice the budget would bring {twice_budget:.2f}, twice the text {twice_text:.2f}",
+        f"expected with twice the budget {twice_budget:.2f}, with twice the text {twice_text:.2f}",
     ]
-    seen = plan.steps * plan.candidate_tokens * facts.bytes_per_token
-    if not MEASURED.holds(shape.layer_parameters, seen):
-        lines.append(f"note     {MEASURED.told()}: beyond that the expectation is a guess")
+    seen = plan.steps * chosen.step_tokens * facts.bytes_per_token
+    if not MEASURED.holds(chosen.layer_parameters, seen):
+        lines.append(f"note     {MEASURED.told()}: outside of that the expectation is a guess")
     return [*lines, *(f"note     {note}" for note in plan.notes)]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,29 +12,31 @@ from typing import Any
 import psutil
 import tiktoken
 
-from gpt_kit_hf.data.text.corpus import choose_encoding, prepare_corpus
+from gpt_kit_hf.data.text.corpus import Corpus, choose_encoding, prepare_corpus
 from gpt_kit_hf.data.text.sources import train_sources
-from gpt_kit_hf.errors import UsageError
-from gpt_kit_hf.options.data import TRAINED_BPE, EncodingOptions
+from gpt_kit_hf.errors import DataError, UsageError
+from gpt_kit_hf.options.data import DEFAULT_MAX_LENGTH, TRAINED_BPE, EncodingOptions
 from gpt_kit_hf.options.declare import changed_values, sections_of
 from gpt_kit_hf.options.parser import build_options
-from gpt_kit_hf.options.planning import Budget, parse_budget
+from gpt_kit_hf.options.planning import parse_budget
 from gpt_kit_hf.options.run import RunOptions, stored_options
 from gpt_kit_hf.options.training import OptimizerOptions, recipe_options
 from gpt_kit_hf.storage.atomic_files import Report, load_json
 from gpt_kit_hf.storage.run_folder import OPTIONS_FILE, holds_run
+from gpt_kit_hf.text import short
 from gpt_kit_hf.training.planning.candidates import Candidate, Timing, allowed_shapes
+from gpt_kit_hf.training.planning.choice import MOST_EPOCHS, Choice
 from gpt_kit_hf.training.planning.corpus_facts import CorpusFacts, corpus_facts
-from gpt_kit_hf.training.planning.law import LAW
 from gpt_kit_hf.training.runtime.available_memory import available_memory
 from gpt_kit_hf.training.runtime.launch import create_accelerator
 from gpt_kit_hf.training.runtime.memory import reuse_freed_memory
 
-_STEP_TOKENS = 2048  # of a step, as in the runs of the law
-_FEW_STEPS, _MANY_STEPS = 150, 4000  # outside of these a step has fewer or more tokens
-_WORSE_IN_A_ROW = 2  # larger shapes that are worse, after which none is timed any more
 _LARGE_VOCABULARY = 1024  # ids; embeddings of so many learn ten times as fast as the recipe's
-_FORWARD = 1 / 3  # of the time of a step: an evaluation has no backward pass
+_SHORTEST = 16  # tokens of a window
+# Bytes of text, the share of repeated lines, and passes over the text from which a person should know.
+_SMALL_TEXT, _MUCH_REPEATED, _MANY_EPOCHS = 100_000, 0.3, 20
+# Options of the plan itself, and of the command.
+_NOT_OF_THE_RUN = ("budget", "plan_file", "config", "print_config", "resume", "allow_changes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,33 +44,32 @@ class Plan:
     """What to train, and what that takes and brings.
 
     `values` are the options of the run, by name, as in a file for `--config`. `seconds` includes evaluations;
-    `bits_per_byte` is what the law says, `twice` what it says for twice the budget, and for twice the text.
+    `bits_per_byte` is what the law says, `twice` what it says for twice the budget, and for twice the text. `tried` is
+    the number of shapes that were compared.
     """
 
     values: dict[str, Any]
     facts: CorpusFacts
     encoding: tiktoken.Encoding
     candidate: Candidate
-    batch_size: int
-    context: int
     steps: int
     seconds: float
     memory_bytes: int
     disk_bytes: int
     bits_per_byte: float
     twice: tuple[float, float]
-    timed: int
+    tried: int
     notes: tuple[str, ...]
+
+    @property
+    def run(self) -> RunOptions:
+        """The options of the run."""
+        return build_options(RunOptions, self.values)
 
     @property
     def epochs(self) -> float:
         """Passes over the training text."""
-        return self.steps * self.candidate_tokens / self.facts.tokens
-
-    @property
-    def candidate_tokens(self) -> int:
-        """The tokens of a step."""
-        return self.batch_size * self.context
+        return self.steps * self.candidate.step_tokens / self.facts.tokens
 
 
 def planned_options(options: RunOptions, log: Report) -> RunOptions:
@@ -83,9 +84,12 @@ def planned_options(options: RunOptions, log: Report) -> RunOptions:
     if options.training.resume and holds_run(folder):
         stored = stored_options(RunOptions, load_json(folder / OPTIONS_FILE))
         kept = [vars(getattr(stored, section)) for section in sections_of(RunOptions)]
+        if stored.plan.budget != options.plan.budget:
+            planned = "without a plan" if stored.plan.budget is None else f"planned for {stored.plan.budget}"
+            log(f"note     the run was begun {planned}, and goes on so: a run is not planned again")
         return build_options(RunOptions, {**dict(ChainMap(*kept)), **options.given})
     plan = make_plan(options, log)
-    for line in page_lines(plan, parse_budget(options.plan.budget)):
+    for line in page_lines(plan):
         log(line)
     return build_options(RunOptions, {**plan.values, "budget": options.plan.budget})
 
@@ -97,17 +101,15 @@ def make_plan(options: RunOptions, log: Report) -> Plan:
     not known, a model to train further, several processes, a number of steps beside the budget; and DataError for a
     text that is too small for any model.
     """
-    assert options.plan.budget is not None
     given = _given(options)
     _check_plannable(options, given)
-    budget = parse_budget(options.plan.budget)
     encoding_options = _encoding_options(options, given)
     if encoding_options.encoding == TRAINED_BPE and not options.text.token_files:
         log(f"training a bpe of {encoding_options.vocab_size:,} tokens on the text")
     encoding = choose_encoding(options.text, encoding_options)
     corpus = prepare_corpus(options.text, encoding, seed=options.training.seed, log=log)
-    facts = corpus_facts(corpus)
-    return _Choice(options, given, budget, encoding_options, encoding, facts).plan(log)
+    context = _context(given, tokens=len(corpus.train), eval_tokens=len(corpus.eval))
+    return _planned(options, given, encoding_options, corpus, context, log)
 
 
 def _given(options: RunOptions) -> dict[str, Any]:
@@ -143,168 +145,130 @@ def _encoding_options(options: RunOptions, given: Mapping[str, Any]) -> Encoding
     return EncodingOptions(encoding=TRAINED_BPE, vocab_size=4096 if size < 1e8 else 16_384 if size < 2e9 else 32_768)
 
 
-class _Choice:
-    """The choice among shapes, with what is known of text, budget and machine."""
+def _context(given: Mapping[str, Any], *, tokens: int, eval_tokens: int) -> int:
+    """Return the tokens of a window: what was given, or 256 unless the text is too small for them.
 
-    def __init__(
-        self,
-        options: RunOptions,
-        given: Mapping[str, Any],
-        budget: Budget,
-        encoding_options: EncodingOptions,
-        encoding: tiktoken.Encoding,
-        facts: CorpusFacts,
-    ) -> None:
-        self._options, self._given, self._budget = options, given, budget
-        self._encoding_options, self._encoding, self._facts = encoding_options, encoding, facts
-        self._context = given.get("max_length") or min(256, max(16, facts.eval_tokens // 2), facts.tokens // 4)
-        self._accelerator = create_accelerator(use_cpu=options.training.use_cpu)
-        if self._accelerator.device.type == "cpu":
-            reuse_freed_memory()
-        model = replace(options.model, n_layer=None, n_head=None, n_embd=None, max_position_embeddings=self._context)
-        self._timing = Timing(
-            model, self._optimizer(), self._accelerator, options.training.mixed_precision, encoding.n_vocab
+    Raises DataError if there is no window to train on, or none to evaluate on.
+    """
+    most = given.get("max_position_embeddings") or DEFAULT_MAX_LENGTH
+    context: int = given.get("max_length") or min(most, max(_SHORTEST, min(eval_tokens // 2, tokens // 4)))
+    if min(tokens, eval_tokens) <= context:
+        raise DataError(
+            f"the text has {tokens:,} tokens to train on and {eval_tokens:,} held out, too few for a model that reads "
+            f"{context:,} at once: give more text"
         )
-
-    def plan(self, log: Report) -> Plan:
-        """Time shapes from the smallest on, until larger ones become worse, and return the plan of the best."""
-        facts, notes, found = self._facts, list[str](), list[tuple[float, Candidate]]()
-        batch_size = self._given.get("batch_size") or max(1, _STEP_TOKENS // self._context)
-        before, worse = psutil.Process().memory_info().rss, 0
-        for shape in allowed_shapes(self._given, self._options.model.blocks):
-            candidate = self._timing.candidate(shape, self._context, batch_size)
-            if self._does_not_fit(candidate):
-                notes.append(f"{candidate.layers} x {candidate.width} and larger shapes do not fit into the memory")
-                break
-            bits = self._bits(candidate, self._steps(candidate, batch_size), batch_size)
-            worse = worse + 1 if found and bits > min(found, key=lambda each: each[0])[0] else 0
-            found.append((bits, candidate))
-            tokens, size = candidate.step_tokens, f"{candidate.layers} layer{'s' * (candidate.layers > 1)}"
-            log(f"timed    {size} of {candidate.width}: {candidate.cost.seconds:.2f} s a step of {tokens:,} tokens")
-            if worse == _WORSE_IN_A_ROW:
-                break
-        if not found:
-            raise UsageError(f"no shape fits into the memory, {available_memory():,} bytes: lower batch_size")
-        _, best = min(found, key=lambda each: each[0])
-        if "batch_size" not in self._given:
-            batch_size = self._batch_size(best, batch_size)
-            best = self._timing.candidate((best.layers, best.heads, best.width), self._context, batch_size)
-        steps = self._steps(best, batch_size)
-        if facts.repeated > 0.3:
-            notes.append(f"{facts.repeated:.0%} of the text is lines that stand in it before: the model learns those")
-        epochs = steps * batch_size * self._context / facts.tokens
-        if epochs > 20:
-            notes.append(f"the text is read {epochs:.0f} times: more text would help more than a longer run")
-        twice_budget = min(self._bits(each, self._steps(each, batch_size, 2.0), batch_size) for _, each in found)
-        twice_text = min(self._bits(each, self._steps(each, batch_size), batch_size, 2.0) for _, each in found)
-        return Plan(
-            values=self._values(best, batch_size, steps, epochs),
-            facts=facts,
-            encoding=self._encoding,
-            candidate=best,
-            batch_size=batch_size,
-            context=self._context,
-            steps=steps,
-            seconds=self._seconds(best, steps, batch_size),
-            memory_bytes=before + best.cost.peak_bytes,
-            disk_bytes=self._disk_bytes(best),
-            bits_per_byte=self._bits(best, steps, batch_size),
-            twice=(twice_budget, twice_text),
-            timed=len(found),
-            notes=tuple(notes),
-        )
-
-    # --- what a candidate takes and brings
-
-    def _steps(self, candidate: Candidate, batch_size: int, times: float = 1.0) -> int:
-        """Return how many steps `times` the budget allows."""
-        step_tokens, amount = batch_size * self._context, times * self._budget.amount
-        if self._budget.kind == "tokens":
-            return max(1, round(amount / step_tokens))
-        if self._budget.kind == "flop":  # 6 a parameter and token (Kaplan et al. 2020, section 2.1)
-            return max(1, round(amount / (6 * candidate.parameters * step_tokens)))
-        step = candidate.seconds_per_token * step_tokens
-        steps = max(1, int(amount / step))
-        for _ in range(3):  # as the number of evaluations follows from that of the steps
-            evaluating = self._seconds(candidate, steps, batch_size) - steps * step
-            steps = max(1, int((amount - evaluating) / step))
-        return steps
-
-    def _seconds(self, candidate: Candidate, steps: int, batch_size: int) -> float:
-        """Return the time of so many steps with their evaluations."""
-        training = self._options.training
-        evaluations = steps // training.intervals(steps).evaluation
-        scored = min(training.max_eval_samples * self._context, self._facts.eval_tokens)
-        evaluated = evaluations * scored + self._facts.eval_tokens
-        return candidate.seconds_per_token * (steps * batch_size * self._context + _FORWARD * evaluated)
-
-    def _bits(self, candidate: Candidate, steps: int, batch_size: int, text: float = 1.0) -> float:
-        facts = self._facts
-        return LAW.bits_per_byte(
-            facts.gzip,
-            parameters=candidate.layer_parameters,
-            seen=steps * batch_size * self._context * facts.bytes_per_token,
-            text=text * facts.text_bytes,
-        )
-
-    def _does_not_fit(self, candidate: Candidate) -> bool:
-        """Return whether a step would need more memory than there is: what it took to measure is free again."""
-        return self._accelerator.device.type == "cpu" and candidate.cost.peak_bytes > available_memory()
-
-    def _batch_size(self, candidate: Candidate, batch_size: int) -> int:
-        """Return the sequences of a step: so that there are neither few steps nor very many."""
-        while self._steps(candidate, batch_size) > _MANY_STEPS:
-            batch_size *= 2
-        while self._steps(candidate, batch_size) < _FEW_STEPS and batch_size > 2:
-            batch_size //= 2
-        return batch_size
-
-    def _disk_bytes(self, candidate: Candidate) -> int:
-        """Return the most that the run writes: checkpoints, one of them half written, and the model."""
-        state = 4 * candidate.parameters * (1 + 2)  # weights, and at most two means of each
-        return (self._options.training.save_total_limit + 1) * state + 4 * candidate.parameters
-
-    # --- the options
-
-    def _optimizer(self) -> OptimizerOptions:
-        return OptimizerOptions(**{**self._rates(), **self._given_optimizer()})
-
-    def _given_optimizer(self) -> dict[str, Any]:
-        known = sections_of(RunOptions)["optimizer"].options
-        return {name: value for name, value in self._given.items() if name in known}
-
-    def _rates(self) -> dict[str, Any]:
-        """Return the optimizer's options: the recipe, unless another optimizer or recipe was given."""
-        if {"optimizer", "recipe"} & self._given.keys():
-            return {}
-        rates = recipe_options("fast")
-        if self._encoding.n_vocab >= _LARGE_VOCABULARY:
-            rates["learning_rate"] *= 10
-        return rates
-
-    def _values(self, best: Candidate, batch_size: int, steps: int, epochs: float) -> dict[str, Any]:
-        """Return the options of the run by name: what was given, and what is planned."""
-        text: dict[str, Any] = {"encoding": self._encoding_options.encoding}
-        if text["encoding"] == TRAINED_BPE:
-            text["vocab_size"] = self._encoding_options.vocab_size
-        planned: dict[str, Any] = {
-            **({} if self._options.text.token_files else text),
-            "model": "modern-xs",
-            "n_layer": best.layers,
-            "n_head": best.heads,
-            "n_embd": best.width,
-            "max_position_embeddings": self._context,
-            "max_length": self._context,
-            "dropout": dropout_for(epochs),
-            "batch_size": batch_size,
-            "max_steps": steps,
-            **self._rates(),
-        }
-        kept = {name: value for name, value in self._given.items() if name not in _NOT_OF_THE_RUN}
-        return {**kept, **{name: value for name, value in planned.items() if name not in kept}}
+    return context
 
 
-_NOT_OF_THE_RUN = ("budget", "plan_file", "config", "print_config", "resume", "allow_changes")
+def _planned(
+    options: RunOptions,
+    given: Mapping[str, Any],
+    encoding_options: EncodingOptions,
+    corpus: Corpus,
+    context: int,
+    log: Report,
+) -> Plan:
+    """Return the plan for a corpus and windows of `context` tokens."""
+    facts, rates = corpus_facts(corpus), _rates(given, corpus.encoding.n_vocab)
+    timing = _timing(options, given, rates, corpus.encoding.n_vocab, context)
+    assert options.plan.budget is not None
+    budget = parse_budget(options.plan.budget)
+    choice = Choice(options.training, budget, facts, timing, timing.accelerator.device)
+    before = psutil.Process().memory_info().rss
+    shapes = allowed_shapes(given, options.model.blocks)
+    found, notes = choice.candidates(shapes, given.get("batch_size") or choice.first_batch_size, log)
+    if not found:
+        raise UsageError(f"no shape fits into the memory, {available_memory():,} bytes: lower batch_size")
+    chosen = choice.best(found)
+    best = choice.settled(chosen, any_batch_size="batch_size" not in given)
+    steps, bits = choice.steps(best), choice.bits(best)
+    epochs = steps * best.step_tokens / facts.tokens
+    kept = {name: value for name, value in given.items() if name not in _NOT_OF_THE_RUN}
+    planned = {
+        "output_dir": options.training.output_dir,
+        **({} if options.text.token_files else _changed_encoding(encoding_options)),
+        **_shape(best),
+        "dropout": dropout_for(epochs),
+        "batch_size": best.batch_size,
+        "max_steps": steps,
+        **rates,
+    }
+    others = [best if each is chosen else each for each in found]
+    twice = [choice.bits(choice.best(others, **more), **more) for more in ({"times": 2.0}, {"text": 2.0})]
+    return Plan(
+        values={**kept, **{name: value for name, value in planned.items() if name not in kept}},
+        facts=facts,
+        encoding=corpus.encoding,
+        candidate=best,
+        steps=steps,
+        seconds=choice.seconds(best, steps, best.step_tokens),
+        memory_bytes=before + best.cost.peak_bytes,
+        disk_bytes=_disk_bytes(best, options),
+        bits_per_byte=bits,
+        twice=(twice[0], twice[1]),
+        tried=len(found),
+        notes=(*(notes if chosen is found[-1] else ()), *_notes(facts, epochs, bits)),
+    )
+
+
+def _shape(candidate: Candidate) -> dict[str, Any]:
+    layers, heads, width = candidate.shape
+    shape = {"model": "modern-xs", "n_layer": layers, "n_head": heads, "n_embd": width}
+    return {**shape, "max_position_embeddings": candidate.context, "max_length": candidate.context}
+
+
+def _timing(
+    options: RunOptions, given: Mapping[str, Any], rates: Mapping[str, Any], vocab_size: int, context: int
+) -> Timing:
+    accelerator = create_accelerator(use_cpu=options.training.use_cpu)
+    if accelerator.device.type == "cpu":
+        reuse_freed_memory()
+    known = sections_of(RunOptions)["optimizer"].options
+    chosen = {**rates, **{name: value for name, value in given.items() if name in known}}
+    return Timing(
+        model=replace(options.model, n_layer=None, n_head=None, n_embd=None, max_position_embeddings=context),
+        optimizer=OptimizerOptions(**chosen),
+        accelerator=accelerator,
+        mixed_precision=options.training.mixed_precision,
+        vocab_size=vocab_size,
+        context=context,
+        micro_batch_size=options.training.per_device_train_batch_size,
+    )
+
+
+def _rates(given: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+    """Return the optimizer's options: the recipe, unless another optimizer or recipe was given."""
+    if {"optimizer", "recipe"} & given.keys():
+        return {}
+    rates = recipe_options("fast")
+    if vocab_size >= _LARGE_VOCABULARY:
+        rates["learning_rate"] *= 10
+    return rates
+
+
+def _changed_encoding(options: EncodingOptions) -> dict[str, Any]:
+    bpe = {"vocab_size": options.vocab_size} if options.encoding == TRAINED_BPE else {}
+    return {"encoding": options.encoding, **bpe}
+
+
+def _disk_bytes(candidate: Candidate, options: RunOptions) -> int:
+    """Return the most that the run writes: checkpoints, one of them half written, and the model."""
+    state = 4 * candidate.parameters * (1 + 2)  # weights, and at most two means of each
+    return (options.training.save_total_limit + 1) * state + 4 * candidate.parameters
+
+
+def _notes(facts: CorpusFacts, epochs: float, bits: float) -> Iterator[str]:
+    """Yield what a person should know before training on this text for so many epochs."""
+    if facts.text_bytes < _SMALL_TEXT:
+        yield f"{short(facts.text_bytes)} bytes are too little text to learn a language from; 1M is a start"
+    if facts.repeated > _MUCH_REPEATED:
+        yield f"{facts.repeated:.0%} of the text is in repeated lines: the model learns these by heart"
+    if epochs > _MANY_EPOCHS:
+        yield f"the text is read {epochs:.0f} times: more text would help more than a longer run"
+    if epochs > 0.99 * MOST_EPOCHS:
+        yield f"the run is shorter than the budget: after {MOST_EPOCHS} passes over a text, further ones bring nothing"
+    if bits > facts.gzip:
+        yield "gzip compresses the text better than this model is expected to: give a larger budget, or more text"
 
 
 def dropout_for(epochs: float) -> float:

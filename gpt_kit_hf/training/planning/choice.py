@@ -1,0 +1,163 @@
+"""Which shape a budget is best spent on: how many steps it allows, what they bring, and in which batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
+
+import torch
+
+from gpt_kit_hf.options.planning import Budget
+from gpt_kit_hf.options.training import TrainingOptions
+from gpt_kit_hf.storage.atomic_files import Report
+from gpt_kit_hf.training.planning.candidates import Candidate, Timing
+from gpt_kit_hf.training.planning.corpus_facts import CorpusFacts
+from gpt_kit_hf.training.planning.law import LAW, layer_parameters
+from gpt_kit_hf.training.runtime.available_memory import available_memory, out_of_memory
+
+Shape: TypeAlias = tuple[int, int, int]  # layers, heads, width
+
+# Tokens of a step on a CPU, as in the runs of the law. A GPU is not busy with so few.
+_STEP_TOKENS, _STEP_TOKENS_OF_A_GPU = 2048, 16_384
+_FEW_STEPS, _MANY_STEPS = 150, 4000  # outside of these a step has fewer or more tokens
+_WORSE_IN_A_ROW = 2  # larger shapes that are worse, after which none is tried any more
+_FORWARD = 1 / 3  # of the time of a step: an evaluation has no backward pass
+# Passes over a text after which more of them bring nothing (Muennighoff et al. 2023, section 5).
+MOST_EPOCHS = 40
+# Parameters of the blocks for each byte of text. nanoGPT's model for the 1 MB of tinyshakespeare has 10.
+_PARAMETERS_PER_BYTE = 16
+# Steps that timing a shape takes, and the share of a budget in seconds, or the seconds, that this may take.
+_TIMED_STEPS, _TIMED_SHARE, _TIMED_SECONDS = 4, 0.03, 10.0
+_BYTES_PER_PARAMETER = 16  # weights, gradients and two means of them, in fp32
+
+
+class Choice:
+    """What is known of text, budget and machine, and the choice among shapes."""
+
+    def __init__(
+        self, training: TrainingOptions, budget: Budget, facts: CorpusFacts, timing: Timing, device: torch.device
+    ) -> None:
+        self._training, self._budget, self._facts, self._timing = training, budget, facts, timing
+        self._on_cpu, self._context = device.type == "cpu", timing.context
+        self.first_batch_size = max(1, (_STEP_TOKENS if self._on_cpu else _STEP_TOKENS_OF_A_GPU) // self._context)
+
+    def candidates(self, shapes: Iterable[Shape], batch_size: int, log: Report) -> tuple[list[Candidate], list[str]]:
+        """Return the shapes from the smallest on, until larger ones become worse or cannot be, and notes on these.
+
+        Steps are timed, unless that takes too much of the budget: then the time follows from that of the shape before.
+        """
+        found: list[Candidate] = []
+        worse = 0
+        for shape in shapes:
+            if found and layer_parameters(shape[0], shape[2]) > _PARAMETERS_PER_BYTE * self._facts.text_bytes:
+                return found, ["the text is too small for larger shapes than these"]
+            candidate = self._candidate(shape, batch_size, found, log)
+            if candidate is None:
+                return found, [f"{shape[0]} x {shape[2]} and larger shapes do not fit into the memory"]
+            worse = worse + 1 if found and self.best([*found, candidate]) is not candidate else 0
+            found.append(candidate)
+            if worse == _WORSE_IN_A_ROW:
+                break
+        return found, []
+
+    def best(self, candidates: Sequence[Candidate], times: float = 1.0, text: float = 1.0) -> Candidate:
+        """Return the candidate to spend `times` the budget on, with `text` times the text.
+
+        That with the fewest bits per byte. With a number of tokens, where a larger one is always better, that for
+        which twice the parameters would bring as much as twice the tokens.
+        """
+        if self._budget.kind != "tokens":
+            return min(candidates, key=lambda each: self.bits(each, times, text))
+
+        def imbalance(candidate: Candidate) -> float:
+            size, length = LAW.gains(**self._run(candidate, times, text))
+            return abs(math.log(size / length))
+
+        return min(candidates, key=imbalance)
+
+    def settled(self, candidate: Candidate, *, any_batch_size: bool) -> Candidate:
+        """Return the chosen candidate, timed, if any batch will do with one of neither few steps nor very many."""
+        if not candidate.timed:
+            candidate = self._timed(candidate.shape, candidate.batch_size) or candidate
+        for _ in range(4 if any_batch_size else 0):  # a GPU takes less time for a token of a larger batch
+            wanted = self._batch_size(candidate)
+            if wanted == candidate.batch_size or (other := self._timed(candidate.shape, wanted)) is None:
+                break
+            candidate = other
+        return candidate
+
+    def steps(self, candidate: Candidate, times: float = 1.0, batch_size: int | None = None) -> int:
+        """Return how many steps `times` the budget allows, at most those of 40 passes over the text."""
+        step_tokens, amount = (batch_size or candidate.batch_size) * self._context, times * self._budget.amount
+        most = math.ceil(MOST_EPOCHS * self._facts.tokens / step_tokens)
+        if self._budget.kind == "tokens":
+            return max(1, round(min(most, amount / step_tokens)))
+        if self._budget.kind == "flop":  # 6 a parameter and token (Kaplan et al. 2020, section 2.1)
+            return max(1, round(min(most, amount / (6 * candidate.parameters * step_tokens))))
+        step = candidate.seconds_per_token * step_tokens
+        steps = max(1, int(min(most, amount / step)))
+        for _ in range(3):  # as the number of evaluations follows from that of the steps
+            evaluating = self.seconds(candidate, steps, step_tokens) - steps * step
+            steps = max(1, int(min(most, (amount - evaluating) / step)))
+        return steps
+
+    def seconds(self, candidate: Candidate, steps: int, step_tokens: int) -> float:
+        """Return the time of so many steps with their evaluations."""
+        evaluations = steps // self._training.intervals(steps).evaluation
+        scored = min(self._training.max_eval_samples * self._context, self._facts.eval_tokens)
+        evaluated = evaluations * scored + self._facts.eval_tokens
+        return candidate.seconds_per_token * (steps * step_tokens + _FORWARD * evaluated)
+
+    def bits(self, candidate: Candidate, times: float = 1.0, text: float = 1.0) -> float:
+        """Return the bits per byte that the law expects of `times` the budget and `text` times the text."""
+        return LAW.bits_per_byte(self._facts.gzip, **self._run(candidate, times, text))
+
+    # --- a candidate
+
+    def _run(self, candidate: Candidate, times: float, text: float) -> dict[str, float]:
+        """Return what the law needs to know."""
+        tokens = self.steps(candidate, times) * candidate.step_tokens
+        return {
+            "parameters": candidate.layer_parameters,
+            "seen": tokens * self._facts.bytes_per_token,
+            "text": text * self._facts.text_bytes,
+        }
+
+    def _candidate(self, shape: Shape, batch_size: int, found: Sequence[Candidate], log: Report) -> Candidate | None:
+        """Return a shape with its cost, None if it does not fit into the memory."""
+        if self._on_cpu and _BYTES_PER_PARAMETER * self._timing.parameters(shape) > available_memory():
+            return None
+        if found:
+            estimated = self._timing.estimated(shape, found[-1])
+            share = _TIMED_SHARE * self._budget.amount if self._budget.kind == "seconds" else 0.0
+            if _TIMED_STEPS * estimated.cost.seconds > max(_TIMED_SECONDS, share):
+                return None if self._does_not_fit(estimated) else estimated
+        candidate = self._timed(shape, batch_size)
+        if candidate is not None:
+            size = f"{shape[0]} layer{'s' * (shape[0] > 1)} of {shape[2]}"
+            log(f"timed    {size}: {candidate.cost.seconds:.2g} s for a step of {candidate.step_tokens:,} tokens")
+        return candidate
+
+    def _timed(self, shape: Shape, batch_size: int) -> Candidate | None:
+        try:
+            candidate = self._timing.candidate(shape, batch_size)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            return None
+        return None if self._does_not_fit(candidate) else candidate
+
+    def _does_not_fit(self, candidate: Candidate) -> bool:
+        """Return whether a step would need more memory than there is: what it took to measure is free again."""
+        return self._on_cpu and candidate.cost.peak_bytes > available_memory()
+
+    def _batch_size(self, candidate: Candidate) -> int:
+        size, most = candidate.batch_size, math.inf
+        if self._on_cpu:  # elsewhere it is tried
+            most = candidate.batch_size * available_memory() / max(1, candidate.cost.peak_bytes)
+        while self.steps(candidate, batch_size=size) > _MANY_STEPS and 2 * size <= most:
+            size *= 2
+        while self.steps(candidate, batch_size=size) < _FEW_STEPS and size > 2:
+            size //= 2
+        return size
