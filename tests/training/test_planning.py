@@ -284,12 +284,12 @@ def test_repeated_text_and_many_passes_are_noted(tmp_path: Path, instant: list[t
 def test_shapes_that_do_not_fit_into_the_memory_are_left_out(
     large: Path, instant: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choice, "available_memory", lambda: 17 * (layer_parameters(4, 128) + 300 * 128))
+    monkeypatch.setattr(choice, "memory_left", lambda device: 17 * (layer_parameters(4, 128) + 300 * 128))
     made = plan.make_plan(options(large, "10h"), print)
     assert made.candidate.width <= 128
     assert any("do not fit into the memory" in note for note in made.notes)
     assert {width for _, _, width in instant} == {64, 128}  # what would not fit is not tried
-    monkeypatch.setattr(choice, "available_memory", lambda: 1000)
+    monkeypatch.setattr(choice, "memory_left", lambda device: 1000)
     with pytest.raises(UsageError, match="no shape fits into the memory"):
         plan.make_plan(options(large, "10h"), print)
 

@@ -14,7 +14,7 @@ from gpt_kit_hf.storage.atomic_files import Report
 from gpt_kit_hf.training.planning.candidates import Candidate, Timing
 from gpt_kit_hf.training.planning.corpus_facts import CorpusFacts
 from gpt_kit_hf.training.planning.law import LAW, layer_parameters
-from gpt_kit_hf.training.runtime.available_memory import available_memory, out_of_memory
+from gpt_kit_hf.training.runtime.available_memory import memory_left, out_of_memory
 
 Shape: TypeAlias = tuple[int, int, int]  # layers, heads, width
 
@@ -39,8 +39,9 @@ class Choice:
         self, training: TrainingOptions, budget: Budget, facts: CorpusFacts, timing: Timing, device: torch.device
     ) -> None:
         self._training, self._budget, self._facts, self._timing = training, budget, facts, timing
-        self._on_cpu, self._context = device.type == "cpu", timing.context
-        self.first_batch_size = max(1, (_STEP_TOKENS if self._on_cpu else _STEP_TOKENS_OF_A_GPU) // self._context)
+        self._device, self._context = device, timing.context
+        tokens = _STEP_TOKENS if device.type == "cpu" else _STEP_TOKENS_OF_A_GPU
+        self.first_batch_size = max(1, tokens // self._context)
 
     def candidates(self, shapes: Iterable[Shape], batch_size: int, log: Report) -> tuple[list[Candidate], list[str]]:
         """Return the shapes from the smallest on, until larger ones become worse or cannot be, and notes on these.
@@ -126,7 +127,7 @@ class Choice:
 
     def _candidate(self, shape: Shape, batch_size: int, found: Sequence[Candidate], log: Report) -> Candidate | None:
         """Return a shape with its cost, None if it does not fit into the memory."""
-        if self._on_cpu and _BYTES_PER_PARAMETER * self._timing.parameters(shape) > available_memory():
+        if _BYTES_PER_PARAMETER * self._timing.parameters(shape) > self._memory_left():
             return None
         if found:
             estimated = self._timing.estimated(shape, found[-1])
@@ -150,12 +151,15 @@ class Choice:
 
     def _does_not_fit(self, candidate: Candidate) -> bool:
         """Return whether a step would need more memory than there is: what it took to measure is free again."""
-        return self._on_cpu and candidate.cost.peak_bytes > available_memory()
+        return candidate.cost.peak_bytes > self._memory_left()
+
+    def _memory_left(self) -> float:
+        left = memory_left(self._device)
+        return math.inf if left is None else left
 
     def _batch_size(self, candidate: Candidate) -> int:
-        size, most = candidate.batch_size, math.inf
-        if self._on_cpu:  # elsewhere it is tried
-            most = candidate.batch_size * available_memory() / max(1, candidate.cost.peak_bytes)
+        size = candidate.batch_size
+        most = size * self._memory_left() / max(1, candidate.cost.peak_bytes)
         while self.steps(candidate, batch_size=size) > _MANY_STEPS and 2 * size <= most:
             size *= 2
         while self.steps(candidate, batch_size=size) < _FEW_STEPS and size > 2:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.storage.atomic_files import replace_file
-from gpt_kit_hf.text import duration, short
+from gpt_kit_hf.text import duration, file_size, short
 from gpt_kit_hf.training.planning.law import DEVIATION, MEASURED
 from gpt_kit_hf.training.planning.plan import Plan
 from gpt_kit_hf.training.runtime.available_memory import available_memory
@@ -34,8 +34,8 @@ def page_lines(plan: Plan) -> list[str]:
         f"{plan.epochs:.2g} times",
         f"rates    {run.optimizer.optimizer}, {rates}; weight decay {run.optimizer.weight_decay:g}, dropout "
         f"{run.model.dropout or 0:g}",
-        f"needs    about {duration(plan.seconds)}, {_bytes(plan.memory_bytes)} of memory "
-        f"({_bytes(available_memory())} are free), {_bytes(plan.disk_bytes)} of disk",
+        f"needs    about {duration(plan.seconds)}, {file_size(plan.memory_bytes)} of memory "
+        f"({file_size(available_memory())} are free), {file_size(plan.disk_bytes)} of disk",
         f"expected {plan.bits_per_byte:.2f} bits per byte of the held-out text, between {low:.2f} and {high:.2f}; "
         f"gzip -9 reaches {facts.gzip:.2f}",
         f"expected with twice the budget {twice_budget:.2f}, with twice the text {twice_text:.2f}",
@@ -56,7 +56,3 @@ def write_plan(plan: Plan, file: Path, budget: str) -> None:
         raise UsageError(f"plan_file {str(file)!r} exists, and is not replaced: name another file by --plan_file")
     file.parent.mkdir(parents=True, exist_ok=True)
     replace_file(file, text)
-
-
-def _bytes(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

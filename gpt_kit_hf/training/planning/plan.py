@@ -27,7 +27,6 @@ from gpt_kit_hf.text import short
 from gpt_kit_hf.training.planning.candidates import Candidate, Timing, allowed_shapes
 from gpt_kit_hf.training.planning.choice import MOST_EPOCHS, Choice
 from gpt_kit_hf.training.planning.corpus_facts import CorpusFacts, corpus_facts
-from gpt_kit_hf.training.runtime.available_memory import available_memory
 from gpt_kit_hf.training.runtime.launch import create_accelerator
 from gpt_kit_hf.training.runtime.memory import reuse_freed_memory
 
@@ -178,7 +177,7 @@ def _planned(
     shapes = allowed_shapes(given, options.model.blocks)
     found, notes = choice.candidates(shapes, given.get("batch_size") or choice.first_batch_size, log)
     if not found:
-        raise UsageError(f"no shape fits into the memory, {available_memory():,} bytes: lower batch_size")
+        raise UsageError("no shape fits into the memory that is free: lower batch_size or max_length")
     chosen = choice.best(found)
     best = choice.settled(chosen, any_batch_size="batch_size" not in given)
     steps, bits = choice.steps(best), choice.bits(best)
@@ -258,7 +257,7 @@ def _disk_bytes(candidate: Candidate, options: RunOptions) -> int:
 
 
 def _notes(facts: CorpusFacts, epochs: float, bits: float) -> Iterator[str]:
-    """Yield what a person should know before training on this text for so many epochs."""
+    """Yield what a person should know before training for so many epochs."""
     if facts.text_bytes < _SMALL_TEXT:
         yield f"{short(facts.text_bytes)} bytes are too little text to learn a language from; 1M is a start"
     if facts.repeated > _MUCH_REPEATED:
