@@ -2,9 +2,10 @@
 
 `python benchmarks/predictions.py tinyshakespeare.txt --rows instructions.json` trains models of six shapes, and
 finetunes one of them in full and by LoRA, each with one thread and with two, each in a process of its own. Time is
-from the prediction to the end of the run, and that of a step in the median; memory is the most that the process held,
-as the system counts it. Other work on the machine changes how long a run takes behind its prediction. Runs that the
-file of results has are not made again.
+from the prediction to the end of the run; memory is the most that the process held, as the system counts it. Other
+work on the machine changes how long a run takes behind its prediction, so the time of a step is also predicted and
+measured in seconds of the processor, which it does not change as much. Runs that the file of results has are not made
+again.
 """
 
 from __future__ import annotations
@@ -16,22 +17,39 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import measure
 import studies
+import torch
+from accelerate import Accelerator
+
+from gpt_kit_hf import (
+    AMPTrainer,
+    GPTKitForCausalLM,
+    ModelOptions,
+    OptimizerOptions,
+    create_optimizer,
+    get_encoding,
+)
+from gpt_kit_hf.model.presets import build_config
+from gpt_kit_hf.training import cost
+from gpt_kit_hf.training.runtime.memory import reuse_freed_memory
 
 # Layers, width, heads, context, batch, micro-batch, optimizer, encoding, steps.
 SHAPES: dict[str, tuple[int, int, int, int, int, int, str, str, int]] = {
-    "xs, bytes": (4, 128, 4, 256, 8, 8, "adamw", "bytes", 40),
-    "small, bytes": (4, 256, 4, 128, 8, 8, "adamw", "bytes", 40),
-    "small, muon": (4, 256, 4, 128, 8, 4, "muon", "bytes", 40),
-    "deep, bytes": (8, 192, 6, 128, 8, 4, "adamw", "bytes", 40),
-    "wide, short": (4, 512, 8, 64, 8, 8, "muon", "bytes", 40),
-    "gpt2's vocabulary": (2, 128, 4, 128, 8, 4, "adamw", "gpt2", 30),
+    "xs, bytes": (4, 128, 4, 256, 8, 8, "adamw", "bytes", 24),
+    "small, bytes": (4, 256, 4, 128, 8, 8, "adamw", "bytes", 24),
+    "small, muon": (4, 256, 4, 128, 8, 4, "muon", "bytes", 24),
+    "deep, bytes": (8, 192, 6, 128, 8, 4, "adamw", "bytes", 24),
+    "wide, short": (4, 512, 8, 64, 8, 8, "muon", "bytes", 24),
+    "gpt2's vocabulary": (2, 128, 4, 128, 8, 4, "adamw", "gpt2", 24),
 }
+STEPS_TAKEN = 7
 FINETUNED = {"in full": "0", "LoRA": "8"}
 BASE = "small, bytes"
 
@@ -43,7 +61,11 @@ def main() -> None:
     parser.add_argument("--results", default="runs/predictions.jsonl", help="file of the runs; those in it are kept")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--only", nargs="+", choices=[*SHAPES, *FINETUNED], default=[*SHAPES, *FINETUNED])
+    parser.add_argument("--worker", choices=SHAPES, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.worker:
+        print(json.dumps(step_of(options.worker, options.threads[0])))
+        return
     results = studies.Results(options.results)
     print(f"machine  {measure.machine('cpu')}; {measure.versions('torch', 'transformers')}")
     for threads in options.threads:
@@ -52,6 +74,9 @@ def main() -> None:
             if not results.find(**facts) and (name in SHAPES or options.rows):
                 with tempfile.TemporaryDirectory() as folder:
                     results.add(facts, made(name, threads, options, Path(folder)))
+            step = {**facts, "study": "predicted steps"}
+            if name in SHAPES and not results.find(**step):
+                results.add(step, measure.in_a_process("--worker", name, "--threads", str(threads)))
     report(results)
 
 
@@ -67,12 +92,41 @@ def made(name: str, threads: int, options: argparse.Namespace, folder: Path) -> 
     return taken(
         [
             *("finetune", "--model_name_or_path", str(base), "--rows", options.rows, "--max_length", "512"),
-            *("--lora_r", FINETUNED[name], "--batch_size", "4", "--max_steps", "60"),
+            *("--lora_r", FINETUNED[name], "--batch_size", "4", "--max_steps", "40"),
             *("--output_dir", str(folder / "run"), "--report_to", "none", "--mixed_precision", "fp32"),
             *("--max_eval_samples", "32"),
         ],
         threads,
     )
+
+
+def step_of(name: str, threads: int) -> dict[str, float]:
+    """Return the seconds of the processor that a step is predicted to take, and takes in the median."""
+    torch.set_num_threads(threads)
+    cost.time = SimpleNamespace(perf_counter=time.process_time)  # type: ignore[assignment, misc]
+    reuse_freed_memory()  # as `gpt-kit train` does
+    layers, width, heads, context, batch, micro_batch, optimizer, encoding, _ = SHAPES[name]
+    vocabulary = get_encoding(encoding).n_vocab
+    shape = ModelOptions(
+        model="modern-xs", n_layer=layers, n_head=heads, n_embd=width, max_position_embeddings=context
+    )  # fmt: skip
+    model = GPTKitForCausalLM(build_config(shape, vocab_size=vocabulary))
+    trainer = AMPTrainer(
+        model,
+        create_optimizer(model, OptimizerOptions(optimizer=optimizer)),
+        accelerator=Accelerator(cpu=True),
+        mixed_precision="fp32",
+    )
+    rows = cost.random_rows(vocabulary, context)
+    predicted = cost.measure_cost(
+        model, trainer.optimizer.optimizer, rows, micro_batch_size=micro_batch, micro_steps=batch // micro_batch
+    )
+    taken = []
+    for _ in range(STEPS_TAKEN):
+        began = time.process_time()
+        trainer.update([rows(micro_batch)] * (batch // micro_batch))
+        taken.append(time.process_time() - began)
+    return {"predicted": predicted.seconds, "took": statistics.median(taken[1:])}
 
 
 def training(name: str, options: argparse.Namespace, folder: Path) -> list[str]:
@@ -116,10 +170,10 @@ def taken(command: list[str], threads: int) -> dict[str, Any]:
 
 def report(results: studies.Results) -> None:
     """Print the table of all runs in the results."""
-    rows, errors = [], {"seconds": list[float](), "memory_bytes": list[float]()}
+    rows, steps, errors = [], list[list[object]](), {"seconds": list[float](), "memory_bytes": list[float]()}
     for found in results.find(study="predictions"):
         predicted = found["predicted"]
-        ratios = {name: predicted[name] / found[name] for name in errors}
+        ratios = {name: predicted[name] / found[name] for name in ("seconds", "memory_bytes")}
         for name, ratio in ratios.items():
             errors[name].append(abs(ratio - 1.0))
         rows.append(
@@ -135,6 +189,13 @@ def report(results: studies.Results) -> None:
             ]
         )
     measure.show(rows, ["run", "threads", "predicted", "took", "ratio", "predicted", "took", "ratio"])
+    for found in results.find(study="predicted steps"):
+        ratio = found["predicted"] / found["took"]
+        steps.append(
+            [found["run"], found["threads"], f"{found['predicted']:.3f}", f"{found['took']:.3f}", f"{ratio:.2f}"]
+        )
+        errors.setdefault("seconds of a step", []).append(abs(ratio - 1.0))
+    measure.show(steps, ["step of", "threads", "predicted", "took", "ratio"])
     for name, found in errors.items():
         print(f"{name}: off by {statistics.median(found):.1%} in the median, {max(found):.1%} at most")
 

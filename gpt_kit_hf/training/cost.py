@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from gpt_kit_hf.model.losses import Batch, summed_batch_loss
 from gpt_kit_hf.training.log.pace import peak_memory
+from gpt_kit_hf.training.optim.muon import MuonWithAdamW
 from gpt_kit_hf.training.runtime.available_memory import out_of_memory
 from gpt_kit_hf.training.runtime.memory import release_freed_memory
 from gpt_kit_hf.training.state.sharded_state import local_part
@@ -160,6 +161,11 @@ class Probe:
         passes = _extrapolated(tried, max(size, 1))
         asked = _extrapolated(tried, micro_batch_size)
         weights = sum({t.data_ptr(): t.nbytes for t in map(local_part, self._model.parameters())}.values())
+        if isinstance(self._optimizer, MuonWithAdamW) and tried:
+            updating = self._optimizer.update_bytes()
+            gradients = sum(p.nbytes for p in map(local_part, self._model.parameters()) if p.requires_grad)
+            # glibc finds no room for batches of matrices in between what the passes have freed.
+            passes = passes + updating if self._device.type == "cpu" else max(passes, gradients + updating)
         return StepMemory(
             micro_batch_size=size,
             asked=round(asked + state) if tried else 0,

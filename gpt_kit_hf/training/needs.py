@@ -199,8 +199,9 @@ class _Measurement:
 
     def _meanwhile(self, memory: StepMemory, seconds: StepSeconds | None, left: int | None) -> int:
         """Return the bytes that the run takes beside its steps: copies of the weights and of its state."""
-        packs = self._due.samples_after(self._done) and why_not(self._model) is None  # weights, and keeps them
-        on_top = memory.weights if packs else 0
+        # Samples pack the weights for decoding, and keep them; at the end they are packed again.
+        packed = 0 if why_not(self._model) is not None else 1 + (self._due.samples_after(self._done) > 0)
+        on_top = packed * memory.weights
         if self._accelerator.device.type != "cpu":
             return on_top
         on_top += round(_HEAP_GROWTH * memory.passes) + _LOADED_LATER

@@ -10,9 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gpt_kit_hf import GPTModel, OptimizerOptions, create_model_config
 from gpt_kit_hf.training.cost import Probe, measure_cost, random_rows
+from gpt_kit_hf.training.optim.muon import MuonWithAdamW
 from gpt_kit_hf.training.optim.optimizer import create_optimizer
 
 OPTIMIZERS = {
@@ -173,3 +177,38 @@ def test_another_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Probe, "_pass", pass_)
     with pytest.raises(RuntimeError, match="another"):
         probe_of(model_of()).memory(2)
+
+
+class Live(TorchDispatchMode):
+    """Notes the most bytes of the tensors that operations have made and that live at once."""
+
+    def __init__(self, there: list[Tensor]) -> None:
+        super().__init__()
+        self.there, self.most = {tensor.untyped_storage().data_ptr() for tensor in there}, 0
+        self.living: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.living = {place: found for place, found in self.living.items() if not found[0].expired()}
+        for tensor in (part for part in tree_leaves(result) if isinstance(part, Tensor)):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self.there:
+                self.living[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        self.most = max(self.most, sum(size for _, size in self.living.values()))
+        return result
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+@pytest.mark.parametrize("name", ["muon", "normuon"])
+def test_the_bytes_of_an_update_are_about_those_of_its_tensors(name: str, layers: int) -> None:
+    model = model_of(128, n_layer=layers)
+    optimizer = create_optimizer(model, OPTIMIZERS[name])
+    assert isinstance(optimizer, MuonWithAdamW)
+    step_once(model, optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    there = [value for state in optimizer.state.values() for value in state.values()]
+    there += [tensor for p in model.parameters() for tensor in (p, p.grad) if tensor is not None]
+    with Live(there) as live:
+        optimizer.step()
+    assert optimizer.update_bytes() == pytest.approx(live.most, rel=0.3)

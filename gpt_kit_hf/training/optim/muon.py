@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # Elements of a batch of matrices: enough to keep a device busy, and little memory compared with the model's.
 _MAX_BATCH_ELEMENTS = 1 << 24
+_COPIES = 4  # of a batch of matrices, which orthogonalising it takes
 # Key of a group: the decay rate of the mean squares of the rows, by which they are scaled; not at all if missing.
 ROW_BETA2 = "row_beta2"
 _ROW_MEANS = "row_mean_square"
@@ -63,6 +64,15 @@ class MuonWithAdamW(Optimizer):
                 update = self._muon_update if "momentum" in group else self._adamw_update
                 update(group, parameters)
         return loss
+
+    def update_bytes(self) -> int:
+        """Return about how many bytes `step` takes while it runs, beside gradients and state, on a device."""
+        total = 0
+        for group in self.param_groups:
+            matrices = [matrix for matrix in group["params"] if "momentum" in group and matrix.requires_grad]
+            batches = [sum(_here(matrices[index]).nbytes for index in batch) for batch in self._batches(matrices)]
+            total += sum(batches) + _COPIES * max(batches, default=0)
+        return total
 
     def _muon_update(self, group: dict[str, Any], matrices: list[Tensor]) -> None:
         gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
