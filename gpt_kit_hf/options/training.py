@@ -354,7 +354,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         # Found on tinyshakespeare, 4 layers of 256, in 230 steps (benchmarks/README.md, "recipes.py").
         "fast": {
             "optimizer": "muon",
-            "muon_learning_rate": 8e-3,
+            "muon_learning_rate": 7e-3,
             "muon_momentum": 0.85,
             "muon_beta2": 0.95,
             "learning_rate": 4e-3,

@@ -266,7 +266,7 @@ def test_a_recipe_sets_defaults_that_options_win_over(tmp_path: Path) -> None:
     plain = parse_run_options(needed).optimizer
     assert parse_run_options([*needed, "--recipe", "plain"]).optimizer == plain
     fast = parse_run_options([*needed, "--recipe", "fast"]).optimizer
-    assert (fast.optimizer, fast.lr_scheduler_type, fast.muon_learning_rate) == ("muon", "linear", 8e-3)
+    assert (fast.optimizer, fast.lr_scheduler_type, fast.muon_learning_rate) == ("muon", "linear", 7e-3)
     assert fast.weight_decay == plain.weight_decay
     own = parse_run_options([*needed, "--recipe=fast", "--learning_rate", "1e-3"]).optimizer
     assert (own.optimizer, own.learning_rate) == ("muon", 1e-3)
