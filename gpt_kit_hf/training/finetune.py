@@ -33,10 +33,10 @@ from gpt_kit_hf.options.run import FinetuneOptions
 from gpt_kit_hf.storage.atomic_files import save_json
 from gpt_kit_hf.storage.run_folder import ADAPTER_FOLDER, REPORT_FILE, publish_in_run
 from gpt_kit_hf.text import short
-from gpt_kit_hf.training.cost import first_rows
 from gpt_kit_hf.training.log.run_log import RunResult
 from gpt_kit_hf.training.loop import run_training
 from gpt_kit_hf.training.lora import add_adapter, load_adapter, replace_adapter
+from gpt_kit_hf.training.needs.cost import first_rows
 from gpt_kit_hf.training.state.sharded_state import gathered, replace_weights, unsharded_model
 from gpt_kit_hf.training.task import RunContext, Sample, Task, check_max_length, generate_sample
 

@@ -22,14 +22,14 @@ from gpt_kit_hf.storage.lock import RunLock
 from gpt_kit_hf.storage.remote_run import RemoteRun
 from gpt_kit_hf.storage.run_folder import OPTIONS_FILE, holds_run
 from gpt_kit_hf.training.data_changes import data_change
-from gpt_kit_hf.training.due import due_in
 from gpt_kit_hf.training.log.console import Console
 from gpt_kit_hf.training.log.live import LiveView, Progress
 from gpt_kit_hf.training.log.messages import Ending, introduction, run_facts
 from gpt_kit_hf.training.log.pace import Pace
 from gpt_kit_hf.training.log.run_log import RunRecord, RunResult, finished_before
 from gpt_kit_hf.training.log.trackers import Trackers
-from gpt_kit_hf.training.needs import measure_needs
+from gpt_kit_hf.training.needs.due import due_in
+from gpt_kit_hf.training.needs.run_needs import measure_needs
 from gpt_kit_hf.training.runtime.attention import set_attention
 from gpt_kit_hf.training.runtime.compilation import blocks_to_compile
 from gpt_kit_hf.training.runtime.determinism import deterministic_algorithms

@@ -49,10 +49,10 @@ from gpt_kit_hf.text import short
 from gpt_kit_hf.tokenization import encodings
 from gpt_kit_hf.tokenization.export import load_encoding
 from gpt_kit_hf.tokenization.model_encoding import encoding_of
-from gpt_kit_hf.training.cost import random_rows
 from gpt_kit_hf.training.log.console import Console
 from gpt_kit_hf.training.log.run_log import RunResult
 from gpt_kit_hf.training.loop import run_training
+from gpt_kit_hf.training.needs.cost import random_rows
 from gpt_kit_hf.training.runtime.preparation import Preparation, prepare_together
 from gpt_kit_hf.training.state.sharded_state import replace_weights, unsharded_model
 from gpt_kit_hf.training.task import RunContext, Sample, Task, check_max_length, generate_sample, joined_position

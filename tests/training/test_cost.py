@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gpt_kit_hf import GPTModel, OptimizerOptions, create_model_config
-from gpt_kit_hf.training.cost import Probe, measure_cost, random_rows
+from gpt_kit_hf.training.needs.cost import Probe, measure_cost, random_rows
 from gpt_kit_hf.training.optim.muon import MuonWithAdamW
 from gpt_kit_hf.training.optim.optimizer import create_optimizer
 
@@ -82,7 +82,7 @@ def test_the_optimizers_state_is_what_it_will_be(name: str) -> None:
 
 
 def test_the_state_of_a_large_model_is_extrapolated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpt_kit_hf.training.cost._UPDATED", 5000)
+    monkeypatch.setattr("gpt_kit_hf.training.needs.cost._UPDATED", 5000)
     model = model_of()
     for options in OPTIMIZERS.values():
         expected = probe_of(model, options).memory(1).state
@@ -132,7 +132,7 @@ def test_micro_batches_that_do_not_fit_are_halved(
     # A pass takes 100 bytes a row.
     passes: list[int] = []
     monkeypatch.setattr(Probe, "_pass", lambda self, batch: passes.append(len(batch.input_ids)))
-    monkeypatch.setattr("gpt_kit_hf.training.cost._Gauge.risen", lambda self: 100 * max(passes))
+    monkeypatch.setattr("gpt_kit_hf.training.needs.cost._Gauge.risen", lambda self: 100 * max(passes))
     probe = probe_of(model_of())
     state = probe.memory(1).state
     passes.clear()

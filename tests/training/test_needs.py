@@ -19,10 +19,10 @@ from gpt_kit_hf.data.order import BatchPlan
 from gpt_kit_hf.options.training import Intervals
 from gpt_kit_hf.storage.atomic_files import load_json
 from gpt_kit_hf.storage.checkpoints import list_checkpoints
-from gpt_kit_hf.training.cost import Probe
-from gpt_kit_hf.training.due import Due
 from gpt_kit_hf.training.finetune import InstructionTask
-from gpt_kit_hf.training.needs import RunNeeds, _Measurement
+from gpt_kit_hf.training.needs.cost import Probe
+from gpt_kit_hf.training.needs.due import Due
+from gpt_kit_hf.training.needs.run_needs import RunNeeds, _Measurement
 from gpt_kit_hf.training.replay import replay_steps
 
 NONE = RunNeeds(
@@ -42,9 +42,11 @@ def a_gigabyte_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
         compute(self, batch)
 
     monkeypatch.setattr(Probe, "_pass", pass_)
-    monkeypatch.setattr("gpt_kit_hf.training.cost._Gauge._peak_before", 0, raising=False)
-    monkeypatch.setattr("gpt_kit_hf.training.cost._Gauge.forget", lambda self: passes.__setitem__(slice(1, None), []))
-    monkeypatch.setattr("gpt_kit_hf.training.cost._Gauge.risen", lambda self: GB * max(passes))
+    monkeypatch.setattr("gpt_kit_hf.training.needs.cost._Gauge._peak_before", 0, raising=False)
+    monkeypatch.setattr(
+        "gpt_kit_hf.training.needs.cost._Gauge.forget", lambda self: passes.__setitem__(slice(1, None), [])
+    )
+    monkeypatch.setattr("gpt_kit_hf.training.needs.cost._Gauge.risen", lambda self: GB * max(passes))
 
 
 def with_memory(size: float, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from gpt_kit_hf.options.parser import parse_options
 from gpt_kit_hf.options.planning import Budget, BudgetOptions, parse_budget
 from gpt_kit_hf.options.run import PlanOptions, flat_options
 from gpt_kit_hf.tokenization import encodings
-from gpt_kit_hf.training.cost import StepCost
+from gpt_kit_hf.training.needs.cost import StepCost
 from gpt_kit_hf.training.planning import candidates, choice, plan
 from gpt_kit_hf.training.planning.candidates import Candidate, Timing, allowed_shapes
 from gpt_kit_hf.training.planning.corpus_facts import corpus_facts

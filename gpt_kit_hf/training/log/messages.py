@@ -12,7 +12,7 @@ import torch
 
 from gpt_kit_hf.evaluation.metrics import Evaluation
 from gpt_kit_hf.storage.run_folder import CURVE_FILE, METRICS_FILE
-from gpt_kit_hf.training.needs import RunNeeds
+from gpt_kit_hf.training.needs.run_needs import RunNeeds
 from gpt_kit_hf.training.steps import Steps
 from gpt_kit_hf.training.task import RunContext, Task
 

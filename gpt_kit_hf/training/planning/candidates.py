@@ -14,7 +14,7 @@ from gpt_kit_hf.model.modeling_gpt_kit import GPTKitForCausalLM
 from gpt_kit_hf.model.presets import build_config
 from gpt_kit_hf.options.model import ModelOptions
 from gpt_kit_hf.options.training import OptimizerOptions
-from gpt_kit_hf.training.cost import StepCost, measure_cost, random_rows
+from gpt_kit_hf.training.needs.cost import StepCost, measure_cost, random_rows
 from gpt_kit_hf.training.optim.optimizer import create_optimizer
 from gpt_kit_hf.training.planning.law import layer_parameters
 from gpt_kit_hf.training.trainer import AMPTrainer

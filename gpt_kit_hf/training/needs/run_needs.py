@@ -18,8 +18,8 @@ from gpt_kit_hf.model.losses import Batch
 from gpt_kit_hf.options.run import OptionsOfRun
 from gpt_kit_hf.storage.checkpoints import checkpoint_step, list_checkpoints
 from gpt_kit_hf.text import duration, file_size
-from gpt_kit_hf.training.cost import Autocast, Probe, StepMemory, StepSeconds
-from gpt_kit_hf.training.due import Due
+from gpt_kit_hf.training.needs.cost import Autocast, Probe, StepMemory, StepSeconds
+from gpt_kit_hf.training.needs.due import Due
 from gpt_kit_hf.training.runtime.available_memory import memory_left
 from gpt_kit_hf.training.runtime.compilation import is_compiled
 from gpt_kit_hf.training.state.host_copies import WRITING
