@@ -50,7 +50,7 @@ def a_gigabyte_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def with_memory(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpt_kit_hf.training.needs.memory_left", lambda device: int(size))
+    monkeypatch.setattr("gpt_kit_hf.training.needs.run_needs.memory_left", lambda device: int(size))
 
 
 @pytest.mark.parametrize("steps", [12, 24], ids=["short", "timed"])
@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     with pytest.raises(UsageError, match=r"micro-batches of 4 .* 4\.00 GB .* 2\.50 GB .*_train_batch_size 2"):
         train(options(run, text_file, out_of_memory="stop"), stream=None)
     with_memory(99 * GB, monkeypatch)
-    monkeypatch.setattr("gpt_kit_hf.training.needs.disk_left", lambda folder: 10**6)
+    monkeypatch.setattr("gpt_kit_hf.training.needs.run_needs.disk_left", lambda folder: 10**6)
     with pytest.raises(UsageError, match=r"output_dir .* a checkpoint takes .* 1 MB are free there"):
         train(options(run, text_file), stream=None)
     assert not run.exists()
@@ -170,8 +170,8 @@ def test_less_disk_than_all_checkpoints_take_is_noted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output = io.StringIO()
-    monkeypatch.setattr("gpt_kit_hf.training.needs.SMALL_FILES_BYTES", 0)
-    monkeypatch.setattr("gpt_kit_hf.training.needs.disk_left", lambda folder: 700_000)
+    monkeypatch.setattr("gpt_kit_hf.training.needs.run_needs.SMALL_FILES_BYTES", 0)
+    monkeypatch.setattr("gpt_kit_hf.training.needs.run_needs.disk_left", lambda folder: 700_000)
     train(options(tmp_path / "run", text_file), stream=output)
     assert "note     700 kB of disk are free: keep fewer checkpoints" in output.getvalue()
 

@@ -126,17 +126,17 @@ def test_facts_of_a_text(text: Path) -> None:
 
 
 def test_the_law_is_its_formula() -> None:
-    law = Law(0.2, 0.1, 0.3, 0.25, 0.4, 5.0)
-    once = 3.0 * (0.2 + 0.1 * 2.0**-0.3 + 0.25 * 0.5**-0.4)
+    law = Law(0.1, 0.3, 0.25, 0.4, 5.0)
+    once = 3.0 * (0.1 * 2.0**-0.3 + 0.25 * 0.5**-0.4)
     assert law.bits_per_byte(3.0, parameters=2e6, seen=5e5, text=1e6) == pytest.approx(once)
-    worth = 1.0 + 5.0 * (1 - math.exp(-3 / 5))  # four passes over 1 MB
+    worth = 1.0 + 5.0 * (1 - math.exp(-3 / 5))  # four passes over a million tokens
     assert law.bits_per_byte(3.0, parameters=2e6, seen=4e6, text=1e6) == pytest.approx(
-        3.0 * (0.2 + 0.1 * 2.0**-0.3 + 0.25 * worth**-0.4)
+        3.0 * (0.1 * 2.0**-0.3 + 0.25 * worth**-0.4)
     )
 
 
 def test_gains_are_the_slopes_of_the_law() -> None:
-    law = Law(0.2, 0.1, 0.3, 0.25, 0.4, 5.0)
+    law = Law(0.1, 0.3, 0.25, 0.4, 5.0)
 
     def ratio(parameters: float, seen: float) -> float:
         return law.bits_per_byte(1.0, parameters=parameters, seen=seen, text=1e9)
@@ -166,7 +166,8 @@ def test_a_larger_budget_never_promises_less(unit: str, large: Path, instant: li
     assert bits == sorted(bits, reverse=True)
     sizes = [each.candidate.layer_parameters for each in plans]
     assert sizes == sorted(sizes)
-    assert sizes[-1] > sizes[0]
+    # A model of any size takes the same tokens: by the law, more of them bring more than a larger model, up to here.
+    assert sizes[-1] > sizes[0] or unit == "ktok"
     for each in plans:
         assert each.twice[0] <= each.bits_per_byte
         assert each.twice[1] <= each.bits_per_byte
@@ -207,7 +208,7 @@ def test_a_text_is_not_read_for_ever(text: Path, instant: list[tuple[int, int, i
     assert made.epochs == pytest.approx(40, abs=1)
     assert any("shorter than the budget" in note for note in made.notes)
     # Nor is a huge model trained on it.
-    assert made.candidate.layer_parameters < 16 * made.facts.text_bytes
+    assert made.candidate.layer_parameters < 4 * made.facts.text_bytes
     assert any("too small for larger shapes" in note for note in made.notes)
 
 
@@ -235,7 +236,7 @@ def test_slow_steps_are_not_timed(large: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(set(timed)) > 1  # of a larger budget, it is a smaller share
 
 
-@pytest.mark.parametrize("budget", ["20s", "5e11flop", "200ktok"])
+@pytest.mark.parametrize("budget", ["5s", "5e11flop", "200ktok"])
 def test_a_plan_takes_what_it_may(budget: str, text: Path, instant: list[tuple[int, int, int]]) -> None:
     made, meant = plan.make_plan(options(text, budget), print), parse_budget(budget)
     step = made.candidate.step_tokens

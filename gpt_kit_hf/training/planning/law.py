@@ -12,12 +12,11 @@ from gpt_kit_hf.text import short
 class Law:
     """Bits per byte relative to gzip's, as a sum of powers (Hoffmann et al. 2022, "Training Compute-Optimal LLMs").
 
-    The ratio is floor + size * N**-size_power + length * D**-length_power, N the parameters of the blocks and D the
-    bytes of text seen, both in millions. Text that is repeated counts less and less (Muennighoff et al. 2023, "Scaling
+    The ratio is size * N**-size_power + length * D**-length_power, N the parameters of the blocks and D the tokens
+    seen, both in millions. Text that is repeated counts less and less (Muennighoff et al. 2023, "Scaling
     Data-Constrained Language Models"): `repeats` is how many passes over it are worth most of what repeating brings.
     """
 
-    floor: float
     size: float
     size_power: float
     length: float
@@ -25,9 +24,9 @@ class Law:
     repeats: float
 
     def bits_per_byte(self, gzip: float, *, parameters: float, seen: float, text: float) -> float:
-        """Return the bits per byte of held-out text; `seen` and `text` are bytes, trained on and different ones."""
+        """Return the bits per byte of held-out text; `seen` and `text` are tokens, trained on and different ones."""
         size, length = self._terms(parameters, seen, text)
-        return float(gzip * (self.floor + size + length))
+        return float(gzip * (size + length))
 
     def gains(self, *, parameters: float, seen: float, text: float) -> tuple[float, float]:
         """Return by how much the ratio falls if the parameters grow, and if the text seen grows, by a small factor."""
@@ -43,7 +42,7 @@ class Law:
 
 @dataclass(frozen=True)
 class Range:
-    """The runs that the law was fitted to: (fewest, most) parameters of the blocks, and bytes seen."""
+    """The runs that the law was fitted to: (fewest, most) parameters of the blocks, and tokens seen."""
 
     parameters: tuple[float, float]
     seen: tuple[float, float]
@@ -58,15 +57,15 @@ class Range:
         (smallest, largest), (least, most) = self.parameters, self.seen
         return (
             f"the law was measured with {short(smallest)} to {short(largest)} parameters in the layers and "
-            f"{short(least)} to {short(most)} bytes of text seen"
+            f"{short(least)} to {short(most)} tokens seen"
         )
 
 
 # By `python benchmarks/scaling.py`; the runs are in benchmarks/results/scaling.jsonl. DEVIATION is the standard
 # deviation of the logarithm.
-LAW = Law(0.3, 0.15, 0.3, 0.25, 0.35, 8.0)
-DEVIATION = 0.03
-MEASURED = Range((98_304, 3_145_728), (200e3, 3.3e6))
+LAW = Law(size=0.3595, size_power=0.1148, length=0.3485, length_power=0.2868, repeats=2.6768)
+DEVIATION = 0.046
+MEASURED = Range((98_304, 3_145_728), (123e3, 3.3e6))
 
 
 def layer_parameters(layers: int, width: int) -> int:

@@ -34,6 +34,7 @@ _LARGE_VOCABULARY = 1024  # ids; embeddings of so many learn ten times as fast a
 _SHORTEST = 16  # tokens of a window
 # Bytes of text, the share of repeated lines, and passes over the text from which a person should know.
 _SMALL_TEXT, _MUCH_REPEATED, _MANY_EPOCHS = 100_000, 0.3, 20
+_OVERFITTING = 4  # passes over a text from which a model may learn it by heart
 # Options of the plan itself, and of the command.
 _NOT_OF_THE_RUN = ("budget", "plan_file", "config", "print_config", "resume", "allow_changes")
 
@@ -188,6 +189,7 @@ def _planned(
         **({} if options.text.token_files else _changed_encoding(encoding_options)),
         **_shape(best),
         "dropout": dropout_for(epochs),
+        **({"load_best_model_at_end": True} if epochs >= _OVERFITTING else {}),
         "batch_size": best.batch_size,
         "max_steps": steps,
         **rates,
@@ -271,5 +273,5 @@ def _notes(facts: CorpusFacts, epochs: float, bits: float) -> Iterator[str]:
 
 
 def dropout_for(epochs: float) -> float:
-    """Return the dropout for a number of passes over the text (benchmarks/README.md, "scaling.py")."""
-    return 0.2 if epochs >= 10 else 0.1 if epochs >= 4 else 0.0
+    """Return the dropout for a number of passes over the text: a rule of thumb, which was not measured."""
+    return 0.2 if epochs >= 10 else 0.1 if epochs >= _OVERFITTING else 0.0
