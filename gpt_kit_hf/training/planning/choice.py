@@ -23,11 +23,8 @@ _STEP_TOKENS, _STEP_TOKENS_OF_A_GPU = 2048, 16_384
 _FEW_STEPS, _MANY_STEPS = 150, 4000  # outside of these a step has fewer or more tokens
 _WORSE_IN_A_ROW = 2  # larger shapes that are worse, after which none is tried any more
 _FORWARD = 1 / 3  # of the time of a step: an evaluation has no backward pass
-# Passes over a text after which more of them bring nothing (Muennighoff et al. 2023, section 5).
-MOST_EPOCHS = 40
-# Parameters of the blocks for each byte of text: with 7 of them a model learns the text by heart
-# (benchmarks/README.md, "scaling.py").
-_PARAMETERS_PER_BYTE = 4
+# Parameters of the blocks for each token of text; the law was measured up to 28.
+_PARAMETERS_PER_TOKEN = 32
 # Steps that timing a shape takes, and the share of a budget in seconds, or the seconds, that this may take.
 _TIMED_STEPS, _TIMED_SHARE, _TIMED_SECONDS = 4, 0.03, 10.0
 _BYTES_PER_PARAMETER = 16  # weights, gradients and two means of them, in fp32
@@ -52,7 +49,7 @@ class Choice:
         found: list[Candidate] = []
         worse = 0
         for shape in shapes:
-            if found and layer_parameters(shape[0], shape[2]) > _PARAMETERS_PER_BYTE * self._facts.text_bytes:
+            if found and layer_parameters(shape[0], shape[2]) > _PARAMETERS_PER_TOKEN * self._facts.tokens:
                 return found, ["the text is too small for larger shapes than these"]
             candidate = self._candidate(shape, batch_size, found, log)
             if candidate is None:
@@ -89,19 +86,24 @@ class Choice:
             candidate = other
         return candidate
 
-    def steps(self, candidate: Candidate, times: float = 1.0, batch_size: int | None = None) -> int:
-        """Return how many steps `times` the budget allows, at most those of 40 passes over the text."""
+    def steps(self, candidate: Candidate, times: float = 1.0, text: float = 1.0, batch_size: int | None = None) -> int:
+        """Return how many steps to make: all that `times` the budget allows, or fewer if a text is small."""
+        step_tokens = (batch_size or candidate.batch_size) * self._context
+        most = math.ceil(LAW.most_epochs * text * self._facts.tokens / step_tokens)
+        return min(most, self.allowed(candidate, times, batch_size))
+
+    def allowed(self, candidate: Candidate, times: float = 1.0, batch_size: int | None = None) -> int:
+        """Return how many steps `times` the budget allows."""
         step_tokens, amount = (batch_size or candidate.batch_size) * self._context, times * self._budget.amount
-        most = math.ceil(MOST_EPOCHS * self._facts.tokens / step_tokens)
         if self._budget.kind == "tokens":
-            return max(1, round(min(most, amount / step_tokens)))
+            return max(1, round(amount / step_tokens))
         if self._budget.kind == "flop":  # 6 a parameter and token (Kaplan et al. 2020, section 2.1)
-            return max(1, round(min(most, amount / (6 * candidate.parameters * step_tokens))))
+            return max(1, round(amount / (6 * candidate.parameters * step_tokens)))
         step = candidate.seconds_per_token * step_tokens
-        steps = max(1, int(min(most, amount / step)))
+        steps = max(1, int(amount / step))
         for _ in range(3):  # as the number of evaluations follows from that of the steps
             evaluating = self.seconds(candidate, steps, step_tokens) - steps * step
-            steps = max(1, int(min(most, (amount - evaluating) / step)))
+            steps = max(1, int((amount - evaluating) / step))
         return steps
 
     def seconds(self, candidate: Candidate, steps: int, step_tokens: int) -> float:
@@ -119,10 +121,9 @@ class Choice:
 
     def _run(self, candidate: Candidate, times: float, text: float) -> dict[str, float]:
         """Return what the law needs to know."""
-        tokens = self.steps(candidate, times) * candidate.step_tokens
         return {
             "parameters": candidate.layer_parameters,
-            "seen": tokens,
+            "seen": self.steps(candidate, times, text) * candidate.step_tokens,
             "text": text * self._facts.tokens,
         }
 

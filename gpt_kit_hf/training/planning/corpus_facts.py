@@ -30,11 +30,6 @@ class CorpusFacts:
     gzip: float
     repeated: float
 
-    @property
-    def bytes_per_token(self) -> float:
-        """The mean over the training text."""
-        return self.text_bytes / self.tokens
-
 
 def corpus_facts(corpus: Corpus) -> CorpusFacts:
     """Return the facts of a corpus; all of it is read once."""

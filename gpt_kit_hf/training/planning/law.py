@@ -8,36 +8,44 @@ from dataclasses import dataclass
 from gpt_kit_hf.text import short
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Law:
-    """Bits per byte relative to gzip's, as a sum of powers (Hoffmann et al. 2022, "Training Compute-Optimal LLMs").
+    """Bits per byte, as a sum of powers (Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models").
 
-    The ratio is size * N**-size_power + length * D**-length_power, N the parameters of the blocks and D the tokens
-    seen, both in millions. Text that is repeated counts less and less (Muennighoff et al. 2023, "Scaling
-    Data-Constrained Language Models"): `repeats` is how many passes over it are worth most of what repeating brings.
+    They are gzip**gzip_power * (floor + size * N**-size_power + length * D**-length_power), with what gzip -9 needs
+    for the text, N the parameters of the blocks and D the tokens seen, both in millions. Text that is repeated counts
+    less and less (Muennighoff et al. 2023, "Scaling Data-Constrained Language Models"): `repeats` is how many passes
+    over it are worth most of what repeating brings.
     """
 
+    gzip_power: float
+    floor: float
     size: float
     size_power: float
     length: float
     length_power: float
     repeats: float
 
+    @property
+    def most_epochs(self) -> float:
+        """The passes over a text after which more of them bring less than a fiftieth of what repeating it can."""
+        return 1 + 4 * self.repeats
+
     def bits_per_byte(self, gzip: float, *, parameters: float, seen: float, text: float) -> float:
         """Return the bits per byte of held-out text; `seen` and `text` are tokens, trained on and different ones."""
-        size, length = self._terms(parameters, seen, text)
-        return float(gzip * (size + length))
+        return float(gzip**self.gzip_power * sum(self.terms(parameters=parameters, seen=seen, text=text)))
 
     def gains(self, *, parameters: float, seen: float, text: float) -> tuple[float, float]:
-        """Return by how much the ratio falls if the parameters grow, and if the text seen grows, by a small factor."""
-        size, length = self._terms(parameters, seen, text)
+        """Return by how much the sum falls if the parameters grow, and if new text seen grows, by a small factor."""
+        _, size, length = self.terms(parameters=parameters, seen=seen, text=text)
         return self.size_power * size, self.length_power * length
 
-    def _terms(self, parameters: float, seen: float, text: float) -> tuple[float, float]:
-        epochs = seen / text
-        worth = seen if epochs <= 1 else text * (1 + self.repeats * (1 - math.exp(-(epochs - 1) / self.repeats)))
+    def terms(self, *, parameters: float, seen: float, text: float) -> tuple[float, float, float]:
+        """Return the summands: floor, size, length."""
+        again = max(0.0, seen / text - 1)
+        worth = seen if again == 0 else text * (1 + self.repeats * (1 - math.exp(-again / self.repeats)))
         size = self.size * (parameters / 1e6) ** -self.size_power
-        return size, self.length * (worth / 1e6) ** -self.length_power
+        return self.floor, size, self.length * (worth / 1e6) ** -self.length_power
 
 
 @dataclass(frozen=True)
@@ -61,11 +69,13 @@ class Range:
         )
 
 
-# By `python benchmarks/scaling.py`; the runs are in benchmarks/results/scaling.jsonl. DEVIATION is the standard
-# deviation of the logarithm.
-LAW = Law(size=0.3595, size_power=0.1148, length=0.3485, length_power=0.2868, repeats=2.6768)
-DEVIATION = 0.046
-MEASURED = Range((98_304, 3_145_728), (123e3, 3.3e6))
+# By `python benchmarks/scaling.py --fit_only`, from the runs in benchmarks/results/scaling.jsonl; the powers of size
+# and length are those of Hoffmann et al. 2022. DEVIATION is the standard deviation of the logarithm.
+LAW = Law(
+    gzip_power=0.8252, floor=0.4068, size=0.0804, size_power=0.34, length=0.3854, length_power=0.28, repeats=2.0935
+)
+DEVIATION = 0.0385
+MEASURED = Range((98_304, 3_145_728), (102_400, 3_276_800))
 
 
 def layer_parameters(layers: int, width: int) -> int:

@@ -40,8 +40,7 @@ def page_lines(plan: Plan) -> list[str]:
         f"gzip -9 reaches {facts.gzip:.2f}",
         f"expected with twice the budget {twice_budget:.2f}, with twice the text {twice_text:.2f}",
     ]
-    seen = plan.steps * chosen.step_tokens
-    if not MEASURED.holds(chosen.layer_parameters, seen):
+    if not MEASURED.holds(chosen.layer_parameters, plan.steps * chosen.step_tokens):
         lines.append(f"note     {MEASURED.told()}: outside of that the expectation is a guess")
     return [*lines, *(f"note     {note}" for note in plan.notes)]
 

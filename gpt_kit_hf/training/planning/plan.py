@@ -25,7 +25,7 @@ from gpt_kit_hf.storage.atomic_files import Report, load_json
 from gpt_kit_hf.storage.run_folder import OPTIONS_FILE, holds_run
 from gpt_kit_hf.text import short
 from gpt_kit_hf.training.planning.candidates import Candidate, Timing, allowed_shapes
-from gpt_kit_hf.training.planning.choice import MOST_EPOCHS, Choice
+from gpt_kit_hf.training.planning.choice import Choice
 from gpt_kit_hf.training.planning.corpus_facts import CorpusFacts, corpus_facts
 from gpt_kit_hf.training.runtime.launch import create_accelerator
 from gpt_kit_hf.training.runtime.memory import reuse_freed_memory
@@ -33,7 +33,7 @@ from gpt_kit_hf.training.runtime.memory import reuse_freed_memory
 _LARGE_VOCABULARY = 1024  # ids; embeddings of so many learn ten times as fast as the recipe's
 _SHORTEST = 16  # tokens of a window
 # Bytes of text, the share of repeated lines, and passes over the text from which a person should know.
-_SMALL_TEXT, _MUCH_REPEATED, _MANY_EPOCHS = 100_000, 0.3, 20
+_SMALL_TEXT, _MUCH_REPEATED, _MANY_EPOCHS = 100_000, 0.3, 4
 _OVERFITTING = 4  # passes over a text from which a model may learn it by heart
 # Options of the plan itself, and of the command.
 _NOT_OF_THE_RUN = ("budget", "plan_file", "config", "print_config", "resume", "allow_changes")
@@ -208,7 +208,10 @@ def _planned(
         bits_per_byte=bits,
         twice=(twice[0], twice[1]),
         tried=len(found),
-        notes=(*(notes if chosen is found[-1] else ()), *_notes(facts, epochs, bits)),
+        notes=(
+            *(notes if chosen is found[-1] else ()),
+            *_notes(facts, epochs, bits, shorter=steps < 0.9 * choice.allowed(best)),
+        ),
     )
 
 
@@ -258,16 +261,16 @@ def _disk_bytes(candidate: Candidate, options: RunOptions) -> int:
     return (options.training.save_total_limit + 1) * state + 4 * candidate.parameters
 
 
-def _notes(facts: CorpusFacts, epochs: float, bits: float) -> Iterator[str]:
-    """Yield what a person should know before training for so many epochs."""
+def _notes(facts: CorpusFacts, epochs: float, bits: float, *, shorter: bool) -> Iterator[str]:
+    """Yield what a person should know before training for so many epochs; `shorter` than the budget allows, or not."""
     if facts.text_bytes < _SMALL_TEXT:
         yield f"{short(facts.text_bytes)} bytes are too little text to learn a language from; 1M is a start"
     if facts.repeated > _MUCH_REPEATED:
         yield f"{facts.repeated:.0%} of the text is in repeated lines: the model learns these by heart"
-    if epochs > _MANY_EPOCHS:
+    if shorter:
+        yield "the run is shorter than the budget: reading so small a text more often brings nothing"
+    elif epochs > _MANY_EPOCHS:
         yield f"the text is read {epochs:.0f} times: more text would help more than a longer run"
-    if epochs > 0.99 * MOST_EPOCHS:
-        yield f"the run is shorter than the budget: after {MOST_EPOCHS} passes over a text, further ones bring nothing"
     if bits > facts.gzip:
         yield "gzip compresses the text better than this model is expected to: give a larger budget, or more text"
 
