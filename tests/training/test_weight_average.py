@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -124,7 +125,7 @@ def test_evaluations_are_the_averages(runs: Path, text: Path, tmp_path: Path) ->
     saved = runs / "averaged" / "checkpoints" / "step-00000004"
     base = options(text, tmp_path / "again", None)
     model = ModelOptions(model_name_or_path=str(saved))
-    train(RunOptions(**{**vars(base), "model": model}), stream=io.StringIO())
+    train(dataclasses.replace(base, model=model), stream=io.StringIO())
     (again,) = (line for line in lines(tmp_path / "again", "eval") if line["step"] == 0)
     assert again["loss"] == pytest.approx(found[4]["loss"], abs=1e-6)
     assert found[4]["loss"] != {line["step"]: line for line in lines(runs / "plain", "eval")}[4]["loss"]
