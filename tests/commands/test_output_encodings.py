@@ -44,7 +44,10 @@ def run_lines(lines: list[str], environment: dict[str, str], folder: Path) -> tu
     return [line.split()[1] for line in said.splitlines() if line.startswith("CODE ")], said
 
 
-@pytest.mark.parametrize("streams", [pytest.param("ascii", marks=pytest.mark.slow), "cp1252", "C locale"])
+@pytest.mark.parametrize(
+    "streams",
+    [pytest.param("ascii", marks=pytest.mark.slow), pytest.param("cp1252", marks=pytest.mark.slow), "C locale"],
+)
 def test_no_command_fails_on_a_character_that_cannot_be_shown(streams: str, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT * 100, encoding="utf-8")
     row = '{"instruction": "Grüße 北京", "input": "", "output": "日本 👍"}\n'

@@ -110,6 +110,7 @@ def test_two_processes_train_a_model_of_another_family_further_as_one(tmp_path: 
             assert other[key] == (pytest.approx(value, abs=1e-4) if isinstance(value, float) else value), key
 
 
+@pytest.mark.slow  # the refusal itself is tested in one process
 def test_batch_size_must_be_divisible_by_the_processes(tmp_path: Path, text: Path) -> None:
     ended = launch(2, tmp_path / "run", text, "--batch_size=9")
     assert ended.returncode != 0
@@ -138,6 +139,7 @@ def test_resume_on_another_number_of_processes_keeps_the_batches(tmp_path: Path,
     assert "note     processes was 2, is 1: the same batches" in ended.stdout
 
 
+@pytest.mark.slow
 def test_two_processes_count_each_row_once(tmp_path: Path) -> None:
     """Each process reads all rows; the counts are those of the input, as with one process."""
     write_tiny_model(tmp_path / "base")

@@ -31,6 +31,7 @@ def run(script: str, *arguments: object, processes: int = 2) -> subprocess.Compl
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.slow
 def test_processes_wait_for_each_other_longer_than_a_collective_may_take(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
