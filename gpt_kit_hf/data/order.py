@@ -9,7 +9,6 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from torch.utils.data import Sampler
 
 from gpt_kit_hf.errors import UsageError
 
@@ -200,7 +199,7 @@ class BatchPlan:
         return [own[first : first + self.micro_batch_size] for first in range(0, share, self.micro_batch_size)]
 
 
-class PlannedBatches(Sampler[list[int]]):
+class PlannedBatches:
     """The micro-batches of the steps first_step..last_step-1, in order, as a batch sampler."""
 
     def __init__(self, plan: BatchPlan, first_step: int, last_step: int) -> None:

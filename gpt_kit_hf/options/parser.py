@@ -49,7 +49,7 @@ def parse_options(kind: type[T], arguments: Sequence[str], *, prog: str, about: 
         values = {**{n: v for n, v in from_file.items() if n not in _replaced(known, given)}, **given}
     if (recipe := values.get("recipe")) is not None:
         general["recipe"].check(recipe)
-        values = {**_recipes(kind)[recipe], **values}
+    values = _with_recipe(kind, values)
     if values == {"print_config": True}:  # nothing else is asked for: the defaults, to fill in what is required
         sys.stdout.write(config_page(prog, sections, {}))
         raise SystemExit(0)
@@ -66,9 +66,13 @@ def parse_options(kind: type[T], arguments: Sequence[str], *, prog: str, about: 
 
 def build_options(kind: type[T], values: Mapping[str, Any]) -> T:
     """Return the options of a command with these values, by name, also of a recipe; others have their defaults."""
+    return _build(kind, sections_of(kind), _with_recipe(kind, values), ())
+
+
+def _with_recipe(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values with those of the recipe among them, which they win over."""
     recipe = values.get("recipe")
-    chosen = {**({} if recipe is None else _recipes(kind)[recipe]), **values}
-    return _build(kind, sections_of(kind), chosen, ())
+    return {**({} if recipe is None else _recipes(kind)[recipe]), **values}
 
 
 def _recipes(kind: type) -> Mapping[str, Mapping[str, Any]]:

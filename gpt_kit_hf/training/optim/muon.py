@@ -14,7 +14,7 @@ from torch.optim.adamw import adamw
 
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.training.optim.owners import computed_by_owners, computed_by_replicas
-from gpt_kit_hf.training.state.sharded_state import is_dtensor, one_a_row
+from gpt_kit_hf.training.state.sharded_state import is_dtensor, local_part, one_a_row
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -70,7 +70,7 @@ class MuonWithAdamW(Optimizer):
         total = 0
         for group in self.param_groups:
             matrices = [matrix for matrix in group["params"] if "momentum" in group and matrix.requires_grad]
-            batches = [sum(_here(matrices[index]).nbytes for index in batch) for batch in self._batches(matrices)]
+            batches = [sum(local_part(matrices[index]).nbytes for index in batch) for batch in self._batches(matrices)]
             total += sum(batches) + _COPIES * max(batches, default=0)
         return total
 
@@ -79,9 +79,9 @@ class MuonWithAdamW(Optimizer):
         for matrix, gradient in zip(matrices, gradients, strict=True):
             if "momentum_buffer" not in self.state[matrix]:
                 self.state[matrix]["momentum_buffer"] = torch.zeros_like(gradient)
-        gradients = [_here(gradient) for gradient in gradients]
-        means = [_here(self.state[matrix]["momentum_buffer"]) for matrix in matrices]
-        here = [_here(matrix) for matrix in matrices]
+        gradients = [local_part(gradient) for gradient in gradients]
+        means = [local_part(self.state[matrix]["momentum_buffer"]) for matrix in matrices]
+        here = [local_part(matrix) for matrix in matrices]
         rate, momentum = float(group["lr"]), group["momentum"]
         torch._foreach_lerp_(means, gradients, 1.0 - momentum)
         updates = list(torch._foreach_lerp(gradients, means, momentum)) if group["nesterov"] else means
@@ -124,7 +124,7 @@ class MuonWithAdamW(Optimizer):
         for matrix in matrices:
             if _ROW_MEANS not in self.state[matrix]:
                 self.state[matrix][_ROW_MEANS] = torch.zeros_like(one_a_row(matrix))
-        kept = [_here(self.state[matrix][_ROW_MEANS]) for matrix in matrices]
+        kept = [local_part(self.state[matrix][_ROW_MEANS]) for matrix in matrices]
         before = torch.stack(kept)
         squares = steps.square().mean(2, keepdim=True)  # (N, rows here, columns) -> (N, rows here, 1)
         means = torch.where(before > 0, before.lerp(squares, 1.0 - beta2), squares)
@@ -192,12 +192,6 @@ def _dimension_of_rows(matrix: Any) -> int | None:
     """Return the dimension of the mesh over which a DTensor is sharded by rows, None if it is sharded otherwise."""
     found = [dimension for dimension, placement in enumerate(matrix.placements) if not placement.is_replicate()]
     return found[0] if len(found) == 1 and matrix.placements[found[0]].is_shard(0) else None
-
-
-def _here(tensor: Any) -> Tensor:
-    """Return the rows that this process holds; changes of them change the tensor."""
-    found: Tensor = tensor.to_local() if is_dtensor(tensor) else tensor
-    return found
 
 
 def _compute_dtype(device: torch.device) -> torch.dtype:

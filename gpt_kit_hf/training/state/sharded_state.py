@@ -220,10 +220,9 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 def reshard(model: nn.Module) -> None:
     """Free the weights that a sharded model has gathered: the next forward pass gathers them again."""
-    if _unsharded_class(model) is not type(model):
-        for module in model.modules():
-            if _unsharded_class(module) is not type(module):
-                cast("Any", module).reshard()
+    for module in model.modules():
+        if _unsharded_class(module) is not type(module):
+            cast("Any", module).reshard()
 
 
 def _names(model: nn.Module) -> dict[Any, str]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gpt_kit_hf.data.order import shuffled
 from gpt_kit_hf.data.text.tokens.stored_arrays import AnyIds, Ints, Pieces
 
 _BLOCK = 1 << 20
@@ -172,8 +173,6 @@ def reshuffled(stream: TokenStream, seed: int, epoch: int) -> TokenStream:
     """
     if epoch == 0:
         return stream
-    from gpt_kit_hf.data.order import shuffled  # imports torch, which tokenizing does without
-
     starts, stops = _bounds(stream, np.arange(len(stream.document_starts)))
     held = stops > starts
     order = shuffled(np.arange(held.sum()), int(held.sum()), seed, epoch)
