@@ -3,8 +3,8 @@
 `declare` defines what a declaration holds and checks values against it: type, choices, bounds, and options that
 exclude each other. `training` (run, optimizer), `model` (presets, shape, conversion), `data`, `finetuning`,
 `generation`, `evaluation`, `hub` and `planning` declare the options. `run` combines those of a training run and has
-the rules for resuming one. `parser` reads a command line, `config_file` a YAML file; `pages` writes help and
-documentation, `files` finds the files that globs name and refuses options of text for files of ids.
+the rules for resuming one. `parser` reads a command line and a YAML file; `pages` writes help and documentation,
+`files` finds the files that globs name and refuses options of text for files of ids.
 """
 
 import lazy_loader

@@ -53,6 +53,7 @@ from gpt_kit_hf.training.log.console import Console
 from gpt_kit_hf.training.log.run_log import RunResult
 from gpt_kit_hf.training.loop import run_training
 from gpt_kit_hf.training.needs.cost import random_rows
+from gpt_kit_hf.training.planning.page import planned_options
 from gpt_kit_hf.training.runtime.preparation import Preparation, prepare_together
 from gpt_kit_hf.training.state.sharded_state import replace_weights, unsharded_model
 from gpt_kit_hf.training.task import RunContext, Sample, Task, check_max_length, generate_sample, joined_position
@@ -68,9 +69,6 @@ def train(options: RunOptions, *, stream: TextIO | None = sys.stdout) -> RunResu
     Raises what `run_training` raises.
     """
     if options.plan.budget is not None:
-        # Here, as a plan imports what a run without one does not need.
-        from gpt_kit_hf.training.planning.plan import planned_options
-
         options = planned_options(options, Console(stream, options.training.log_format).log)
     return run_training(options, lambda context: text_task(options, context), stream=stream)
 

@@ -22,7 +22,7 @@ from gpt_kit_hf.options.planning import Budget, BudgetOptions, parse_budget
 from gpt_kit_hf.options.run import PlanOptions, flat_options
 from gpt_kit_hf.tokenization import encodings
 from gpt_kit_hf.training.needs.cost import StepCost
-from gpt_kit_hf.training.planning import candidates, choice, plan
+from gpt_kit_hf.training.planning import candidates, choice, page, plan
 from gpt_kit_hf.training.planning.candidates import Candidate, Timing, allowed_shapes
 from gpt_kit_hf.training.planning.corpus_facts import corpus_facts
 from gpt_kit_hf.training.planning.law import LAW, Law, layer_parameters
@@ -253,6 +253,21 @@ def test_a_plan_takes_what_it_may(budget: str, large: Path, instant: list[tuple[
     assert taken == pytest.approx(meant.amount, rel=0.05)
 
 
+@pytest.mark.parametrize("evaluating", [["--eval_steps=1"], ["--eval_steps=0.5", "--eval_fraction=0.5"], []])
+def test_a_time_is_for_steps_and_evaluations(
+    evaluating: list[str], large: Path, instant: list[tuple[int, int, int]]
+) -> None:
+    """A model so large that an evaluation takes as long as many steps."""
+    shape = ("--n_layer=8", "--n_head=8", "--n_embd=512", "--max_eval_samples=100000")
+    made = plan.make_plan(options(large, "1000s", *shape, *evaluating), print)
+    step, facts = made.candidate.cost.seconds, made.facts
+    evaluated = step / made.candidate.step_tokens * facts.eval_tokens / 3
+    interval = made.run.training.intervals(made.steps).evaluation
+    times = 1 + len([n for n in range(1, made.steps) if n % interval == 0])
+    assert made.seconds == pytest.approx(made.steps * step + times * evaluated, rel=1e-6)
+    assert 1000 - step - evaluated <= made.seconds <= 1000
+
+
 def test_what_was_given_stays(text: Path, instant: list[tuple[int, int, int]]) -> None:
     # Also where it is what it would be by default.
     given = ("--n_layer=3", "--batch_size=32", "--max_length=64", "--dropout=0.3", "--weight_decay=0.1", "--seed=5")
@@ -411,7 +426,7 @@ def test_train_plans_and_a_resumed_run_keeps_its_plan(
     def refuse(*_: Any) -> None:
         raise AssertionError("it is planned again")
 
-    monkeypatch.setattr(plan, "make_plan", refuse)
+    monkeypatch.setattr(page, "make_plan", refuse)
     assert main([*command, "--resume"]) == 0
     assert "is complete" in capsys.readouterr().out
     assert main([*command, "--resume", "--budget=40ktok"]) == 0
@@ -442,7 +457,7 @@ def test_a_run_without_a_command_line_is_planned(
         text=TextOptions(text_files=[str(text)]),
         plan=BudgetOptions(budget="10s"),
     )
-    planned = plan.planned_options(made, lambda line: None)
+    planned = page.planned_options(made, lambda line: None)
     assert planned.training.max_steps is not None
     assert planned.text == made.text
     assert planned.training.use_cpu

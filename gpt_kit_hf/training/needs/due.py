@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from gpt_kit_hf.options.training import Intervals, TrainingOptions
@@ -36,8 +37,12 @@ class Due:
 
     def evaluations_after(self, step: int) -> int:
         """Return the number of evaluations after this step and before the last one."""
-        steps = set(_multiples(self.every.evaluation, step, self.total))
-        return len(steps.union(_multiples(self.every.saving, step, self.total) if self.evaluates_saved else ()))
+        evaluation, saving = self.every.evaluation, self.every.saving
+        found = len(_multiples(evaluation, step, self.total))
+        if self.evaluates_saved:  # those of checkpoints, too, but for steps that are among both
+            both = math.lcm(evaluation, saving)
+            found += len(_multiples(saving, step, self.total)) - len(_multiples(both, step, self.total))
+        return found
 
     def samples_after(self, step: int) -> int:
         """Return the number of samples after this step and before the last one."""

@@ -11,6 +11,7 @@ import torch
 from gpt_kit_hf.options.planning import Budget
 from gpt_kit_hf.options.training import TrainingOptions
 from gpt_kit_hf.storage.atomic_files import Report
+from gpt_kit_hf.training.needs.due import due_in
 from gpt_kit_hf.training.planning.candidates import Candidate, Timing
 from gpt_kit_hf.training.planning.corpus_facts import CorpusFacts
 from gpt_kit_hf.training.planning.law import LAW, layer_parameters
@@ -99,18 +100,17 @@ class Choice:
             return max(1, round(amount / step_tokens))
         if self._budget.kind == "flop":  # 6 a parameter and token (Kaplan et al. 2020, section 2.1)
             return max(1, round(amount / (6 * candidate.parameters * step_tokens)))
-        step = candidate.seconds_per_token * step_tokens
-        steps = max(1, int(amount / step))
-        for _ in range(3):  # as the number of evaluations follows from that of the steps
-            evaluating = self.seconds(candidate, steps, step_tokens) - steps * step
-            steps = max(1, int((amount - evaluating) / step))
-        return steps
+        low, high = 1, 1 + int(amount / (candidate.seconds_per_token * step_tokens))
+        while low + 1 < high:  # `low` steps fit, or there is but one; `high` do not
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.seconds(candidate, middle, step_tokens) <= amount else (low, middle)
+        return low
 
     def seconds(self, candidate: Candidate, steps: int, step_tokens: int) -> float:
         """Return the time of so many steps with their evaluations."""
-        evaluations = steps // self._training.intervals(steps).evaluation
+        due = due_in(self._training, steps, eval_before_training=False)
         scored = min(self._training.max_eval_samples * self._context, self._facts.eval_tokens)
-        evaluated = evaluations * scored + self._facts.eval_tokens
+        evaluated = due.evaluations_after(0) * scored + self._facts.eval_tokens
         return candidate.seconds_per_token * (steps * step_tokens + _FORWARD * evaluated)
 
     def bits(self, candidate: Candidate, times: float = 1.0, text: float = 1.0) -> float:

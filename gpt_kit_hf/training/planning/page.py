@@ -1,17 +1,42 @@
-"""What a plan says: a page of lines for people, and the file for `gpt-kit train --config`."""
+"""What is made of a plan: lines for people, the file for `gpt-kit train --config`, and the options of a run."""
 
 from __future__ import annotations
 
 import math
 import shlex
+from collections import ChainMap
 from pathlib import Path
 
 from gpt_kit_hf.errors import UsageError
-from gpt_kit_hf.storage.atomic_files import replace_file
+from gpt_kit_hf.options.declare import sections_of
+from gpt_kit_hf.options.parser import build_options
+from gpt_kit_hf.options.run import RunOptions, stored_options
+from gpt_kit_hf.storage.atomic_files import Report, load_json, replace_file
+from gpt_kit_hf.storage.run_folder import OPTIONS_FILE, holds_run
 from gpt_kit_hf.text import duration, file_size, short
 from gpt_kit_hf.training.planning.law import DEVIATION, MEASURED
-from gpt_kit_hf.training.planning.plan import Plan
+from gpt_kit_hf.training.planning.plan import Plan, make_plan
 from gpt_kit_hf.training.runtime.available_memory import available_memory
+
+
+def planned_options(options: RunOptions, log: Report) -> RunOptions:
+    """Return the options of a run with a budget: planned, or those of the run that is resumed; `log` gets the plan.
+
+    Raises UsageError for a budget that cannot be planned, see `make_plan`.
+    """
+    assert options.plan.budget is not None
+    folder = Path(options.training.output_dir)
+    if options.training.resume and holds_run(folder):
+        stored = stored_options(RunOptions, load_json(folder / OPTIONS_FILE))
+        kept = [vars(getattr(stored, section)) for section in sections_of(RunOptions)]
+        if stored.plan.budget != options.plan.budget:
+            planned = "without a plan" if stored.plan.budget is None else f"planned for {stored.plan.budget}"
+            log(f"note     the run was begun {planned}, and goes on so: a run is not planned again")
+        return build_options(RunOptions, {**dict(ChainMap(*kept)), **options.given})
+    plan = make_plan(options, log)
+    for line in page_lines(plan):
+        log(line)
+    return build_options(RunOptions, {**plan.values, "budget": options.plan.budget})
 
 
 def page_lines(plan: Plan) -> list[str]:

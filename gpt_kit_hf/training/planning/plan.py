@@ -6,7 +6,6 @@ import os
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -19,10 +18,9 @@ from gpt_kit_hf.options.data import DEFAULT_MAX_LENGTH, TRAINED_BPE, EncodingOpt
 from gpt_kit_hf.options.declare import changed_values, sections_of
 from gpt_kit_hf.options.parser import build_options
 from gpt_kit_hf.options.planning import parse_budget
-from gpt_kit_hf.options.run import RunOptions, stored_options
+from gpt_kit_hf.options.run import RunOptions
 from gpt_kit_hf.options.training import OptimizerOptions, recipe_options
-from gpt_kit_hf.storage.atomic_files import Report, load_json
-from gpt_kit_hf.storage.run_folder import OPTIONS_FILE, holds_run
+from gpt_kit_hf.storage.atomic_files import Report
 from gpt_kit_hf.text import short
 from gpt_kit_hf.training.planning.candidates import Candidate, Timing, allowed_shapes
 from gpt_kit_hf.training.planning.choice import Choice
@@ -32,9 +30,9 @@ from gpt_kit_hf.training.runtime.memory import reuse_freed_memory
 
 _LARGE_VOCABULARY = 1024  # ids; embeddings of so many learn ten times as fast as the recipe's
 _SHORTEST = 16  # tokens of a window
-# Bytes of text, the share of repeated lines, and passes over the text from which a person should know.
+# Bytes of text, the share of repeated lines, and passes over the text, of which a person should know. After so many
+# passes a model may also know the text by heart.
 _SMALL_TEXT, _MUCH_REPEATED, _MANY_EPOCHS = 100_000, 0.3, 4
-_OVERFITTING = 4  # passes over a text from which a model may learn it by heart
 # Options of the plan itself, and of the command.
 _NOT_OF_THE_RUN = ("budget", "plan_file", "config", "print_config", "resume", "allow_changes")
 
@@ -70,28 +68,6 @@ class Plan:
     def epochs(self) -> float:
         """Passes over the training text."""
         return self.steps * self.candidate.step_tokens / self.facts.tokens
-
-
-def planned_options(options: RunOptions, log: Report) -> RunOptions:
-    """Return the options of a run with a budget: planned, or those of the run that is resumed; `log` gets the plan.
-
-    Raises UsageError for a budget that cannot be planned, see `make_plan`.
-    """
-    from gpt_kit_hf.training.planning.page import page_lines
-
-    assert options.plan.budget is not None
-    folder = Path(options.training.output_dir)
-    if options.training.resume and holds_run(folder):
-        stored = stored_options(RunOptions, load_json(folder / OPTIONS_FILE))
-        kept = [vars(getattr(stored, section)) for section in sections_of(RunOptions)]
-        if stored.plan.budget != options.plan.budget:
-            planned = "without a plan" if stored.plan.budget is None else f"planned for {stored.plan.budget}"
-            log(f"note     the run was begun {planned}, and goes on so: a run is not planned again")
-        return build_options(RunOptions, {**dict(ChainMap(*kept)), **options.given})
-    plan = make_plan(options, log)
-    for line in page_lines(plan):
-        log(line)
-    return build_options(RunOptions, {**plan.values, "budget": options.plan.budget})
 
 
 def make_plan(options: RunOptions, log: Report) -> Plan:
@@ -189,7 +165,7 @@ def _planned(
         **({} if options.text.token_files else _changed_encoding(encoding_options)),
         **_shape(best),
         "dropout": dropout_for(epochs),
-        **({"load_best_model_at_end": True} if epochs >= _OVERFITTING else {}),
+        **({"load_best_model_at_end": True} if epochs >= _MANY_EPOCHS else {}),
         "batch_size": best.batch_size,
         "max_steps": steps,
         **rates,
@@ -277,4 +253,4 @@ def _notes(facts: CorpusFacts, epochs: float, bits: float, *, shorter: bool) -> 
 
 def dropout_for(epochs: float) -> float:
     """Return the dropout for a number of passes over the text: a rule of thumb, which was not measured."""
-    return 0.2 if epochs >= 10 else 0.1 if epochs >= _OVERFITTING else 0.0
+    return 0.2 if epochs >= 10 else 0.1 if epochs >= _MANY_EPOCHS else 0.0
