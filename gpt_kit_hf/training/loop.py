@@ -31,7 +31,7 @@ from gpt_kit_hf.training.log.trackers import Trackers
 from gpt_kit_hf.training.needs.due import due_in
 from gpt_kit_hf.training.needs.run_needs import measure_needs
 from gpt_kit_hf.training.runtime.attention import set_attention
-from gpt_kit_hf.training.runtime.compilation import blocks_to_compile
+from gpt_kit_hf.training.runtime.compilation import blocks_to_compile, compile_block
 from gpt_kit_hf.training.runtime.determinism import deterministic_algorithms
 from gpt_kit_hf.training.runtime.launch import end_processes, launcher_pid
 from gpt_kit_hf.training.runtime.lost_processes import lost_process, lost_run
@@ -210,7 +210,7 @@ class _Loop:
             self._sample()
         # Only now: the compiler takes every size that it has seen to change for one that changes, also in training.
         for block in self.to_compile:
-            block.compile()
+            compile_block(block, self.accelerator.device)
         while steps.step < steps.total and not self._stops_early():
             began = time.perf_counter()
             report = self._take_step()

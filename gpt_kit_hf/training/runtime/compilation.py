@@ -17,14 +17,20 @@ def compile_blocks(
     """Compile the blocks of `blocks_to_compile` in place with torch.compile; return whether there are any."""
     blocks = blocks_to_compile(model, wanted, device, log)
     for block in blocks:
-        block.compile()
+        compile_block(block, device)
     return bool(blocks)
+
+
+def compile_block(block: nn.Module, device: torch.device) -> None:
+    """Compile a block in place with torch.compile."""
+    # With vectors of 512 bits, torch 2.13's code for dropout of attention in bfloat16 gives gradients that are NaN.
+    block.compile(options={"cpp.simdlen": 256} if device.type == "cpu" else None)
 
 
 def blocks_to_compile(
     model: PreTrainedModel, wanted: bool | None, device: torch.device, log: Callable[[str], None]
 ) -> list[nn.Module]:
-    """Return the blocks of a model if they are to be compiled, each in place by its method `compile`, else none.
+    """Return the blocks of a model if they are to be compiled, each by `compile_block`, else none.
 
     `wanted=None` compiles on a GPU, where launching the small operations of a block takes longer than its matrix
     products. On a CPU steps take as long either way (benchmarks/README.md), and the first one 15 s longer. The blocks
