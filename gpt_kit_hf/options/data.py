@@ -14,6 +14,7 @@ from gpt_kit_hf.options.files import check_encoding_of_files, check_local, check
 TRAINED_BPE = "bpe"
 KEEP = "keep"
 DEFAULT_MAX_LENGTH = 256
+DEFAULT_VOCAB_SIZE = 4096
 RowFormat: TypeAlias = Literal["auto", "alpaca", "chat", "prompt_completion", "text"]
 TrainOn: TypeAlias = Literal["answers", "last_answer", "everything"]
 EosInText: TypeAlias = Literal["split", "keep", "error"]
@@ -234,7 +235,7 @@ class EncodingOptions(Options):
         metavar="NAME|FOLDER",
     )
     vocab_size: int = option(
-        4096, "vocabulary size of a trained bpe: 256 bytes, the merges, the end of text and the padding"
+        DEFAULT_VOCAB_SIZE, "vocabulary size of a trained bpe: 256 bytes, the merges, the end of text and the padding"
     )
     vocab_text_mb: int = option(100, "megabytes of text, sampled from the whole corpus, to train a bpe on", minimum=1)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
 
@@ -247,3 +247,14 @@ def sections_of(kind: Any) -> Mapping[str, Section]:
 def flat_declarations(kind: type) -> dict[str, Option]:
     """Return the declarations of a command's options as "section.name": declaration."""
     return {f"{s}.{name}": each for s, section in sections_of(kind).items() for name, each in section.options.items()}
+
+
+def recipe_option(kind: type) -> Iterator[Option]:
+    """Yield the option --recipe of a command, if its options have `recipes`, of which the first is the default."""
+    if recipes := getattr(kind, "recipes", ()):
+        help_text = (
+            "defaults for the optimizer's options: fast is Muon with a linear schedule, and a learning_rate of 0.004 "
+            "for vocabularies of fewer than 1,024 ids; plain is AdamW with a cosine schedule; auto is fast, or plain "
+            "if optimizer or model_name_or_path is given"
+        )
+        yield Option(name="recipe", default=recipes[0], help=help_text, choices=recipes, metavar="NAME")

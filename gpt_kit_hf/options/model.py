@@ -118,6 +118,14 @@ class ModelOptions(Options):
         below=1,
         unset="0, or that of model_name_or_path",
     )
+    attn_pdrop: float | None = option(
+        None,
+        "dropout probability of attention, if another than dropout; above 0, attention is slower, as the fast kernels "
+        "of a CPU have no dropout",
+        minimum=0,
+        below=1,
+        unset="dropout",
+    )
     mlp: Literal["gelu", "swiglu"] | None = option(
         None, "kind of feed-forward layers: two matrices with a GELU, or three with a gated SiLU", unset="the preset's"
     )

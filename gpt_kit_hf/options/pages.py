@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Iterable, Mapping
 from textwrap import TextWrapper
 from typing import Any
 
-from gpt_kit_hf.options.declare import Option, Section, sections_of
+from gpt_kit_hf.options.declare import Option, Section, recipe_option, sections_of
 
 _COLUMN = 30
 _TYPES = {int: "integer", float: "number", bool: "true or false", str: "text"}
@@ -46,6 +47,22 @@ def explanation(option: Option) -> str:
 def title(section: Section) -> str:
     """Return the first line of an option class's docstring."""
     return (section.kind.__doc__ or "").splitlines()[0].rstrip(".")
+
+
+def sections_shown(kind: type) -> dict[str, Section]:
+    """Return the sections of a command's options, with the defaults of its recipe beside their own."""
+    of_recipe = kind.recipe_values({}) if hasattr(kind, "recipe_values") else {}
+
+    def shown(option: Option) -> Option:
+        if option.name not in of_recipe:
+            return option
+        default = f"{of_recipe[option.name]}; {default_text(option)} with recipe plain"
+        return dataclasses.replace(option, default=None, unset=default)
+
+    return {
+        name: dataclasses.replace(section, options={name: shown(each) for name, each in section.options.items()})
+        for name, section in sections_of(kind).items()
+    }
 
 
 def help_page(
@@ -112,16 +129,17 @@ def config_page(prog: str, sections: Mapping[str, Section], values: Mapping[str,
 
 def options_table(kind: type) -> str:
     """Return the options of a command as Markdown tables, a table for each option class."""
-    sections = sections_of(kind)
+    sections = sections_shown(kind)
     positionals = getattr(kind, "positionals", ())
     training = "training" in sections
     lines: list[str] = []
-    for section in sections.values():
+    for part, section in sections.items():
         if len(sections) > 1:
             lines += [f"### {title(section)}", ""]
         head = ["Option", "Type", "Default", "Description"] + ["May change on resume"] * training
         lines += [_row(head), _row(["---"] * len(head))]
-        for name, each in section.options.items():
+        recipe = {each.name: each for each in recipe_option(kind)} if part == "optimizer" else {}
+        for name, each in {**recipe, **section.options}.items():
             shown = f"`{each.metavar}` (`--{name}`)" if name in positionals else f"`--{name}`"
             cells = [shown, _type_text(each), default_text(each), each.help]
             lines.append(_row([*map(_escaped, cells), *[_RESUME[each.resume]] * training]))

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from gpt_kit_hf.errors import UsageError, one_line, unknown_name
-from gpt_kit_hf.options.declare import Option, Section, sections_of
-from gpt_kit_hf.options.pages import config_page, help_page, placeholder
+from gpt_kit_hf.options.declare import Option, Section, recipe_option, sections_of
+from gpt_kit_hf.options.pages import config_page, help_page, placeholder, sections_shown
 
 T = TypeVar("T")
 
@@ -30,33 +30,34 @@ def parse_options(kind: type[T], arguments: Sequence[str], *, prog: str, about: 
     """Return the options of a command that the arguments ask for.
 
     `kind` is an option class, or a dataclass of them; its `positionals` are the names of the options that may be
-    given without a name, its `recipes` the values of --recipe. Prints and exits for --help and --print_config.
+    given without a name, its `recipes` the values of --recipe, whose options `recipe_values` returns.
+    Prints and exits for --help and --print_config.
 
     Raises UsageError for an unknown option, with the nearest known one, a wrong value, and an option that is missing.
     """
     sections = sections_of(kind)
     known = {name: each for section in sections.values() for name, each in section.options.items()}
-    general = {each.name: each for each in (_HELP, _CONFIG, _PRINT_CONFIG, *_recipe(kind))}
+    general = {each.name: each for each in (_HELP, _CONFIG, _PRINT_CONFIG, *recipe_option(kind))}
     positionals: tuple[str, ...] = getattr(kind, "positionals", ())
     if "--help" in arguments or "-h" in arguments:
-        sys.stdout.write(help_page(prog, about, sections, general.values(), positionals))
+        sys.stdout.write(help_page(prog, about, sections_shown(kind), general.values(), positionals))
         raise SystemExit(0)
     given = _from_command_line(arguments, {**known, **general}, positionals)
     values = dict(given)
     if "config" in given:
-        from_file = _read_config(given["config"], {**known, **{each.name: each for each in _recipe(kind)}})
+        from_file = _read_config(given["config"], {**known, **{each.name: each for each in recipe_option(kind)}})
         values = {**{n: v for n, v in from_file.items() if n not in _replaced(known, given)}, **given}
-    if (recipe := values.get("recipe")) is not None:
-        general["recipe"].check(recipe)
-    values = _with_recipe(kind, values)
-    if values == {"print_config": True}:  # nothing else is asked for: the defaults, to fill in what is required
-        sys.stdout.write(config_page(prog, sections, {}))
+    if "recipe" in values:
+        general["recipe"].check(values["recipe"])
+    typed, values = values, _with_recipe(kind, values)
+    if typed == {"print_config": True}:  # nothing else is asked for: the defaults, to fill in what is required
+        sys.stdout.write(config_page(prog, sections, values))
         raise SystemExit(0)
     options = _build(kind, sections, values, positionals)
     if hasattr(options, "given"):
-        options.given.update(values)
+        options.given.update(values if "recipe" in typed else typed)
     if (check := getattr(kind, "check_given", None)) is not None:
-        check(given, values)
+        check(given, typed)
     if values.get("print_config"):
         sys.stdout.write(config_page(prog, sections, values))
         raise SystemExit(0)
@@ -69,22 +70,9 @@ def build_options(kind: type[T], values: Mapping[str, Any]) -> T:
 
 
 def _with_recipe(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values with those of the recipe among them, which they win over."""
-    recipe = values.get("recipe")
-    return {**({} if recipe is None else _recipes(kind)[recipe]), **values}
-
-
-def _recipes(kind: type) -> Mapping[str, Mapping[str, Any]]:
-    recipes: Mapping[str, Mapping[str, Any]] = getattr(kind, "recipes", {})
-    return recipes
-
-
-def _recipe(kind: type) -> Iterable[Option]:
-    if recipes := tuple(_recipes(kind)):
-        help_text = "defaults for the optimizer's options; fast is Muon with a linear schedule"
-        yield Option(
-            name="recipe", optional=True, default=None, help=help_text, choices=recipes, unset="plain", metavar="NAME"
-        )
+    """Return the values with those of the recipe, which they win over."""
+    of_recipe = kind.recipe_values(values) if hasattr(kind, "recipe_values") else {}
+    return {**of_recipe, **values}
 
 
 def _from_command_line(

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints
 from gpt_kit_hf.errors import CheckpointError, UsageError, unknown_name
 from gpt_kit_hf.options.data import (
     DEFAULT_MAX_LENGTH,
+    DEFAULT_VOCAB_SIZE,
     TRAINED_BPE,
     EncodingOptions,
     RowOptions,
@@ -24,7 +25,14 @@ from gpt_kit_hf.options.finetuning import AdapterOptions, BaseOptions
 from gpt_kit_hf.options.model import ModelOptions, check_no_shape
 from gpt_kit_hf.options.parser import parse_options
 from gpt_kit_hf.options.planning import BudgetOptions, PlanFileOptions
-from gpt_kit_hf.options.training import RECIPES, OptimizerOptions, TrainingOptions, finetuning_optimizer
+from gpt_kit_hf.options.training import (
+    AUTO,
+    RECIPES,
+    OptimizerOptions,
+    TrainingOptions,
+    finetuning_optimizer,
+    recipe_options,
+)
 
 T = TypeVar("T")
 
@@ -36,7 +44,7 @@ CHANGED_TEXT = "text"  # in allow_changes: the text may differ, and the options 
 class RunOptions:
     """All options of a pretraining run, by section."""
 
-    recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = RECIPES
+    recipes: ClassVar[tuple[str, ...]] = (AUTO, *RECIPES)
 
     training: TrainingOptions
     text: TextOptions
@@ -63,6 +71,17 @@ class RunOptions:
                 f"max_length={self.windows.length} is above max_position_embeddings={self.model.context}: raise that, "
                 "or lower max_length"
             )
+
+    @staticmethod
+    def recipe_values(values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the recipe sets: by default "fast", or "plain" if an optimizer or a model is named."""
+        recipe = values.get("recipe", AUTO)
+        if recipe == AUTO:
+            named = {"optimizer", "model_name_or_path"} & {name for name, value in values.items() if value is not None}
+            recipe = "plain" if named else "fast"
+        # Of stored tokens, or a folder, the vocabulary is read later; most are large.
+        is_bytes = values.get("encoding") == "bytes" and not values.get("token_files")
+        return recipe_options(recipe, vocab_size=258 if is_bytes else values.get("vocab_size", DEFAULT_VOCAB_SIZE))
 
     @staticmethod
     def check_given(given: Mapping[str, Any], values: Mapping[str, Any]) -> None:

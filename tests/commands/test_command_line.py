@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import stat
 import subprocess
@@ -13,9 +14,11 @@ import requests
 import tiktoken.load
 from safetensors.torch import load_file
 
-from gpt_kit_hf import parse_run_options, run_command
+from gpt_kit_hf import OptimizerOptions, RunOptions, parse_run_options, run_command
 from gpt_kit_hf.commands.main import main
 from gpt_kit_hf.errors import CheckpointError, UsageError
+from gpt_kit_hf.options.parser import build_options
+from gpt_kit_hf.options.training import recipe_options
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
@@ -73,7 +76,7 @@ def test_help_explains_every_option_with_its_default(capsys: pytest.CaptureFixtu
     shown = " ".join(capsys.readouterr().out.split())
     for name in ("output_dir", "text_files", "encoding", "n_layer", "stride", "learning_rate", "mixed_precision"):
         assert f"--{name}" in shown
-    assert "(default: 0.001)" in shown
+    assert "(default: 0.04; 0.001 with recipe plain)" in shown
     assert "peak learning rate" in shown
 
 
@@ -263,10 +266,10 @@ def test_ci_runs_what_a_user_runs() -> None:
 
 def test_a_recipe_sets_defaults_that_options_win_over(tmp_path: Path) -> None:
     needed = ["--output_dir", "x", "--text_files", "python-stdlib", "--max_steps", "3"]
-    plain = parse_run_options(needed).optimizer
-    assert parse_run_options([*needed, "--recipe", "plain"]).optimizer == plain
+    plain = parse_run_options([*needed, "--recipe", "plain"]).optimizer
+    assert plain == OptimizerOptions()
     fast = parse_run_options([*needed, "--recipe", "fast"]).optimizer
-    assert (fast.optimizer, fast.lr_scheduler_type, fast.muon_learning_rate) == ("muon", "linear", 7e-3)
+    assert (fast.optimizer, fast.lr_scheduler_type, fast.muon_learning_rate) == ("muon", "linear", 6e-3)
     assert fast.weight_decay == plain.weight_decay
     own = parse_run_options([*needed, "--recipe=fast", "--learning_rate", "1e-3"]).optimizer
     assert (own.optimizer, own.learning_rate) == ("muon", 1e-3)
@@ -274,5 +277,34 @@ def test_a_recipe_sets_defaults_that_options_win_over(tmp_path: Path) -> None:
     config.write_text("recipe: fast\nlr_scheduler_type: cosine\n")
     from_file = parse_run_options([*needed, "--config", str(config)]).optimizer
     assert (from_file.optimizer, from_file.lr_scheduler_type) == ("muon", "cosine")
+    config.write_text("recipe: plain\n")
+    assert parse_run_options([*needed, "--config", str(config)]).optimizer == plain
     with pytest.raises(UsageError, match="unknown recipe 'fsat'; did you mean 'fast'"):
         parse_run_options([*needed, "--recipe", "fsat"])
+
+
+def test_the_recipe_is_fast_unless_an_optimizer_or_a_model_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needed = ["--output_dir", "x", "--text_files", "python-stdlib", "--max_steps", "3"]
+    fast = OptimizerOptions(**recipe_options("fast", vocab_size=4096))
+    assert parse_run_options(needed).optimizer == parse_run_options([*needed, "--recipe=auto"]).optimizer == fast
+    assert parse_run_options([*needed, "--weight_decay=0.3"]).optimizer == dataclasses.replace(fast, weight_decay=0.3)
+    assert parse_run_options([*needed, "--optimizer=adamw"]).optimizer == OptimizerOptions()
+    assert parse_run_options([*needed, "--optimizer=muon"]).optimizer == OptimizerOptions(optimizer="muon")
+    further = parse_run_options([*needed, "--model_name_or_path=somewhere"])
+    assert further.optimizer == OptimizerOptions()
+    assert build_options(RunOptions, {"output_dir": "x", "text_files": ["y"]}).optimizer == fast
+    # The embeddings of few ids learn more slowly.
+    for small in ("--encoding=bytes", "--vocab_size=300"):
+        assert parse_run_options([*needed, small]).optimizer == OptimizerOptions(**recipe_options("fast"))
+    # A file of all options has those of the recipe, which it names by the optimizer.
+    for given in ([], ["--recipe=plain"], ["--optimizer=muon"], ["--encoding=bytes"]):
+        with pytest.raises(SystemExit):
+            parse_run_options([*needed, *given, "--print_config"])
+        (tmp_path / "config.yaml").write_text(capsys.readouterr().out)
+        again = parse_run_options(["--config", str(tmp_path / "config.yaml")])
+        assert again.optimizer == parse_run_options([*needed, *given]).optimizer
+    with pytest.raises(SystemExit):
+        parse_run_options(["--print_config"])
+    assert "\noptimizer: muon\n" in capsys.readouterr().out

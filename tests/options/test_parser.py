@@ -240,7 +240,9 @@ def test_print_config_alone_prints_the_defaults(command: str, capsys: pytest.Cap
     assert ended.value.code == 0
     declared = {name: each for section in sections_of(kind).values() for name, each in section.options.items()}
     printed = yaml.safe_load(capsys.readouterr().out)
-    assert printed == {name: None if each.required else each.default for name, each in declared.items()}
+    defaults = {name: None if each.required else each.default for name, each in declared.items()}
+    of_recipe = kind.recipe_values({}) if command in ("train", "plan") else {}
+    assert printed == {**defaults, **of_recipe}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

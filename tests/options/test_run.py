@@ -67,10 +67,10 @@ def test_a_change_is_free_or_allowed_or_refused() -> None:
     stored = flat_options(run())
     assert changed_options(stored, run(), RUN) == {}
     assert changed_options(stored, run(eval_steps=7), RUN) == {"training.eval_steps": [None, 7]}
-    with pytest.raises(UsageError, match=r"_rate was 0\.001, is 0\.1.*allow it by --allow_changes learning_rate$"):
+    with pytest.raises(UsageError, match=r"_rate was 0\.04, is 0\.1.*allow it by --allow_changes learning_rate$"):
         changed_options(stored, run(learning_rate=0.1), RUN)
     named = run(resume=True, learning_rate=0.1, allow_changes="learning_rate")
-    assert changed_options(stored, named, RUN)["optimizer.learning_rate"] == [1e-3, 0.1]
+    assert changed_options(stored, named, RUN)["optimizer.learning_rate"] == [0.04, 0.1]
     with pytest.raises(UsageError, match=r"training\.batch_size was 32, is 8.*or name another output_dir$"):
         changed_options(stored, run(batch_size=8, learning_rate=0.1, resume=True, allow_changes="learning_rate"), RUN)
 

@@ -28,7 +28,6 @@ from gpt_kit_hf.training.planning.corpus_facts import CorpusFacts, corpus_facts
 from gpt_kit_hf.training.runtime.launch import create_accelerator
 from gpt_kit_hf.training.runtime.memory import reuse_freed_memory
 
-_LARGE_VOCABULARY = 1024  # ids; embeddings of so many learn ten times as fast as the recipe's
 _SHORTEST = 16  # tokens of a window
 # Bytes of text, the share of repeated lines, and passes over the text, of which a person should know. After so many
 # passes a model may also know the text by heart.
@@ -220,10 +219,7 @@ def _rates(given: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
     """Return the optimizer's options: the recipe, unless another optimizer or recipe was given."""
     if {"optimizer", "recipe"} & given.keys():
         return {}
-    rates = recipe_options("fast")
-    if vocab_size >= _LARGE_VOCABULARY:
-        rates["learning_rate"] *= 10
-    return rates
+    return recipe_options("fast", vocab_size=vocab_size)
 
 
 def _changed_encoding(options: EncodingOptions) -> dict[str, Any]:
