@@ -299,7 +299,32 @@ def test_repeated_text_and_many_passes_are_noted(tmp_path: Path, instant: list[t
     made = plan.make_plan(options(file, "600s", "--n_embd=64"), print)
     assert any("in repeated lines" in note for note in made.notes)
     assert any("shorter than the budget" in note for note in made.notes)
-    assert made.values["dropout"] == plan.dropout_for(made.epochs)
+    assert made.values["dropout"] == choice.dropout_for(made.epochs)
+
+
+def test_dropout_by_the_passes_is_timed(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dropout a step takes twice as long here; dropout of attention would take longer still."""
+    last: list[tuple[float | None, float | None]] = []
+
+    def candidate(self: Timing, shape: tuple[int, int, int], batch_size: int) -> Candidate:
+        last[:] = [(self.model.dropout, self.model.attn_pdrop)]
+        return Candidate(
+            layers=shape[0], heads=shape[1], width=shape[2], parameters=self.parameters(shape),
+            layer_parameters=layer_parameters(shape[0], shape[2]), batch_size=batch_size, context=self.context,
+            cost=StepCost(seconds=2.0 if self.model.dropout else 1.0, peak_bytes=1),
+        )  # fmt: skip
+
+    monkeypatch.setattr(Timing, "candidate", candidate)
+    shape = ("--n_layer=1", "--n_head=1", "--n_embd=16")
+    made = plan.make_plan(options(text, "400s", *shape), print)
+    assert made.values["dropout"] > 0
+    assert (made.values["dropout"], made.values["attn_pdrop"]) == last[0]
+    assert made.steps < 200 < made.steps * 2
+    assert made.seconds <= 400
+    for given in (0.0, 0.3):
+        made = plan.make_plan(options(text, "400s", *shape, f"--dropout={given}"), print)
+        assert last == [(given, None)]
+        assert "attn_pdrop" not in made.values
 
 
 def test_shapes_that_do_not_fit_into_the_memory_are_left_out(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -28,7 +29,13 @@ _FORWARD = 1 / 3  # of the time of a step: an evaluation has no backward pass
 _PARAMETERS_PER_TOKEN = 32
 # Steps that timing a shape takes, and the share of a budget in seconds, or the seconds, that this may take.
 _TIMED_STEPS, _TIMED_SHARE, _TIMED_SECONDS = 4, 0.03, 10.0
+MANY_EPOCHS = 4  # passes over the text, after which a model may know it by heart
 _BYTES_PER_PARAMETER = 16  # weights, gradients and two means of them, in fp32
+
+
+def dropout_for(epochs: float) -> float:
+    """Return the dropout for a number of passes over the text: a rule of thumb, which was not measured."""
+    return 0.2 if epochs >= 10 else 0.1 if epochs >= MANY_EPOCHS else 0.0
 
 
 class Choice:
@@ -86,6 +93,14 @@ class Choice:
                 break
             candidate = other
         return candidate
+
+    def regularized(self, candidate: Candidate) -> tuple[Candidate, float]:
+        """Return the dropout for the passes over the text, and the candidate with the time that it then takes."""
+        dropout = dropout_for(self.steps(candidate) * candidate.step_tokens / self._facts.tokens)
+        if not dropout:
+            return candidate, dropout
+        self._timing = replace(self._timing, model=replace(self._timing.model, dropout=dropout, attn_pdrop=0.0))
+        return self._timed(candidate.shape, candidate.batch_size) or candidate, dropout
 
     def steps(self, candidate: Candidate, times: float = 1.0, text: float = 1.0, batch_size: int | None = None) -> int:
         """Return how many steps to make: all that `times` the budget allows, or fewer if a text is small."""

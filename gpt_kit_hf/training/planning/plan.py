@@ -23,15 +23,13 @@ from gpt_kit_hf.options.training import OptimizerOptions, recipe_options
 from gpt_kit_hf.storage.atomic_files import Report
 from gpt_kit_hf.text import short
 from gpt_kit_hf.training.planning.candidates import Candidate, Timing, allowed_shapes
-from gpt_kit_hf.training.planning.choice import Choice
+from gpt_kit_hf.training.planning.choice import MANY_EPOCHS, Choice
 from gpt_kit_hf.training.planning.corpus_facts import CorpusFacts, corpus_facts
 from gpt_kit_hf.training.runtime.launch import create_accelerator
 from gpt_kit_hf.training.runtime.memory import reuse_freed_memory
 
 _SHORTEST = 16  # tokens of a window
-# Bytes of text, the share of repeated lines, and passes over the text, of which a person should know. After so many
-# passes a model may also know the text by heart.
-_SMALL_TEXT, _MUCH_REPEATED, _MANY_EPOCHS = 100_000, 0.3, 4
+_SMALL_TEXT, _MUCH_REPEATED = 100_000, 0.3  # bytes, and the share of repeated lines, of which a person should know
 # Options of the plan itself, and of the command.
 _NOT_OF_THE_RUN = ("budget", "plan_file", "config", "print_config", "resume", "allow_changes")
 
@@ -155,20 +153,20 @@ def _planned(
     if not found:
         raise UsageError("no shape fits into the memory that is free: lower batch_size or max_length")
     chosen = choice.best(found)
-    best = choice.settled(chosen, any_batch_size="batch_size" not in given)
+    best, regularization = _settled(choice, chosen, given)
     steps, bits = choice.steps(best), choice.bits(best)
     epochs = steps * best.step_tokens / facts.tokens
-    kept = {name: value for name, value in given.items() if name not in _NOT_OF_THE_RUN}
     planned = {
         "output_dir": options.training.output_dir,
         **({} if options.text.token_files else _changed_encoding(encoding_options)),
         **_shape(best),
-        "dropout": dropout_for(epochs),
-        **({"load_best_model_at_end": True} if epochs >= _MANY_EPOCHS else {}),
+        **regularization,
+        **({"load_best_model_at_end": True} if epochs >= MANY_EPOCHS else {}),
         "batch_size": best.batch_size,
         "max_steps": steps,
         **rates,
     }
+    kept = {name: value for name, value in given.items() if name not in _NOT_OF_THE_RUN}
     others = [best if each is chosen else each for each in found]
     twice = [choice.bits(choice.best(others, **more), **more) for more in ({"times": 2.0}, {"text": 2.0})]
     return Plan(
@@ -188,6 +186,16 @@ def _planned(
             *_notes(facts, epochs, bits, shorter=steps < 0.9 * choice.allowed(best)),
         ),
     )
+
+
+def _settled(choice: Choice, chosen: Candidate, given: Mapping[str, Any]) -> tuple[Candidate, dict[str, Any]]:
+    """Return the chosen shape with its batch, timed as it is trained, and the options of dropout."""
+    best = choice.settled(chosen, any_batch_size="batch_size" not in given)
+    if "dropout" in given:
+        return best, {}
+    best, dropout = choice.regularized(best)
+    # Without dropout of attention, which has no fast kernel on a CPU.
+    return best, {"dropout": dropout, **({"attn_pdrop": 0.0} if dropout else {})}
 
 
 def _shape(candidate: Candidate) -> dict[str, Any]:
@@ -241,12 +249,7 @@ def _notes(facts: CorpusFacts, epochs: float, bits: float, *, shorter: bool) -> 
         yield f"{facts.repeated:.0%} of the text is in repeated lines: the model learns these by heart"
     if shorter:
         yield "the run is shorter than the budget: reading so small a text more often brings nothing"
-    elif epochs > _MANY_EPOCHS:
+    elif epochs > MANY_EPOCHS:
         yield f"the text is read {epochs:.0f} times: more text would help more than a longer run"
     if bits > facts.gzip:
         yield "gzip compresses the text better than this model is expected to: give a larger budget, or more text"
-
-
-def dropout_for(epochs: float) -> float:
-    """Return the dropout for a number of passes over the text: a rule of thumb, which was not measured."""
-    return 0.2 if epochs >= 10 else 0.1 if epochs >= _MANY_EPOCHS else 0.0
