@@ -24,6 +24,7 @@ import torch
 from accelerate import Accelerator
 
 from gpt_kit_hf import AMPTrainer, Batch, GPTKitForCausalLM, RunOptions, choose_encoding, create_optimizer, train
+from gpt_kit_hf.errors import GPTKitError
 from gpt_kit_hf.model.presets import build_config
 from gpt_kit_hf.options.parser import build_options, parse_options
 from gpt_kit_hf.training.planning.plan import make_plan
@@ -50,7 +51,12 @@ def main() -> None:
     plan = planned(facts, options, results)
     for name, values in runs_around(plan["values"]).items():
         if (options.only is None or name in options.only) and not results.find(**facts, run=name):
-            results.add({**facts, "run": name}, made(values, plan["values"], options))
+            try:
+                found = made(values, plan["values"], options)
+            except GPTKitError as error:  # such as a context that is longer than the held-out text
+                print(f"{name} is left out: {error}")
+                continue
+            results.add({**facts, "run": name}, found)
             report(facts, plan, results)
     report(facts, plan, results)
 

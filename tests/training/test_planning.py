@@ -327,6 +327,35 @@ def test_dropout_by_the_passes_is_timed(text: Path, monkeypatch: pytest.MonkeyPa
         assert "attn_pdrop" not in made.values
 
 
+@pytest.mark.parametrize(
+    ("factor", "given", "chosen"),
+    [(0.6, [], True), (0.97, [], None), (0.6, ["--torch_compile=false"], False), (0.6, ["--torch_compile"], True)],
+)
+def test_blocks_are_compiled_where_that_saves_time(
+    factor: float, given: list[str], chosen: bool | None, large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[bool] = []
+
+    def candidate(self: Timing, shape: tuple[int, int, int], batch_size: int) -> Candidate:
+        timed.append(self.compiled)
+        return Candidate(
+            layers=shape[0], heads=shape[1], width=shape[2], parameters=self.parameters(shape),
+            layer_parameters=layer_parameters(shape[0], shape[2]), batch_size=batch_size, context=self.context,
+            cost=StepCost(seconds=factor if self.compiled else 1.0, peak_bytes=1),
+        )  # fmt: skip
+
+    monkeypatch.setattr(Timing, "candidate", candidate)
+    shape = ("--n_layer=1", "--n_head=1", "--n_embd=16", "--dropout=0")
+    made = plan.make_plan(options(large, "600s", *shape, *given), print)
+    assert made.values.get("torch_compile") is chosen
+    assert made.candidate.cost.seconds == (factor if chosen else 1.0)
+    assert made.seconds == pytest.approx(600, rel=0.02)
+    assert any(timed) == (chosen is not False)
+    timed.clear()
+    plan.make_plan(options(large, "30s", *shape), print)  # too short to try it
+    assert not any(timed)
+
+
 def test_shapes_that_do_not_fit_into_the_memory_are_left_out(
     large: Path, instant: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,7 +63,7 @@ class Candidate:
 class Timing:
     """Times steps of shapes with the vocabulary, context and precision of a run.
 
-    `micro_batch_size` is that of the run, None for the whole batch.
+    `micro_batch_size` is that of the run, None for the whole batch. `compiled` says whether blocks are compiled.
     """
 
     model: ModelOptions
@@ -73,6 +73,7 @@ class Timing:
     vocab_size: int
     context: int
     micro_batch_size: int | None = None
+    compiled: bool = False
 
     def candidate(self, shape: tuple[int, int, int], batch_size: int) -> Candidate:
         """Return a shape with the cost of a step of `batch_size` sequences, computed a few times."""
@@ -92,6 +93,7 @@ class Timing:
             micro_batch_size=micro,
             micro_steps=-(-batch_size // micro),
             autocast=trainer.autocast,
+            compiled=self.compiled,
         )
         return self._made(shape, batch_size, model.num_parameters(), cost)
 

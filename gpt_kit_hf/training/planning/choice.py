@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TypeAlias
@@ -17,6 +18,7 @@ from gpt_kit_hf.training.planning.candidates import Candidate, Timing
 from gpt_kit_hf.training.planning.corpus_facts import CorpusFacts
 from gpt_kit_hf.training.planning.law import LAW, layer_parameters
 from gpt_kit_hf.training.runtime.available_memory import memory_left, out_of_memory
+from gpt_kit_hf.training.runtime.compilation import is_compiled
 
 Shape: TypeAlias = tuple[int, int, int]  # layers, heads, width
 
@@ -29,6 +31,8 @@ _FORWARD = 1 / 3  # of the time of a step: an evaluation has no backward pass
 _PARAMETERS_PER_TOKEN = 32
 # Steps that timing a shape takes, and the share of a budget in seconds, or the seconds, that this may take.
 _TIMED_STEPS, _TIMED_SHARE, _TIMED_SECONDS = 4, 0.03, 10.0
+# Seconds of a run on a CPU for which compiled blocks are tried, and the share of the time that they must save.
+_COMPILED_SECONDS, _SAVED = 240, 0.05
 MANY_EPOCHS = 4  # passes over the text, after which a model may know it by heart
 _BYTES_PER_PARAMETER = 16  # weights, gradients and two means of them, in fp32
 
@@ -101,6 +105,25 @@ class Choice:
             return candidate, dropout
         self._timing = replace(self._timing, model=replace(self._timing.model, dropout=dropout, attn_pdrop=0.0))
         return self._timed(candidate.shape, candidate.batch_size) or candidate, dropout
+
+    def compiled(self, candidate: Candidate, *, wanted: bool | None) -> tuple[Candidate, bool | None]:
+        """Return whether to compile the blocks, and the candidate with the time that it then takes.
+
+        `wanted` is what the options say. Without a word, blocks are compiled on a CPU if that saves more time than it
+        takes, which is tried for long runs only.
+        """
+        planned = self.seconds(candidate, self.steps(candidate), candidate.step_tokens)
+        tried = wanted is None and self._device.type == "cpu" and planned >= _COMPILED_SECONDS
+        if not (tried or is_compiled(wanted, self._device)):
+            return candidate, wanted
+        began, uncompiled = time.monotonic(), self._timing
+        self._timing = replace(uncompiled, compiled=True)
+        found = self._timed(candidate.shape, candidate.batch_size) or candidate
+        compiling = time.monotonic() - began
+        if tried and planned * (1 - found.cost.seconds / candidate.cost.seconds) < max(compiling, _SAVED * planned):
+            self._timing = uncompiled
+            return candidate, None
+        return found, True if tried else wanted
 
     def steps(self, candidate: Candidate, times: float = 1.0, text: float = 1.0, batch_size: int | None = None) -> int:
         """Return how many steps to make: all that `times` the budget allows, or fewer if a text is small."""

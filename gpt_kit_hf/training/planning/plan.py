@@ -153,14 +153,14 @@ def _planned(
     if not found:
         raise UsageError("no shape fits into the memory that is free: lower batch_size or max_length")
     chosen = choice.best(found)
-    best, regularization = _settled(choice, chosen, given)
+    best, settled = _settled(choice, chosen, given)
     steps, bits = choice.steps(best), choice.bits(best)
     epochs = steps * best.step_tokens / facts.tokens
     planned = {
         "output_dir": options.training.output_dir,
         **({} if options.text.token_files else _changed_encoding(encoding_options)),
         **_shape(best),
-        **regularization,
+        **settled,
         **({"load_best_model_at_end": True} if epochs >= MANY_EPOCHS else {}),
         "batch_size": best.batch_size,
         "max_steps": steps,
@@ -189,13 +189,14 @@ def _planned(
 
 
 def _settled(choice: Choice, chosen: Candidate, given: Mapping[str, Any]) -> tuple[Candidate, dict[str, Any]]:
-    """Return the chosen shape with its batch, timed as it is trained, and the options of dropout."""
-    best = choice.settled(chosen, any_batch_size="batch_size" not in given)
-    if "dropout" in given:
-        return best, {}
-    best, dropout = choice.regularized(best)
-    # Without dropout of attention, which has no fast kernel on a CPU.
-    return best, {"dropout": dropout, **({"attn_pdrop": 0.0} if dropout else {})}
+    """Return the chosen shape with its batch, timed as it is trained, and the options of dropout and compilation."""
+    best, values = choice.settled(chosen, any_batch_size="batch_size" not in given), dict[str, Any]()
+    if "dropout" not in given:
+        best, dropout = choice.regularized(best)
+        # Without dropout of attention, which has no fast kernel on a CPU.
+        values |= {"dropout": dropout, **({"attn_pdrop": 0.0} if dropout else {})}
+    best, compiled = choice.compiled(best, wanted=given.get("torch_compile"))
+    return best, {**values, **({} if compiled is None else {"torch_compile": compiled})}
 
 
 def _shape(candidate: Candidate) -> dict[str, Any]:
