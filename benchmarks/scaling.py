@@ -23,12 +23,12 @@ from gpt_kit_hf import EncodingOptions, ModelOptions, OptimizerOptions, TextOpti
 from gpt_kit_hf.data.text.corpus import prepare_corpus
 from gpt_kit_hf.evaluation.metrics import gzip_bits_per_byte, token_byte_lengths
 from gpt_kit_hf.options.training import recipe_options
+from gpt_kit_hf.training.planning.choice import dropout_for
 from gpt_kit_hf.training.planning.law import Law, layer_parameters
-from gpt_kit_hf.training.planning.plan import dropout_for
 
-FAST = OptimizerOptions(**recipe_options("fast"))
-# The vocabulary of 4,096 is large for these models: its embeddings learn ten times as fast.
-OPTIMIZERS = {studies.BYTES: FAST, studies.BPE: dataclasses.replace(FAST, learning_rate=0.04)}
+OPTIMIZERS = {
+    size: OptimizerOptions(**recipe_options("fast", vocab_size=size)) for size in (studies.BYTES, studies.BPE)
+}
 # Text, layers, width, steps. Parts of tinyshakespeare are read many times, with the dropout of a plan.
 RUNS = [
     ("tinyshakespeare", 2, 64, 100),

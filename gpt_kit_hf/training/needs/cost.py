@@ -19,13 +19,11 @@ import psutil
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
 
 from gpt_kit_hf.model.losses import Batch, summed_batch_loss
 from gpt_kit_hf.training.log.pace import peak_memory
 from gpt_kit_hf.training.optim.muon import MuonWithAdamW
 from gpt_kit_hf.training.runtime.available_memory import out_of_memory
-from gpt_kit_hf.training.runtime.compilation import compile_blocks
 from gpt_kit_hf.training.runtime.memory import release_freed_memory
 from gpt_kit_hf.training.state.sharded_state import local_part
 
@@ -77,24 +75,20 @@ class StepCost:
 
 
 def measure_cost(
-    model: PreTrainedModel,
+    model: nn.Module,
     optimizer: Optimizer,
     rows: Rows,
     *,
     micro_batch_size: int,
     micro_steps: int = 1,
     autocast: Autocast = nullcontext,
-    compiled: bool = False,
 ) -> StepCost:
-    """Return what a step of `micro_steps` micro-batches takes, by computing a few.
+    """Return what a step of `micro_steps` micro-batches takes, by computing a few; nothing changes.
 
-    `rows` makes the batches, such as `random_rows`. Models may be measured one after the other in a process. Nothing
-    changes, but with `compiled` the blocks are compiled, where the machine can; the memory is that of uncompiled ones.
+    `rows` makes the batches, such as `random_rows`. Models may be measured one after the other in a process.
     """
     probe = Probe(model, optimizer, rows, autocast, accumulates=micro_steps > 1)
     memory = probe.memory(micro_batch_size)
-    if compiled:  # only now, for batches of one size
-        compile_blocks(model, compiled, next(model.parameters()).device, lambda _: None)
     seconds = probe.seconds(rows(micro_batch_size))
     memory = probe.measured(memory)
     return StepCost(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,7 @@ from gpt_kit_hf.options.training import OptimizerOptions
 from gpt_kit_hf.training.needs.cost import StepCost, measure_cost, random_rows
 from gpt_kit_hf.training.optim.optimizer import create_optimizer
 from gpt_kit_hf.training.planning.law import layer_parameters
+from gpt_kit_hf.training.runtime.compilation import compile_blocks
 from gpt_kit_hf.training.trainer import AMPTrainer
 
 # Layers, heads and width of modern shapes, each about twice the work of the one before.
@@ -24,6 +26,8 @@ SHAPES = (
     (2, 2, 64), (2, 4, 128), (4, 4, 128), (4, 6, 192), (4, 4, 256), (6, 4, 256), (6, 6, 384), (8, 6, 384), (8, 8, 512),
     (12, 12, 768), (24, 16, 1024), (48, 25, 1600),
 )  # fmt: skip
+
+_COMPILED_STEPS = 3  # steps with compiled blocks, and without, of which the fastest counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +64,19 @@ class Candidate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompiledSeconds:
+    """The times of a step, of the first one with compiled blocks, which compiles them, and of a later one."""
+
+    uncompiled: float
+    first: float
+    compiled: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Timing:
     """Times steps of shapes with the vocabulary, context and precision of a run.
 
-    `micro_batch_size` is that of the run, None for the whole batch. `compiled` says whether blocks are compiled.
+    `micro_batch_size` is that of the run, None for the whole batch.
     """
 
     model: ModelOptions
@@ -73,29 +86,44 @@ class Timing:
     vocab_size: int
     context: int
     micro_batch_size: int | None = None
-    compiled: bool = False
 
     def candidate(self, shape: tuple[int, int, int], batch_size: int) -> Candidate:
         """Return a shape with the cost of a step of `batch_size` sequences, computed a few times."""
-        with torch.random.fork_rng(devices=[]):
-            model = GPTKitForCausalLM(self._config(shape))
-        trainer = AMPTrainer(
-            model,
-            create_optimizer(model, self.optimizer),
-            mixed_precision=self.mixed_precision,
-            accelerator=self.accelerator,
-        )
-        micro = min(batch_size, self.micro_batch_size or batch_size)
+        model, trainer = self._trainer(shape)
+        micro, micro_steps = self._micro_batches(batch_size)
         cost = measure_cost(
             model,
             trainer.optimizer.optimizer,
             random_rows(self.vocab_size, self.context),
             micro_batch_size=micro,
-            micro_steps=-(-batch_size // micro),
+            micro_steps=micro_steps,
             autocast=trainer.autocast,
-            compiled=self.compiled,
         )
         return self._made(shape, batch_size, model.num_parameters(), cost)
+
+    def compiled(self, candidate: Candidate) -> CompiledSeconds | None:
+        """Return the time of a step of a shape with compiled blocks, None if the machine cannot compile them."""
+        model, trainer = self._trainer(candidate.shape)
+        if not compile_blocks(model, wanted=True, device=self.accelerator.device, log=lambda _: None):
+            return None
+        micro, micro_steps = self._micro_batches(candidate.batch_size)
+        batches = [random_rows(self.vocab_size, self.context)(micro)] * micro_steps
+
+        def seconds(steps: int) -> float:
+            """Return the time of the fastest of some steps."""
+            taken = list[float]()
+            for _ in range(steps):
+                began = time.perf_counter()
+                trainer.update(batches)
+                taken.append(time.perf_counter() - began)
+            return min(taken)
+
+        with torch.compiler.set_stance("force_eager"):
+            uncompiled = seconds(_COMPILED_STEPS)
+        try:
+            return CompiledSeconds(uncompiled=uncompiled, first=seconds(1), compiled=seconds(_COMPILED_STEPS))
+        except Exception:  # torch has no class for the errors of its compiler
+            return None
 
     def estimated(self, shape: tuple[int, int, int], like: Candidate) -> Candidate:
         """Return a shape with a cost that is to that of another shape as are their parameters."""
@@ -110,6 +138,18 @@ class Timing:
         with torch.device("meta"):
             one, two = (GPTKitForCausalLM(self._config((few, heads, width))).num_parameters() for few in (1, 2))
         return int(one + (layers - 1) * (two - one))
+
+    def _trainer(self, shape: tuple[int, int, int]) -> tuple[GPTKitForCausalLM, AMPTrainer]:
+        with torch.random.fork_rng(devices=[]):
+            model = GPTKitForCausalLM(self._config(shape))
+        optimizer = create_optimizer(model, self.optimizer)
+        trainer = AMPTrainer(model, optimizer, mixed_precision=self.mixed_precision, accelerator=self.accelerator)
+        return model, trainer
+
+    def _micro_batches(self, batch_size: int) -> tuple[int, int]:
+        """Return the size of a micro-batch, and how many of them a step has."""
+        micro = min(batch_size, self.micro_batch_size or batch_size)
+        return micro, -(-batch_size // micro)
 
     def _config(self, shape: tuple[int, int, int]) -> GPTKitConfig:
         layers, heads, width = shape

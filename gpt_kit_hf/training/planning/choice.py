@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TypeAlias
@@ -98,32 +97,31 @@ class Choice:
             candidate = other
         return candidate
 
-    def regularized(self, candidate: Candidate) -> tuple[Candidate, float]:
-        """Return the dropout for the passes over the text, and the candidate with the time that it then takes."""
-        dropout = dropout_for(self.steps(candidate) * candidate.step_tokens / self._facts.tokens)
-        if not dropout:
-            return candidate, dropout
-        self._timing = replace(self._timing, model=replace(self._timing.model, dropout=dropout, attn_pdrop=0.0))
-        return self._timed(candidate.shape, candidate.batch_size) or candidate, dropout
+    def with_dropout(self, candidate: Candidate, dropout: float) -> Candidate:
+        """Return the candidate with the time that it takes with dropout; its later timings have it, too."""
+        model = self._timing.model
+        # Without dropout of attention, which has no fast kernel on a CPU.
+        attention = 0.0 if model.attn_pdrop is None else model.attn_pdrop
+        self._timing = replace(self._timing, model=replace(model, dropout=dropout, attn_pdrop=attention))
+        return self._timed(candidate.shape, candidate.batch_size) or candidate
 
-    def compiled(self, candidate: Candidate, *, wanted: bool | None) -> tuple[Candidate, bool | None]:
-        """Return whether to compile the blocks, and the candidate with the time that it then takes.
+    def compiled(self, candidate: Candidate, wanted: bool | None, log: Report) -> tuple[Candidate, bool]:
+        """Return the candidate with the time of compiled blocks, and whether that differs from what `wanted` says.
 
-        `wanted` is what the options say. Without a word, blocks are compiled on a CPU if that saves more time than it
-        takes, which is tried for long runs only.
+        Where nothing is wanted, blocks of a long run on a CPU are compiled if that saves more time than it takes.
         """
         planned = self.seconds(candidate, self.steps(candidate), candidate.step_tokens)
         tried = wanted is None and self._device.type == "cpu" and planned >= _COMPILED_SECONDS
-        if not (tried or is_compiled(wanted, self._device)):
-            return candidate, wanted
-        began, uncompiled = time.monotonic(), self._timing
-        self._timing = replace(uncompiled, compiled=True)
-        found = self._timed(candidate.shape, candidate.batch_size) or candidate
-        compiling = time.monotonic() - began
-        if tried and planned * (1 - found.cost.seconds / candidate.cost.seconds) < max(compiling, _SAVED * planned):
-            self._timing = uncompiled
-            return candidate, None
-        return found, True if tried else wanted
+        if not tried and not is_compiled(wanted, self._device):
+            return candidate, False
+        found = self._timing.compiled(candidate)
+        if found is None:
+            return candidate, False
+        log(f"timed    with compiled blocks: {found.compiled:.2g} s for a step, {found.uncompiled:.2g} s without")
+        saved = planned * (1 - found.compiled / found.uncompiled)
+        if tried and saved < max(found.first, _SAVED * planned):
+            return candidate, False
+        return replace(candidate, cost=replace(candidate.cost, seconds=found.compiled)), tried
 
     def steps(self, candidate: Candidate, times: float = 1.0, text: float = 1.0, batch_size: int | None = None) -> int:
         """Return how many steps to make: all that `times` the budget allows, or fewer if a text is small."""
@@ -144,9 +142,16 @@ class Choice:
             low, high = (middle, high) if self.seconds(candidate, middle, step_tokens) <= amount else (low, middle)
         return low
 
+    def epochs(self, tokens: int) -> float:
+        """Return how often the text is read by a run of so many tokens."""
+        return tokens / self._facts.tokens
+
     def seconds(self, candidate: Candidate, steps: int, step_tokens: int) -> float:
         """Return the time of so many steps with their evaluations."""
-        due = due_in(self._training, steps, eval_before_training=False)
+        training = self._training
+        if self.epochs(steps * step_tokens) >= MANY_EPOCHS:
+            training = replace(training, load_best_model_at_end=True)  # which evaluates each checkpoint
+        due = due_in(training, steps, eval_before_training=False)
         scored = min(self._training.max_eval_samples * self._context, self._facts.eval_tokens)
         evaluated = due.evaluations_after(0) * scored + self._facts.eval_tokens
         return candidate.seconds_per_token * (steps * step_tokens + _FORWARD * evaluated)

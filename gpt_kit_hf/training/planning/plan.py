@@ -23,7 +23,7 @@ from gpt_kit_hf.options.training import OptimizerOptions, recipe_options
 from gpt_kit_hf.storage.atomic_files import Report
 from gpt_kit_hf.text import short
 from gpt_kit_hf.training.planning.candidates import Candidate, Timing, allowed_shapes
-from gpt_kit_hf.training.planning.choice import MANY_EPOCHS, Choice
+from gpt_kit_hf.training.planning.choice import MANY_EPOCHS, Choice, dropout_for
 from gpt_kit_hf.training.planning.corpus_facts import CorpusFacts, corpus_facts
 from gpt_kit_hf.training.runtime.launch import create_accelerator
 from gpt_kit_hf.training.runtime.memory import reuse_freed_memory
@@ -153,15 +153,14 @@ def _planned(
     if not found:
         raise UsageError("no shape fits into the memory that is free: lower batch_size or max_length")
     chosen = choice.best(found)
-    best, settled = _settled(choice, chosen, given)
+    best, settled = _settled(choice, chosen, given, log)
     steps, bits = choice.steps(best), choice.bits(best)
-    epochs = steps * best.step_tokens / facts.tokens
+    epochs = choice.epochs(steps * best.step_tokens)
     planned = {
         "output_dir": options.training.output_dir,
         **({} if options.text.token_files else _changed_encoding(encoding_options)),
         **_shape(best),
         **settled,
-        **({"load_best_model_at_end": True} if epochs >= MANY_EPOCHS else {}),
         "batch_size": best.batch_size,
         "max_steps": steps,
         **rates,
@@ -188,15 +187,29 @@ def _planned(
     )
 
 
-def _settled(choice: Choice, chosen: Candidate, given: Mapping[str, Any]) -> tuple[Candidate, dict[str, Any]]:
-    """Return the chosen shape with its batch, timed as it is trained, and the options of dropout and compilation."""
-    best, values = choice.settled(chosen, any_batch_size="batch_size" not in given), dict[str, Any]()
+def _settled(
+    choice: Choice, chosen: Candidate, given: Mapping[str, Any], log: Report
+) -> tuple[Candidate, dict[str, Any]]:
+    """Return the chosen shape with its batch, timed as it is trained, and what follows from the length of the run."""
+    best = choice.settled(chosen, any_batch_size="batch_size" not in given)
+
+    def epochs() -> float:
+        return choice.epochs(choice.steps(best) * best.step_tokens)
+
+    values: dict[str, Any] = {}
     if "dropout" not in given:
-        best, dropout = choice.regularized(best)
-        # Without dropout of attention, which has no fast kernel on a CPU.
-        values |= {"dropout": dropout, **({"attn_pdrop": 0.0} if dropout else {})}
-    best, compiled = choice.compiled(best, wanted=given.get("torch_compile"))
-    return best, {**values, **({} if compiled is None else {"torch_compile": compiled})}
+        values["dropout"] = dropout_for(epochs())
+        if values["dropout"]:
+            values["attn_pdrop"] = 0.0
+            best = choice.with_dropout(best, values["dropout"])
+    best, compiles = choice.compiled(best, given.get("torch_compile"), log)
+    if compiles:
+        values["torch_compile"] = True
+        if values.get("dropout"):  # as there are more steps
+            values["dropout"] = max(values["dropout"], dropout_for(epochs()))
+    if epochs() >= MANY_EPOCHS:
+        values["load_best_model_at_end"] = True
+    return best, values
 
 
 def _shape(candidate: Candidate) -> dict[str, Any]:
