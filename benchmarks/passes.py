@@ -18,7 +18,7 @@ import torch
 from gpt_kit_hf import ModelOptions, OptimizerOptions
 from gpt_kit_hf.options.training import recipe_options
 
-FAST = OptimizerOptions(**recipe_options("fast"))
+FAST = OptimizerOptions(**recipe_options("fast", vocab_size=studies.BYTES))
 MODEL = ModelOptions(model="modern-xs", n_layer=4, n_head=4, n_embd=128, max_position_embeddings=128)
 
 

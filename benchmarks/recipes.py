@@ -20,7 +20,7 @@ from gpt_kit_hf.options.training import recipe_options
 
 CORPUS, WIDTH, CONTEXT, BATCH, HELD_OUT = "tinyshakespeare", 256, 128, 16, 0.1
 MODEL = ModelOptions(model="modern-xs", n_layer=4, n_head=4, n_embd=WIDTH, max_position_embeddings=CONTEXT)
-FAST = OptimizerOptions(**recipe_options("fast"))
+FAST = OptimizerOptions(**recipe_options("fast", vocab_size=studies.BYTES))
 RECIPES = {
     "fast": FAST,
     "momentum 0.95": dataclasses.replace(FAST, muon_momentum=0.95),

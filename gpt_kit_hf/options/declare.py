@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
 
@@ -33,7 +33,7 @@ _NOUNS = {int: "an integer", float: "a number", bool: "true or false", str: "tex
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One option; see `option` for the fields. `default` is REQUIRED if there is none."""
+    """One option; see `option` for the fields. `default` is REQUIRED if there is none, `shown` is it in words."""
 
     name: str = ""
     type: type[int] | type[float] | type[bool] | type[str] = str
@@ -49,6 +49,7 @@ class Option:
     above: float | None = None
     below: float | None = None
     unset: str = ""
+    shown: str = ""
     excludes: tuple[str, ...] = ()
     resume: Resume = "fixed"
     card: Card = "value"
@@ -229,6 +230,24 @@ class Section:
     options: Mapping[str, Option]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Defaults of a command's options that follow from others: `values` returns them for what was given.
+
+    `option` names the recipe, among the options of the field `section`.
+    """
+
+    option: Option
+    section: str
+    values: Callable[[Mapping[str, Any]], dict[str, Any]]
+
+
+def recipe_of(kind: type) -> Recipe | None:
+    """Return the recipe of a command's options, if they have one as their attribute `recipe`."""
+    found: Recipe | None = getattr(kind, "recipe", None)
+    return found
+
+
 def sections_of(kind: Any) -> Mapping[str, Section]:
     """Return the sections of a command's options by field name; one class without sections is that of ""."""
     if issubclass(kind, Options):
@@ -247,14 +266,3 @@ def sections_of(kind: Any) -> Mapping[str, Section]:
 def flat_declarations(kind: type) -> dict[str, Option]:
     """Return the declarations of a command's options as "section.name": declaration."""
     return {f"{s}.{name}": each for s, section in sections_of(kind).items() for name, each in section.options.items()}
-
-
-def recipe_option(kind: type) -> Iterator[Option]:
-    """Yield the option --recipe of a command, if its options have `recipes`, of which the first is the default."""
-    if recipes := getattr(kind, "recipes", ()):
-        help_text = (
-            "defaults for the optimizer's options: fast is Muon with a linear schedule, and a learning_rate of 0.004 "
-            "for vocabularies of fewer than 1,024 ids; plain is AdamW with a cosine schedule; auto is fast, or plain "
-            "if optimizer or model_name_or_path is given"
-        )
-        yield Option(name="recipe", default=recipes[0], help=help_text, choices=recipes, metavar="NAME")

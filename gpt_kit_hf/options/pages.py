@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from textwrap import TextWrapper
 from typing import Any
 
-from gpt_kit_hf.options.declare import Option, Section, recipe_option, sections_of
+from gpt_kit_hf.options.declare import Option, Section, recipe_of, sections_of
 
 _COLUMN = 30
 _TYPES = {int: "integer", float: "number", bool: "true or false", str: "text"}
@@ -26,6 +26,8 @@ def default_text(option: Option) -> str:
     """Return an option's default in words."""
     if option.required:
         return "required"
+    if option.shown:
+        return option.shown
     if option.default is None:
         return option.unset
     return _value_text(option.default) or "empty"
@@ -49,20 +51,19 @@ def title(section: Section) -> str:
     return (section.kind.__doc__ or "").splitlines()[0].rstrip(".")
 
 
-def sections_shown(kind: type) -> dict[str, Section]:
-    """Return the sections of a command's options, with the defaults of its recipe beside their own."""
-    of_recipe = kind.recipe_values({}) if hasattr(kind, "recipe_values") else {}
-
-    def shown(option: Option) -> Option:
-        if option.name not in of_recipe:
-            return option
-        default = f"{of_recipe[option.name]}; {default_text(option)} with recipe plain"
-        return dataclasses.replace(option, default=None, unset=default)
-
-    return {
-        name: dataclasses.replace(section, options={name: shown(each) for name, each in section.options.items()})
-        for name, section in sections_of(kind).items()
+def sections_shown(kind: type) -> Mapping[str, Section]:
+    """Return the sections of a command's options, with its recipe and the defaults that this sets."""
+    sections, recipe = sections_of(kind), recipe_of(kind)
+    if recipe is None:
+        return sections
+    section, found = sections[recipe.section], recipe.values({})
+    shown = {
+        name: dataclasses.replace(each, shown=f"{found[name]}; {default_text(each)} with recipe plain")
+        for name, each in section.options.items()
+        if name in found
     }
+    options = {recipe.option.name: recipe.option, **section.options, **shown}
+    return {**sections, recipe.section: dataclasses.replace(section, options=options)}
 
 
 def help_page(
@@ -112,18 +113,26 @@ def _width() -> int:
     return max(60, min(shutil.get_terminal_size().columns, 110))
 
 
-def config_page(prog: str, sections: Mapping[str, Section], values: Mapping[str, Any]) -> str:
-    """Return all options as a YAML file that `--config` reads; those without a value or default are null."""
+def config_page(prog: str, kind: type, values: Mapping[str, Any]) -> str:
+    """Return all options as a YAML file that `--config` reads; those without a value or default are null.
+
+    What a recipe sets is a comment, so that it follows from the recipe that the file has, and from what is changed.
+    """
     import yaml
 
+    recipe = recipe_of(kind)
+    of_recipe = {} if recipe is None else recipe.values(values)
     lines = [f"# All options of {prog}. Use this file with --config FILE."]
-    for section in sections.values():
+    for section in sections_shown(kind).values():
         lines += ["", *_wrapped(f"=== {title(section)}.", 100, "# ")]
         for each in section.options.values():
             lines += ["", *_wrapped(explanation(each), 100, "# ")]
             value = {each.name: values.get(each.name, None if each.required else each.default)}
+            if by_recipe := each.name in of_recipe and each.name not in values:
+                value = {each.name: of_recipe[each.name]}
             flow = None if isinstance(value[each.name], list) else False  # a list in one line
-            lines.append(yaml.safe_dump(value, allow_unicode=True, default_flow_style=flow, width=2**31).rstrip("\n"))
+            line = yaml.safe_dump(value, allow_unicode=True, default_flow_style=flow, width=2**31).rstrip("\n")
+            lines.append(f"# {line}" if by_recipe else line)
     return "\n".join([*lines, ""])
 
 
@@ -133,13 +142,12 @@ def options_table(kind: type) -> str:
     positionals = getattr(kind, "positionals", ())
     training = "training" in sections
     lines: list[str] = []
-    for part, section in sections.items():
+    for section in sections.values():
         if len(sections) > 1:
             lines += [f"### {title(section)}", ""]
         head = ["Option", "Type", "Default", "Description"] + ["May change on resume"] * training
         lines += [_row(head), _row(["---"] * len(head))]
-        recipe = {each.name: each for each in recipe_option(kind)} if part == "optimizer" else {}
-        for name, each in {**recipe, **section.options}.items():
+        for name, each in section.options.items():
             shown = f"`{each.metavar}` (`--{name}`)" if name in positionals else f"`--{name}`"
             cells = [shown, _type_text(each), default_text(each), each.help]
             lines.append(_row([*map(_escaped, cells), *[_RESUME[each.resume]] * training]))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from gpt_kit_hf.errors import UsageError, one_line, unknown_name
-from gpt_kit_hf.options.declare import Option, Section, recipe_option, sections_of
+from gpt_kit_hf.options.declare import Option, Section, recipe_of, sections_of
 from gpt_kit_hf.options.pages import config_page, help_page, placeholder, sections_shown
 
 T = TypeVar("T")
@@ -30,14 +30,15 @@ def parse_options(kind: type[T], arguments: Sequence[str], *, prog: str, about: 
     """Return the options of a command that the arguments ask for.
 
     `kind` is an option class, or a dataclass of them; its `positionals` are the names of the options that may be
-    given without a name, its `recipes` the values of --recipe, whose options `recipe_values` returns.
-    Prints and exits for --help and --print_config.
+    given without a name, its `recipe` gives defaults. Prints and exits for --help and --print_config.
 
     Raises UsageError for an unknown option, with the nearest known one, a wrong value, and an option that is missing.
     """
-    sections = sections_of(kind)
+    sections, recipe = sections_of(kind), recipe_of(kind)
     known = {name: each for section in sections.values() for name, each in section.options.items()}
-    general = {each.name: each for each in (_HELP, _CONFIG, _PRINT_CONFIG, *recipe_option(kind))}
+    if recipe is not None:
+        known[recipe.option.name] = recipe.option
+    general = {each.name: each for each in (_HELP, _CONFIG, _PRINT_CONFIG)}
     positionals: tuple[str, ...] = getattr(kind, "positionals", ())
     if "--help" in arguments or "-h" in arguments:
         sys.stdout.write(help_page(prog, about, sections_shown(kind), general.values(), positionals))
@@ -45,34 +46,24 @@ def parse_options(kind: type[T], arguments: Sequence[str], *, prog: str, about: 
     given = _from_command_line(arguments, {**known, **general}, positionals)
     values = dict(given)
     if "config" in given:
-        from_file = _read_config(given["config"], {**known, **{each.name: each for each in recipe_option(kind)}})
+        from_file = _read_config(given["config"], known)
         values = {**{n: v for n, v in from_file.items() if n not in _replaced(known, given)}, **given}
-    if "recipe" in values:
-        general["recipe"].check(values["recipe"])
-    typed, values = values, _with_recipe(kind, values)
-    if typed == {"print_config": True}:  # nothing else is asked for: the defaults, to fill in what is required
-        sys.stdout.write(config_page(prog, sections, values))
+    if not values.keys() - {"print_config", "recipe"} and values.get("print_config"):
+        # Nothing else is asked for: the defaults, to fill in what is required.
+        sys.stdout.write(config_page(prog, kind, values))
         raise SystemExit(0)
     options = _build(kind, sections, values, positionals)
-    if hasattr(options, "given"):
-        options.given.update(values if "recipe" in typed else typed)
     if (check := getattr(kind, "check_given", None)) is not None:
-        check(given, typed)
+        check(given, values)
     if values.get("print_config"):
-        sys.stdout.write(config_page(prog, sections, values))
+        sys.stdout.write(config_page(prog, kind, values))
         raise SystemExit(0)
     return options
 
 
 def build_options(kind: type[T], values: Mapping[str, Any]) -> T:
     """Return the options of a command with these values, by name, also of a recipe; others have their defaults."""
-    return _build(kind, sections_of(kind), _with_recipe(kind, values), ())
-
-
-def _with_recipe(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values with those of the recipe, which they win over."""
-    of_recipe = kind.recipe_values(values) if hasattr(kind, "recipe_values") else {}
-    return {**of_recipe, **values}
+    return _build(kind, sections_of(kind), values, ())
 
 
 def _from_command_line(
@@ -148,15 +139,25 @@ def _replaced(known: Mapping[str, Option], given: Mapping[str, Any]) -> set[str]
 
 
 def _build(kind: type[T], sections: Mapping[str, Section], values: Mapping[str, Any], positionals: Sequence[str]) -> T:
-    built = {}
+    built, recipe = {}, recipe_of(kind)
+    of_recipe: Mapping[str, Any] = {}
+    if recipe is not None:
+        if recipe.option.name in values:
+            recipe.option.check(values[recipe.option.name])
+        of_recipe = recipe.values(values)
     for field, section in sections.items():
-        chosen = {name: values.get(name, each.default) for name, each in section.options.items()}
+        chosen = {name: {**of_recipe, **values}.get(name, each.default) for name, each in section.options.items()}
         for name, each in section.options.items():
             if each.required and name not in values:
                 how = each.metavar if name in positionals else f"--{name} {placeholder(each)}"
                 raise UsageError(f"{name} is missing: give {how}")
         built[field] = section.kind(**chosen)
-    return built[""] if "" in built else kind(**built)  # type: ignore[return-value]
+    if "" in built:
+        return built[""]  # type: ignore[return-value]
+    options = kind(**built)
+    if hasattr(options, "given"):
+        options.given.update(values)
+    return options
 
 
 # --- a YAML file of options

@@ -19,7 +19,15 @@ from gpt_kit_hf.options.data import (
     TextOptions,
     WindowOptions,
 )
-from gpt_kit_hf.options.declare import Option, Options, changed_values, flat_declarations, option, sections_of
+from gpt_kit_hf.options.declare import (
+    Option,
+    Options,
+    Recipe,
+    changed_values,
+    flat_declarations,
+    option,
+    sections_of,
+)
 from gpt_kit_hf.options.files import check_options_of_ids
 from gpt_kit_hf.options.finetuning import AdapterOptions, BaseOptions
 from gpt_kit_hf.options.model import ModelOptions, check_no_shape
@@ -40,11 +48,49 @@ PLANNED_RUN = "runs/planned"  # the folder of a plan's run, if none is named
 CHANGED_TEXT = "text"  # in allow_changes: the text may differ, and the options that say where it comes from
 
 
+def _recipe_values(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the recipe sets beside the options that are given."""
+    recipe, optimizer = given.get("recipe", AUTO), given.get("optimizer")
+    if recipe == AUTO:
+        return {} if optimizer or given.get("model_name_or_path") else _fast(given)
+    if recipe == "fast":
+        if optimizer not in (None, "muon"):
+            raise UsageError(f"recipe=fast has optimizer=muon, and optimizer={optimizer} is given: leave one out")
+        return _fast(given)
+    return recipe_options(recipe, vocab_size=DEFAULT_VOCAB_SIZE)
+
+
+def _fast(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the recipe `fast` for the vocabulary that the options tell of: if they do not, it is a large one."""
+    size = DEFAULT_VOCAB_SIZE
+    if given.get("model_name_or_path") or given.get("encoding") == "bytes":
+        size = 0  # what a model has learned is not changed fast
+    elif given.get("encoding", TRAINED_BPE) == TRAINED_BPE and isinstance(given.get("vocab_size"), int):
+        size = given["vocab_size"]
+    return recipe_options("fast", vocab_size=size)
+
+
+RECIPE = Recipe(
+    option=Option(
+        name="recipe",
+        default=AUTO,
+        choices=(AUTO, *RECIPES),
+        metavar="NAME",
+        resume="free",
+        help="defaults of these options: fast is Muon with a linear schedule, and a learning_rate of 0.04, or of "
+        "0.004 with encoding bytes, a vocab_size below 1024 or model_name_or_path; plain is AdamW with a cosine "
+        "schedule; auto is plain if optimizer or model_name_or_path is given, else fast",
+    ),
+    section="optimizer",
+    values=_recipe_values,
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """All options of a pretraining run, by section."""
 
-    recipes: ClassVar[tuple[str, ...]] = (AUTO, *RECIPES)
+    recipe: ClassVar[Recipe] = RECIPE
 
     training: TrainingOptions
     text: TextOptions
@@ -53,7 +99,7 @@ class RunOptions:
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     optimizer: OptimizerOptions = dataclasses.field(default_factory=OptimizerOptions)
     plan: BudgetOptions = dataclasses.field(default_factory=BudgetOptions)
-    # What was given on a command line or in its file, by name: a plan does not change it. The parser fills it.
+    # What was given, by name: a plan does not change it. The parser fills it.
     given: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -71,17 +117,6 @@ class RunOptions:
                 f"max_length={self.windows.length} is above max_position_embeddings={self.model.context}: raise that, "
                 "or lower max_length"
             )
-
-    @staticmethod
-    def recipe_values(values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what the recipe sets: by default "fast", or "plain" if an optimizer or a model is named."""
-        recipe = values.get("recipe", AUTO)
-        if recipe == AUTO:
-            named = {"optimizer", "model_name_or_path"} & {name for name, value in values.items() if value is not None}
-            recipe = "plain" if named else "fast"
-        # Of stored tokens, or a folder, the vocabulary is read later; most are large.
-        is_bytes = values.get("encoding") == "bytes" and not values.get("token_files")
-        return recipe_options(recipe, vocab_size=258 if is_bytes else values.get("vocab_size", DEFAULT_VOCAB_SIZE))
 
     @staticmethod
     def check_given(given: Mapping[str, Any], values: Mapping[str, Any]) -> None:
@@ -207,6 +242,8 @@ def changed_options(stored: Mapping[str, Any], options: OptionsOfRun, run: Path)
         remedy = "name another output_dir"
         if None not in names:
             remedy = f"allow it by --allow_changes {' '.join(map(str, names))}"
+        if changed.get("optimizer.optimizer") == ["adamw", "muon"]:
+            remedy = f"for AdamW's defaults give --recipe plain, or {remedy}"
         raise UsageError(
             f"cannot resume {str(run)!r} with other options ({listed}): give them as they were, or {remedy}"
         )

@@ -282,7 +282,9 @@ class OptimizerOptions(Options):
     optimizer: OptimizerName = option(
         "adamw", "adamw, or muon for the weight matrices of the blocks with adamw for all other parameters"
     )
-    learning_rate: float = option(1e-3, "peak learning rate", above=0, resume="allowed")
+    learning_rate: float = option(
+        1e-3, "peak learning rate, of all parameters but those of muon_learning_rate", above=0, resume="allowed"
+    )
     lr_scheduler_type: Schedule = option(
         "cosine",
         "learning-rate schedule after the warmup; warmup_stable_decay decays linearly in the last decay_ratio of the "
@@ -369,7 +371,7 @@ AUTO = "auto"  # the name of the recipe that fits the other options
 _LARGE_VOCABULARY, _FASTER = 1024, 10
 
 
-def recipe_options(recipe: str, *, vocab_size: int = 258) -> dict[str, Any]:
+def recipe_options(recipe: str, *, vocab_size: int) -> dict[str, Any]:
     """Return the fields of `OptimizerOptions` that a recipe sets for a vocabulary, "plain" (none) or "fast"."""
     if recipe not in RECIPES:
         raise UsageError(unknown_name("recipe", recipe, RECIPES))

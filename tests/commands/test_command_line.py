@@ -283,9 +283,7 @@ def test_a_recipe_sets_defaults_that_options_win_over(tmp_path: Path) -> None:
         parse_run_options([*needed, "--recipe", "fsat"])
 
 
-def test_the_recipe_is_fast_unless_an_optimizer_or_a_model_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_recipe_is_fast_unless_an_optimizer_or_a_model_is_named() -> None:
     needed = ["--output_dir", "x", "--text_files", "python-stdlib", "--max_steps", "3"]
     fast = OptimizerOptions(**recipe_options("fast", vocab_size=4096))
     assert parse_run_options(needed).optimizer == parse_run_options([*needed, "--recipe=auto"]).optimizer == fast
@@ -295,16 +293,40 @@ def test_the_recipe_is_fast_unless_an_optimizer_or_a_model_is_named(
     further = parse_run_options([*needed, "--model_name_or_path=somewhere"])
     assert further.optimizer == OptimizerOptions()
     assert build_options(RunOptions, {"output_dir": "x", "text_files": ["y"]}).optimizer == fast
-    # The embeddings of few ids learn more slowly.
-    for small in ("--encoding=bytes", "--vocab_size=300"):
-        assert parse_run_options([*needed, small]).optimizer == OptimizerOptions(**recipe_options("fast"))
-    # A file of all options has those of the recipe, which it names by the optimizer.
-    for given in ([], ["--recipe=plain"], ["--optimizer=muon"], ["--encoding=bytes"]):
+    # The embeddings of few ids learn more slowly, and those of a model that exists.
+    slow = OptimizerOptions(**recipe_options("fast", vocab_size=258))
+    assert slow.learning_rate < fast.learning_rate
+    stored = ["--output_dir", "x", "--token_files", "a.bin", "--max_steps", "3"]
+    for given in (
+        [*needed, "--encoding=bytes"], [*needed, "--vocab_size=300"], [*stored, "--encoding=bytes"],
+        [*needed, "--model_name_or_path=somewhere", "--recipe=fast"],
+    ):  # fmt: skip
+        assert parse_run_options(given).optimizer == slow
+    for given in ([*needed, "--encoding=gpt2", "--vocab_size=300"], stored, [*needed, "--recipe=fast"]):
+        assert parse_run_options(given).optimizer == fast
+    with pytest.raises(UsageError, match="recipe=fast has optimizer=muon, and optimizer=adamw is given"):
+        parse_run_options([*needed, "--recipe=fast", "--optimizer=adamw"])
+
+
+def test_a_file_of_all_options_leaves_the_recipe_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    needed = ["--output_dir", "x", "--text_files", "python-stdlib", "--max_steps", "3"]
+    file = tmp_path / "config.yaml"
+    for given in ([], ["--recipe=plain"], ["--optimizer=muon"], ["--encoding=bytes"], ["--muon_learning_rate=0.1"]):
         with pytest.raises(SystemExit):
             parse_run_options([*needed, *given, "--print_config"])
-        (tmp_path / "config.yaml").write_text(capsys.readouterr().out)
-        again = parse_run_options(["--config", str(tmp_path / "config.yaml")])
-        assert again.optimizer == parse_run_options([*needed, *given]).optimizer
+        file.write_text(capsys.readouterr().out)
+        assert parse_run_options(["--config", str(file)]) == parse_run_options([*needed, *given])
     with pytest.raises(SystemExit):
-        parse_run_options(["--print_config"])
-    assert "\noptimizer: muon\n" in capsys.readouterr().out
+        parse_run_options([*needed, "--print_config"])
+    file.write_text(capsys.readouterr().out)
+    assert "\n# optimizer: muon\n" in file.read_text()
+    for given in (["--recipe=plain"], ["--optimizer=adamw"], ["--encoding=bytes"]):
+        again = parse_run_options(["--config", str(file), *given]).optimizer
+        assert again == parse_run_options([*needed, *given]).optimizer
+    # Wrong values are refused as elsewhere, also where a recipe would look at them.
+    for line, message in (
+        ("vocab_size: [300]", "vocab_size must be an integer"), ("recipe: [fast]", "recipe must be text")
+    ):  # fmt: skip
+        file.write_text(f"{line}\n")
+        with pytest.raises(UsageError, match=message):
+            parse_run_options([*needed, "--config", str(file)])

@@ -78,7 +78,8 @@ def command_of(chosen: Mapping[str, Any], name: str, *, tuned: bool) -> list[str
     arguments = ["gpt-kit", "finetune" if tuned else "train", "--output_dir", name]
     for option, declared in _known_options(tuned=tuned).items():
         value = chosen.get(option)
-        if value is not None and (declared.required or value != declared.default):
+        # The optimizer always, as what it is by default depends on other options.
+        if value is not None and (declared.required or value != declared.default or declared.name == "optimizer"):
             arguments += [f"--{option.partition('.')[2]}", *_as_arguments(value)]
     return arguments
 

@@ -19,7 +19,7 @@ from gpt_kit_hf.options.declare import changed_values, sections_of
 from gpt_kit_hf.options.parser import build_options
 from gpt_kit_hf.options.planning import parse_budget
 from gpt_kit_hf.options.run import RunOptions
-from gpt_kit_hf.options.training import OptimizerOptions, recipe_options
+from gpt_kit_hf.options.training import AUTO, OptimizerOptions, recipe_options
 from gpt_kit_hf.storage.atomic_files import Report
 from gpt_kit_hf.text import short
 from gpt_kit_hf.training.planning.candidates import Candidate, Timing, allowed_shapes
@@ -238,10 +238,11 @@ def _timing(
 
 
 def _rates(given: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
-    """Return the optimizer's options: the recipe, unless another optimizer or recipe was given."""
-    if {"optimizer", "recipe"} & given.keys():
+    """Return the optimizer's options: those of the recipe for this vocabulary, unless an optimizer was given."""
+    if "optimizer" in given:
         return {}
-    return recipe_options("fast", vocab_size=vocab_size)
+    recipe = given.get("recipe", AUTO)
+    return recipe_options("fast" if recipe == AUTO else recipe, vocab_size=vocab_size)
 
 
 def _changed_encoding(options: EncodingOptions) -> dict[str, Any]:

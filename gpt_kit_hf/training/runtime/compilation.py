@@ -24,7 +24,9 @@ def compile_blocks(
 def compile_block(block: nn.Module, device: torch.device) -> None:
     """Compile a block in place with torch.compile."""
     # With vectors of 512 bits, torch 2.13's code for dropout of attention in bfloat16 gives gradients that are NaN.
-    block.compile(options={"cpp.simdlen": 256} if device.type == "cpu" else None)
+    # Other CPUs have no vectors of 256 bits, and would get code without any.
+    wide = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    block.compile(options={"cpp.simdlen": 256} if wide else None)
 
 
 def blocks_to_compile(
@@ -33,10 +35,10 @@ def blocks_to_compile(
     """Return the blocks of a model if they are to be compiled, each by `compile_block`, else none.
 
     `wanted=None` compiles on a GPU, where launching the small operations of a block takes longer than its matrix
-    products. On a CPU steps take as long either way (benchmarks/README.md), and the first one 15 s longer. The blocks
-    have the same code, so torch compiles it once, and caches it for the next run. Without a C++ compiler or Triton the
-    model is left as it is, and `log` gets the reason. Raises UsageError for wanted=True if the model does not declare
-    its blocks.
+    products. On a CPU it depends on the machine and the shape, and the first step takes 15 s longer: a plan measures
+    it. The blocks have the same code, so torch compiles it once, and caches it for the next run. Without a C++
+    compiler or Triton the model is left as it is, and `log` gets the reason. Raises UsageError for wanted=True if the
+    model does not declare its blocks.
     """
     if not is_compiled(wanted, device):
         return []

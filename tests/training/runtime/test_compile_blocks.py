@@ -151,6 +151,20 @@ def test_a_compiled_run_has_the_losses_of_one_that_is_not(tmp_path: Path) -> Non
     assert losses[True] == pytest.approx(losses[False], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("capability", "device", "bits"),
+    [("AVX512", "cpu", 256), ("AVX2", "cpu", 0), ("DEFAULT", "cpu", 0), ("AVX512", "cuda", 0)],
+)
+def test_only_the_widest_vectors_are_made_narrower(
+    capability: str, device: str, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[Any] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, *, options: chosen.append(options))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    compile_block(nn.Linear(2, 2), torch.device(device))
+    assert chosen == [{"cpp.simdlen": bits} if bits else None]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")  # of torch itself
 def test_compiled_dropout_has_gradients_in_bf16() -> None:
