@@ -48,6 +48,7 @@ def page_lines(plan: Plan) -> list[str]:
     if run.optimizer.optimizer == "muon":
         of_matrices = run.optimizer.muon_learning_rate or run.optimizer.learning_rate
         rates = f"{of_matrices:g} for the matrices of the layers, {rates} for the rest"
+    compiled = " with compiled blocks" if run.training.torch_compile else ""
     lines = [
         f"text     {facts.documents:,} document{'s' * (facts.documents != 1)}; to train on {short(facts.text_bytes)} "
         f"bytes, {short(facts.tokens)} tokens ({plan.encoding.name}, vocabulary of {plan.encoding.n_vocab:,}); "
@@ -58,8 +59,9 @@ def page_lines(plan: Plan) -> list[str]:
         f"length   {plan.steps:,} steps of {chosen.batch_size} x {chosen.context} tokens: the text is read "
         f"{plan.epochs:.2g} times",
         f"rates    {run.optimizer.optimizer}, {rates}; weight decay {run.optimizer.weight_decay:g}, dropout "
-        f"{run.model.dropout or 0:g}",
-        f"needs    about {duration(plan.seconds)}, {file_size(plan.memory_bytes)} of memory "
+        f"{run.model.dropout or 0:g}"
+        + (", none of attention" if run.model.dropout and run.model.attn_pdrop == 0 else ""),
+        f"needs    about {duration(plan.seconds)}{compiled}, {file_size(plan.memory_bytes)} of memory "
         f"({file_size(available_memory())} are free), {file_size(plan.disk_bytes)} of disk",
         f"expected {plan.bits_per_byte:.2f} bits per byte of the held-out text, between {low:.2f} and {high:.2f}; "
         f"gzip -9 reaches {facts.gzip:.2f}",
