@@ -26,8 +26,10 @@ from gpt_kit_hf.options.training import recipe_options
 from gpt_kit_hf.training.planning.choice import dropout_for
 from gpt_kit_hf.training.planning.law import Law, layer_parameters
 
+# The recipe, with the rate of the matrices that it had when the first runs were made.
 OPTIMIZERS = {
-    size: OptimizerOptions(**recipe_options("fast", vocab_size=size)) for size in (studies.BYTES, studies.BPE)
+    size: OptimizerOptions(**{**recipe_options("fast", vocab_size=size), "muon_learning_rate": 8e-3})
+    for size in (studies.BYTES, studies.BPE)
 }
 # Text, layers, width, steps. Parts of tinyshakespeare are read many times, with the dropout of a plan.
 RUNS = [

@@ -28,6 +28,7 @@ from gpt_kit_hf.errors import GPTKitError
 from gpt_kit_hf.model.presets import build_config
 from gpt_kit_hf.options.parser import build_options, parse_options
 from gpt_kit_hf.training.planning.plan import make_plan
+from gpt_kit_hf.training.runtime.compilation import compile_blocks
 
 PLAN = "the plan"
 _NOT_OF_THE_TIME = {"learning_rate", "muon_learning_rate"}  # options that do not change what a step takes
@@ -133,7 +134,7 @@ CHANGES: dict[str, Callable[[Values], Values]] = {
     "twice the batch": times("batch_size", 2),
     "half the context": context(0.5),
     "twice the context": context(2),
-    "dropout 0.1 more": lambda values: {"dropout": values["dropout"] + 0.1},
+    "dropout 0.1 more": lambda values: {"dropout": values["dropout"] + 0.1, "attn_pdrop": 0.0},
     "dropout 0.1 less": lambda values: {"dropout": max(0.0, values["dropout"] - 0.1)},
     "other tokens": vocabulary,
 }
@@ -189,6 +190,7 @@ def step_of(values: Values, options: argparse.Namespace) -> Callable[[], object]
         mixed_precision=chosen.training.mixed_precision,
         accelerator=Accelerator(cpu=options.device == "cpu"),
     )
+    compile_blocks(model, chosen.training.torch_compile, trainer.accelerator.device, print)
     return lambda: trainer.update([Batch(ids[:, :-1], ids[:, 1:])])
 
 
