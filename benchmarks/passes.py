@@ -33,6 +33,8 @@ RUNS = {
     "dropout 0.1": (with_dropout(0.1, attention=False), FAST),
     "dropout 0.3": (with_dropout(0.3, attention=False), FAST),
     "no dropout": (MODEL, FAST),
+    "no dropout, weight decay 1": (MODEL, dataclasses.replace(FAST, weight_decay=1.0)),
+    "dropout 0.1, weight decay 1": (with_dropout(0.1, attention=False), dataclasses.replace(FAST, weight_decay=1.0)),
     "dropout 0.2, weight decay 1": (with_dropout(0.2, attention=False), dataclasses.replace(FAST, weight_decay=1.0)),
     "dropout 0.2, an average": (with_dropout(0.2, attention=False), dataclasses.replace(FAST, ema_decay=0.98)),
 }

@@ -301,7 +301,10 @@ def test_repeated_text_and_many_passes_are_noted(tmp_path: Path, instant: list[t
     made = plan.make_plan(options(file, "600s", "--n_embd=64"), print)
     assert any("in repeated lines" in note for note in made.notes)
     assert any("shorter than the budget" in note for note in made.notes)
-    assert made.values["dropout"] == choice.dropout_for(made.epochs)
+    assert made.values["dropout"] == choice.dropout_for(made.epochs) > 0
+    assert made.values["weight_decay"] == 1.0
+    for own in (["--optimizer=adamw"], ["--recipe=plain"]):
+        assert "weight_decay" not in plan.make_plan(options(file, "600s", "--n_embd=64", *own), print).values
 
 
 @pytest.fixture

@@ -37,8 +37,13 @@ _BYTES_PER_PARAMETER = 16  # weights, gradients and two means of them, in fp32
 
 
 def dropout_for(epochs: float) -> float:
-    """Return the dropout for a number of passes over the text: a rule of thumb, which was not measured."""
-    return 0.2 if epochs >= 10 else 0.1 if epochs >= MANY_EPOCHS else 0.0
+    """Return the dropout for a number of passes over the text (benchmarks/passes.py)."""
+    return 0.2 if epochs >= 10 else 0.1 if epochs >= 5 else 0.0
+
+
+def weight_decay_for(epochs: float) -> float:
+    """Return the weight decay for a number of passes over the text, with the recipe `fast` (benchmarks/passes.py)."""
+    return 1.0 if epochs >= 3 else 0.1
 
 
 class Choice:

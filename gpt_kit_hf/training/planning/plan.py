@@ -23,7 +23,7 @@ from gpt_kit_hf.options.training import AUTO, OptimizerOptions, recipe_options
 from gpt_kit_hf.storage.atomic_files import Report
 from gpt_kit_hf.text import short
 from gpt_kit_hf.training.planning.candidates import Candidate, Timing, allowed_shapes
-from gpt_kit_hf.training.planning.choice import MANY_EPOCHS, Choice, dropout_for
+from gpt_kit_hf.training.planning.choice import MANY_EPOCHS, Choice, dropout_for, weight_decay_for
 from gpt_kit_hf.training.planning.corpus_facts import CorpusFacts, corpus_facts
 from gpt_kit_hf.training.runtime.launch import create_accelerator
 from gpt_kit_hf.training.runtime.memory import reuse_freed_memory
@@ -207,6 +207,8 @@ def _settled(
         values["torch_compile"] = True
         if values.get("dropout"):  # as there are more steps
             values["dropout"] = max(values["dropout"], dropout_for(epochs()))
+    if not {"optimizer", "weight_decay"} & given.keys() and given.get("recipe") != "plain":
+        values["weight_decay"] = weight_decay_for(epochs())
     if epochs() >= MANY_EPOCHS:
         values["load_best_model_at_end"] = True
     return best, values
