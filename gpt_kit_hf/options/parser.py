@@ -140,13 +140,13 @@ def _replaced(known: Mapping[str, Option], given: Mapping[str, Any]) -> set[str]
 
 def _build(kind: type[T], sections: Mapping[str, Section], values: Mapping[str, Any], positionals: Sequence[str]) -> T:
     built, recipe = {}, recipe_of(kind)
-    of_recipe: Mapping[str, Any] = {}
+    given = values
     if recipe is not None:
-        if recipe.option.name in values:
-            recipe.option.check(values[recipe.option.name])
-        of_recipe = recipe.values(values)
+        if recipe.option.name in given:
+            recipe.option.check(given[recipe.option.name])
+        values = {**recipe.values(given), **given}
     for field, section in sections.items():
-        chosen = {name: {**of_recipe, **values}.get(name, each.default) for name, each in section.options.items()}
+        chosen = {name: values.get(name, each.default) for name, each in section.options.items()}
         for name, each in section.options.items():
             if each.required and name not in values:
                 how = each.metavar if name in positionals else f"--{name} {placeholder(each)}"
@@ -156,7 +156,7 @@ def _build(kind: type[T], sections: Mapping[str, Section], values: Mapping[str, 
         return built[""]  # type: ignore[return-value]
     options = kind(**built)
     if hasattr(options, "given"):
-        options.given.update(values)
+        options.given.update(given)
     return options
 
 
