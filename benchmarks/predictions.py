@@ -37,7 +37,7 @@ from gpt_kit_hf import (
     get_encoding,
 )
 from gpt_kit_hf.model.presets import build_config
-from gpt_kit_hf.training import cost
+from gpt_kit_hf.training.needs import cost
 from gpt_kit_hf.training.runtime.memory import reuse_freed_memory
 
 # Layers, width, heads, context, batch, micro-batch, optimizer, encoding, steps.
