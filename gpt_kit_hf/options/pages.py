@@ -51,7 +51,7 @@ def title(section: Section) -> str:
     return (section.kind.__doc__ or "").splitlines()[0].rstrip(".")
 
 
-def sections_shown(kind: type) -> Mapping[str, Section]:
+def _sections_shown(kind: type) -> Mapping[str, Section]:
     """Return the sections of a command's options, with its recipe and the defaults that this sets."""
     sections, recipe = sections_of(kind), recipe_of(kind)
     if recipe is None:
@@ -66,10 +66,9 @@ def sections_shown(kind: type) -> Mapping[str, Section]:
     return {**sections, recipe.section: dataclasses.replace(section, options=options)}
 
 
-def help_page(
-    prog: str, about: str, sections: Mapping[str, Section], general: Iterable[Option], positionals: tuple[str, ...]
-) -> str:
+def help_page(prog: str, about: str, kind: type, general: Iterable[Option]) -> str:
     """Return what `--help` prints: every option, by option class."""
+    sections, positionals = _sections_shown(kind), getattr(kind, "positionals", ())
     known = {name: each for section in sections.values() for name, each in section.options.items()}
     named = [_positional(known[name]) for name in positionals]
     lines = [f"usage: {' '.join([prog, *named, '[--name value ...]'])}", "", *_wrapped(about, _width())]
@@ -121,24 +120,23 @@ def config_page(prog: str, kind: type, values: Mapping[str, Any]) -> str:
     import yaml
 
     recipe = recipe_of(kind)
-    of_recipe = {} if recipe is None else recipe.values(values)
+    by_recipe = {} if recipe is None else {n: v for n, v in recipe.values(values).items() if n not in values}
+    chosen = {**by_recipe, **values}
     lines = [f"# All options of {prog}. Use this file with --config FILE."]
-    for section in sections_shown(kind).values():
+    for section in _sections_shown(kind).values():
         lines += ["", *_wrapped(f"=== {title(section)}.", 100, "# ")]
         for each in section.options.values():
             lines += ["", *_wrapped(explanation(each), 100, "# ")]
-            value = {each.name: values.get(each.name, None if each.required else each.default)}
-            if by_recipe := each.name in of_recipe and each.name not in values:
-                value = {each.name: of_recipe[each.name]}
+            value = {each.name: chosen.get(each.name, None if each.required else each.default)}
             flow = None if isinstance(value[each.name], list) else False  # a list in one line
             line = yaml.safe_dump(value, allow_unicode=True, default_flow_style=flow, width=2**31).rstrip("\n")
-            lines.append(f"# {line}" if by_recipe else line)
+            lines.append(f"# {line}" if each.name in by_recipe else line)
     return "\n".join([*lines, ""])
 
 
 def options_table(kind: type) -> str:
     """Return the options of a command as Markdown tables, a table for each option class."""
-    sections = sections_shown(kind)
+    sections = _sections_shown(kind)
     positionals = getattr(kind, "positionals", ())
     training = "training" in sections
     lines: list[str] = []

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from gpt_kit_hf.errors import UsageError, one_line, unknown_name
 from gpt_kit_hf.options.declare import Option, Section, recipe_of, sections_of
-from gpt_kit_hf.options.pages import config_page, help_page, placeholder, sections_shown
+from gpt_kit_hf.options.pages import config_page, help_page, placeholder
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ def parse_options(kind: type[T], arguments: Sequence[str], *, prog: str, about: 
     general = {each.name: each for each in (_HELP, _CONFIG, _PRINT_CONFIG)}
     positionals: tuple[str, ...] = getattr(kind, "positionals", ())
     if "--help" in arguments or "-h" in arguments:
-        sys.stdout.write(help_page(prog, about, sections_shown(kind), general.values(), positionals))
+        sys.stdout.write(help_page(prog, about, kind, general.values()))
         raise SystemExit(0)
     given = _from_command_line(arguments, {**known, **general}, positionals)
     values = dict(given)

@@ -63,8 +63,9 @@ def _recipe_values(given: Mapping[str, Any]) -> dict[str, Any]:
 def _fast(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the recipe `fast` for the vocabulary that the options tell of: if they do not, it is a large one."""
     size = DEFAULT_VOCAB_SIZE
+    # What a model has learned is changed as slowly as the embeddings of few ids.
     if given.get("model_name_or_path") or given.get("encoding") == "bytes":
-        size = 0  # what a model has learned is not changed fast
+        size = 0
     elif given.get("encoding", TRAINED_BPE) == TRAINED_BPE and isinstance(given.get("vocab_size"), int):
         size = given["vocab_size"]
     return recipe_options("fast", vocab_size=size)
@@ -242,7 +243,8 @@ def changed_options(stored: Mapping[str, Any], options: OptionsOfRun, run: Path)
         remedy = "name another output_dir"
         if None not in names:
             remedy = f"allow it by --allow_changes {' '.join(map(str, names))}"
-        if changed.get("optimizer.optimizer") == ["adamw", "muon"]:
+        by_recipe = isinstance(options, RunOptions) and "optimizer" not in options.given
+        if by_recipe and changed.get("optimizer.optimizer") == ["adamw", "muon"]:
             remedy = f"for AdamW's defaults give --recipe plain, or {remedy}"
         raise UsageError(
             f"cannot resume {str(run)!r} with other options ({listed}): give them as they were, or {remedy}"

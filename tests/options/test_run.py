@@ -75,6 +75,14 @@ def test_a_change_is_free_or_allowed_or_refused() -> None:
         changed_options(stored, run(batch_size=8, learning_rate=0.1, resume=True, allow_changes="learning_rate"), RUN)
 
 
+def test_the_recipe_of_a_run_of_before_is_named() -> None:
+    stored = flat_options(run(recipe="plain"))
+    with pytest.raises(UsageError, match=r"give them as they were, or for AdamW's defaults give --recipe plain, or"):
+        changed_options(stored, run(), RUN)
+    with pytest.raises(UsageError, match=r"give them as they were, or name another output_dir$"):
+        changed_options(stored, run(optimizer="muon"), RUN)
+
+
 def test_other_text_needs_the_name_text_alone() -> None:
     stored = flat_options(run())
     with pytest.raises(
