@@ -14,11 +14,10 @@ import measure
 import scaling
 import studies
 import torch
+from recipes import FAST
 
-from gpt_kit_hf import ModelOptions, OptimizerOptions
-from gpt_kit_hf.options.training import recipe_options
+from gpt_kit_hf import ModelOptions
 
-FAST = OptimizerOptions(**recipe_options("fast", vocab_size=studies.BYTES))
 MODEL = ModelOptions(model="modern-xs", n_layer=4, n_head=4, n_embd=128, max_position_embeddings=128)
 
 

@@ -53,6 +53,16 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return written(tmp_path_factory.mktemp("large") / "text.txt", 16_000)
 
 
+def of_cost(timing: Timing, shape: tuple[int, int, int], batch_size: int, seconds: float, peak: int = 1) -> Candidate:
+    """Return a shape whose step takes so much."""
+    layers, heads, width = shape
+    return Candidate(
+        layers=layers, heads=heads, width=width, parameters=timing.parameters(shape), batch_size=batch_size,
+        layer_parameters=layer_parameters(layers, width), context=timing.context,
+        cost=StepCost(seconds=seconds, peak_bytes=peak),
+    )  # fmt: skip
+
+
 @pytest.fixture
 def instant(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
     """Steps take what their parameters need at 1e11 operations a second; returned are the shapes that were timed."""
@@ -60,13 +70,8 @@ def instant(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
 
     def candidate(self: Timing, shape: tuple[int, int, int], batch_size: int) -> Candidate:
         timed.append(shape)
-        layers, heads, width = shape
-        parameters, size = self.parameters(shape), layer_parameters(layers, width)
-        return Candidate(
-            layers=layers, heads=heads, width=width, parameters=parameters, layer_parameters=size,
-            batch_size=batch_size, context=self.context,
-            cost=StepCost(seconds=6 * parameters * batch_size * self.context / 1e11, peak_bytes=16 * parameters),
-        )  # fmt: skip
+        parameters = self.parameters(shape)
+        return of_cost(self, shape, batch_size, 6 * parameters * batch_size * self.context / 1e11, 16 * parameters)
 
     monkeypatch.setattr(Timing, "candidate", candidate)
     return timed
@@ -222,16 +227,11 @@ def test_a_text_is_not_read_for_ever(text: Path, instant: list[tuple[int, int, i
 def test_slow_steps_are_not_timed(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of the smallest shape takes three seconds: that of larger ones follows from it."""
     timed = []
-    measured = StepCost(seconds=3.0, peak_bytes=1_000_000)
 
     def candidate(self: Timing, shape: tuple[int, int, int], batch_size: int) -> Candidate:
         timed.append(shape)
-        layers, heads, width = shape
-        cost = replace(measured, seconds=3.0 * self.parameters(shape) / self.parameters(candidates.SHAPES[0]))
-        return Candidate(
-            layers=layers, heads=heads, width=width, parameters=self.parameters(shape), batch_size=batch_size,
-            layer_parameters=layer_parameters(layers, width), context=self.context, cost=cost,
-        )  # fmt: skip
+        seconds = 3.0 * self.parameters(shape) / self.parameters(candidates.SHAPES[0])
+        return of_cost(self, shape, batch_size, seconds, 1_000_000)
 
     monkeypatch.setattr(Timing, "candidate", candidate)
     made = plan.make_plan(options(large, "200s", "--batch_size=8"), print)
@@ -314,11 +314,7 @@ def second(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float | None, float | 
 
     def candidate(self: Timing, shape: tuple[int, int, int], batch_size: int) -> Candidate:
         timed.append((self.model.dropout, self.model.attn_pdrop))
-        return Candidate(
-            layers=shape[0], heads=shape[1], width=shape[2], parameters=self.parameters(shape),
-            layer_parameters=layer_parameters(shape[0], shape[2]), batch_size=batch_size, context=self.context,
-            cost=StepCost(seconds=2.0 if self.model.dropout else 1.0, peak_bytes=1),
-        )  # fmt: skip
+        return of_cost(self, shape, batch_size, 2.0 if self.model.dropout else 1.0)
 
     monkeypatch.setattr(Timing, "candidate", candidate)
     return timed

@@ -90,7 +90,8 @@ def measure_cost(
     """
     probe = Probe(model, optimizer, rows, autocast, accumulates=micro_steps > 1)
     memory = probe.memory(micro_batch_size)
-    seconds = _fastest(lambda: probe.seconds(rows(micro_batch_size)))
+    batch = rows(micro_batch_size)
+    seconds = _fastest(lambda: probe.seconds(batch))
     memory = probe.measured(memory)
     return StepCost(
         seconds=micro_steps * seconds.micro_batch + seconds.update, peak_bytes=memory.weights + memory.added

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -53,6 +53,7 @@ class Choice:
         self, training: TrainingOptions, budget: Budget, facts: CorpusFacts, timing: Timing, device: torch.device
     ) -> None:
         self._training, self._budget, self._facts, self._timing = training, budget, facts, timing
+        self._keeping_best = replace(training, load_best_model_at_end=True)  # which evaluates each checkpoint
         self._device, self._context = device, timing.context
         tokens = _STEP_TOKENS if device.type == "cpu" else _STEP_TOKENS_OF_A_GPU
         self.first_batch_size = max(1, tokens // self._context)
@@ -102,12 +103,9 @@ class Choice:
             candidate = other
         return candidate
 
-    def with_dropout(self, candidate: Candidate, dropout: float) -> Candidate:
-        """Return the candidate with the time that it takes with dropout; its later timings have it, too."""
-        model = self._timing.model
-        # Without dropout of attention, which has no fast kernel on a CPU.
-        attention = 0.0 if model.attn_pdrop is None else model.attn_pdrop
-        self._timing = replace(self._timing, model=replace(model, dropout=dropout, attn_pdrop=attention))
+    def with_model(self, candidate: Candidate, **options: Any) -> Candidate:
+        """Return the candidate with the time of a model with these options; its later timings have them, too."""
+        self._timing = replace(self._timing, model=replace(self._timing.model, **options))
         return self._timed(candidate.shape, candidate.batch_size) or candidate
 
     def compiled(self, candidate: Candidate, wanted: bool | None, log: Report) -> tuple[Candidate, bool]:
@@ -153,9 +151,7 @@ class Choice:
 
     def seconds(self, candidate: Candidate, steps: int, step_tokens: int) -> float:
         """Return the time of so many steps with their evaluations."""
-        training = self._training
-        if self.epochs(steps * step_tokens) >= MANY_EPOCHS:
-            training = replace(training, load_best_model_at_end=True)  # which evaluates each checkpoint
+        training = self._keeping_best if self.epochs(steps * step_tokens) >= MANY_EPOCHS else self._training
         due = due_in(training, steps, eval_before_training=False)
         scored = min(self._training.max_eval_samples * self._context, self._facts.eval_tokens)
         evaluated = due.evaluations_after(0) * scored + self._facts.eval_tokens

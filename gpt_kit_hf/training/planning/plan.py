@@ -200,8 +200,9 @@ def _settled(
     if "dropout" not in given:
         values["dropout"] = dropout_for(epochs())
         if values["dropout"]:
-            values["attn_pdrop"] = 0.0
-            best = choice.with_dropout(best, values["dropout"])
+            # Without dropout of attention, which has no fast kernel on a CPU.
+            values["attn_pdrop"] = given.get("attn_pdrop", 0.0)
+            best = choice.with_model(best, **values)
     best, compiles = choice.compiled(best, given.get("torch_compile"), log)
     if compiles:
         values["torch_compile"] = True
