@@ -42,12 +42,12 @@ from gpt_kit_hf.training.runtime.memory import reuse_freed_memory
 
 # Layers, width, heads, context, batch, micro-batch, optimizer, encoding, steps.
 SHAPES: dict[str, tuple[int, int, int, int, int, int, str, str, int]] = {
-    "xs, bytes": (4, 128, 4, 256, 8, 8, "adamw", "bytes", 24),
-    "small, bytes": (4, 256, 4, 128, 8, 8, "adamw", "bytes", 24),
-    "small, muon": (4, 256, 4, 128, 8, 4, "muon", "bytes", 24),
-    "deep, bytes": (8, 192, 6, 128, 8, 4, "adamw", "bytes", 24),
-    "wide, short": (4, 512, 8, 64, 8, 8, "muon", "bytes", 24),
-    "gpt2's vocabulary": (2, 128, 4, 128, 8, 4, "adamw", "gpt2", 24),
+    "xs, bytes": (4, 128, 4, 256, 8, 8, "adamw", "bytes", 200),
+    "small, bytes": (4, 256, 4, 128, 8, 8, "adamw", "bytes", 120),
+    "small, muon": (4, 256, 4, 128, 8, 4, "muon", "bytes", 120),
+    "deep, bytes": (8, 192, 6, 128, 8, 4, "adamw", "bytes", 120),
+    "wide, short": (4, 512, 8, 64, 8, 8, "muon", "bytes", 100),
+    "gpt2's vocabulary": (2, 128, 4, 128, 8, 4, "adamw", "gpt2", 80),
 }
 STEPS_TAKEN = 7
 FINETUNED = {"in full": "0", "LoRA": "8"}
@@ -88,11 +88,11 @@ def made(name: str, threads: int, options: argparse.Namespace, folder: Path) -> 
     command = training(BASE, options, base)
     command[command.index("--max_steps") + 1] = "2"
     command[command.index("--max_length") + 1] = "512"
-    taken(command, threads)
+    taken([*command, "--max_position_embeddings", "512"], threads)
     return taken(
         [
             *("finetune", "--model_name_or_path", str(base), "--rows", options.rows, "--max_length", "512"),
-            *("--lora_r", FINETUNED[name], "--batch_size", "4", "--max_steps", "40"),
+            *("--lora_r", FINETUNED[name], "--batch_size", "4", "--max_steps", "60"),
             *("--output_dir", str(folder / "run"), "--report_to", "none", "--mixed_precision", "fp32"),
             *("--max_eval_samples", "32"),
         ],
