@@ -1,14 +1,16 @@
 """What dropout, weight decay and an average of the weights bring when a text is read many times.
 
-`python benchmarks/passes.py tinyshakespeare.txt` trains 4 layers of 128 on a tenth of tinyshakespeare by bytes, with
-the recipe `fast` and each of the changes below. It prints the loss on all held-out text after the last step, and that
-of the best evaluation on the way. Runs are kept in the file `--results`; those in it are not made again.
+`python benchmarks/passes.py tinyshakespeare.txt` trains 4 layers of 128, or `--shape 2 64`, on a tenth of
+tinyshakespeare by bytes, or on all of it, with the recipe `fast` and each of the changes below. It prints the loss on
+all held-out text after the last step, and that of the best evaluation on the way. Runs are kept in the file
+`--results`; those in it are not made again.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+from typing import Any
 
 import measure
 import scaling
@@ -18,24 +20,18 @@ from recipes import FAST
 
 from gpt_kit_hf import ModelOptions
 
-MODEL = ModelOptions(model="modern-xs", n_layer=4, n_head=4, n_embd=128, max_position_embeddings=128)
-
-
-def with_dropout(dropout: float, *, attention: bool) -> ModelOptions:
-    return dataclasses.replace(MODEL, dropout=dropout, attn_pdrop=dropout if attention else 0.0)
-
-
-# Model and optimizer of each run, by name.
-RUNS = {
-    "dropout 0.2": (with_dropout(0.2, attention=False), FAST),
-    "dropout 0.2, also of attention": (with_dropout(0.2, attention=True), FAST),
-    "dropout 0.1": (with_dropout(0.1, attention=False), FAST),
-    "dropout 0.3": (with_dropout(0.3, attention=False), FAST),
-    "no dropout": (MODEL, FAST),
-    "no dropout, weight decay 1": (MODEL, dataclasses.replace(FAST, weight_decay=1.0)),
-    "dropout 0.1, weight decay 1": (with_dropout(0.1, attention=False), dataclasses.replace(FAST, weight_decay=1.0)),
-    "dropout 0.2, weight decay 1": (with_dropout(0.2, attention=False), dataclasses.replace(FAST, weight_decay=1.0)),
-    "dropout 0.2, an average": (with_dropout(0.2, attention=False), dataclasses.replace(FAST, ema_decay=0.98)),
+# Options of the model and of the optimizer in each run, by name.
+RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "dropout 0.2": ({"dropout": 0.2}, {}),
+    "dropout 0.2, also of attention": ({"dropout": 0.2, "attn_pdrop": 0.2}, {}),
+    "dropout 0.1": ({"dropout": 0.1}, {}),
+    "dropout 0.3": ({"dropout": 0.3}, {}),
+    "no dropout": ({}, {}),
+    "no dropout, weight decay 0.3": ({}, {"weight_decay": 0.3}),
+    "no dropout, weight decay 1": ({}, {"weight_decay": 1.0}),
+    "dropout 0.1, weight decay 1": ({"dropout": 0.1}, {"weight_decay": 1.0}),
+    "dropout 0.2, weight decay 1": ({"dropout": 0.2}, {"weight_decay": 1.0}),
+    "dropout 0.2, an average": ({"dropout": 0.2}, {"ema_decay": 0.98}),
 }
 
 
@@ -43,25 +39,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     studies.add_options(parser, results="runs/passes.jsonl")
     parser.add_argument("--steps", type=int, nargs="+", default=[200, 400], help="3.7 and 7.3 passes")
+    parser.add_argument("--shape", type=int, nargs=2, default=[4, 128], help="layers and width")
+    parser.add_argument("--corpus", choices=["tenth", "tinyshakespeare"], default="tenth")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     results = studies.Results(options.results)
-    work = scaling.work_of("tenth", options)
+    work = scaling.work_of(options.corpus, options)
+    layers, width = options.shape
+    shape = ModelOptions(
+        model="modern-xs", n_layer=layers, n_head=max(2, width // 32), n_embd=width, max_position_embeddings=128
+    )
+    of_all = {"study": "passes", "corpus": options.corpus, "shape": options.shape}
     for steps in options.steps:
         for seed in options.seeds:
             for name in options.runs:
-                facts = {"study": "passes", "run": name, "steps": steps, "seed": seed}
+                facts = {**of_all, "run": name, "steps": steps, "seed": seed}
                 if not results.find(**facts):
-                    model, optimizer = RUNS[name]
+                    of_model, of_optimizer = RUNS[name]
+                    model = dataclasses.replace(shape, **{"attn_pdrop": 0.0, **of_model})
+                    optimizer = dataclasses.replace(FAST, **of_optimizer)
                     found = studies.trained(work, model, steps, seed, steps // 8, optimizer)
                     results.add(facts, found)
-        report(results, steps)
+        report(results, steps, of_all)
 
 
-def report(results: studies.Results, steps: int) -> None:
+def report(results: studies.Results, steps: int, of_all: dict[str, Any]) -> None:
     """Print the losses of the runs of so many steps, the best first."""
-    found = sorted(results.find(study="passes", steps=steps), key=lambda run: run["loss"])
+    found = sorted(results.find(**of_all, steps=steps), key=lambda run: run["loss"])
     rows = [
         [run["run"], run["seed"], f"{run['loss']:.4f}", f"{min(loss for _, loss in run['curve']):.4f}"]
         for run in found

@@ -1,9 +1,10 @@
 """The law of `gpt-kit plan`: bits per byte by the size of the model, the length of training and the size of the text.
 
 `python benchmarks/scaling.py tinyshakespeare.txt` makes the runs that its results lack, modern shapes with the recipe
-`fast`, and fits the constants of `gpt_kit_hf/training/planning/law.py` to all of them: least squares of the
-relative error. It prints the constants, the standard deviation of the residuals, which is the uncertainty of a
-plan, and each run beside what the law says. One thread (`--threads 1`) is enough; the runs then take 40 minutes.
+`fast`, and fits the constants of `gpt_kit_hf/training/planning/law.py` to them and to the runs of `sweep.py`, if
+`sweep.jsonl` lies beside the results: least squares of the relative error. It prints the constants, the error for a
+text without whose runs they are fitted, which is the uncertainty of a plan, and each run beside what the law says. One
+thread (`--threads 1`) is enough; the runs then take 40 minutes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import pydoc_data.topics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,46 +26,45 @@ from gpt_kit_hf import EncodingOptions, ModelOptions, OptimizerOptions, TextOpti
 from gpt_kit_hf.data.text.corpus import prepare_corpus
 from gpt_kit_hf.evaluation.metrics import gzip_bits_per_byte, token_byte_lengths
 from gpt_kit_hf.options.training import recipe_options
-from gpt_kit_hf.training.planning.choice import dropout_for
+from gpt_kit_hf.training.planning.choice import dropout_for, weight_decay_for
+from gpt_kit_hf.training.planning.corpus_facts import NEAR_BITS
 from gpt_kit_hf.training.planning.law import Law, layer_parameters
 
-# The recipe, with the rate of the matrices that it had when the first runs were made.
-OPTIMIZERS = {
-    size: OptimizerOptions(**{**recipe_options("fast", vocab_size=size), "muon_learning_rate": 8e-3})
-    for size in (studies.BYTES, studies.BPE)
-}
-# Text, layers, width, steps. Parts of tinyshakespeare are read many times, with the dropout of a plan.
+# Steps from which on a run is fitted: as many as a plan makes at least.
+_FEWEST_STEPS = 150
+# Text, layers, width, steps. Parts of tinyshakespeare are read many times, with dropout and weight decay of a plan.
 RUNS = [
-    ("tinyshakespeare", 2, 64, 100),
     ("tinyshakespeare", 2, 64, 400),
     ("tinyshakespeare", 2, 64, 1600),
-    ("tinyshakespeare", 4, 128, 100),
     ("tinyshakespeare", 4, 128, 400),
     ("tinyshakespeare", 4, 128, 1200),
-    ("tinyshakespeare", 4, 256, 60),
     ("tinyshakespeare", 4, 256, 230),
     ("tenth", 4, 128, 200),
     ("tenth", 4, 128, 400),
     ("tenth", 4, 128, 800),
     ("tenth", 2, 64, 400),
     ("tenth", 2, 64, 800),
-    ("fortieth", 2, 64, 50),
-    ("fortieth", 2, 64, 100),
     ("fortieth", 2, 64, 200),
     ("fortieth", 2, 64, 400),
-    ("fortieth", 4, 128, 100),
     ("fortieth", 4, 128, 200),
-    ("python-stdlib", 2, 64, 100),
     ("python-stdlib", 2, 64, 400),
-    ("python-stdlib", 4, 128, 100),
     ("python-stdlib", 4, 128, 300),
     ("python-stdlib", 4, 256, 150),
+    ("torch-headers", 2, 64, 400),
+    ("torch-headers", 4, 128, 300),
+    ("python-topics", 2, 64, 400),
+    ("python-topics", 4, 128, 300),
 ]
 PARTS = {"tenth": 10, "fortieth": 40}
+# Texts of installed packages: C++ headers, English documentation.
+PACKAGED = {
+    "torch-headers": Path(torch.__file__).parent / "include" / "torch" / "csrc",
+    "python-topics": Path(pydoc_data.topics.__file__),
+}
 # What the law is made of, and where its other constants are looked for. The two powers are those of Hoffmann et al.
 # 2022, section 3.3: the runs here are too small to tell them. Left free they fit little better, and extrapolate badly.
 FACTORS = ("floor", "size", "length")
-BOUNDS = {"gzip_power": (0.0, 1.5), "size_power": (0.34, 0.34), "length_power": (0.28, 0.28), "repeats": (1.0, 40.0)}
+BOUNDS = {"gzip_power": (0.0, 1.5), "size_power": (0.34, 0.34), "length_power": (0.28, 0.28), "repeats": (0.3, 40.0)}
 FREE = len(FACTORS) + sum(low < high for low, high in BOUNDS.values())
 
 
@@ -82,10 +84,39 @@ def main() -> None:
         if options.corpora is not None and corpus not in options.corpora:
             continue
         facts = {"study": "scaling", "corpus": corpus, "layers": layers, "width": width, "steps": steps}
-        if not results.find(**facts):
+        if not any(map(as_planned, results.find(**facts))):
             results.add(facts, run(corpus, layers, width, steps, options))
-    # A plan has other dropout for many epochs.
-    report([run for run in results.find(study="scaling") if run.get("dropout", 0.0) == dropout_for(epochs(run))])
+    report([*filter(as_planned, [*results.find(study="scaling"), *of_sweeps(results)])])
+
+
+def as_planned(run: dict[str, Any]) -> bool:
+    """Return whether a run is one that a plan could make."""
+    of_text = (epochs(run), run["layer_parameters"] / run["text_tokens"])
+    chosen = (dropout_for(*of_text), weight_decay_for(*of_text))
+    return run["steps"] >= _FEWEST_STEPS and (run["dropout"], run["weight_decay"]) == chosen
+
+
+def of_sweeps(results: studies.Results) -> Iterator[dict[str, Any]]:
+    """Yield the runs of `sweep.py`, whose results lie beside those of this study, but for those of other rates."""
+    sweeps = studies.Results(str(results.file.with_name("sweep.jsonl")))
+    for plan in sweeps.find(study="plan"):
+        for run in sweeps.find(study="sweep", text=plan["text"], budget=plan["budget"], seed=plan["seed"]):
+            values = {**plan["values"], **run["changed"]}
+            if not {"learning_rate", "muon_learning_rate", "encoding"} & run["changed"].keys():
+                layers, width, steps = values["n_layer"], values["n_embd"], run["steps"]
+                yield {
+                    "corpus": run["text"],
+                    "layers": layers,
+                    "width": width,
+                    "steps": steps,
+                    "bits_per_byte": run["bits_per_byte"],
+                    "gzip_near": plan["gzip_near"],
+                    "text_tokens": plan["text_tokens"],
+                    "seen_tokens": steps * values["batch_size"] * values["max_length"],
+                    "layer_parameters": layer_parameters(layers, width),
+                    "dropout": values["dropout"],
+                    "weight_decay": values["weight_decay"],
+                }
 
 
 def run(corpus: str, layers: int, width: int, steps: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -96,26 +127,36 @@ def run(corpus: str, layers: int, width: int, steps: int, options: argparse.Name
     counts = read.train.counts(encoding.n_vocab)
     bytes_per_token = float(counts @ token_byte_lengths(encoding) / counts.sum())
     seen = steps * work.batch * work.context
-    dropout = dropout_for(seen / len(read.train))
+    of_text = (seen / len(read.train), layer_parameters(layers, width) / len(read.train))
+    dropout, decay = dropout_for(*of_text), weight_decay_for(*of_text)
     heads = width // 32 if width < 256 else width // 64
     model = ModelOptions(
         model="modern-xs", n_layer=layers, n_head=heads, n_embd=width, max_position_embeddings=work.context,
         dropout=dropout,
     )  # fmt: skip
-    found = studies.trained(work, model, steps, 0, optimizer=OPTIMIZERS[work.vocabulary])
+    optimizer = OptimizerOptions(**recipe_options("fast", vocab_size=work.vocabulary), weight_decay=decay)
+    found = studies.trained(work, model, steps, 0, optimizer=optimizer)
     return {
         **{name: found[name] for name in ("loss", "bits_per_byte", "parameters", "versions")},
-        "gzip": gzip_bits_per_byte(read.eval, encoding),
+        "gzip_near": gzip_bits_per_byte(read.eval, encoding, window_bits=NEAR_BITS),
         "bytes_per_token": bytes_per_token,
         "text_tokens": len(read.train),
         "seen_tokens": seen,
         "layer_parameters": layer_parameters(layers, width),
         "dropout": dropout,
+        "weight_decay": decay,
     }
 
 
 def work_of(corpus: str, options: argparse.Namespace) -> studies.Work:
     """Return a corpus by name; what is held out of a part of tinyshakespeare is from elsewhere in it."""
+    if corpus in PACKAGED:
+        bpe = corpus == "torch-headers"
+        return studies.Work(
+            TextOptions(text_files=[str(PACKAGED[corpus])], eval_fraction=0.1),
+            EncodingOptions(encoding="bpe", vocab_size=studies.BPE) if bpe else EncodingOptions(encoding="bytes"),
+            studies.BPE if bpe else studies.BYTES, 256, 8,
+        )  # fmt: skip
     if corpus not in PARTS:
         context, batch = (256, 8) if corpus == "python-stdlib" else (128, 16)
         return studies.work_of(corpus, options, context, batch, 0.05 if corpus == "python-stdlib" else 0.1)
@@ -135,6 +176,10 @@ def report(runs: list[dict[str, Any]]) -> None:
     law = fitted(runs)
     errors = [math.log(said(law, run) / run["bits_per_byte"]) for run in runs]
     deviation = math.sqrt(sum(error**2 for error in errors) / max(1, len(errors) - FREE))
+    unseen = list[float]()  # errors of the law for a text without whose runs it is fitted
+    for text in sorted(set(map(text_of, runs))):
+        without = fitted([run for run in runs if text_of(run) != text])
+        unseen += [math.log(said(without, run) / run["bits_per_byte"]) for run in runs if text_of(run) == text]
     rows = [
         [
             run["corpus"], f"{run['layers']} x {run['width']}", run["steps"],
@@ -146,10 +191,16 @@ def report(runs: list[dict[str, Any]]) -> None:
     measure.show(rows, ["text", "shape", "steps", "epochs", "bits per byte", "by the law", "error"])
     print(law)
     print(f"standard deviation of the residuals: {deviation:.4f}")
+    print(f"root mean square for a text without whose runs the law is fitted: {np.sqrt(np.square(unseen).mean()):.4f}")
+
+
+def text_of(run: dict[str, Any]) -> str:
+    """Return the name of the text of a run, that of the whole if it is a part."""
+    return "tinyshakespeare" if run["corpus"] in PARTS else Path(run["corpus"]).stem
 
 
 def said(law: Law, run: dict[str, Any]) -> float:
-    return law.bits_per_byte(run["gzip"], **run_of(run))
+    return law.bits_per_byte(run["gzip_near"], **run_of(run))
 
 
 def epochs(run: dict[str, Any]) -> float:
@@ -181,7 +232,7 @@ def with_factors(powers: dict[str, float], runs: list[dict[str, Any]]) -> tuple[
     """Return the law with these powers and the best factors, none of them negative, and its mean squared error."""
     one = Law(**powers, **dict.fromkeys(FACTORS, 1.0))
     terms = np.array([one.terms(**run_of(run)) for run in runs])  # (runs, factors)
-    wanted = np.array([run["bits_per_byte"] / run["gzip"] ** powers["gzip_power"] for run in runs])
+    wanted = np.array([run["bits_per_byte"] / run["gzip_near"] ** powers["gzip_power"] for run in runs])
     kept = list(range(len(FACTORS)))
     while True:
         factors, *_ = np.linalg.lstsq(terms[:, kept] / wanted[:, None], np.ones(len(runs)), rcond=None)

@@ -31,7 +31,8 @@ from gpt_kit_hf.training.planning.plan import make_plan
 from gpt_kit_hf.training.runtime.compilation import compile_blocks
 
 PLAN = "the plan"
-_NOT_OF_THE_TIME = {"learning_rate", "muon_learning_rate"}  # options that do not change what a step takes
+# Options that do not change what a step takes.
+_NOT_OF_THE_TIME = {"learning_rate", "muon_learning_rate", "weight_decay"}
 
 
 def main() -> None:
@@ -71,6 +72,7 @@ def planned(facts: dict[str, Any], options: argparse.Namespace, results: studies
         arguments += ["--eval_files", *options.eval_files] if options.eval_files else []
         plan = make_plan(parse_options(RunOptions, arguments, prog="sweep"), print)
         found = {"values": plan.values, "expected": plan.bits_per_byte, "seconds": plan.seconds}
+        found |= {"gzip_near": plan.facts.gzip_near, "text_tokens": plan.facts.tokens}
         results.add(of_plan, {**found, "threads": options.threads, "machine": measure.machine(options.device)})
     return results.find(**of_plan)[0]
 
@@ -136,6 +138,8 @@ CHANGES: dict[str, Callable[[Values], Values]] = {
     "twice the context": context(2),
     "dropout 0.1 more": lambda values: {"dropout": values["dropout"] + 0.1, "attn_pdrop": 0.0},
     "dropout 0.1 less": lambda values: {"dropout": max(0.0, values["dropout"] - 0.1)},
+    "a tenth of the weight decay": times("weight_decay", 0.1),
+    "ten times the weight decay": times("weight_decay", 10.0),
     "other tokens": vocabulary,
 }
 

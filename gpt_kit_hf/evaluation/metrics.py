@@ -196,10 +196,15 @@ def byte_counts(counts: _Ints, encoding: tiktoken.Encoding) -> npt.NDArray[np.fl
     return totals
 
 
-def gzip_bits_per_byte(stream: TokenStream, encoding: tiktoken.Encoding) -> float:
-    """Return the bits per byte of the stream's text, compressed by gzip at level 9."""
+def gzip_bits_per_byte(
+    stream: TokenStream, encoding: tiktoken.Encoding, *, window_bits: int = zlib.MAX_WBITS
+) -> float:
+    """Return the bits per byte of the stream's text, compressed by gzip at level 9.
+
+    It finds what stands up to 2**window_bits bytes before, at most 32 KB; `gzip -9` looks so far.
+    """
     end = encoding.encode_single_token(EOS_TOKEN)
-    packer = zlib.compressobj(9, wbits=zlib.MAX_WBITS | 16)  # 16 asks for the gzip format
+    packer = zlib.compressobj(9, wbits=window_bits | 16)  # 16 asks for the gzip format
     packed = text_bytes = 0
     for first in range(0, len(stream), 1 << 20):
         ids = stream.read(first, min(first + (1 << 20), len(stream)))

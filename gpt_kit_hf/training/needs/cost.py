@@ -69,10 +69,14 @@ class StepSeconds:
 
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
-    """What an optimizer step takes: `seconds`, and `peak_bytes` with the weights, but without the process's code."""
+    """What an optimizer step takes: `seconds`, and `peak_bytes` with the weights, but without the process's code.
+
+    `state_bytes` are those of the optimizer's state.
+    """
 
     seconds: float
     peak_bytes: int
+    state_bytes: int
 
 
 def measure_cost(
@@ -94,7 +98,9 @@ def measure_cost(
     seconds = _fastest(lambda: probe.seconds(batch))
     memory = probe.measured(memory)
     return StepCost(
-        seconds=micro_steps * seconds.micro_batch + seconds.update, peak_bytes=memory.weights + memory.added
+        seconds=micro_steps * seconds.micro_batch + seconds.update,
+        peak_bytes=memory.weights + memory.added,
+        state_bytes=memory.state,
     )
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from gpt_kit_hf.options.training import Intervals, TrainingOptions
 
+_LOGGED_BYTES = 500  # of the lines of metrics.jsonl of a step
+
 
 @dataclass(frozen=True, kw_only=True)
 class Due:
@@ -61,6 +63,18 @@ def due_in(chosen: TrainingOptions, total: int, *, eval_before_training: bool) -
         eval_before_training=eval_before_training,
         evaluates_saved=chosen.best_kept > 0,
     )
+
+
+def disk_bytes(
+    chosen: TrainingOptions, due: Due, *, checkpoint: int, published: int, done: int = 0, there: int = 0
+) -> int:
+    """Return by how many bytes the files of a run grow at most after `done` steps.
+
+    `checkpoint` are the bytes of a checkpoint, of which `there` exist, and `published` those of the model.
+    """
+    most = chosen.save_total_limit + chosen.best_kept + 1  # one more while it is written
+    new = max(0, min(there + due.saves_after(done), most) - there)
+    return new * checkpoint + published + (due.total - done) * _LOGGED_BYTES
 
 
 def _multiples(interval: int, after: int, before: int) -> range:

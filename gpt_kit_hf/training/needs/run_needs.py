@@ -19,7 +19,7 @@ from gpt_kit_hf.options.run import OptionsOfRun
 from gpt_kit_hf.storage.checkpoints import checkpoint_step, list_checkpoints
 from gpt_kit_hf.text import duration, file_size
 from gpt_kit_hf.training.needs.cost import Autocast, Probe, StepMemory, StepSeconds
-from gpt_kit_hf.training.needs.due import Due
+from gpt_kit_hf.training.needs.due import Due, disk_bytes
 from gpt_kit_hf.training.runtime.available_memory import memory_left
 from gpt_kit_hf.training.runtime.compilation import is_compiled
 from gpt_kit_hf.training.state.host_copies import WRITING
@@ -32,9 +32,8 @@ from gpt_kit_hf.training.task import RunContext, Task, decide_on_main
 _FEW_STEPS = 20
 # Rows of a pass without gradients that is timed.
 _ROWS_EVALUATED = 4
-# Bytes of a checkpoint that are written, flushed and hashed in a second, and lines of metrics.jsonl of a step.
+# Bytes of a checkpoint that are written, flushed and hashed in a second.
 _SAVED_PER_SECOND = 2e8
-_LOGGED_BYTES = 500
 # On a CPU: how much more the allocator takes for the passes after a while than for the first ones, and the code and
 # data that evaluations, samples, checkpoints and the curve load (benchmarks/README.md).
 _HEAP_GROWTH, _LOADED_LATER = 0.1, 36_000_000
@@ -266,10 +265,15 @@ class _Measurement:
         )
         checkpoint = parts * (weights + memory.state + self._average)
         there = len(list_checkpoints(self._folder)) if self._checkpoint is not None else 0
-        # One more while it is written.
-        most = self._chosen.save_total_limit + self._chosen.best_kept + 1
-        new = max(0, min(there + self._due.saves_after(self._done), most) - there)
-        return checkpoint, new * checkpoint + self._published_bytes() + self._left * _LOGGED_BYTES
+        grows = disk_bytes(
+            self._chosen,
+            self._due,
+            checkpoint=checkpoint,
+            published=self._published_bytes(),
+            done=self._done,
+            there=there,
+        )
+        return checkpoint, grows
 
     def _published_bytes(self) -> int:
         whole = 4 * int(self._model.num_parameters())

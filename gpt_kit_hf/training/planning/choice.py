@@ -26,8 +26,9 @@ _STEP_TOKENS, _STEP_TOKENS_OF_A_GPU = 2048, 16_384
 _FEW_STEPS, _MANY_STEPS = 150, 4000  # outside of these a step has fewer or more tokens
 _WORSE_IN_A_ROW = 2  # larger shapes that are worse, after which none is tried any more
 _FORWARD = 1 / 3  # of the time of a step: an evaluation has no backward pass
-# Parameters of the blocks for each token of text; the law was measured up to 28.
-_PARAMETERS_PER_TOKEN = 32
+# Parameters of the blocks for each token of text: the most, where the law was measured up to 28, and those from which
+# on a model can learn the text by heart. Smaller ones only lose by dropout and a strong weight decay.
+_PARAMETERS_PER_TOKEN, _MANY_PARAMETERS = 32, 1
 # Steps that timing a shape takes, and the share of a budget in seconds, or the seconds, that this may take.
 _TIMED_STEPS, _TIMED_SHARE, _TIMED_SECONDS = 4, 0.03, 10.0
 # Seconds of a run on a CPU for which compiled blocks are tried, and the share of the time that they must save.
@@ -36,14 +37,19 @@ MANY_EPOCHS = 4  # passes over the text, after which a model may know it by hear
 _BYTES_PER_PARAMETER = 16  # weights, gradients and two means of them, in fp32
 
 
-def dropout_for(epochs: float) -> float:
-    """Return the dropout for a number of passes over the text (benchmarks/passes.py)."""
+def dropout_for(epochs: float, parameters_per_token: float) -> float:
+    """Return the dropout for a number of passes over the text, and of the blocks' parameters for each of its tokens.
+
+    Measured by benchmarks/passes.py, as is the weight decay.
+    """
+    if parameters_per_token < _MANY_PARAMETERS:
+        return 0.0
     return 0.2 if epochs >= 10 else 0.1 if epochs >= 5 else 0.0
 
 
-def weight_decay_for(epochs: float) -> float:
-    """Return the weight decay for a number of passes over the text, with the recipe `fast` (benchmarks/passes.py)."""
-    return 1.0 if epochs >= 3 else 0.1
+def weight_decay_for(epochs: float, parameters_per_token: float) -> float:
+    """Return the weight decay with the recipe `fast`, by the same."""
+    return 1.0 if epochs >= 3 and parameters_per_token >= _MANY_PARAMETERS else 0.1
 
 
 class Choice:
@@ -94,8 +100,10 @@ class Choice:
 
     def settled(self, candidate: Candidate, *, any_batch_size: bool) -> Candidate:
         """Return the chosen candidate, timed, if any batch will do with one of neither few steps nor very many."""
-        if not candidate.timed:
-            candidate = self._timed(candidate.shape, candidate.batch_size) or candidate
+        # All steps of the plan follow from this time; of two the faster counts, as other programs delay some.
+        again = self._timed(candidate.shape, candidate.batch_size)
+        if again is not None and not (candidate.timed and candidate.cost.seconds < again.cost.seconds):
+            candidate = again
         for _ in range(4 if any_batch_size else 0):  # a GPU takes less time for a token of a larger batch
             wanted = self._batch_size(candidate)
             if wanted == candidate.batch_size or (other := self._timed(candidate.shape, wanted)) is None:
@@ -145,6 +153,10 @@ class Choice:
             low, high = (middle, high) if self.seconds(candidate, middle, step_tokens) <= amount else (low, middle)
         return low
 
+    def parameters_per_token(self, candidate: Candidate) -> float:
+        """Return the parameters of the blocks for each token of the text."""
+        return candidate.layer_parameters / self._facts.tokens
+
     def epochs(self, tokens: int) -> float:
         """Return how often the text is read by a run of so many tokens."""
         return tokens / self._facts.tokens
@@ -159,7 +171,7 @@ class Choice:
 
     def bits(self, candidate: Candidate, times: float = 1.0, text: float = 1.0) -> float:
         """Return the bits per byte that the law expects of `times` the budget and `text` times the text."""
-        return LAW.bits_per_byte(self._facts.gzip, **self._run(candidate, times, text))
+        return LAW.bits_per_byte(self._facts.gzip_near, **self._run(candidate, times, text))
 
     # --- a candidate
 

@@ -12,6 +12,7 @@ from gpt_kit_hf.data.text.tokens.token_stream import TokenStream
 from gpt_kit_hf.evaluation.metrics import gzip_bits_per_byte, token_byte_lengths
 
 _BLOCK = 1 << 20  # tokens
+NEAR_BITS = 10  # of gzip with a window of 1 KB
 _LOOKED_AT = 1 << 26  # tokens of the training text in which lines are compared
 _LONG_LINE = 32  # bytes of a line whose repetition is no accident
 
@@ -20,7 +21,9 @@ _LONG_LINE = 32  # bytes of a line whose repetition is no accident
 class CorpusFacts:
     """Sizes of a text without what is held out, the bits per byte of gzip on what is, and the share that repeats.
 
-    `repeated` is the share of the bytes in lines that stand earlier in the text, of lines of 32 bytes and more.
+    `gzip_near` is that of gzip with a window of 1 KB: small models read about as much at once, and cannot copy from
+    farther back either. `repeated` is the share of the bytes in lines that stand earlier in the text, of lines of 32
+    bytes and more.
     """
 
     documents: int
@@ -28,6 +31,7 @@ class CorpusFacts:
     text_bytes: int
     eval_tokens: int
     gzip: float
+    gzip_near: float
     repeated: float
 
 
@@ -40,6 +44,7 @@ def corpus_facts(corpus: Corpus) -> CorpusFacts:
         text_bytes=max(1, int(corpus.train.counts(corpus.encoding.n_vocab) @ lengths)),
         eval_tokens=len(corpus.eval),
         gzip=gzip_bits_per_byte(corpus.eval, corpus.encoding),
+        gzip_near=gzip_bits_per_byte(corpus.eval, corpus.encoding, window_bits=NEAR_BITS),
         repeated=repeated_share(corpus.train, corpus.encoding),
     )
 

@@ -22,6 +22,7 @@ from gpt_kit_hf.options.run import RunOptions
 from gpt_kit_hf.options.training import AUTO, OptimizerOptions, recipe_options
 from gpt_kit_hf.storage.atomic_files import Report
 from gpt_kit_hf.text import short
+from gpt_kit_hf.training.needs.due import disk_bytes, due_in
 from gpt_kit_hf.training.planning.candidates import Candidate, Timing, allowed_shapes
 from gpt_kit_hf.training.planning.choice import MANY_EPOCHS, Choice, dropout_for, weight_decay_for
 from gpt_kit_hf.training.planning.corpus_facts import CorpusFacts, corpus_facts
@@ -50,7 +51,6 @@ class Plan:
     steps: int
     seconds: float
     memory_bytes: int
-    disk_bytes: int
     bits_per_byte: float
     twice: tuple[float, float]
     tried: int
@@ -60,6 +60,15 @@ class Plan:
     def run(self) -> RunOptions:
         """The options of the run."""
         return build_options(RunOptions, self.values)
+
+    @property
+    def disk_bytes(self) -> int:
+        """What the run writes."""
+        run, weights = self.run, 4 * self.candidate.parameters
+        average = 0 if run.optimizer.ema_decay is None else weights
+        checkpoint = weights + average + self.candidate.cost.state_bytes
+        due = due_in(run.training, self.steps, eval_before_training=False)
+        return disk_bytes(run.training, due, checkpoint=checkpoint, published=weights)
 
     @property
     def epochs(self) -> float:
@@ -176,7 +185,6 @@ def _planned(
         steps=steps,
         seconds=choice.seconds(best, steps, best.step_tokens),
         memory_bytes=before + best.cost.peak_bytes,
-        disk_bytes=_disk_bytes(best, options),
         bits_per_byte=bits,
         twice=(twice[0], twice[1]),
         tried=len(found),
@@ -196,9 +204,10 @@ def _settled(
     def epochs() -> float:
         return choice.epochs(choice.steps(best) * best.step_tokens)
 
+    of_text = choice.parameters_per_token(best)
     values: dict[str, Any] = {}
     if "dropout" not in given:
-        values["dropout"] = dropout_for(epochs())
+        values["dropout"] = dropout_for(epochs(), of_text)
         if values["dropout"]:
             # Without dropout of attention, which has no fast kernel on a CPU.
             values["attn_pdrop"] = given.get("attn_pdrop", 0.0)
@@ -207,9 +216,9 @@ def _settled(
     if compiles:
         values["torch_compile"] = True
         if values.get("dropout"):  # as there are more steps
-            values["dropout"] = max(values["dropout"], dropout_for(epochs()))
+            values["dropout"] = max(values["dropout"], dropout_for(epochs(), of_text))
     if not {"optimizer", "weight_decay"} & given.keys() and given.get("recipe") != "plain":
-        values["weight_decay"] = weight_decay_for(epochs())
+        values["weight_decay"] = weight_decay_for(epochs(), of_text)
     if epochs() >= MANY_EPOCHS:
         values["load_best_model_at_end"] = True
     return best, values
@@ -251,12 +260,6 @@ def _rates(given: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
 def _changed_encoding(options: EncodingOptions) -> dict[str, Any]:
     bpe = {"vocab_size": options.vocab_size} if options.encoding == TRAINED_BPE else {}
     return {"encoding": options.encoding, **bpe}
-
-
-def _disk_bytes(candidate: Candidate, options: RunOptions) -> int:
-    """Return the most that the run writes: checkpoints, one of them half written, and the model."""
-    state = 4 * candidate.parameters * (1 + 2)  # weights, and at most two means of each
-    return (options.training.save_total_limit + 1) * state + 4 * candidate.parameters
 
 
 def _notes(facts: CorpusFacts, epochs: float, bits: float, *, shorter: bool) -> Iterator[str]:
