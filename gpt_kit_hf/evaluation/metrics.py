@@ -201,7 +201,7 @@ def gzip_bits_per_byte(
 ) -> float:
     """Return the bits per byte of the stream's text, compressed by gzip at level 9.
 
-    It finds what stands up to 2**window_bits bytes before, at most 32 KB; `gzip -9` looks so far.
+    It finds what stands less than 2**window_bits bytes before; `gzip -9` looks 32 KB back.
     """
     end = encoding.encode_single_token(EOS_TOKEN)
     packer = zlib.compressobj(9, wbits=window_bits | 16)  # 16 asks for the gzip format

@@ -354,12 +354,67 @@ def test_the_faster_time_of_the_chosen_shape_counts(
     delayed: int, large: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     took = [1.0, 1.0]
-    took[delayed] = 3.0  # as another program computed
+    took[delayed] = 2.0  # as another program computed
     times = iter(took)
     monkeypatch.setattr(Timing, "candidate", lambda self, shape, size: of_cost(self, shape, size, next(times)))
     made = plan.make_plan(options(large, "200s", *ONE_SHAPE, "--batch_size=8", "--dropout=0"), print)
     assert made.candidate.cost.seconds == 1.0
     assert next(times, None) is None
+
+
+@pytest.mark.parametrize(
+    ("budget", "arguments", "batch_size", "dropout"),
+    [
+        ("900s", (*ONE_LARGE_SHAPE, "--batch_size=8"), 8, 0.1),  # dropout after many passes
+        ("60s", (*ONE_SHAPE, "--dropout=0"), 2, 0.0),  # a smaller batch for more steps
+    ],
+)
+def test_what_is_trained_is_timed_twice(
+    budget: str,
+    arguments: tuple[str, ...],
+    batch_size: int,
+    dropout: float,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    timed: list[tuple[int, float]] = []
+
+    def candidate(self: Timing, shape: tuple[int, int, int], size: int) -> Candidate:
+        timed.append((size, self.model.dropout or 0.0))
+        return of_cost(self, shape, size, 2.0 if timed.count(timed[-1]) == 1 else 1.0)  # delayed at first
+
+    monkeypatch.setattr(Timing, "candidate", candidate)
+    made = plan.make_plan(options(text, budget, *arguments), print)
+    assert timed.count((batch_size, dropout)) == 2
+    assert timed[0] != (batch_size, dropout)
+    assert made.candidate.cost.seconds == 1.0
+
+
+def test_a_step_that_takes_long_is_timed_once(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[int] = []
+    monkeypatch.setattr(
+        Timing, "candidate", lambda self, shape, size: timed.append(size) or of_cost(self, shape, size, 5.0)
+    )
+    plan.make_plan(options(text, "200s", *ONE_SHAPE, "--batch_size=8", "--dropout=0"), print)
+    assert timed == [8]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "parameters_per_token", "dropout", "weight_decay"),
+    [
+        (2.99, 1.0, 0.0, 0.1),
+        (3.0, 1.0, 0.0, 1.0),
+        (4.99, 7.0, 0.0, 1.0),
+        (5.0, 1.0, 0.1, 1.0),
+        (5.0, 0.99, 0.0, 0.1),
+        (30.0, 0.5, 0.0, 0.1),
+    ],
+)
+def test_dropout_and_weight_decay_are_for_large_models_and_many_passes(
+    epochs: float, parameters_per_token: float, dropout: float, weight_decay: float
+) -> None:
+    assert choice.dropout_for(epochs, parameters_per_token) == dropout
+    assert choice.weight_decay_for(epochs, parameters_per_token) == weight_decay
 
 
 def test_the_evaluations_of_the_best_checkpoints_are_counted(
@@ -540,8 +595,7 @@ def test_train_plans_and_a_resumed_run_keeps_its_plan(
     assert main(command) == 0
     said = capsys.readouterr().out
     assert "timed    1 layer of 16: " in said
-    of_plan, of_run = re.findall(r" ([^ ]+ .?B) of disk", said)
-    assert of_plan == of_run
+    assert disk_said(said)
     record = json.loads((run / "options.json").read_text())
     assert record["plan.budget"] == "20ktok"
     assert record["training.max_steps"] * record["training.batch_size"] * 32 == pytest.approx(20_000, rel=0.05)
@@ -556,6 +610,26 @@ def test_train_plans_and_a_resumed_run_keeps_its_plan(
     assert main([*command, "--resume", "--budget=40ktok"]) == 0
     assert "the run was begun planned for 20ktok, and goes on so" in capsys.readouterr().out
     assert json.loads((run / "options.json").read_text()) == record
+
+
+def disk_said(said: str) -> str:
+    """Return the disk that a plan and its run name, which is the same."""
+    of_plan, of_run = re.findall(r" ([^ ]+ .?B) of disk", said)
+    assert of_plan == of_run
+    return str(of_run)
+
+
+def test_the_disk_of_an_average_and_of_the_best_checkpoints_is_planned(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--text_files", str(text), "--budget", "20ktok", "--use_cpu"]
+    command += ["--n_embd=16", "--n_head=2", "--n_layer=1", "--report_to=none", "--max_length=32", "--sample_steps=0"]
+    command += ["--batch_size=16", "--max_eval_samples=4", "--save_steps=10", "--eval_steps=10"]
+    assert main([*command, f"--output_dir={tmp_path / 'plain'}"]) == 0
+    plain = capsys.readouterr().out
+    assert main([*command, f"--output_dir={tmp_path / 'more'}", "--ema_decay=0.9", "--load_best_model_at_end"]) == 0
+    more = capsys.readouterr().out
+    assert disk_said(plain) != disk_said(more)
 
 
 def test_what_was_given_is_no_option_of_the_run(text: Path) -> None:

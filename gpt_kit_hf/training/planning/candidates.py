@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -129,7 +129,11 @@ class Timing:
         """Return a shape with a cost that is to that of another shape as are their parameters."""
         parameters = self.parameters(shape)
         factor = parameters / like.parameters
-        cost = StepCost(**{name: type(value)(value * factor) for name, value in asdict(like.cost).items()})
+        cost = StepCost(
+            seconds=like.cost.seconds * factor,
+            peak_bytes=round(like.cost.peak_bytes * factor),
+            state_bytes=round(like.cost.state_bytes * factor),
+        )
         return replace(self._made(shape, like.batch_size, parameters, cost), timed=False)
 
     def parameters(self, shape: tuple[int, int, int]) -> int:

@@ -23,7 +23,7 @@ Shape: TypeAlias = tuple[int, int, int]  # layers, heads, width
 
 # Tokens of a step on a CPU, as in the runs of the law. A GPU is not busy with so few.
 _STEP_TOKENS, _STEP_TOKENS_OF_A_GPU = 2048, 16_384
-_FEW_STEPS, _MANY_STEPS = 150, 4000  # outside of these a step has fewer or more tokens
+FEW_STEPS, _MANY_STEPS = 150, 4000  # outside of these a step has fewer or more tokens
 _WORSE_IN_A_ROW = 2  # larger shapes that are worse, after which none is tried any more
 _FORWARD = 1 / 3  # of the time of a step: an evaluation has no backward pass
 # Parameters of the blocks for each token of text: the most, where the law was measured up to 28, and those from which
@@ -42,9 +42,7 @@ def dropout_for(epochs: float, parameters_per_token: float) -> float:
 
     Measured by benchmarks/passes.py, as is the weight decay.
     """
-    if parameters_per_token < _MANY_PARAMETERS:
-        return 0.0
-    return 0.2 if epochs >= 10 else 0.1 if epochs >= 5 else 0.0
+    return 0.1 if epochs >= 5 and parameters_per_token >= _MANY_PARAMETERS else 0.0
 
 
 def weight_decay_for(epochs: float, parameters_per_token: float) -> float:
@@ -100,10 +98,8 @@ class Choice:
 
     def settled(self, candidate: Candidate, *, any_batch_size: bool) -> Candidate:
         """Return the chosen candidate, timed, if any batch will do with one of neither few steps nor very many."""
-        # All steps of the plan follow from this time; of two the faster counts, as other programs delay some.
-        again = self._timed(candidate.shape, candidate.batch_size)
-        if again is not None and not (candidate.timed and candidate.cost.seconds < again.cost.seconds):
-            candidate = again
+        if not candidate.timed:
+            candidate = self._timed(candidate.shape, candidate.batch_size) or candidate
         for _ in range(4 if any_batch_size else 0):  # a GPU takes less time for a token of a larger batch
             wanted = self._batch_size(candidate)
             if wanted == candidate.batch_size or (other := self._timed(candidate.shape, wanted)) is None:
@@ -115,6 +111,11 @@ class Choice:
         """Return the candidate with the time of a model with these options; its later timings have them, too."""
         self._timing = replace(self._timing, model=replace(self._timing.model, **options))
         return self._timed(candidate.shape, candidate.batch_size) or candidate
+
+    def timed_again(self, candidate: Candidate) -> Candidate:
+        """Return the candidate with the faster of its time and another one, as other programs delay some steps."""
+        again = None if self._takes_long(candidate) else self._timed(candidate.shape, candidate.batch_size)
+        return candidate if again is None or candidate.cost.seconds < again.cost.seconds else again
 
     def compiled(self, candidate: Candidate, wanted: bool | None, log: Report) -> tuple[Candidate, bool]:
         """Return the candidate with the time of compiled blocks, and whether that differs from what `wanted` says.
@@ -189,14 +190,18 @@ class Choice:
             return None
         if found:
             estimated = self._timing.estimated(shape, found[-1])
-            share = _TIMED_SHARE * self._budget.amount if self._budget.kind == "seconds" else 0.0
-            if _TIMED_STEPS * estimated.cost.seconds > max(_TIMED_SECONDS, share):
+            if self._takes_long(estimated):
                 return None if self._does_not_fit(estimated) else estimated
         candidate = self._timed(shape, batch_size)
         if candidate is not None:
             size = f"{shape[0]} layer{'s' * (shape[0] > 1)} of {shape[2]}"
             log(f"timed    {size}: {candidate.cost.seconds:.2g} s for a step of {candidate.step_tokens:,} tokens")
         return candidate
+
+    def _takes_long(self, candidate: Candidate) -> bool:
+        """Return whether timing a candidate takes too much of the budget."""
+        share = _TIMED_SHARE * self._budget.amount if self._budget.kind == "seconds" else 0.0
+        return _TIMED_STEPS * candidate.cost.seconds > max(_TIMED_SECONDS, share)
 
     def _timed(self, shape: Shape, batch_size: int) -> Candidate | None:
         try:
@@ -220,6 +225,6 @@ class Choice:
         most = size * self._memory_left() / max(1, candidate.cost.peak_bytes)
         while self.steps(candidate, batch_size=size) > _MANY_STEPS and 2 * size <= most:
             size *= 2
-        while self.steps(candidate, batch_size=size) < _FEW_STEPS and size > 2:
+        while self.steps(candidate, batch_size=size) < FEW_STEPS and size > 2:
             size //= 2
         return size

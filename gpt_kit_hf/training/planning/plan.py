@@ -212,11 +212,10 @@ def _settled(
             # Without dropout of attention, which has no fast kernel on a CPU.
             values["attn_pdrop"] = given.get("attn_pdrop", 0.0)
             best = choice.with_model(best, **values)
+    best = choice.timed_again(best)  # all steps follow from this time
     best, compiles = choice.compiled(best, given.get("torch_compile"), log)
     if compiles:
         values["torch_compile"] = True
-        if values.get("dropout"):  # as there are more steps
-            values["dropout"] = max(values["dropout"], dropout_for(epochs(), of_text))
     if not {"optimizer", "weight_decay"} & given.keys() and given.get("recipe") != "plain":
         values["weight_decay"] = weight_decay_for(epochs(), of_text)
     if epochs() >= MANY_EPOCHS:
