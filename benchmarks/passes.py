@@ -18,8 +18,6 @@ import studies
 import torch
 from recipes import FAST
 
-from gpt_kit_hf import ModelOptions
-
 # Options of the model and of the optimizer in each run, by name.
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dropout 0.2": ({"dropout": 0.2}, {}),
@@ -47,9 +45,6 @@ def main() -> None:
     results = studies.Results(options.results)
     work = scaling.work_of(options.corpus, options)
     layers, width = options.shape
-    shape = ModelOptions(
-        model="modern-xs", n_layer=layers, n_head=max(2, width // 32), n_embd=width, max_position_embeddings=128
-    )
     of_all = {"study": "passes", "corpus": options.corpus, "shape": options.shape}
     for steps in options.steps:
         for seed in options.seeds:
@@ -57,7 +52,7 @@ def main() -> None:
                 facts = {**of_all, "run": name, "steps": steps, "seed": seed}
                 if not results.find(**facts):
                     of_model, of_optimizer = RUNS[name]
-                    model = dataclasses.replace(shape, **{"attn_pdrop": 0.0, **of_model})
+                    model = scaling.modern(layers, width, work.context, **of_model)
                     optimizer = dataclasses.replace(FAST, **of_optimizer)
                     found = studies.trained(work, model, steps, seed, steps // 8, optimizer)
                     results.add(facts, found)

@@ -26,12 +26,10 @@ from gpt_kit_hf import EncodingOptions, ModelOptions, OptimizerOptions, TextOpti
 from gpt_kit_hf.data.text.corpus import prepare_corpus
 from gpt_kit_hf.evaluation.metrics import gzip_bits_per_byte, token_byte_lengths
 from gpt_kit_hf.options.training import recipe_options
-from gpt_kit_hf.training.planning.choice import dropout_for, weight_decay_for
+from gpt_kit_hf.training.planning.choice import FEW_STEPS, dropout_for, weight_decay_for
 from gpt_kit_hf.training.planning.corpus_facts import NEAR_BITS
 from gpt_kit_hf.training.planning.law import Law, layer_parameters
 
-# Steps from which on a run is fitted: as many as a plan makes at least.
-_FEWEST_STEPS = 150
 # Text, layers, width, steps. Parts of tinyshakespeare are read many times, with dropout and weight decay of a plan.
 RUNS = [
     ("tinyshakespeare", 2, 64, 400),
@@ -90,10 +88,10 @@ def main() -> None:
 
 
 def as_planned(run: dict[str, Any]) -> bool:
-    """Return whether a run is one that a plan could make."""
+    """Return whether a run has the steps, dropout and weight decay of a plan; it may read a text more often."""
     of_text = (epochs(run), run["layer_parameters"] / run["text_tokens"])
-    chosen = (dropout_for(*of_text), weight_decay_for(*of_text))
-    return run["steps"] >= _FEWEST_STEPS and (run["dropout"], run["weight_decay"]) == chosen
+    chosen = (dropout_for(*of_text), 0.0, weight_decay_for(*of_text))
+    return run["steps"] >= FEW_STEPS and (run["dropout"], run["attn_pdrop"], run["weight_decay"]) == chosen
 
 
 def of_sweeps(results: studies.Results) -> Iterator[dict[str, Any]]:
@@ -102,21 +100,35 @@ def of_sweeps(results: studies.Results) -> Iterator[dict[str, Any]]:
     for plan in sweeps.find(study="plan"):
         for run in sweeps.find(study="sweep", text=plan["text"], budget=plan["budget"], seed=plan["seed"]):
             values = {**plan["values"], **run["changed"]}
-            if not {"learning_rate", "muon_learning_rate", "encoding"} & run["changed"].keys():
-                layers, width, steps = values["n_layer"], values["n_embd"], run["steps"]
-                yield {
-                    "corpus": run["text"],
-                    "layers": layers,
-                    "width": width,
-                    "steps": steps,
-                    "bits_per_byte": run["bits_per_byte"],
-                    "gzip_near": plan["gzip_near"],
-                    "text_tokens": plan["text_tokens"],
-                    "seen_tokens": steps * values["batch_size"] * values["max_length"],
-                    "layer_parameters": layer_parameters(layers, width),
-                    "dropout": values["dropout"],
-                    "weight_decay": values["weight_decay"],
-                }
+            if {"learning_rate", "muon_learning_rate", "encoding"} & run["changed"].keys():
+                continue
+            yield {
+                "corpus": run["text"],
+                "layers": values["n_layer"],
+                "width": values["n_embd"],
+                "steps": run["steps"],
+                "bits_per_byte": run["bits_per_byte"],
+                "gzip_near": plan["gzip_near"],
+                "text_tokens": plan["text_tokens"],
+                "seen_tokens": run["steps"] * values["batch_size"] * values["max_length"],
+                "layer_parameters": layer_parameters(values["n_layer"], values["n_embd"]),
+                "dropout": values["dropout"],
+                "attn_pdrop": values.get("attn_pdrop", 0.0),
+                "weight_decay": values["weight_decay"],
+            }
+
+
+def modern(layers: int, width: int, context: int, **options: Any) -> ModelOptions:
+    """Return a modern shape with heads of 32, from a width of 256 on of 64, without dropout of attention."""
+    heads = width // 32 if width < 256 else width // 64
+    return ModelOptions(
+        model="modern-xs",
+        n_layer=layers,
+        n_head=heads,
+        n_embd=width,
+        max_position_embeddings=context,
+        **{"attn_pdrop": 0.0, **options},
+    )
 
 
 def run(corpus: str, layers: int, width: int, steps: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -129,11 +141,7 @@ def run(corpus: str, layers: int, width: int, steps: int, options: argparse.Name
     seen = steps * work.batch * work.context
     of_text = (seen / len(read.train), layer_parameters(layers, width) / len(read.train))
     dropout, decay = dropout_for(*of_text), weight_decay_for(*of_text)
-    heads = width // 32 if width < 256 else width // 64
-    model = ModelOptions(
-        model="modern-xs", n_layer=layers, n_head=heads, n_embd=width, max_position_embeddings=work.context,
-        dropout=dropout,
-    )  # fmt: skip
+    model = modern(layers, width, work.context, dropout=dropout)
     optimizer = OptimizerOptions(**recipe_options("fast", vocab_size=work.vocabulary), weight_decay=decay)
     found = studies.trained(work, model, steps, 0, optimizer=optimizer)
     return {
@@ -144,6 +152,7 @@ def run(corpus: str, layers: int, width: int, steps: int, options: argparse.Name
         "seen_tokens": seen,
         "layer_parameters": layer_parameters(layers, width),
         "dropout": dropout,
+        "attn_pdrop": 0.0,
         "weight_decay": decay,
     }
 

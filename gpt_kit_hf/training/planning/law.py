@@ -73,10 +73,10 @@ class Range:
 # those of Hoffmann et al. 2022. DEVIATION is the root mean square of the logarithm of the error, of the runs of a text
 # that the law is not fitted to.
 LAW = Law(
-    gzip_power=1.0697, floor=0.2993, size=0.0391, size_power=0.34, length=0.2017, length_power=0.28, repeats=1.1011
+    gzip_power=1.0624, floor=0.3033, size=0.0341, size_power=0.34, length=0.2111, length_power=0.28, repeats=1.1694
 )
-DEVIATION = 0.0379
-MEASURED = Range((98_304, 3_145_728), (409_600, 6_512_640))
+DEVIATION = 0.0363
+MEASURED = Range((98_304, 3_145_728), (307_200, 6_512_640))
 
 
 def layer_parameters(layers: int, width: int) -> int:
