@@ -12,7 +12,7 @@ from gpt_kit_hf.options.evaluation import VerifyOptions
 from gpt_kit_hf.options.run import FinetuneOptions, PlanOptions, RunOptions
 from gpt_kit_hf.training.finetune import finetune as run_finetuning
 from gpt_kit_hf.training.log.console import Console
-from gpt_kit_hf.training.planning.page import page_lines, write_plan
+from gpt_kit_hf.training.planning.page import check_plan_file, page_lines, write_plan
 from gpt_kit_hf.training.planning.plan import make_plan
 from gpt_kit_hf.training.pretrain import train as run_pretraining
 from gpt_kit_hf.training.replay import replay_steps
@@ -27,11 +27,14 @@ def train(options: RunOptions) -> None:
 def plan(options: PlanOptions) -> None:
     """Plan a run for a budget, print the plan, and write it."""
     log = Console(sys.stdout, options.training.log_format).log
+    file = Path(options.plan.plan_file)
+    check_plan_file(file, log)
     made = make_plan(options, log)
     for line in page_lines(made):
         log(line)
-    write_plan(made, Path(options.plan.plan_file), options.plan.budget)
-    log(f"next     gpt-kit train --config {shlex.quote(options.plan.plan_file)}")
+    write_plan(made, file, options.plan.budget)
+    piped = ", with the same text piped into it" if "-" in (options.text.text_files or []) else ""
+    log(f"next     gpt-kit train --config {shlex.quote(options.plan.plan_file)}{piped}")
 
 
 def finetune(options: FinetuneOptions) -> None:

@@ -93,6 +93,8 @@ def _matching_files(pattern: str, option: str) -> list[Path]:
         raise DataError(f"{option} {pattern!r}: a URL is read by text_files, mixture and eval_files of text only")
     if pattern == "-" and sys.stdin is not None and sys.stdin.isatty():
         raise DataError(f"{option} '-': the standard input is a terminal: pipe text into the command")
+    if pattern == "-" and not (STANDARD_INPUT.is_file() or _is_pipe(STANDARD_INPUT)):
+        raise DataError(f"{option} '-': the standard input is neither a pipe nor a file: pipe text into the command")
     name = str(STANDARD_INPUT) if pattern == "-" else os.path.expanduser(pattern)  # noqa: PTH111 (keeps ./ and globs)
     if Path(name).is_dir():
         return _files_in(Path(name))[0]

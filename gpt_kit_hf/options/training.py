@@ -132,7 +132,10 @@ class TrainingOptions(Options):
         resume="free",
     )
     early_stopping_threshold: float = option(
-        0.0, "by how much a score must be lower than the best to count as better", minimum=0, resume="free"
+        0.0,
+        "by how much a score must be lower than the best not to count for early_stopping_patience",
+        minimum=0,
+        resume="free",
     )
     async_save: bool = option(
         True, "write checkpoints in the background, if there is enough memory for a copy of the state", resume="free"
@@ -222,6 +225,8 @@ class TrainingOptions(Options):
             check_url("remote_dir", self.remote_dir)
         if 0.0 < self.spike_factor <= 1.0:
             raise UsageError(f"spike_factor must be above 1, or 0 to disable it, got {self.spike_factor}")
+        if self.early_stopping_threshold and self.early_stopping_patience is None:
+            raise UsageError(f"early_stopping_threshold={self.early_stopping_threshold} needs early_stopping_patience")
         if len(self.report_to) > 1 and (alone := {"auto", "none"} & set(self.report_to)):
             raise UsageError(f"report_to {min(alone)!r} cannot be combined with trackers, got {self.report_to}")
         if self.trackio_space_id is not None and "trackio" not in self.report_to:

@@ -249,10 +249,10 @@ class _Loop:
 
     def _stops_early(self) -> bool:
         """Return whether the score has not become better for as many evaluations as the options allow."""
-        patience = self.chosen.early_stopping_patience
+        patience, threshold = self.chosen.early_stopping_patience, self.chosen.early_stopping_threshold
         if patience is None or self._evaluated != self.steps.step:
             return False
-        return decide_on_main(self.accelerator, lambda: self.checkpoints.evaluations_since_best() >= patience)
+        return decide_on_main(self.accelerator, lambda: self.checkpoints.evaluations_since_best(threshold) >= patience)
 
     def _is_to_publish(self) -> bool:
         """Return whether this step has the best score so far, in a run that publishes the best one."""

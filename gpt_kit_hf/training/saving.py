@@ -98,11 +98,11 @@ class RunCheckpoints:
         ranked = sorted((score, step) for step, score in self.scores.items() if step in present)
         return [step for _, step in ranked[: self._chosen.best_kept]]
 
-    def evaluations_since_best(self) -> int:
-        """Return how many evaluations in a row have not been better than the best before them."""
+    def evaluations_since_best(self, threshold: float = 0.0) -> int:
+        """Return how many evaluations in a row have not been lower than the best before them by over a threshold."""
         best, count = math.inf, 0
         for step in sorted(self.scores.keys() - {0}):  # the one before training scores all samples
-            if self.scores[step] < best - self._chosen.early_stopping_threshold:
+            if self.scores[step] < best - threshold:
                 best, count = self.scores[step], 0
             else:
                 count += 1

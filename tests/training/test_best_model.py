@@ -153,6 +153,16 @@ def test_the_best_checkpoint_is_published(metric: str, whole: Path, text: Path, 
 def test_a_higher_threshold_stops_earlier(text: Path, tmp_path: Path) -> None:
     chosen = {"early_stopping_patience": 1, "early_stopping_threshold": 5.0}
     assert train(options(text, tmp_path / "run", **chosen), stream=None).steps == 8  # the second is not 5 nats better
+    with pytest.raises(UsageError, match=r"early_stopping_threshold=5\.0 needs early_stopping_patience"):
+        options(text, tmp_path / "run", early_stopping_threshold=5.0)
+
+
+def test_a_threshold_does_not_choose_what_is_published(whole: Path, text: Path, tmp_path: Path) -> None:
+    chosen = {"early_stopping_patience": 40, "early_stopping_threshold": 5.0, "save_steps": 20, "save_total_limit": 1}
+    train(options(text, tmp_path / "run", load_best_model_at_end=True, **chosen), stream=None)
+    best = best_of({step: loss for step, loss in scores(whole).items() if step < 40})
+    assert best % 20
+    assert results(tmp_path / "run")["published_step"] == best
 
 
 def test_intervals_are_shares_of_the_steps() -> None:

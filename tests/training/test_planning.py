@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import math
@@ -20,6 +21,7 @@ from gpt_kit_hf import ModelOptions, OptimizerOptions, RunOptions, TextOptions, 
 from gpt_kit_hf.commands.main import main
 from gpt_kit_hf.data.text.corpus import prepare_corpus
 from gpt_kit_hf.errors import UsageError
+from gpt_kit_hf.options import files
 from gpt_kit_hf.options.parser import parse_options
 from gpt_kit_hf.options.planning import Budget, BudgetOptions, parse_budget
 from gpt_kit_hf.options.run import PlanOptions, flat_options
@@ -29,7 +31,7 @@ from gpt_kit_hf.training.needs.due import due_in
 from gpt_kit_hf.training.planning import candidates, choice, page, plan
 from gpt_kit_hf.training.planning.candidates import Candidate, CompiledSeconds, Timing, allowed_shapes
 from gpt_kit_hf.training.planning.corpus_facts import corpus_facts
-from gpt_kit_hf.training.planning.law import LAW, Law, layer_parameters
+from gpt_kit_hf.training.planning.law import LAW, MEASURED, Law, layer_parameters
 from gpt_kit_hf.training.runtime.launch import create_accelerator
 
 MODEL = ("n_layer", "n_head", "n_embd")
@@ -198,7 +200,9 @@ def test_no_shape_is_better(budget: str, large: Path, instant: list[tuple[int, i
         plan.make_plan(
             options(large, budget, f"--n_layer={layers}", f"--n_head={heads}", f"--n_embd={width}"), print
         ).bits_per_byte
-        for layers, heads, width in candidates.SHAPES[:8]
+        for layers, heads, width in candidates.SHAPES[
+            :7
+        ]  # of larger ones, the budget does not pay for a step and the evaluation
     ]
     # The batch of the chosen one may be half as large.
     assert chosen.bits_per_byte == pytest.approx(min(alone), rel=2e-3)
@@ -216,6 +220,15 @@ def test_many_tokens_are_for_a_model_in_proportion(large: Path, instant: list[tu
     best = sorted(shown)[:2]
     assert made.candidate.layer_parameters in [size for _, size in best]
     assert made.steps * made.candidate.step_tokens == pytest.approx(800e3, rel=0.01)
+
+
+def test_runs_of_few_tokens_are_not_what_the_law_holds_for() -> None:
+    (fewest, most), (least, longest) = MEASURED.parameters, MEASURED.seen
+    assert MEASURED.holds(fewest / 4, least)
+    assert MEASURED.holds(4 * most, 4 * longest)
+    assert not MEASURED.holds(fewest / 5, least)
+    assert not MEASURED.holds(fewest, 0.9 * least)
+    assert not MEASURED.holds(fewest, 5 * longest)
 
 
 def test_a_text_is_not_read_for_ever(text: Path, instant: list[tuple[int, int, int]]) -> None:
@@ -248,6 +261,58 @@ def test_slow_steps_are_not_timed(large: Path, monkeypatch: pytest.MonkeyPatch) 
     timed.clear()
     plan.make_plan(options(large, "2h", "--batch_size=8"), print)
     assert len(set(timed)) > 1  # of a larger budget, it is a smaller share
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (
+            "0.001s",
+            r"budget is too short: a step of 8 x 256 tokens with 2 layers of 64 and the evaluation of \S+ held-out",
+        ),
+        (
+            "1Mflop",
+            "the budget is less than a step of 8 x 256 tokens with 2 layers of 64: give more, or a lower batch_size",
+        ),
+        ("100tok", "the budget is less than a step of 8 x 256 tokens"),
+    ],
+)
+def test_a_budget_without_a_step_is_refused(
+    budget: str, message: str, large: Path, instant: list[tuple[int, int, int]]
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        plan.make_plan(options(large, budget.replace("M", "e6")), print)
+
+
+def test_a_shape_without_a_step_is_not_chosen(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each shape takes ten times as long as the one before: of equally many steps, the larger ones are better."""
+
+    def candidate(self: Timing, shape: tuple[int, int, int], batch_size: int) -> Candidate:
+        seconds = 0.5 * 10.0 ** candidates.SHAPES.index(shape) * batch_size / 8
+        return of_cost(self, shape, batch_size, seconds, 1_000_000)
+
+    monkeypatch.setattr(Timing, "candidate", candidate)
+    made = plan.make_plan(options(large, "20s"), print)
+    assert made.candidate.shape == candidates.SHAPES[0]
+    assert made.seconds <= 20
+    assert made.tried <= 2
+
+
+def test_twice_is_expected_of_the_batch_that_is_trained(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small batches take as long as larger ones, so a token takes longer than in the search, for all shapes."""
+
+    def candidate(self: Timing, shape: tuple[int, int, int], batch_size: int) -> Candidate:
+        return of_cost(self, shape, batch_size, 0.02 + 0.004 * candidates.SHAPES.index(shape), 1_000_000)
+
+    monkeypatch.setattr(Timing, "candidate", candidate)
+    made = plan.make_plan(options(large, "1.6s", "--eval_max_tokens=4096"), print)
+    assert made.candidate.batch_size < 8
+    seen, chosen = 2 * made.steps * made.candidate.step_tokens, made.candidate.layer_parameters
+    once = LAW.bits_per_byte(made.facts.gzip_near, parameters=chosen, seen=seen, text=made.facts.tokens)
+    assert 0.97 * once < made.twice[0] < 1.01 * once
+    # Not all of the text is read: more of it brings nothing.
+    assert made.epochs < 1
+    assert made.twice[1] == made.bits_per_byte
 
 
 @pytest.mark.parametrize("budget", ["20s", "5e11flop", "200ktok"])
@@ -565,8 +630,39 @@ def test_the_file_of_a_plan_is_what_train_takes(
     # The same plan again is no other file, another one is not written over it.
     assert main([*command, "--output_dir", str(run), "--eval_fraction", "0.1"]) == 0
     assert main([*command, "--output_dir", str(run), "--eval_fraction", "0.2"]) == 2
-    assert f"plan_file '{file}' exists, and is not replaced" in capsys.readouterr().err
+    ended = capsys.readouterr()
+    assert f"plan_file '{file}' exists, and is not replaced" in ended.err
+    assert f"note     {file} exists: another plan is not written over it" in ended.out
     assert yaml.safe_load(file.read_text()) == values
+    file.write_bytes("Übung".encode("latin-1"))
+    assert main([*command, "--output_dir", str(run)]) == 2
+    assert file.read_bytes() == "Übung".encode("latin-1")
+
+
+@pytest.mark.parametrize(("name", "reason"), [(".", "is a folder"), ("text.txt/plan.yaml", "cannot be written in ")])
+def test_a_plan_that_cannot_be_written_is_not_made(
+    name: str, reason: str, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "_planned", lambda *_: pytest.fail("it is made"))
+    command = ["plan", "--text_files", str(text), "--budget", "30s", "--use_cpu", "--plan_file"]
+    assert main([*command, str(text.parent / name)]) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_named(
+    text: Path,
+    instant: list[tuple[int, int, int]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(page, "replace_file", full)
+    file = tmp_path / "plan.yaml"
+    assert main(["plan", f"--text_files={text}", "--budget=30s", "--use_cpu", f"--plan_file={file}"]) == 2
+    assert f"plan_file '{file}' cannot be written: No space left on device" in capsys.readouterr().err
 
 
 def test_what_plan_says_to_do_next_can_be_done(
@@ -578,8 +674,14 @@ def test_what_plan_says_to_do_next_can_be_done(
     assert main(["plan", f"--text_files={text}", "--budget=2ktok", "--use_cpu", *small]) == 0
     said = capsys.readouterr().out
     assert "muon, 0.001 for the matrices of the layers, 0.001 for the rest" in said
+    assert re.search(r"expected [\d.]+ bits per byte of the held-out text; gzip", said)  # of 2,000 tokens: no range
+    assert "outside of that the expectation is a guess" in said
     following = said.splitlines()[-1].removeprefix("next     gpt-kit ").split()
     assert main(following) == 0
+    monkeypatch.setattr(files, "STANDARD_INPUT", text)
+    assert main(["plan", "--text_files", "-", "--budget=2ktok", "--use_cpu", "--plan_file=piped.yaml", *small]) == 0
+    piped = capsys.readouterr().out.splitlines()[-1]
+    assert piped == "next     gpt-kit train --config piped.yaml, with the same text piped into it"
     record = json.loads((tmp_path / "runs/planned/options.json").read_text())
     assert record["training.max_steps"] == yaml.safe_load(Path("plan.yaml").read_text())["max_steps"]
 
@@ -609,7 +711,13 @@ def test_train_plans_and_a_resumed_run_keeps_its_plan(
     assert "is complete" in capsys.readouterr().out
     assert main([*command, "--resume", "--budget=40ktok"]) == 0
     assert "the run was begun planned for 20ktok, and goes on so" in capsys.readouterr().out
-    assert json.loads((run / "options.json").read_text()) == record
+    # A run that is not complete writes its options again: those of the plan that was made.
+    found = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({name: value for name, value in found.items() if name != "results"}))
+    (run / "config.json").unlink()
+    assert main([*command, "--resume", "--budget=40ktok"]) == 0
+    assert "is complete" not in capsys.readouterr().out
+    assert json.loads((run / "options.json").read_text()) == {**record, "training.resume": True}
 
 
 def disk_said(said: str) -> str:

@@ -9,9 +9,11 @@ from typing import Any, TypeAlias
 
 import torch
 
+from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.options.planning import Budget
 from gpt_kit_hf.options.training import TrainingOptions
 from gpt_kit_hf.storage.atomic_files import Report
+from gpt_kit_hf.text import duration
 from gpt_kit_hf.training.needs.due import due_in
 from gpt_kit_hf.training.planning.candidates import Candidate, Timing
 from gpt_kit_hf.training.planning.corpus_facts import CorpusFacts
@@ -66,6 +68,7 @@ class Choice:
         """Return the shapes from the smallest on, until larger ones become worse or cannot be, and notes on these.
 
         Steps are timed, unless that takes too much of the budget: then the time follows from that of the shape before.
+        Raises UsageError for a budget that is less than a step of the first one.
         """
         found: list[Candidate] = []
         worse = 0
@@ -75,6 +78,10 @@ class Choice:
             candidate = self._candidate(shape, batch_size, found, log)
             if candidate is None:
                 return found, [f"{shape[0]} x {shape[2]} and larger shapes do not fit into the memory"]
+            if not self.allowed(candidate):
+                if not found:
+                    raise UsageError(self._too_little(candidate))
+                break
             worse = worse + 1 if found and self.best([*found, candidate]) is not candidate else 0
             found.append(candidate)
             if worse == _WORSE_IN_A_ROW:
@@ -139,17 +146,17 @@ class Choice:
         """Return how many steps to make: all that `times` the budget allows, or fewer if a text is small."""
         step_tokens = (batch_size or candidate.batch_size) * self._context
         most = math.ceil(LAW.most_epochs * text * self._facts.tokens / step_tokens)
-        return min(most, self.allowed(candidate, times, batch_size))
+        return max(1, min(most, self.allowed(candidate, times, batch_size)))  # it may be slower, timed again
 
     def allowed(self, candidate: Candidate, times: float = 1.0, batch_size: int | None = None) -> int:
-        """Return how many steps `times` the budget allows."""
+        """Return how many steps `times` the budget allows; 0 if it is less than one with its evaluations."""
         step_tokens, amount = (batch_size or candidate.batch_size) * self._context, times * self._budget.amount
         if self._budget.kind == "tokens":
-            return max(1, round(amount / step_tokens))
+            return round(amount / step_tokens)
         if self._budget.kind == "flop":  # 6 a parameter and token (Kaplan et al. 2020, section 2.1)
-            return max(1, round(amount / (6 * candidate.parameters * step_tokens)))
-        low, high = 1, 1 + int(amount / (candidate.seconds_per_token * step_tokens))
-        while low + 1 < high:  # `low` steps fit, or there is but one; `high` do not
+            return round(amount / (6 * candidate.parameters * step_tokens))
+        low, high = 0, 1 + int(amount / (candidate.seconds_per_token * step_tokens))
+        while low + 1 < high:  # `low` steps fit; `high` do not
             middle = (low + high) // 2
             low, high = (middle, high) if self.seconds(candidate, middle, step_tokens) <= amount else (low, middle)
         return low
@@ -174,7 +181,36 @@ class Choice:
         """Return the bits per byte that the law expects of `times` the budget and `text` times the text."""
         return LAW.bits_per_byte(self._facts.gzip_near, **self._run(candidate, times, text))
 
+    def twice(self, found: Sequence[Candidate], chosen: Candidate, best: Candidate) -> tuple[float, float]:
+        """Return the bits per byte that are expected of twice the budget, and of twice the text.
+
+        `best` is the chosen candidate as it is trained. The others would have its batch, and become as much slower or
+        faster a token by what else differs.
+        """
+        slower = best.seconds_per_token / chosen.seconds_per_token
+        others = [best]
+        for each in found:
+            seconds = slower * each.seconds_per_token * best.step_tokens
+            alike = replace(each, batch_size=best.batch_size, cost=replace(each.cost, seconds=seconds))
+            others += [alike] * (each is not chosen)
+        budget = self.bits(self.best(others, times=2.0), times=2.0)
+        if self.steps(best) * best.step_tokens <= self._facts.tokens:  # not all of the text is read
+            return budget, self.bits(best)
+        return budget, self.bits(self.best(others, text=2.0), text=2.0)
+
     # --- a candidate
+
+    def _too_little(self, candidate: Candidate) -> str:
+        """Return the message for a budget that is less than a step of a shape, the smallest or only one."""
+        shape = f"{candidate.layers} layer{'s' * (candidate.layers > 1)} of {candidate.width}"
+        step = f"a step of {candidate.batch_size} x {self._context} tokens with {shape}"
+        if self._budget.kind != "seconds":
+            return f"the budget is less than {step}: give more, or a lower batch_size"
+        takes = duration(max(1.0, self.seconds(candidate, 1, candidate.step_tokens)))
+        return (
+            f"the budget is too short: {step} and the evaluation of {self._facts.eval_tokens:,} held-out tokens take "
+            f"about {takes}; give more, or hold less out by eval_max_tokens"
+        )
 
     def _run(self, candidate: Candidate, times: float, text: float) -> dict[str, float]:
         """Return what the law needs to know."""

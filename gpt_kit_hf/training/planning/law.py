@@ -56,9 +56,12 @@ class Range:
     seen: tuple[float, float]
 
     def holds(self, parameters: float, seen: float) -> bool:
-        """Return whether a run lies within the range, or no more than four times outside of it."""
-        pairs = ((self.parameters, parameters), (self.seen, seen))
-        return all(low / 4 <= value <= 4 * high for (low, high), value in pairs)
+        """Return whether a run lies within the range, or no more than four times outside of it.
+
+        But not with fewer tokens: a run of few steps is far worse than the law says.
+        """
+        fewest, most = self.parameters
+        return fewest / 4 <= parameters <= 4 * most and self.seen[0] <= seen <= 4 * self.seen[1]
 
     def told(self) -> str:
         """Return the range in words."""

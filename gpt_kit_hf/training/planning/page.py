@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 from collections import ChainMap
 from pathlib import Path
@@ -18,6 +19,8 @@ from gpt_kit_hf.training.planning.law import DEVIATION, MEASURED
 from gpt_kit_hf.training.planning.plan import Plan, make_plan
 from gpt_kit_hf.training.runtime.available_memory import available_memory
 
+_KNOWS_NOTHING = 8.0  # bits per byte of a model that knows nothing of a text: more cannot be
+
 
 def planned_options(options: RunOptions, log: Report) -> RunOptions:
     """Return the options of a run with a budget: planned, or those of the run that is resumed; `log` gets the plan.
@@ -32,7 +35,7 @@ def planned_options(options: RunOptions, log: Report) -> RunOptions:
         if stored.plan.budget != options.plan.budget:
             planned = "without a plan" if stored.plan.budget is None else f"planned for {stored.plan.budget}"
             log(f"note     the run was begun {planned}, and goes on so: a run is not planned again")
-        return build_options(RunOptions, {**dict(ChainMap(*kept)), **options.given})
+        return build_options(RunOptions, {**dict(ChainMap(*kept)), **options.given, "budget": stored.plan.budget})
     plan = make_plan(options, log)
     for line in page_lines(plan):
         log(line)
@@ -43,7 +46,9 @@ def page_lines(plan: Plan) -> list[str]:
     """Return the plan in lines, for a person who has not seen one before."""
     facts, chosen, run = plan.facts, plan.candidate, plan.run
     low, high = (plan.bits_per_byte * math.exp(sign * 2 * DEVIATION) for sign in (-1, 1))
-    twice_budget, twice_text = plan.twice
+    expected, low, high, *twice = (min(bits, _KNOWS_NOTHING) for bits in (plan.bits_per_byte, low, high, *plan.twice))
+    known = MEASURED.holds(chosen.layer_parameters, plan.steps * chosen.step_tokens)
+    between = f", between {low:.2f} and {high:.2f}" if known else ""
     rates = f"{run.optimizer.learning_rate:g}"
     if run.optimizer.optimizer == "muon":
         of_matrices = run.optimizer.muon_learning_rate or run.optimizer.learning_rate
@@ -56,20 +61,29 @@ def page_lines(plan: Plan) -> list[str]:
         f"shape    {chosen.layers} layer{'s' * (chosen.layers > 1)} of {chosen.width} with {chosen.heads} "
         f"head{'s' * (chosen.heads > 1)}, {short(chosen.parameters)} parameters"
         + (f"; the best of {plan.tried} shapes" if plan.tried > 1 else ""),
-        f"length   {plan.steps:,} steps of {chosen.batch_size} x {chosen.context} tokens: the text is read "
-        f"{plan.epochs:.2g} times",
+        f"length   {plan.steps:,} step{'s' * (plan.steps != 1)} of {chosen.batch_size} x {chosen.context} tokens: the "
+        f"text is read {plan.epochs:.2g} times",
         f"rates    {run.optimizer.optimizer}, {rates}; weight decay {run.optimizer.weight_decay:g}, dropout "
         f"{run.model.dropout or 0:g}"
         + (", none of attention" if run.model.dropout and run.model.attn_pdrop == 0 else ""),
         f"needs    about {duration(plan.seconds)}{compiled}, {file_size(plan.memory_bytes)} of memory "
         f"({file_size(available_memory())} are free), {file_size(plan.disk_bytes)} of disk",
-        f"expected {plan.bits_per_byte:.2f} bits per byte of the held-out text, between {low:.2f} and {high:.2f}; "
-        f"gzip -9 reaches {facts.gzip:.2f}",
-        f"expected with twice the budget {twice_budget:.2f}, with twice the text {twice_text:.2f}",
+        f"expected {expected:.2f} bits per byte of the held-out text{between}; gzip -9 reaches {facts.gzip:.2f}",
+        f"expected with twice the budget {twice[0]:.2f}, with twice the text {twice[1]:.2f}",
     ]
-    if not MEASURED.holds(chosen.layer_parameters, plan.steps * chosen.step_tokens):
+    if not known:
         lines.append(f"note     {MEASURED.told()}: outside of that the expectation is a guess")
     return [*lines, *(f"note     {note}" for note in plan.notes)]
+
+
+def check_plan_file(file: Path, log: Report) -> None:
+    """Say what is known of the file of a plan before that is made. Raises UsageError if it cannot be written."""
+    holder = next(folder for folder in file.absolute().parents if folder.exists())
+    if file.is_dir() or not (holder.is_dir() and os.access(holder, os.W_OK)):
+        reason = "is a folder" if file.is_dir() else f"cannot be written in {str(holder)!r}"
+        raise UsageError(f"plan_file {str(file)!r} {reason}: name another file by --plan_file")
+    if file.exists():
+        log(f"note     {file} exists: another plan is not written over it, --plan_file names another file")
 
 
 def write_plan(plan: Plan, file: Path, budget: str) -> None:
@@ -78,7 +92,10 @@ def write_plan(plan: Plan, file: Path, budget: str) -> None:
 
     head = f"# A plan for {budget} by gpt-kit plan: gpt-kit train --config {shlex.quote(str(file))}\n"
     text = head + yaml.safe_dump(plan.values, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
-    if file.exists() and file.read_text(encoding="utf-8") != text:
-        raise UsageError(f"plan_file {str(file)!r} exists, and is not replaced: name another file by --plan_file")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(file, text)
+    try:
+        if file.exists() and file.read_bytes() != text.encode():
+            raise UsageError(f"plan_file {str(file)!r} exists, and is not replaced: name another file by --plan_file")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(file, text)
+    except OSError as error:
+        raise UsageError(f"plan_file {str(file)!r} cannot be written: {error.strerror}") from None

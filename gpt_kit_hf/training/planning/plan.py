@@ -30,7 +30,8 @@ from gpt_kit_hf.training.runtime.launch import create_accelerator
 from gpt_kit_hf.training.runtime.memory import reuse_freed_memory
 
 _SHORTEST = 16  # tokens of a window
-_SMALL_TEXT, _MUCH_REPEATED = 100_000, 0.3  # bytes, and the share of repeated lines, of which a person should know
+# Bytes, the share of repeated lines, and bits per byte of gzip -9, of which a person should know.
+_SMALL_TEXT, _MUCH_REPEATED, _REPEATS_ITSELF = 100_000, 0.3, 0.5
 # Options of the plan itself, and of the command.
 _NOT_OF_THE_RUN = ("budget", "plan_file", "config", "print_config", "resume", "allow_changes")
 
@@ -175,8 +176,6 @@ def _planned(
         **rates,
     }
     kept = {name: value for name, value in given.items() if name not in _NOT_OF_THE_RUN}
-    others = [best if each is chosen else each for each in found]
-    twice = [choice.bits(choice.best(others, **more), **more) for more in ({"times": 2.0}, {"text": 2.0})]
     return Plan(
         values={**kept, **{name: value for name, value in planned.items() if name not in kept}},
         facts=facts,
@@ -186,7 +185,7 @@ def _planned(
         seconds=choice.seconds(best, steps, best.step_tokens),
         memory_bytes=before + best.cost.peak_bytes,
         bits_per_byte=bits,
-        twice=(twice[0], twice[1]),
+        twice=choice.twice(found, chosen, best),
         tried=len(found),
         notes=(
             *(notes if chosen is found[-1] else ()),
@@ -267,6 +266,8 @@ def _notes(facts: CorpusFacts, epochs: float, bits: float, *, shorter: bool) -> 
         yield f"{short(facts.text_bytes)} bytes are too little text to learn a language from; 1M is a start"
     if facts.repeated > _MUCH_REPEATED:
         yield f"{facts.repeated:.0%} of the text is in repeated lines: the model learns these by heart"
+    elif facts.gzip < _REPEATS_ITSELF:
+        yield f"gzip -9 needs {facts.gzip:.2f} bits per byte: the text repeats itself, which the model learns by heart"
     if shorter:
         yield "the run is shorter than the budget: reading so small a text more often brings nothing"
     elif epochs > MANY_EPOCHS:

@@ -26,6 +26,7 @@ from gpt_kit_hf.data.text.files import plain_files
 from gpt_kit_hf.data.text.files.file_types import file_refusal
 from gpt_kit_hf.data.text.sources import TextSource, source_notes, train_sources
 from gpt_kit_hf.errors import DataError, UsageError
+from gpt_kit_hf.options import files
 from gpt_kit_hf.options.data import TextOptions
 from gpt_kit_hf.options.files import find_files
 
@@ -495,6 +496,11 @@ def test_the_standard_input_is_named_by_a_dash(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr("sys.stdin", Terminal())
     with pytest.raises(DataError, match="'-': the standard input is a terminal: pipe text into the command"):
+        find_files(["-"])
+
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.setattr(files, "STANDARD_INPUT", Path(os.devnull))
+    with pytest.raises(DataError, match="'-': the standard input is neither a pipe nor a file: pipe text into the "):
         find_files(["-"])
 
 
