@@ -76,10 +76,10 @@ class Range:
 # those of Hoffmann et al. 2022. DEVIATION is the root mean square of the logarithm of the error, of the runs of a text
 # that the law is not fitted to.
 LAW = Law(
-    gzip_power=1.0624, floor=0.3033, size=0.0341, size_power=0.34, length=0.2111, length_power=0.28, repeats=1.1694
+    gzip_power=1.0504, floor=0.3017, size=0.0365, size_power=0.34, length=0.215, length_power=0.28, repeats=1.1094
 )
-DEVIATION = 0.0363
-MEASURED = Range((98_304, 3_145_728), (307_200, 6_512_640))
+DEVIATION = 0.0309
+MEASURED = Range((98_304, 4_718_592), (307_200, 7_829_504))
 
 
 def layer_parameters(layers: int, width: int) -> int:
