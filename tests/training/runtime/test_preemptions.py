@@ -25,6 +25,7 @@ def test_the_command_of_a_template_has_valid_options(template: str) -> None:
     assert options.training.output_dir.endswith("/mine")
 
 
+@pytest.mark.slow  # test_kill_campaign.py kills runs, too
 def test_a_run_that_is_preempted_ends_as_one_that_is_not() -> None:
     said = run_program("preemptions", "kubernetes", "--preemptions", "3")
     assert said.startswith("kubernetes   3 preemptions")
