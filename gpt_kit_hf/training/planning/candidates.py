@@ -53,6 +53,11 @@ class Candidate:
         return self.layers, self.heads, self.width
 
     @property
+    def size(self) -> str:
+        """Layers and width in words."""
+        return f"{self.layers} layer{'s' * (self.layers > 1)} of {self.width}"
+
+    @property
     def step_tokens(self) -> int:
         """The tokens of a step."""
         return self.batch_size * self.context

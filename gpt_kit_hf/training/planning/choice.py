@@ -188,11 +188,12 @@ class Choice:
         faster a token by what else differs.
         """
         slower = best.seconds_per_token / chosen.seconds_per_token
-        others = [best]
-        for each in found:
-            seconds = slower * each.seconds_per_token * best.step_tokens
-            alike = replace(each, batch_size=best.batch_size, cost=replace(each.cost, seconds=seconds))
-            others += [alike] * (each is not chosen)
+
+        def alike(other: Candidate) -> Candidate:
+            seconds = slower * other.seconds_per_token * best.step_tokens
+            return replace(other, batch_size=best.batch_size, cost=replace(other.cost, seconds=seconds))
+
+        others = [best if each is chosen else alike(each) for each in found]
         budget = self.bits(self.best(others, times=2.0), times=2.0)
         if self.steps(best) * best.step_tokens <= self._facts.tokens:  # not all of the text is read
             return budget, self.bits(best)
@@ -202,8 +203,7 @@ class Choice:
 
     def _too_little(self, candidate: Candidate) -> str:
         """Return the message for a budget that is less than a step of a shape, the smallest or only one."""
-        shape = f"{candidate.layers} layer{'s' * (candidate.layers > 1)} of {candidate.width}"
-        step = f"a step of {candidate.batch_size} x {self._context} tokens with {shape}"
+        step = f"a step of {candidate.batch_size} x {self._context} tokens with {candidate.size}"
         if self._budget.kind != "seconds":
             return f"the budget is less than {step}: give more, or a lower batch_size"
         takes = duration(max(1.0, self.seconds(candidate, 1, candidate.step_tokens)))
@@ -230,8 +230,8 @@ class Choice:
                 return None if self._does_not_fit(estimated) else estimated
         candidate = self._timed(shape, batch_size)
         if candidate is not None:
-            size = f"{shape[0]} layer{'s' * (shape[0] > 1)} of {shape[2]}"
-            log(f"timed    {size}: {candidate.cost.seconds:.2g} s for a step of {candidate.step_tokens:,} tokens")
+            took = f"{candidate.cost.seconds:.2g} s for a step of {candidate.step_tokens:,} tokens"
+            log(f"timed    {candidate.size}: {took}")
         return candidate
 
     def _takes_long(self, candidate: Candidate) -> bool:

@@ -58,9 +58,8 @@ def page_lines(plan: Plan) -> list[str]:
         f"text     {facts.documents:,} document{'s' * (facts.documents != 1)}; to train on {short(facts.text_bytes)} "
         f"bytes, {short(facts.tokens)} tokens ({plan.encoding.name}, vocabulary of {plan.encoding.n_vocab:,}); "
         f"{facts.repeated:.0%} are in repeated lines",
-        f"shape    {chosen.layers} layer{'s' * (chosen.layers > 1)} of {chosen.width} with {chosen.heads} "
-        f"head{'s' * (chosen.heads > 1)}, {short(chosen.parameters)} parameters"
-        + (f"; the best of {plan.tried} shapes" if plan.tried > 1 else ""),
+        f"shape    {chosen.size} with {chosen.heads} head{'s' * (chosen.heads > 1)}, {short(chosen.parameters)} "
+        "parameters" + (f"; the best of {plan.tried} shapes" if plan.tried > 1 else ""),
         f"length   {plan.steps:,} step{'s' * (plan.steps != 1)} of {chosen.batch_size} x {chosen.context} tokens: the "
         f"text is read {plan.epochs:.2g} times",
         f"rates    {run.optimizer.optimizer}, {rates}; weight decay {run.optimizer.weight_decay:g}, dropout "
@@ -78,10 +77,11 @@ def page_lines(plan: Plan) -> list[str]:
 
 def check_plan_file(file: Path, log: Report) -> None:
     """Say what is known of the file of a plan before that is made. Raises UsageError if it cannot be written."""
+    if file.is_dir():
+        raise UsageError(f"plan_file {str(file)!r} is a folder: name another file by --plan_file")
     holder = next(folder for folder in file.absolute().parents if folder.exists())
-    if file.is_dir() or not (holder.is_dir() and os.access(holder, os.W_OK)):
-        reason = "is a folder" if file.is_dir() else f"cannot be written in {str(holder)!r}"
-        raise UsageError(f"plan_file {str(file)!r} {reason}: name another file by --plan_file")
+    if not (holder.is_dir() and os.access(holder, os.W_OK)):
+        raise UsageError(f"plan_file {str(file)!r} cannot be written in {str(holder)!r}: name another by --plan_file")
     if file.exists():
         log(f"note     {file} exists: another plan is not written over it, --plan_file names another file")
 
