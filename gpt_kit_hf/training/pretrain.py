@@ -136,19 +136,23 @@ class TextTask(Task):
         )
 
     def sample(self) -> Sample:
-        """Return the model's continuation of the sample prompt, after what a document starts with."""
+        """Return the model's continuation of the sample prompt, after what precedes a text."""
         chosen, begin = self.context.options, self._eos if self._begin is None else self._begin
         written = encodings.encode_ordinary(self.encoding, chosen.sample_prompt, "sample_prompt").tolist()
-        prompt = torch.tensor([[begin, *written]])
+        before = self._before_text(begin)
         unseen = (self._eos, begin, encodings.get_pad_token_id(self.encoding))
         return generate_sample(
             self.model,
-            prompt,
+            torch.tensor([[*before, *written]]),
             chosen.sample_max_new_tokens,
-            lambda ids: self.encoding.decode([token for token in ids if token not in unseen]),
+            lambda ids: self.encoding.decode([token for token in ids[len(before) :] if token not in unseen]),
             temperature=0.8,
             top_k=50,
         )
+
+    def _before_text(self, begin: int) -> list[int]:
+        """Return what precedes the text of a sample: the token that documents begin after."""
+        return [begin]
 
     def describe_model(self) -> str:
         """Return a log line with the model's name and size."""
@@ -298,6 +302,11 @@ class PretrainingTask(TextTask):
             self.order = ShuffledOrder(samples=sizes[0], seed=seed, reshuffled=other_windows)
         else:
             self.order = MixtureOrder(sizes=sizes, weights=self.corpus.weights, seed=seed, reshuffled=other_windows)
+
+    def _before_text(self, begin: int) -> list[int]:
+        """Return what precedes the text of a sample: a line break if nothing was trained to follow `begin`."""
+        follows = self.corpus.documents > 1 or self._begin is not None or self.base is not None
+        return [begin] if follows else self.encoding.encode_ordinary("\n")
 
     def describe(self) -> list[str]:
         """Return log lines that describe the text, the mixture and the model."""

@@ -35,6 +35,8 @@ from gpt_kit_hf.hub.model_folder import find_model_folder
 from gpt_kit_hf.storage.atomic_files import read_jsonl
 from gpt_kit_hf.storage.checkpoints import list_checkpoints, verify_checkpoint
 from gpt_kit_hf.storage.run_history import read_run
+from gpt_kit_hf.training import pretrain
+from gpt_kit_hf.training.task import Sample, generate_sample
 
 LINES = [
     f"The {age} {who} {does} the {what}.\n"
@@ -139,6 +141,29 @@ def test_run_records_speeds_and_samples(finished: tuple[Path, str]) -> None:
     for line in samples:
         assert line["text"].startswith(line["prompt"])
         assert all(f"  | {each}\n" in output for each in line["text"].splitlines())
+
+
+@pytest.mark.parametrize(("documents", "before"), [(1, "\n"), (2, "<|endoftext|>")])
+def test_samples_begin_after_what_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, documents: int, before: str
+) -> None:
+    files = [tmp_path / f"{number}.txt" for number in range(documents)]
+    for file in files:
+        file.write_text("".join(LINES) * 8)
+    prompts = list[list[int]]()
+
+    def noting(model: Any, prompt: torch.Tensor, *rest: Any, **sampling: Any) -> Sample:
+        prompts.append(prompt[0].tolist())
+        return generate_sample(model, prompt, *rest, **sampling)
+
+    monkeypatch.setattr(pretrain, "generate_sample", noting)
+    run = options(tmp_path / "run", str(files[0]), max_steps=2, sample_prompt="The")
+    train(replace(run, text=replace(run.text, text_files=[str(file) for file in files])))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    assert [tokenizer.decode(prompt) for prompt in prompts] == [f"{before}The"]
+    (sample,) = [line for line in read_jsonl(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "sample"]
+    assert sample["prompt"] == "The"
+    assert sample["text"].startswith("The")
 
 
 def test_run_folder_loads_by_auto_classes_and_pipeline(finished: tuple[Path, str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -35,7 +36,10 @@ Autocast: TypeAlias = Callable[[], AbstractContextManager[object]]
 _FEW_ROWS = (1, 2, 4)
 # Elements of a group of parameters that are updated to time the update of all.
 _UPDATED = 1 << 22
-_TIMES = 3  # measurements of a step, if it is short
+# A step is measured for so many seconds, at most so many times. The median of the times is what a run reaches on a
+# machine that other programs use too; the shortest one is up to a fifth less.
+_MEASURED_SECONDS = 1.0
+_TIMES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,21 +99,13 @@ def measure_cost(
     probe = Probe(model, optimizer, rows, autocast, accumulates=micro_steps > 1)
     memory = probe.memory(micro_batch_size)
     batch = rows(micro_batch_size)
-    seconds = _fastest(lambda: probe.seconds(batch))
+    seconds = probe.typical_seconds(batch)
     memory = probe.measured(memory)
     return StepCost(
         seconds=micro_steps * seconds.micro_batch + seconds.update,
         peak_bytes=memory.weights + memory.added,
         state_bytes=memory.state,
     )
-
-
-def _fastest(measure: Callable[[], StepSeconds]) -> StepSeconds:
-    """Return the shortest of the times of a second, at most three, as other programs delay some."""
-    found, began = [measure()], time.perf_counter()
-    while len(found) < _TIMES and time.perf_counter() - began < 1.0 - found[0].micro_batch:
-        found.append(measure())
-    return StepSeconds(micro_batch=min(each.micro_batch for each in found), update=min(each.update for each in found))
 
 
 def random_rows(vocab_size: int, length: int) -> Rows:
@@ -195,6 +191,16 @@ class Probe:
         with self._probing():
             micro_batch = self._timed(lambda: self._pass(batch))
         return StepSeconds(micro_batch=micro_batch, update=self._update_seconds())
+
+    def typical_seconds(self, batch: Batch) -> StepSeconds:
+        """Return the medians of the times of about a second; one process alone calls."""
+        found, began = [self.seconds(batch)], time.perf_counter()
+        while len(found) < _TIMES and time.perf_counter() - began < _MEASURED_SECONDS - found[0].micro_batch:
+            found.append(self.seconds(batch))
+        return StepSeconds(
+            micro_batch=statistics.median(each.micro_batch for each in found),
+            update=statistics.median(each.update for each in found),
+        )
 
     def forward_seconds(self, batch: Batch, autocast: Autocast) -> float:
         """Return the time of computing a batch's loss without gradients."""
@@ -297,7 +303,7 @@ class Probe:
                 trial.step()
 
             trial.step()  # makes the state
-            total += min(self._timed(update) for _ in range(2)) / share
+            total += statistics.mean(self._timed(update) for _ in range(2)) / share
         return total
 
     def _trials(self) -> Iterator[tuple[Any, float]]:

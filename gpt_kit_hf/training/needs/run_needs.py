@@ -158,7 +158,9 @@ class _Measurement:
         if self._left < _FEW_STEPS or is_compiled(self._chosen.torch_compile, self._accelerator.device):
             return memory, None
         step, size = self._done, memory.micro_batch_size
-        seconds = self._probe.seconds(self._task.typical_rows(self._steps.plan, step, size))
+        rows = self._task.typical_rows(self._steps.plan, step, size)
+        # Several processes measure together, so each as often.
+        seconds = self._probe.typical_seconds(rows) if self._alone else self._probe.seconds(rows)
         return self._probe.measured(memory), seconds
 
     def _check_size(self, wanted: int, memory: StepMemory, available: int | None) -> None:

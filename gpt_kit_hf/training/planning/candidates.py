@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ SHAPES = (
     (12, 12, 768), (24, 16, 1024), (48, 25, 1600),
 )  # fmt: skip
 
-_COMPILED_STEPS = 3  # steps with compiled blocks, and without, of which the fastest counts
+_COMPILED_STEPS = 3  # steps with compiled blocks, and without, whose medians count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,13 +116,13 @@ class Timing:
         batches = [random_rows(self.vocab_size, self.context)(micro)] * micro_steps
 
         def seconds(steps: int) -> float:
-            """Return the time of the fastest of some steps."""
+            """Return the median time of some steps."""
             taken = list[float]()
             for _ in range(steps):
                 began = time.perf_counter()
                 trainer.update(batches)
                 taken.append(time.perf_counter() - began)
-            return min(taken)
+            return statistics.median(taken)
 
         with torch.compiler.set_stance("force_eager"):
             uncompiled = seconds(_COMPILED_STEPS)
