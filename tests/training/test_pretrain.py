@@ -35,7 +35,7 @@ from gpt_kit_hf.hub.model_folder import find_model_folder
 from gpt_kit_hf.storage.atomic_files import read_jsonl
 from gpt_kit_hf.storage.checkpoints import list_checkpoints, verify_checkpoint
 from gpt_kit_hf.storage.run_history import read_run
-from gpt_kit_hf.training import pretrain
+from gpt_kit_hf.training import text_task
 from gpt_kit_hf.training.task import Sample, generate_sample
 
 LINES = [
@@ -156,7 +156,7 @@ def test_samples_begin_after_what_was_trained(
         prompts.append(prompt[0].tolist())
         return generate_sample(model, prompt, *rest, **sampling)
 
-    monkeypatch.setattr(pretrain, "generate_sample", noting)
+    monkeypatch.setattr(text_task, "generate_sample", noting)
     run = options(tmp_path / "run", str(files[0]), max_steps=2, sample_prompt="The")
     train(replace(run, text=replace(run.text, text_files=[str(file) for file in files])))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")

@@ -27,9 +27,9 @@ from gpt_kit_hf import (
 )
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.training.optim.weight_average import WeightAverage
-from gpt_kit_hf.training.pretrain import TextTask
 from gpt_kit_hf.training.replay import replay_steps
 from gpt_kit_hf.training.task import Sample
+from gpt_kit_hf.training.text_task import TextTask
 from gpt_kit_hf.training.verify import verify_run
 
 STEPS, DECAY = 12, 0.9

@@ -44,7 +44,7 @@ from transformers import AutoModelForCausalLM
 from gpt_kit_hf import Batch, RunOptions, run_command, train
 from gpt_kit_hf.storage.atomic_files import load_json, read_jsonl
 from gpt_kit_hf.storage.checkpoints import checkpoint_step, latest_checkpoint, list_checkpoints
-from gpt_kit_hf.training import pretrain
+from gpt_kit_hf.training import text_task
 from gpt_kit_hf.training.runtime.signals import EXIT_STOPPED
 from gpt_kit_hf.training.steps import Steps
 
@@ -357,7 +357,7 @@ def stop_within(step: int) -> None:
 
 def stop_at_the_start() -> None:
     """Send SIGTERM when the model is to be built."""
-    pretrain.build_config = lambda *arguments, **options: signal.raise_signal(signal.SIGTERM)  # type: ignore[assignment]
+    text_task.build_config = lambda *arguments, **options: signal.raise_signal(signal.SIGTERM)  # type: ignore[assignment]
 
 
 def kill_a_worker() -> None:
