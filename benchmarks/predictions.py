@@ -3,9 +3,8 @@
 `python benchmarks/predictions.py tinyshakespeare.txt --rows instructions.json` trains models of six shapes, and
 finetunes one of them in full and by LoRA, each with one thread and with two, each in a process of its own. Time is
 from the prediction to the end of the run; memory is the most that the process held, as the system counts it. Other
-work on the machine changes how long a run takes behind its prediction, so the time of a step is also predicted and
-measured in seconds of the processor, which it does not change as much. Runs that the file of results has are not made
-again.
+work on the machine changes how long a run takes behind its prediction, so steps are also predicted and taken in turns,
+in one process for each shape. Runs that the file of results has are not made again.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import tempfile
 import time
 from datetime import datetime
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import measure
@@ -37,7 +35,7 @@ from gpt_kit_hf import (
     get_encoding,
 )
 from gpt_kit_hf.model.presets import build_config
-from gpt_kit_hf.training.needs import cost
+from gpt_kit_hf.training.needs.cost import measure_cost, random_rows
 from gpt_kit_hf.training.runtime.memory import reuse_freed_memory
 
 # Layers, width, heads, context, batch, micro-batch, optimizer, encoding, steps.
@@ -49,7 +47,7 @@ SHAPES: dict[str, tuple[int, int, int, int, int, int, str, str, int]] = {
     "wide, short": (4, 512, 8, 64, 8, 8, "muon", "bytes", 100),
     "gpt2's vocabulary": (2, 128, 4, 128, 8, 4, "adamw", "gpt2", 80),
 }
-STEPS_TAKEN = 7
+TURNS, STEPS_OF_A_TURN = 8, 6
 FINETUNED = {"in full": "0", "LoRA": "8"}
 BASE = "small, bytes"
 
@@ -64,7 +62,7 @@ def main() -> None:
     parser.add_argument("--worker", choices=SHAPES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        print(json.dumps(step_of(options.worker, options.threads[0])))
+        print(json.dumps(steps_of(options.worker, options.threads[0])))
         return
     results = studies.Results(options.results)
     print(f"machine  {measure.machine('cpu')}; {measure.versions('torch', 'transformers')}")
@@ -100,10 +98,9 @@ def made(name: str, threads: int, options: argparse.Namespace, folder: Path) -> 
     )
 
 
-def step_of(name: str, threads: int) -> dict[str, float]:
-    """Return the seconds of the processor that a step is predicted to take, and takes in the median."""
+def steps_of(name: str, threads: int) -> dict[str, list[float]]:
+    """Return the seconds that a step is predicted to take, and takes, of each turn."""
     torch.set_num_threads(threads)
-    cost.time = SimpleNamespace(perf_counter=time.process_time)  # type: ignore[assignment, misc]
     reuse_freed_memory()  # as `gpt-kit train` does
     layers, width, heads, context, batch, micro_batch, optimizer, encoding, _ = SHAPES[name]
     vocabulary = get_encoding(encoding).n_vocab
@@ -117,16 +114,20 @@ def step_of(name: str, threads: int) -> dict[str, float]:
         accelerator=Accelerator(cpu=True),
         mixed_precision="fp32",
     )
-    rows = cost.random_rows(vocabulary, context)
-    predicted = cost.measure_cost(
-        model, trainer.optimizer.optimizer, rows, micro_batch_size=micro_batch, micro_steps=batch // micro_batch
-    )
-    taken = []
-    for _ in range(STEPS_TAKEN):
-        began = time.process_time()
-        trainer.update([rows(micro_batch)] * (batch // micro_batch))
-        taken.append(time.process_time() - began)
-    return {"predicted": predicted.seconds, "took": statistics.median(taken[1:])}
+    rows, micro_steps = random_rows(vocabulary, context), batch // micro_batch
+    found: dict[str, list[float]] = {"predicted": [], "took": []}
+    for turn in range(TURNS):
+        cost = measure_cost(
+            model, trainer.optimizer.optimizer, rows, micro_batch_size=micro_batch, micro_steps=micro_steps
+        )
+        found["predicted"].append(cost.seconds)
+        if turn == 0:
+            trainer.update([rows(micro_batch)] * micro_steps)  # makes the optimizer's state
+        began = time.perf_counter()
+        for _ in range(STEPS_OF_A_TURN):
+            trainer.update([rows(micro_batch)] * micro_steps)
+        found["took"].append((time.perf_counter() - began) / STEPS_OF_A_TURN)
+    return found
 
 
 def training(name: str, options: argparse.Namespace, folder: Path) -> list[str]:
@@ -190,11 +191,9 @@ def report(results: studies.Results) -> None:
         )
     measure.show(rows, ["run", "threads", "predicted", "took", "ratio", "predicted", "took", "ratio"])
     for found in results.find(study="predicted steps"):
-        ratio = found["predicted"] / found["took"]
-        steps.append(
-            [found["run"], found["threads"], f"{found['predicted']:.3f}", f"{found['took']:.3f}", f"{ratio:.2f}"]
-        )
-        errors.setdefault("seconds of a step", []).append(abs(ratio - 1.0))
+        predicted, took = (statistics.mean(found[name]) for name in ("predicted", "took"))
+        steps.append([found["run"], found["threads"], f"{predicted:.3f}", f"{took:.3f}", f"{predicted / took:.2f}"])
+        errors.setdefault("seconds of a step", []).append(abs(predicted / took - 1.0))
     measure.show(steps, ["step of", "threads", "predicted", "took", "ratio"])
     for name, found in errors.items():
         print(f"{name}: off by {statistics.median(found):.1%} in the median, {max(found):.1%} at most")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from contextlib import nullcontext
 from typing import Any
@@ -15,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gpt_kit_hf import GPTModel, OptimizerOptions, create_model_config
-from gpt_kit_hf.training.needs.cost import Probe, measure_cost, random_rows
+from gpt_kit_hf.training.needs import cost
+from gpt_kit_hf.training.needs.cost import Probe, StepSeconds, measure_cost, random_rows
 from gpt_kit_hf.training.optim.muon import MuonWithAdamW
 from gpt_kit_hf.training.optim.optimizer import create_optimizer
 
@@ -168,6 +170,22 @@ def test_running_out_of_memory_halves_micro_batches(monkeypatch: pytest.MonkeyPa
     assert probe_of(model).memory(10).micro_batch_size == 3
     assert tried == [1, 2, 4, 3]
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("clock", "times", "median"),
+    [(0.1, [0.3, 0.1, 0.9, 0.2, 0.4], 0.3), (0.4, [0.3, 0.1], 0.2), (2.0, [0.7], 0.7)],
+    ids=["at most five", "about a second", "a slow step once"],
+)
+def test_the_typical_time_is_the_median_of_a_second(
+    monkeypatch: pytest.MonkeyPatch, clock: float, times: list[float], median: float
+) -> None:
+    ticks, left = itertools.count(step=clock), iter(times)
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(Probe, "seconds", lambda self, batch: StepSeconds(micro_batch=(x := next(left)), update=2 * x))
+    found = probe_of(model_of()).typical_seconds(random_rows(300, 64)(1))
+    assert found == StepSeconds(micro_batch=pytest.approx(median), update=pytest.approx(2 * median))
+    assert next(left, None) is None
 
 
 def test_another_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
