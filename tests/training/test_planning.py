@@ -211,6 +211,20 @@ def test_no_shape_is_better(budget: str, large: Path, instant: list[tuple[int, i
     assert chosen.bits_per_byte == pytest.approx(min(alone), rel=2e-3)
 
 
+@pytest.mark.parametrize(("deeper", "chosen"), [(1.004, (4, 4, 128)), (1.006, (2, 4, 128))])
+def test_of_alike_shapes_that_with_more_layers_is_chosen(
+    large: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    instant: list[tuple[int, int, int]],
+    deeper: float,
+    chosen: tuple[int, int, int],
+) -> None:
+    """As deep and wider is not better if it is worse; nor is a shape that is not alike."""
+    bits = {(2, 2, 64): 1.03, (2, 4, 128): 1.0, (4, 4, 128): deeper, (4, 6, 192): 1.0045 + 0.01 * (deeper > 1.005)}
+    monkeypatch.setattr(choice.Choice, "bits", lambda self, each, times=1.0, text=1.0: bits.get(each.shape, 2.0))
+    assert plan.make_plan(options(large, "30s"), print).candidate.shape == chosen
+
+
 def test_many_tokens_are_for_a_model_in_proportion(large: Path, instant: list[tuple[int, int, int]]) -> None:
     """Of the same tokens, a larger model always makes more: the best is where no other uses the same work better."""
     made = plan.make_plan(options(large, "800ktok"), print)

@@ -35,6 +35,9 @@ _PARAMETERS_PER_TOKEN, _MANY_PARAMETERS = 32, 1
 _TIMED_STEPS, _TIMED_SHARE, _TIMED_SECONDS = 4, 0.03, 10.0
 # Seconds of a run on a CPU for which compiled blocks are tried, and the share of the time that they must save.
 _COMPILED_SECONDS, _SAVED = 240, 0.05
+# Shapes are alike if their bits per byte differ by less: the law knows neither depth nor what a text repeats. More
+# layers are better then, as for Python's library in 10 minutes, whose tables they learn (benchmarks/README.md).
+_ALIKE = 0.005
 MANY_EPOCHS = 4  # passes over the text, after which a model may know it by heart
 _BYTES_PER_PARAMETER = 16  # weights, gradients and two means of them, in fp32
 
@@ -91,11 +94,15 @@ class Choice:
     def best(self, candidates: Sequence[Candidate], times: float = 1.0, text: float = 1.0) -> Candidate:
         """Return the candidate to spend `times` the budget on, with `text` times the text.
 
-        That with the fewest bits per byte. With a number of tokens, where a larger one is always better, that for
-        which twice the parameters would bring as much as twice the tokens.
+        That with the fewest bits per byte, or with more layers if it is alike. With a number of tokens, where a larger
+        one is always better, that for which twice the parameters would bring as much as twice the tokens.
         """
         if self._budget.kind != "tokens":
-            return min(candidates, key=lambda each: self.bits(each, times, text))
+            by_bits = sorted(candidates, key=lambda each: self.bits(each, times, text))
+            most = (1 + _ALIKE) * self.bits(by_bits[0], times, text)
+            return max(
+                (each for each in by_bits if self.bits(each, times, text) <= most), key=lambda each: each.layers
+            )
 
         def imbalance(candidate: Candidate) -> float:
             size, length = LAW.gains(**self._run(candidate, times, text))
