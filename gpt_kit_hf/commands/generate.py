@@ -31,8 +31,7 @@ _MAX_NEW_TOKENS = 200  # where --max_new_tokens is not given
 def generate(options: GenerateOptions) -> None:
     """Stream the prompt and its continuation; in another `dtype`, also note how far it is from the model's own."""
     with _text_engine(options, options.overflow) as engine:
-        # Without a prompt, a text begins where documents begin.
-        start = options.prompt or (engine.tokenizer.bos_token or "")
+        start = options.prompt or engine.start
         max_new_tokens = _new_tokens(options, engine, len(engine.encode(start)))
         unwritten = [options.prompt]
 

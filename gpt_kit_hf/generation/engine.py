@@ -43,6 +43,10 @@ class TextEngine(Protocol):
     def context_length(self) -> int | None:
         """The number of positions, None for a model without a limit."""
 
+    @property
+    def start(self) -> str:
+        """What an empty prompt stands for: the token that documents begin after, or a line break if there is none."""
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of a prompt, in which "<|endoftext|>" is EOS; no special token is added."""
 

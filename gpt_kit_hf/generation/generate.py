@@ -116,6 +116,12 @@ class TransformersText:
         self.model, self.tokenizer, self.context_length = model, tokenizer, context_length(model)
         self._temperature, self._top_k, self._dtype, self._overflow = temperature, top_k, dtype, overflow
 
+    @property
+    def start(self) -> str:
+        """What an empty prompt stands for: a line break if the generation defaults have no BOS token."""
+        begins = self.model.generation_config.bos_token_id is not None
+        return (self.tokenizer.bos_token if begins else None) or "\n"
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of a prompt."""
         ids: list[int] = text_to_token_ids(text, self.tokenizer)[0].tolist()

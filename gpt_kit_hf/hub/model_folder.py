@@ -115,16 +115,22 @@ def write_model_folder(
     model: GPTKitForCausalLM,
     encoding: tiktoken.Encoding,
     weights: dict[str, torch.Tensor] | None = None,
+    *,
+    begins: bool = True,
 ) -> None:
     """Write what `from_pretrained` loads: weights, configuration, remote code, generation defaults, tokenizer.
 
-    `weights` is a state dict to write instead of the model's current one.
+    `weights` is a state dict to write instead of the model's current one. If no text `begins` after EOS in training,
+    generation has no BOS token.
     """
     eos, pad = encoding.encode_single_token(EOS_TOKEN), get_pad_token_id(encoding)
     length = model.config.max_position_embeddings
     # Without a padding token, only generation has a padding id, which the attention mask hides (`to_transformers`).
     model.generation_config = GenerationConfig(
-        bos_token_id=eos, eos_token_id=eos, pad_token_id=eos if pad is None else pad, max_length=length
+        bos_token_id=eos if begins else None,
+        eos_token_id=eos,
+        pad_token_id=eos if pad is None else pad,
+        max_length=length,
     )
     model.save_pretrained(str(folder), state_dict=weights)
     save_tokenizer(encoding, folder, model_max_length=length)

@@ -67,7 +67,10 @@ class GenerateOptions(SamplingOptions, LoadedModelOptions):
 
     positionals: ClassVar[tuple[str, ...]] = ("model_name_or_path",)
 
-    prompt: str = option("", "text to continue; without one, the model starts a new document")
+    prompt: str = option(
+        "",
+        "text to continue; without one, the model starts a new document, or a line if it was trained on a single one",
+    )
     max_new_tokens: int | None = option(
         None, "most tokens to add", minimum=1, unset="200, or what is left of the model's context"
     )

@@ -67,10 +67,9 @@ class PretrainingTask(TextTask):
         else:
             self.order = MixtureOrder(sizes=sizes, weights=self.corpus.weights, seed=seed, reshuffled=other_windows)
 
-    def _before_text(self, begin: int) -> list[int]:
-        """Return what precedes the text of a sample: a line break if nothing was trained to follow `begin`."""
-        follows = self.corpus.documents > 1 or self._begin is not None or self.base is not None
-        return [begin] if follows else self.encoding.encode_ordinary("\n")
+    def _begins(self) -> bool:
+        """Return whether texts are trained to follow the token that documents begin after: a single one is not."""
+        return self.corpus.documents > 1 or self._begin is not None or self.base is not None
 
     def describe(self) -> list[str]:
         """Return log lines that describe the text, the mixture and the model."""

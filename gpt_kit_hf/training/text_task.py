@@ -100,7 +100,7 @@ class TextTask(Task):
         """Return the model's continuation of the sample prompt, after what precedes a text."""
         chosen, begin = self.context.options, self._eos if self._begin is None else self._begin
         written = encodings.encode_ordinary(self.encoding, chosen.sample_prompt, "sample_prompt").tolist()
-        before = self._before_text(begin)
+        before = [begin] if self._begins() else self.encoding.encode_ordinary("\n")
         unseen = (self._eos, begin, encodings.get_pad_token_id(self.encoding))
         return generate_sample(
             self.model,
@@ -111,9 +111,9 @@ class TextTask(Task):
             top_k=50,
         )
 
-    def _before_text(self, begin: int) -> list[int]:
-        """Return what precedes the text of a sample: the token that documents begin after."""
-        return [begin]
+    def _begins(self) -> bool:
+        """Return whether texts are trained to follow the token that documents begin after."""
+        return True
 
     def describe_model(self) -> str:
         """Return a log line with the model's name and size."""
@@ -143,7 +143,7 @@ class TextTask(Task):
         """Write a folder for `from_pretrained`."""
         model: Any = unsharded_model(self.model)
         if self.base is None:
-            write_model_folder(folder, model, self.encoding, weights)
+            write_model_folder(folder, model, self.encoding, weights, begins=self._begins())
         else:  # with what else the tokenizer and the generation defaults hold, such as a chat template
             model.save_pretrained(str(folder), state_dict=weights)
             self.base.tokenizer.save_pretrained(str(folder))

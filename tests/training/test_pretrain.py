@@ -31,6 +31,7 @@ from gpt_kit_hf import (
     WindowOptions,
     train,
 )
+from gpt_kit_hf.generation.generate import TransformersText
 from gpt_kit_hf.hub.model_folder import find_model_folder
 from gpt_kit_hf.storage.atomic_files import read_jsonl
 from gpt_kit_hf.storage.checkpoints import list_checkpoints, verify_checkpoint
@@ -144,7 +145,7 @@ def test_run_records_speeds_and_samples(finished: tuple[Path, str]) -> None:
 
 
 @pytest.mark.parametrize(("documents", "before"), [(1, "\n"), (2, "<|endoftext|>")])
-def test_samples_begin_after_what_was_trained(
+def test_texts_begin_after_what_was_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, documents: int, before: str
 ) -> None:
     files = [tmp_path / f"{number}.txt" for number in range(documents)]
@@ -164,6 +165,8 @@ def test_samples_begin_after_what_was_trained(
     (sample,) = [line for line in read_jsonl(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "sample"]
     assert sample["prompt"] == "The"
     assert sample["text"].startswith("The")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert TransformersText(model, tokenizer, temperature=1.0, top_k=None).start == before
 
 
 def test_run_folder_loads_by_auto_classes_and_pipeline(finished: tuple[Path, str]) -> None:

@@ -21,6 +21,11 @@ class LlamaCppText:
         self._temperature, self._top_k = temperature, top_k
         self._seeds = random.Random(secrets.randbits(63) if seed is None else seed)
 
+    @property
+    def start(self) -> str:
+        """What an empty prompt stands for."""
+        return self.tokenizer.bos_token or "\n"
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of a prompt."""
         return self.tokenizer.encode(text, add_special_tokens=False)
