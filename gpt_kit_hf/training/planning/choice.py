@@ -25,7 +25,7 @@ Shape: TypeAlias = tuple[int, int, int]  # layers, heads, width
 
 # Tokens of a step on a CPU, as in the runs of the law. A GPU is not busy with so few.
 _STEP_TOKENS, _STEP_TOKENS_OF_A_GPU = 2048, 16_384
-FEW_STEPS, _MANY_STEPS = 150, 4000  # outside of these a step has fewer or more tokens
+FEW_STEPS, _MANY_STEPS = 150, 2000  # outside of these a step has fewer or more tokens
 _WORSE_IN_A_ROW = 2  # larger shapes that are worse, after which none is tried any more
 _FORWARD = 1 / 3  # of the time of a step: an evaluation has no backward pass
 # Parameters of the blocks for each token of text: the most, where the law was measured up to 28, and those from which
@@ -37,7 +37,8 @@ _TIMED_STEPS, _TIMED_SHARE, _TIMED_SECONDS = 4, 0.03, 10.0
 _COMPILED_SECONDS, _SAVED = 240, 0.05
 # Shapes are alike if their bits per byte differ by less: the law knows neither depth nor what a text repeats. More
 # layers are better then, as for Python's library in 10 minutes, whose tables they learn (benchmarks/README.md).
-_ALIKE = 0.005
+_ALIKE = 0.015
+_NEAR = 0.05  # shapes with so many more bits per byte than the best are timed again
 MANY_EPOCHS = 4  # passes over the text, after which a model may know it by heart
 _BYTES_PER_PARAMETER = 16  # weights, gradients and two means of them, in fp32
 
@@ -91,6 +92,17 @@ class Choice:
                 break
         return found, []
 
+    def near_ones_again(self, candidates: Sequence[Candidate], log: Report) -> list[Candidate]:
+        """Return the candidates, with a second time of those that are nearly the best if time decides.
+
+        They were timed one after the other, and another program may have delayed one of them.
+        """
+        if self._budget.kind != "seconds" or len(candidates) == 1:
+            return list(candidates)
+        most = (1 + _NEAR) * min(self.bits(each) for each in candidates)
+        near = [each.timed and self.bits(each) <= most for each in candidates]
+        return [self.timed_again(each, log) if its else each for each, its in zip(candidates, near, strict=True)]
+
     def best(self, candidates: Sequence[Candidate], times: float = 1.0, text: float = 1.0) -> Candidate:
         """Return the candidate to spend `times` the budget on, with `text` times the text.
 
@@ -126,10 +138,13 @@ class Choice:
         self._timing = replace(self._timing, model=replace(self._timing.model, **options))
         return self._timed(candidate.shape, candidate.batch_size) or candidate
 
-    def timed_again(self, candidate: Candidate) -> Candidate:
+    def timed_again(self, candidate: Candidate, log: Report = lambda _: None) -> Candidate:
         """Return the candidate with the faster of its time and another one, as other programs delay some steps."""
         again = None if self._takes_long(candidate) else self._timed(candidate.shape, candidate.batch_size)
-        return candidate if again is None or candidate.cost.seconds < again.cost.seconds else again
+        if again is None:
+            return candidate
+        log(f"timed    {again.size} again: {again.cost.seconds:.2g} s")
+        return candidate if candidate.cost.seconds < again.cost.seconds else again
 
     def compiled(self, candidate: Candidate, wanted: bool | None, log: Report) -> tuple[Candidate, bool]:
         """Return the candidate with the time of compiled blocks, and whether that differs from what `wanted` says.

@@ -162,6 +162,7 @@ def _planned(
     found, notes = choice.candidates(shapes, given.get("batch_size") or choice.first_batch_size, log)
     if not found:
         raise UsageError("no shape fits into the memory that is free: lower batch_size or max_length")
+    found = choice.near_ones_again(found, log)
     chosen = choice.best(found)
     best, settled = _settled(choice, chosen, given, log)
     steps, bits = choice.steps(best), choice.bits(best)
