@@ -29,7 +29,8 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "no dropout, weight decay 1": ({}, {"weight_decay": 1.0}),
     "dropout 0.1, weight decay 1": ({"dropout": 0.1}, {"weight_decay": 1.0}),
     "dropout 0.2, weight decay 1": ({"dropout": 0.2}, {"weight_decay": 1.0}),
-    "dropout 0.2, an average": ({"dropout": 0.2}, {"ema_decay": 0.98}),
+    "no dropout, weight decay 1, an average": ({}, {"weight_decay": 1.0, "ema_decay": 0.98}),
+    "dropout 0.1, weight decay 1, an average": ({"dropout": 0.1}, {"weight_decay": 1.0, "ema_decay": 0.98}),
 }
 
 
