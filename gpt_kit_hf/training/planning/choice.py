@@ -25,7 +25,7 @@ Shape: TypeAlias = tuple[int, int, int]  # layers, heads, width
 
 # Tokens of a step on a CPU, as in the runs of the law. A GPU is not busy with so few.
 _STEP_TOKENS, _STEP_TOKENS_OF_A_GPU = 2048, 16_384
-FEW_STEPS, _MANY_STEPS = 150, 2000  # outside of these a step has fewer or more tokens
+FEW_STEPS, _MANY_STEPS = 150, 3000  # outside of these a step has fewer or more tokens
 _WORSE_IN_A_ROW = 2  # larger shapes that are worse, after which none is tried any more
 _FORWARD = 1 / 3  # of the time of a step: an evaluation has no backward pass
 # Parameters of the blocks for each token of text: the most, where the law was measured up to 28, and those from which
