@@ -100,8 +100,7 @@ class Choice:
         if self._budget.kind != "seconds" or len(candidates) == 1:
             return list(candidates)
         most = (1 + _NEAR) * min(self.bits(each) for each in candidates)
-        near = [each.timed and self.bits(each) <= most for each in candidates]
-        return [self.timed_again(each, log) if its else each for each, its in zip(candidates, near, strict=True)]
+        return [self.timed_again(each, log) if each.timed and self.bits(each) <= most else each for each in candidates]
 
     def best(self, candidates: Sequence[Candidate], times: float = 1.0, text: float = 1.0) -> Candidate:
         """Return the candidate to spend `times` the budget on, with `text` times the text.
