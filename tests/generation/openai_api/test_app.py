@@ -21,6 +21,7 @@ from gpt_kit_hf import generate_text_autoregressive
 N_NEW = 16
 EOS = 256  # of the bytes encoding
 GREEDY: dict[str, Any] = {"max_tokens": N_NEW, "temperature": 0}
+ENDLESS: dict[str, Any] = {"max_tokens": 150_000, "temperature": 0, "logit_bias": {str(EOS): -100}}  # takes minutes
 
 
 @pytest.fixture(scope="module")
@@ -711,7 +712,7 @@ class Ends:
 
 def test_a_request_is_answered_while_another_streams(plain_served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     ends = Ends(plain_served, monkeypatch)
-    stream = complete(plain_served, stream=True, max_tokens=150_000)
+    stream = complete(plain_served, stream=True, **ENDLESS)
     next(iter(stream))
     assert complete(plain_served, "dog").choices[0].text == continuation(plain_served, "dog")
     ends.ended.clear()
@@ -723,7 +724,7 @@ def test_a_client_that_gives_up_ends_the_generation(plain_served: Served, monkey
     ends = Ends(plain_served, monkeypatch)
     impatient = plain_served.client.with_options(timeout=0.5)
     with pytest.raises(openai.APITimeoutError):
-        impatient.completions.create(model=plain_served.name, prompt="fox", max_tokens=150_000)
+        impatient.completions.create(model=plain_served.name, prompt="fox", **ENDLESS)
     assert ends.ended.wait(30)
 
 
