@@ -118,11 +118,17 @@ def trained(
     seed: int,
     eval_steps: int | None = None,
     optimizer: OptimizerOptions = FAST,
+    *,
+    best: bool = False,
 ) -> dict[str, Any]:
-    """Train once; return the score on the whole held-out text, and the losses on the way."""
+    """Train once; return the score on the whole held-out text, and the losses on the way.
+
+    The score is that of the weights after the last step, or with `best` of those of the best evaluation.
+    """
     with tempfile.TemporaryDirectory() as folder:
         options = run_options(work, model, steps, seed, eval_steps or steps, Path(folder) / "run")
-        result = train(dataclasses.replace(options, optimizer=optimizer), stream=None)
+        training = dataclasses.replace(options.training, load_best_model_at_end=best)
+        result = train(dataclasses.replace(options, training=training, optimizer=optimizer), stream=None)
         curve = list(evaluations(result.folder / "metrics.jsonl"))
     score = result.evaluation
     return {

@@ -409,44 +409,39 @@ def test_repeated_text_and_many_passes_are_noted(tmp_path: Path, instant: list[t
     made = plan.make_plan(options(file, "600s", "--n_embd=64"), print)
     assert any("in repeated lines" in note for note in made.notes)
     assert any("shorter than the budget" in note for note in made.notes)
-    assert made.values["dropout"] == choice.dropout_for(made.epochs, 2.0) > 0
+    assert (made.values["dropout"], made.values["ema_decay"]) == (0.0, round(1 - 8 / made.steps, 4))
     assert made.values["weight_decay"] == 1.0
     for own in (["--optimizer=adamw"], ["--recipe=plain"]):
-        assert "weight_decay" not in plan.make_plan(options(file, "600s", "--n_embd=64", *own), print).values
+        values = plan.make_plan(options(file, "600s", "--n_embd=64", *own), print).values
+        assert not {"weight_decay", "ema_decay"} & values.keys()
 
 
 @pytest.fixture
-def second(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float | None, float | None]]:
-    """Steps take a second, two with dropout, and what is returned has the dropouts that were timed."""
-    timed: list[tuple[float | None, float | None]] = []
-
-    def candidate(self: Timing, shape: tuple[int, int, int], batch_size: int) -> Candidate:
-        timed.append((self.model.dropout, self.model.attn_pdrop))
-        return of_cost(self, shape, batch_size, 2.0 if self.model.dropout else 1.0)
-
-    monkeypatch.setattr(Timing, "candidate", candidate)
-    return timed
+def second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps take a second."""
+    monkeypatch.setattr(Timing, "candidate", lambda self, shape, size: of_cost(self, shape, size, 1.0, peak=1000))
 
 
 ONE_SHAPE = ("--n_layer=1", "--n_head=1", "--n_embd=16")
 ONE_LARGE_SHAPE = ("--n_layer=1", "--n_head=1", "--n_embd=64")  # of more parameters than the text has tokens
 
 
-def test_dropout_by_the_passes_is_timed(text: Path, second: list[tuple[float | None, float | None]]) -> None:
+@pytest.mark.usefixtures("second")
+def test_an_average_of_the_weights_is_for_large_models_and_many_passes(text: Path) -> None:
     made = plan.make_plan(options(text, "900s", *ONE_LARGE_SHAPE), print)
-    assert made.values["dropout"] > 0
-    assert second[-1] == (made.values["dropout"], made.values["attn_pdrop"]) == (made.values["dropout"], 0.0)
-    assert made.candidate.cost.seconds == 2.0
-    assert made.seconds <= 900
-    for given in (0.0, 0.3):
-        made = plan.make_plan(options(text, "900s", *ONE_LARGE_SHAPE, f"--dropout={given}"), print)
-        assert second[-1] == (given, None)
-        assert "attn_pdrop" not in made.values
-    made = plan.make_plan(options(text, "900s", *ONE_LARGE_SHAPE, "--attn_pdrop=0.05"), print)
-    assert second[-1] == (made.values["dropout"], 0.05)
-    assert made.values["attn_pdrop"] == 0.05
+    assert made.values["ema_decay"] == pytest.approx(1 - 8 / made.steps, abs=1e-4)
+    assert any(
+        f"an average of the weights with a decay rate of {made.values['ema_decay']}" in line
+        for line in page.page_lines(made)
+    )
+    without = replace(made, values={**made.values, "ema_decay": None})
+    assert made.memory_bytes - without.memory_bytes == 4 * made.candidate.parameters
+    assert made.disk_bytes > without.disk_bytes
+    own = plan.make_plan(options(text, "900s", *ONE_LARGE_SHAPE, "--ema_decay=0.5", "--weight_decay=0.2"), print)
+    assert (own.values["ema_decay"], own.values["weight_decay"]) == (0.5, 0.2)
     small = plan.make_plan(options(text, "900s", *ONE_SHAPE), print)  # of a tenth of the text's tokens
-    assert (small.values["dropout"], small.values["weight_decay"]) == (0.0, 0.1)
+    assert "ema_decay" not in small.values
+    assert small.values["weight_decay"] == 0.1
     assert small.epochs > 5
 
 
@@ -458,36 +453,22 @@ def test_the_faster_time_of_the_chosen_shape_counts(
     took[delayed] = 2.0  # as another program computed
     times = iter(took)
     monkeypatch.setattr(Timing, "candidate", lambda self, shape, size: of_cost(self, shape, size, next(times)))
-    made = plan.make_plan(options(large, "200s", *ONE_SHAPE, "--batch_size=8", "--dropout=0"), print)
+    made = plan.make_plan(options(large, "200s", *ONE_SHAPE, "--batch_size=8"), print)
     assert made.candidate.cost.seconds == 1.0
     assert next(times, None) is None
 
 
-@pytest.mark.parametrize(
-    ("budget", "arguments", "batch_size", "dropout"),
-    [
-        ("900s", (*ONE_LARGE_SHAPE, "--batch_size=8"), 8, 0.1),  # dropout after many passes
-        ("60s", (*ONE_SHAPE, "--dropout=0"), 2, 0.0),  # a smaller batch for more steps
-    ],
-)
-def test_what_is_trained_is_timed_twice(
-    budget: str,
-    arguments: tuple[str, ...],
-    batch_size: int,
-    dropout: float,
-    text: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    timed: list[tuple[int, float]] = []
+def test_what_is_trained_is_timed_twice(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[int] = []
 
     def candidate(self: Timing, shape: tuple[int, int, int], size: int) -> Candidate:
-        timed.append((size, self.model.dropout or 0.0))
-        return of_cost(self, shape, size, 2.0 if timed.count(timed[-1]) == 1 else 1.0)  # delayed at first
+        timed.append(size)
+        return of_cost(self, shape, size, 2.0 if timed.count(size) == 1 else 1.0)  # delayed at first
 
     monkeypatch.setattr(Timing, "candidate", candidate)
-    made = plan.make_plan(options(text, budget, *arguments), print)
-    assert timed.count((batch_size, dropout)) == 2
-    assert timed[0] != (batch_size, dropout)
+    made = plan.make_plan(options(text, "60s", *ONE_SHAPE), print)
+    assert timed.count(2) == 2  # a smaller batch for more steps
+    assert timed[0] > 2
     assert made.candidate.cost.seconds == 1.0
 
 
@@ -496,31 +477,31 @@ def test_a_step_that_takes_long_is_timed_once(text: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(
         Timing, "candidate", lambda self, shape, size: timed.append(size) or of_cost(self, shape, size, 5.0)
     )
-    plan.make_plan(options(text, "200s", *ONE_SHAPE, "--batch_size=8", "--dropout=0"), print)
+    plan.make_plan(options(text, "200s", *ONE_SHAPE, "--batch_size=8"), print)
     assert timed == [8]
 
 
 @pytest.mark.parametrize(
-    ("epochs", "parameters_per_token", "dropout", "weight_decay"),
+    ("epochs", "parameters_per_token", "weight_decay", "ema_decay"),
     [
-        (2.99, 1.0, 0.0, 0.1),
-        (3.0, 1.0, 0.0, 1.0),
-        (4.99, 7.0, 0.0, 1.0),
-        (5.0, 1.0, 0.1, 1.0),
-        (5.0, 0.99, 0.0, 0.1),
-        (30.0, 0.5, 0.0, 0.1),
+        (2.99, 1.0, 0.1, None),
+        (3.0, 1.0, 1.0, None),
+        (3.99, 7.0, 1.0, None),
+        (4.0, 1.0, 1.0, 0.98),
+        (4.0, 0.99, 0.1, None),
+        (30.0, 0.5, 0.1, None),
     ],
 )
-def test_dropout_and_weight_decay_are_for_large_models_and_many_passes(
-    epochs: float, parameters_per_token: float, dropout: float, weight_decay: float
+def test_weight_decay_and_average_are_for_large_models_and_many_passes(
+    epochs: float, parameters_per_token: float, weight_decay: float, ema_decay: float | None
 ) -> None:
-    assert choice.dropout_for(epochs, parameters_per_token) == dropout
     assert choice.weight_decay_for(epochs, parameters_per_token) == weight_decay
+    assert choice.ema_decay_for(epochs, parameters_per_token, 400) == ema_decay
+    assert choice.ema_decay_for(epochs, parameters_per_token, 80) is None
 
 
-def test_the_evaluations_of_the_best_checkpoints_are_counted(
-    text: Path, second: list[tuple[float | None, float | None]]
-) -> None:
+@pytest.mark.usefixtures("second")
+def test_the_evaluations_of_the_best_checkpoints_are_counted(text: Path) -> None:
     made = plan.make_plan(options(text, "900s", *ONE_LARGE_SHAPE, "--save_steps=3", "--eval_steps=7"), print)
     assert made.values["load_best_model_at_end"]
     run = made.run.training
@@ -528,9 +509,10 @@ def test_the_evaluations_of_the_best_checkpoints_are_counted(
     evaluations = sum(map(due.evaluation, range(1, made.steps)))
     assert evaluations > made.steps / 4
     evaluated = made.facts.eval_tokens / made.candidate.step_tokens * made.candidate.cost.seconds / 3
-    assert made.seconds == pytest.approx(made.steps * 2.0 + (evaluations + 1) * evaluated, rel=1e-6)
+    assert made.seconds == pytest.approx(made.steps + (evaluations + 1) * evaluated, rel=1e-6)
 
 
+@pytest.mark.usefixtures("second")
 @pytest.mark.parametrize(
     ("compiled", "given", "chosen"),
     [
@@ -547,18 +529,17 @@ def test_blocks_are_compiled_where_that_saves_time(
     given: list[str],
     chosen: bool | None,
     large: Path,
-    second: list[Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[Candidate] = []
     monkeypatch.setattr(Timing, "compiled", lambda self, candidate: asked.append(candidate) or compiled)
-    made = plan.make_plan(options(large, "600s", *ONE_SHAPE, "--dropout=0", *given), print)
+    made = plan.make_plan(options(large, "600s", *ONE_SHAPE, *given), print)
     assert made.values.get("torch_compile") is chosen
     assert made.candidate.cost.seconds == (compiled.compiled if chosen and compiled is not None else 1.0)
     assert made.seconds == pytest.approx(600, rel=0.02)
     assert len(asked) == (chosen is not False)
     asked.clear()
-    plan.make_plan(options(large, "30s", *ONE_SHAPE, "--dropout=0"), print)  # too short to try it
+    plan.make_plan(options(large, "30s", *ONE_SHAPE), print)  # too short to try it
     assert not asked
 
 

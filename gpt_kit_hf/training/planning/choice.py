@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 
@@ -29,7 +29,7 @@ FEW_STEPS, _MANY_STEPS = 150, 3000  # outside of these a step has fewer or more 
 _WORSE_IN_A_ROW = 2  # larger shapes that are worse, after which none is tried any more
 _FORWARD = 1 / 3  # of the time of a step: an evaluation has no backward pass
 # Parameters of the blocks for each token of text: the most, where the law was measured up to 28, and those from which
-# on a model can learn the text by heart. Smaller ones only lose by dropout and a strong weight decay.
+# on a model can learn the text by heart. Smaller ones only lose by a strong weight decay.
 _PARAMETERS_PER_TOKEN, _MANY_PARAMETERS = 32, 1
 # Steps that timing a shape takes, and the share of a budget in seconds, or the seconds, that this may take.
 _TIMED_STEPS, _TIMED_SHARE, _TIMED_SECONDS = 4, 0.03, 10.0
@@ -40,20 +40,22 @@ _COMPILED_SECONDS, _SAVED = 240, 0.05
 _ALIKE = 0.015
 _NEAR = 0.05  # shapes with so many more bits per byte than the best are timed again
 MANY_EPOCHS = 4  # passes over the text, after which a model may know it by heart
+_LEAST_AVERAGED = 80  # steps; the decay rate of an average is 0.9 then
 _BYTES_PER_PARAMETER = 16  # weights, gradients and two means of them, in fp32
 
 
-def dropout_for(epochs: float, parameters_per_token: float) -> float:
-    """Return the dropout for a number of passes over the text, and of the blocks' parameters for each of its tokens.
-
-    Measured by benchmarks/passes.py, as is the weight decay.
-    """
-    return 0.1 if epochs >= 5 and parameters_per_token >= _MANY_PARAMETERS else 0.0
-
-
 def weight_decay_for(epochs: float, parameters_per_token: float) -> float:
-    """Return the weight decay with the recipe `fast`, by the same."""
+    """Return the weight decay by the passes over the text, and the parameters of the blocks for each token of it.
+
+    Measured with the recipe `fast` by benchmarks/passes.py, as is what `ema_decay_for` returns.
+    """
     return 1.0 if epochs >= 3 and parameters_per_token >= _MANY_PARAMETERS else 0.1
+
+
+def ema_decay_for(epochs: float, parameters_per_token: float, steps: int) -> float | None:
+    """Return the decay rate of an average of the weights, over about an eighth of the steps, None for no average."""
+    many = epochs >= MANY_EPOCHS and parameters_per_token >= _MANY_PARAMETERS
+    return round(1 - 8 / steps, 4) if many and steps > _LEAST_AVERAGED else None
 
 
 class Choice:
@@ -131,11 +133,6 @@ class Choice:
                 break
             candidate = other
         return candidate
-
-    def with_model(self, candidate: Candidate, **options: Any) -> Candidate:
-        """Return the candidate with the time of a model with these options; its later timings have them, too."""
-        self._timing = replace(self._timing, model=replace(self._timing.model, **options))
-        return self._timed(candidate.shape, candidate.batch_size) or candidate
 
     def timed_again(self, candidate: Candidate, log: Report = lambda _: None) -> Candidate:
         """Return the candidate with the faster of its time and another one, as other programs delay some steps."""

@@ -53,6 +53,8 @@ def page_lines(plan: Plan) -> list[str]:
     if run.optimizer.optimizer == "muon":
         of_matrices = run.optimizer.muon_learning_rate or run.optimizer.learning_rate
         rates = f"{of_matrices:g} for the matrices of the layers, {rates} for the rest"
+    decay = run.optimizer.ema_decay
+    average = "" if decay is None else f", and an average of the weights with a decay rate of {decay:g}"
     compiled = " with compiled blocks" if run.training.torch_compile else ""
     lines = [
         f"text     {facts.documents:,} document{'s' * (facts.documents != 1)}; to train on {short(facts.text_bytes)} "
@@ -63,8 +65,7 @@ def page_lines(plan: Plan) -> list[str]:
         f"length   {plan.steps:,} step{'s' * (plan.steps != 1)} of {chosen.batch_size} x {chosen.context} tokens: the "
         f"text is read {plan.epochs:.2g} times",
         f"rates    {run.optimizer.optimizer}, {rates}; weight decay {run.optimizer.weight_decay:g}, dropout "
-        f"{run.model.dropout or 0:g}"
-        + (", none of attention" if run.model.dropout and run.model.attn_pdrop == 0 else ""),
+        f"{run.model.dropout or 0:g}{average}",
         f"needs    about {duration(plan.seconds)}{compiled}, {file_size(plan.memory_bytes)} of memory "
         f"({file_size(available_memory())} are free), {file_size(plan.disk_bytes)} of disk",
         f"expected {expected:.2f} bits per byte of the held-out text{between}; gzip -9 reaches {facts.gzip:.2f}",

@@ -24,7 +24,7 @@ from gpt_kit_hf.storage.atomic_files import Report
 from gpt_kit_hf.text import short
 from gpt_kit_hf.training.needs.due import disk_bytes, due_in
 from gpt_kit_hf.training.planning.candidates import Candidate, Timing, allowed_shapes
-from gpt_kit_hf.training.planning.choice import MANY_EPOCHS, Choice, dropout_for, weight_decay_for
+from gpt_kit_hf.training.planning.choice import MANY_EPOCHS, Choice, ema_decay_for, weight_decay_for
 from gpt_kit_hf.training.planning.corpus_facts import CorpusFacts, corpus_facts
 from gpt_kit_hf.training.runtime.launch import create_accelerator
 from gpt_kit_hf.training.runtime.memory import reuse_freed_memory
@@ -41,8 +41,8 @@ class Plan:
     """What to train, and what that takes and brings.
 
     `values` are the options of the run, by name, as in a file for `--config`. `seconds` includes evaluations;
-    `bits_per_byte` is what the law says, `twice` what it says for twice the budget, and for twice the text. `tried` is
-    the number of shapes that were compared.
+    `memory_before` is what the process held before it timed shapes; `bits_per_byte` is what the law says, `twice` what
+    it says for twice the budget, and for twice the text. `tried` is the number of shapes that were compared.
     """
 
     values: dict[str, Any]
@@ -51,7 +51,7 @@ class Plan:
     candidate: Candidate
     steps: int
     seconds: float
-    memory_bytes: int
+    memory_before: int
     bits_per_byte: float
     twice: tuple[float, float]
     tried: int
@@ -63,11 +63,20 @@ class Plan:
         return build_options(RunOptions, self.values)
 
     @property
+    def average_bytes(self) -> int:
+        """What the average of the weights takes, 0 if there is none."""
+        return 0 if self.run.optimizer.ema_decay is None else 4 * self.candidate.parameters
+
+    @property
+    def memory_bytes(self) -> int:
+        """The most memory that the process holds."""
+        return self.memory_before + self.candidate.cost.peak_bytes + self.average_bytes
+
+    @property
     def disk_bytes(self) -> int:
         """What the run writes."""
         run, weights = self.run, 4 * self.candidate.parameters
-        average = 0 if run.optimizer.ema_decay is None else weights
-        checkpoint = weights + average + self.candidate.cost.state_bytes
+        checkpoint = weights + self.average_bytes + self.candidate.cost.state_bytes
         due = due_in(run.training, self.steps, eval_before_training=False)
         return disk_bytes(run.training, due, checkpoint=checkpoint, published=weights)
 
@@ -184,7 +193,7 @@ def _planned(
         candidate=best,
         steps=steps,
         seconds=choice.seconds(best, steps, best.step_tokens),
-        memory_bytes=before + best.cost.peak_bytes,
+        memory_before=before,
         bits_per_byte=bits,
         twice=choice.twice(found, chosen, best),
         tried=len(found),
@@ -205,19 +214,15 @@ def _settled(
         return choice.epochs(choice.steps(best) * best.step_tokens)
 
     of_text = choice.parameters_per_token(best)
-    values: dict[str, Any] = {}
-    if "dropout" not in given:
-        values["dropout"] = dropout_for(epochs(), of_text)
-        if values["dropout"]:
-            # Without dropout of attention, which has no fast kernel on a CPU.
-            values["attn_pdrop"] = given.get("attn_pdrop", 0.0)
-            best = choice.with_model(best, **values)
+    values: dict[str, Any] = {"dropout": 0.0}
     best = choice.timed_again(best)  # all steps follow from this time
     best, compiles = choice.compiled(best, given.get("torch_compile"), log)
     if compiles:
         values["torch_compile"] = True
-    if not {"optimizer", "weight_decay"} & given.keys() and given.get("recipe") != "plain":
+    if "optimizer" not in given and given.get("recipe") != "plain":
         values["weight_decay"] = weight_decay_for(epochs(), of_text)
+        if (decay := ema_decay_for(epochs(), of_text, choice.steps(best))) is not None:
+            values["ema_decay"] = decay
     if epochs() >= MANY_EPOCHS:
         values["load_best_model_at_end"] = True
     return best, values
