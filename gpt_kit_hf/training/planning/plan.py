@@ -161,8 +161,8 @@ def _planned(
     log: Report,
 ) -> Plan:
     """Return the plan for a corpus and windows of `context` tokens."""
-    facts, rates = corpus_facts(corpus), _rates(given, corpus.encoding.n_vocab)
-    timing = _timing(options, given, rates, corpus.encoding.n_vocab, context)
+    facts = corpus_facts(corpus)
+    timing = _timing(options, given, corpus.encoding.n_vocab, context)
     assert options.plan.budget is not None
     budget = parse_budget(options.plan.budget)
     choice = Choice(options.training, budget, facts, timing, timing.accelerator.device)
@@ -183,7 +183,7 @@ def _planned(
         **settled,
         "batch_size": best.batch_size,
         "max_steps": steps,
-        **rates,
+        **_rates(given, corpus.encoding.n_vocab, steps),
     }
     kept = {name: value for name, value in given.items() if name not in _NOT_OF_THE_RUN}
     return Plan(
@@ -234,14 +234,12 @@ def _shape(candidate: Candidate) -> dict[str, Any]:
     return {**shape, "max_position_embeddings": candidate.context, "max_length": candidate.context}
 
 
-def _timing(
-    options: RunOptions, given: Mapping[str, Any], rates: Mapping[str, Any], vocab_size: int, context: int
-) -> Timing:
+def _timing(options: RunOptions, given: Mapping[str, Any], vocab_size: int, context: int) -> Timing:
     accelerator = create_accelerator(use_cpu=options.training.use_cpu)
     if accelerator.device.type == "cpu":
         reuse_freed_memory()
     known = sections_of(RunOptions)["optimizer"].options
-    chosen = {**rates, **{name: value for name, value in given.items() if name in known}}
+    chosen = {**_rates(given, vocab_size), **{name: value for name, value in given.items() if name in known}}
     return Timing(
         model=replace(options.model, n_layer=None, n_head=None, n_embd=None, max_position_embeddings=context),
         optimizer=OptimizerOptions(**chosen),
@@ -253,12 +251,12 @@ def _timing(
     )
 
 
-def _rates(given: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
-    """Return the optimizer's options: those of the recipe for this vocabulary, unless an optimizer was given."""
+def _rates(given: Mapping[str, Any], vocab_size: int, steps: int | None = None) -> dict[str, Any]:
+    """Return the optimizer's options: those of the recipe for vocabulary and steps, unless an optimizer was given."""
     if "optimizer" in given:
         return {}
     recipe = given.get("recipe", AUTO)
-    return recipe_options("fast" if recipe == AUTO else recipe, vocab_size=vocab_size)
+    return recipe_options("fast" if recipe == AUTO else recipe, vocab_size=vocab_size, steps=steps)
 
 
 def _changed_encoding(options: EncodingOptions) -> dict[str, Any]:
