@@ -102,7 +102,7 @@ def of_sweeps(results: studies.Results) -> Iterator[dict[str, Any]]:
     for plan in sweeps.find(study="plan"):
         for run in sweeps.find(study="sweep", text=plan["text"], budget=plan["budget"], seed=plan["seed"]):
             values = {**plan["values"], **run["changed"]}
-            if {"learning_rate", "muon_learning_rate", "encoding"} & run["changed"].keys():
+            if {"learning_rate", "muon_learning_rate", "muon_momentum", "encoding"} & run["changed"].keys():
                 continue
             yield {
                 "corpus": run["text"],

@@ -32,7 +32,7 @@ from gpt_kit_hf.training.runtime.compilation import compile_blocks
 
 PLAN = "the plan"
 # Options that do not change what a step takes.
-_NOT_OF_THE_TIME = {"learning_rate", "muon_learning_rate", "weight_decay"}
+_NOT_OF_THE_TIME = {"learning_rate", "muon_learning_rate", "muon_momentum", "weight_decay"}
 
 
 def main() -> None:
@@ -132,6 +132,7 @@ CHANGES: dict[str, Callable[[Values], Values]] = {
     "twice the matrices' rate": times("muon_learning_rate", 2),
     "half the other rate": times("learning_rate", 0.5),
     "twice the other rate": times("learning_rate", 2),
+    "the other momentum": lambda values: {"muon_momentum": 0.95 if values["muon_momentum"] == 0.85 else 0.85},
     "half the batch": times("batch_size", 0.5),
     "twice the batch": times("batch_size", 2),
     "half the context": context(0.5),
