@@ -83,7 +83,7 @@ RECIPE = Recipe(
         resume="free",
         help="defaults of these options: fast is Muon with a linear schedule, and a learning_rate of 0.04, or of "
         "0.004 with encoding bytes, a vocab_size below 1024 or model_name_or_path, and a muon_momentum of 0.85, or of "
-        "0.95 with a max_steps of 1500 or more; plain is AdamW with a cosine schedule; auto is plain if optimizer or "
+        "0.95 with a max_steps of 1600 or more; plain is AdamW with a cosine schedule; auto is plain if optimizer or "
         "model_name_or_path is given, else fast",
     ),
     section="optimizer",

@@ -374,14 +374,14 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 AUTO = "auto"  # the name of the recipe that fits the other options
 # Ids of a vocabulary whose embeddings learn faster with the recipe "fast", and how much faster.
 _LARGE_VOCABULARY, _FASTER = 1024, 10
-# Steps of a run that is better with more momentum by the recipe "fast" (benchmarks/README.md, "sweep.py").
-_MANY_STEPS, _MOMENTUM = 1500, 0.95
+# Steps of a run that is better with more momentum by the recipe "fast" (benchmarks/README.md, "recipes.py").
+_MANY_STEPS, _MOMENTUM = 1600, 0.95
 
 
 def recipe_options(recipe: str, *, vocab_size: int, steps: int | None = None) -> dict[str, Any]:
     """Return the fields of `OptimizerOptions` that a recipe, "plain" (none) or "fast", sets for a vocabulary.
 
-    `steps` are those of the run, None if they are not known: "fast" has more momentum from 1,500 steps on.
+    `steps` are those of the run, None if they are not known: "fast" has more momentum from 1,600 steps on.
     """
     if recipe not in RECIPES:
         raise UsageError(unknown_name("recipe", recipe, RECIPES))
