@@ -3,7 +3,7 @@
 `python benchmarks/passes.py tinyshakespeare.txt` trains 4 layers of 128, or `--shape 2 64`, on a tenth of
 tinyshakespeare by bytes, or on all of it, with the recipe `fast` and each of the changes below. It prints the loss on
 all held-out text after the last step, or with `--best` of the checkpoint of the best evaluation, as a plan publishes
-it, and the loss of that evaluation. Runs are kept in the file `--results`; those in it are not made again.
+it, and the lowest loss of all evaluations. Runs are kept in the file `--results`; those in it are not made again.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def report(results: studies.Results, steps: int, of_all: dict[str, Any]) -> None
         for run in found
     ]
     print(f"{steps} steps")
-    measure.show(rows, ["run", "seed", "loss", "best on the way, of 64 windows"])
+    measure.show(rows, ["run", "seed", "loss", "best evaluation"])
 
 
 if __name__ == "__main__":

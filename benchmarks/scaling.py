@@ -26,7 +26,7 @@ from gpt_kit_hf import EncodingOptions, ModelOptions, OptimizerOptions, TextOpti
 from gpt_kit_hf.data.text.corpus import prepare_corpus
 from gpt_kit_hf.evaluation.metrics import gzip_bits_per_byte, token_byte_lengths
 from gpt_kit_hf.options.training import recipe_options
-from gpt_kit_hf.training.planning.choice import FEW_STEPS, MANY_EPOCHS, ema_decay_for, weight_decay_for
+from gpt_kit_hf.training.planning.choice import FEW_STEPS, MANY_EPOCHS, ema_decay_for, momentum_for, weight_decay_for
 from gpt_kit_hf.training.planning.corpus_facts import NEAR_BITS
 from gpt_kit_hf.training.planning.law import Law, layer_parameters
 
@@ -102,7 +102,9 @@ def of_sweeps(results: studies.Results) -> Iterator[dict[str, Any]]:
     for plan in sweeps.find(study="plan"):
         for run in sweeps.find(study="sweep", text=plan["text"], budget=plan["budget"], seed=plan["seed"]):
             values = {**plan["values"], **run["changed"]}
-            if {"learning_rate", "muon_learning_rate", "muon_momentum", "encoding"} & run["changed"].keys():
+            if {"learning_rate", "muon_learning_rate", "encoding"} & run["changed"].keys():
+                continue
+            if run["changed"].get("muon_momentum") not in (None, momentum_for(run["steps"])):
                 continue
             yield {
                 "corpus": run["text"],
@@ -143,7 +145,8 @@ def run(corpus: str, layers: int, width: int, steps: int, options: argparse.Name
     seen = steps * work.batch * work.context
     of_text = (seen / len(read.train), layer_parameters(layers, width) / len(read.train))
     chosen = {"weight_decay": weight_decay_for(*of_text), "ema_decay": ema_decay_for(*of_text, steps)}
-    optimizer = OptimizerOptions(**recipe_options("fast", vocab_size=work.vocabulary), **chosen)
+    recipe = {**recipe_options("fast", vocab_size=work.vocabulary), "muon_momentum": momentum_for(steps)}
+    optimizer = OptimizerOptions(**recipe, **chosen)
     best = of_text[0] >= MANY_EPOCHS
     found = studies.trained(
         work, modern(layers, width, work.context), steps, 0, steps // 8 if best else None, optimizer, best=best
@@ -243,7 +246,7 @@ def fitted(runs: list[dict[str, Any]]) -> Law:
 def with_factors(powers: dict[str, float], runs: list[dict[str, Any]]) -> tuple[Law, float]:
     """Return the law with these powers and the best factors, none of them negative, and its mean Huber loss.
 
-    That is the square of small errors, and grows with the large ones only (Huber 1964, "Robust Estimation of a
+    That is half the square of small errors, and grows with the large ones only (Huber 1964, "Robust Estimation of a
     Location Parameter"), as in Hoffmann et al. 2022: a few runs must not bend the law that fits the others.
     """
     one = Law(**powers, **dict.fromkeys(FACTORS, 1.0))

@@ -46,8 +46,8 @@ class BudgetOptions(Options):
 
     budget: str | None = option(
         None,
-        f"plan the run, so that training takes so much: {BUDGETS}. Shape, batch, length, vocabulary, rates and "
-        "dropout are chosen by the text and this machine; options that are given stay",
+        f"plan the run, so that training takes so much: {BUDGETS}. Shape, batch, length, vocabulary and rates "
+        "are chosen by the text and this machine; options that are given stay",
         unset="no plan",
         resume="free",
     )

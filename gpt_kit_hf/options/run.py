@@ -61,17 +61,14 @@ def _recipe_values(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fast(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the recipe `fast` for the vocabulary and the steps that the options tell of.
-
-    If they do not, the vocabulary is a large one, and the steps are few.
-    """
-    size, steps = DEFAULT_VOCAB_SIZE, given.get("max_steps")
+    """Return the recipe `fast` for the vocabulary that the options tell of: if they do not, it is a large one."""
+    size = DEFAULT_VOCAB_SIZE
     # What a model has learned is changed as slowly as the embeddings of few ids.
     if given.get("model_name_or_path") or given.get("encoding") == "bytes":
         size = 0
     elif given.get("encoding", TRAINED_BPE) == TRAINED_BPE and isinstance(given.get("vocab_size"), int):
         size = given["vocab_size"]
-    return recipe_options("fast", vocab_size=size, steps=steps if isinstance(steps, int) else None)
+    return recipe_options("fast", vocab_size=size)
 
 
 RECIPE = Recipe(
@@ -82,9 +79,8 @@ RECIPE = Recipe(
         metavar="NAME",
         resume="free",
         help="defaults of these options: fast is Muon with a linear schedule, and a learning_rate of 0.04, or of "
-        "0.004 with encoding bytes, a vocab_size below 1024 or model_name_or_path, and a muon_momentum of 0.85, or of "
-        "0.95 with a max_steps of 1600 or more; plain is AdamW with a cosine schedule; auto is plain if optimizer or "
-        "model_name_or_path is given, else fast",
+        "0.004 with encoding bytes, a vocab_size below 1024 or model_name_or_path; plain is AdamW with a cosine "
+        "schedule; auto is plain if optimizer or model_name_or_path is given, else fast",
     ),
     section="optimizer",
     values=_recipe_values,

@@ -374,22 +374,15 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 AUTO = "auto"  # the name of the recipe that fits the other options
 # Ids of a vocabulary whose embeddings learn faster with the recipe "fast", and how much faster.
 _LARGE_VOCABULARY, _FASTER = 1024, 10
-# Steps of a run that is better with more momentum by the recipe "fast" (benchmarks/README.md, "recipes.py").
-_MANY_STEPS, _MOMENTUM = 1600, 0.95
 
 
-def recipe_options(recipe: str, *, vocab_size: int, steps: int | None = None) -> dict[str, Any]:
-    """Return the fields of `OptimizerOptions` that a recipe, "plain" (none) or "fast", sets for a vocabulary.
-
-    `steps` are those of the run, None if they are not known: "fast" has more momentum from 1,600 steps on.
-    """
+def recipe_options(recipe: str, *, vocab_size: int) -> dict[str, Any]:
+    """Return the fields of `OptimizerOptions` that a recipe sets for a vocabulary, "plain" (none) or "fast"."""
     if recipe not in RECIPES:
         raise UsageError(unknown_name("recipe", recipe, RECIPES))
     found = dict(RECIPES[recipe])
     if found and vocab_size >= _LARGE_VOCABULARY:
         found["learning_rate"] *= _FASTER
-    if found and steps is not None and steps >= _MANY_STEPS:
-        found["muon_momentum"] = _MOMENTUM
     return found
 
 

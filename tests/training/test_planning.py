@@ -439,6 +439,8 @@ def test_an_average_of_the_weights_is_for_large_models_and_many_passes(text: Pat
     assert made.disk_bytes > without.disk_bytes
     own = plan.make_plan(options(text, "900s", *ONE_LARGE_SHAPE, "--ema_decay=0.5", "--weight_decay=0.2"), print)
     assert (own.values["ema_decay"], own.values["weight_decay"]) == (0.5, 0.2)
+    none = plan.make_plan(options(text, "900s", *ONE_LARGE_SHAPE, "--ema_decay=none"), print)
+    assert none.run.optimizer.ema_decay is None
     small = plan.make_plan(options(text, "900s", *ONE_SHAPE), print)  # of a tenth of the text's tokens
     assert "ema_decay" not in small.values
     assert small.values["weight_decay"] == 0.1
@@ -498,6 +500,20 @@ def test_weight_decay_and_average_are_for_large_models_and_many_passes(
     assert choice.weight_decay_for(epochs, parameters_per_token) == weight_decay
     assert choice.ema_decay_for(epochs, parameters_per_token, 400) == ema_decay
     assert choice.ema_decay_for(epochs, parameters_per_token, 80) is None
+
+
+@pytest.mark.usefixtures("second")
+@pytest.mark.parametrize(("budget", "momentum"), [("1590s", 0.85), ("1610s", 0.95)])
+def test_many_steps_have_more_momentum(budget: str, momentum: float, large: Path) -> None:
+    few_evaluations = ("--eval_max_tokens=512", "--batch_size=8", "--max_length=64", "--eval_steps=100000")
+    made = plan.make_plan(options(large, budget, *ONE_SHAPE, *few_evaluations), print)
+    assert (made.steps >= 1600, made.values["muon_momentum"]) == (momentum == 0.95, momentum)
+    assert (
+        plan.make_plan(options(large, budget, *ONE_SHAPE, *few_evaluations, "--muon_momentum=0.5"), print).values[
+            "muon_momentum"
+        ]
+        == 0.5
+    )
 
 
 @pytest.mark.usefixtures("second")

@@ -58,6 +58,11 @@ def ema_decay_for(epochs: float, parameters_per_token: float, steps: int) -> flo
     return round(1 - 8 / steps, 4) if many and steps > _LEAST_AVERAGED else None
 
 
+def momentum_for(steps: int) -> float:
+    """Return Muon's momentum with the recipe `fast` (benchmarks/README.md, "recipes.py")."""
+    return 0.95 if steps >= 1600 else 0.85
+
+
 class Choice:
     """What is known of text, budget and machine, and the choice among shapes."""
 

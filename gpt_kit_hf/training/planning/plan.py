@@ -24,7 +24,7 @@ from gpt_kit_hf.storage.atomic_files import Report
 from gpt_kit_hf.text import short
 from gpt_kit_hf.training.needs.due import disk_bytes, due_in
 from gpt_kit_hf.training.planning.candidates import Candidate, Timing, allowed_shapes
-from gpt_kit_hf.training.planning.choice import MANY_EPOCHS, Choice, ema_decay_for, weight_decay_for
+from gpt_kit_hf.training.planning.choice import MANY_EPOCHS, Choice, ema_decay_for, momentum_for, weight_decay_for
 from gpt_kit_hf.training.planning.corpus_facts import CorpusFacts, corpus_facts
 from gpt_kit_hf.training.runtime.launch import create_accelerator
 from gpt_kit_hf.training.runtime.memory import reuse_freed_memory
@@ -69,7 +69,7 @@ class Plan:
 
     @property
     def memory_bytes(self) -> int:
-        """The most memory that the process holds."""
+        """The most memory that the process is expected to hold."""
         return self.memory_before + self.candidate.cost.peak_bytes + self.average_bytes
 
     @property
@@ -105,10 +105,13 @@ def make_plan(options: RunOptions, log: Report) -> Plan:
 
 
 def _given(options: RunOptions) -> dict[str, Any]:
-    """Return what was given on the command line; of options that were made without one, what is not the default."""
+    """Return what was given on the command line; of options that were made without one, what is not the default.
+
+    None counts only where it turns something off that a plan may have.
+    """
     changed = [changed_values(getattr(options, section)) for section in sections_of(RunOptions)]
     given = options.given or dict(ChainMap(*changed))
-    return {name: value for name, value in given.items() if value is not None}
+    return {name: value for name, value in given.items() if value is not None or name == "ema_decay"}
 
 
 def _check_plannable(options: RunOptions, given: Mapping[str, Any]) -> None:
@@ -180,10 +183,10 @@ def _planned(
         "output_dir": options.training.output_dir,
         **({} if options.text.token_files else _changed_encoding(encoding_options)),
         **_shape(best),
-        **settled,
         "batch_size": best.batch_size,
         "max_steps": steps,
-        **_rates(given, corpus.encoding.n_vocab, steps),
+        **_rates(given, corpus.encoding.n_vocab),
+        **settled,
     }
     kept = {name: value for name, value in given.items() if name not in _NOT_OF_THE_RUN}
     return Plan(
@@ -220,6 +223,7 @@ def _settled(
     if compiles:
         values["torch_compile"] = True
     if "optimizer" not in given and given.get("recipe") != "plain":
+        values["muon_momentum"] = momentum_for(choice.steps(best))
         values["weight_decay"] = weight_decay_for(epochs(), of_text)
         if (decay := ema_decay_for(epochs(), of_text, choice.steps(best))) is not None:
             values["ema_decay"] = decay
@@ -251,12 +255,12 @@ def _timing(options: RunOptions, given: Mapping[str, Any], vocab_size: int, cont
     )
 
 
-def _rates(given: Mapping[str, Any], vocab_size: int, steps: int | None = None) -> dict[str, Any]:
-    """Return the optimizer's options: those of the recipe for vocabulary and steps, unless an optimizer was given."""
+def _rates(given: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+    """Return the optimizer's options: those of the recipe for this vocabulary, unless an optimizer was given."""
     if "optimizer" in given:
         return {}
     recipe = given.get("recipe", AUTO)
-    return recipe_options("fast" if recipe == AUTO else recipe, vocab_size=vocab_size, steps=steps)
+    return recipe_options("fast" if recipe == AUTO else recipe, vocab_size=vocab_size)
 
 
 def _changed_encoding(options: EncodingOptions) -> dict[str, Any]:
