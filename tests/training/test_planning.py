@@ -411,6 +411,8 @@ def test_repeated_text_and_many_passes_are_noted(tmp_path: Path, instant: list[t
     assert any("shorter than the budget" in note for note in made.notes)
     assert (made.values["dropout"], made.values["ema_decay"]) == (0.0, round(1 - 8 / made.steps, 4))
     assert made.values["weight_decay"] == 1.0
+    same = plan.make_plan(options(file, "600s", "--n_embd=64", "--recipe=fast", "--optimizer=muon"), print)
+    assert made.values.items() <= same.values.items()
     for own in (["--optimizer=adamw"], ["--recipe=plain"]):
         values = plan.make_plan(options(file, "600s", "--n_embd=64", *own), print).values
         assert not {"weight_decay", "ema_decay"} & values.keys()

@@ -222,7 +222,7 @@ def _settled(
     best, compiles = choice.compiled(best, given.get("torch_compile"), log)
     if compiles:
         values["torch_compile"] = True
-    if "optimizer" not in given and given.get("recipe") != "plain":
+    if _is_fast(given):
         values["muon_momentum"] = momentum_for(choice.steps(best))
         values["weight_decay"] = weight_decay_for(epochs(), of_text)
         if (decay := ema_decay_for(epochs(), of_text, choice.steps(best))) is not None:
@@ -256,11 +256,14 @@ def _timing(options: RunOptions, given: Mapping[str, Any], vocab_size: int, cont
 
 
 def _rates(given: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
-    """Return the optimizer's options: those of the recipe for this vocabulary, unless an optimizer was given."""
-    if "optimizer" in given:
-        return {}
+    """Return the optimizer's options: those of the recipe `fast` for this vocabulary, if that is the run's."""
+    return recipe_options("fast", vocab_size=vocab_size) if _is_fast(given) else {}
+
+
+def _is_fast(given: Mapping[str, Any]) -> bool:
+    """Return whether the run has the recipe `fast`: it was given, or neither it nor an optimizer."""
     recipe = given.get("recipe", AUTO)
-    return recipe_options("fast" if recipe == AUTO else recipe, vocab_size=vocab_size)
+    return recipe == "fast" or (recipe == AUTO and "optimizer" not in given)
 
 
 def _changed_encoding(options: EncodingOptions) -> dict[str, Any]:
