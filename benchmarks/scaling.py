@@ -254,8 +254,8 @@ def with_factors(powers: dict[str, float], runs: list[dict[str, Any]]) -> tuple[
     wanted = np.array([run["bits_per_byte"] / run["gzip_near"] ** powers["gzip_power"] for run in runs])
     kept, weights = list(range(len(FACTORS))), np.ones(len(runs))
     for _ in range(_REWEIGHTED):
+        by_run = np.sqrt(weights)
         while True:
-            by_run = np.sqrt(weights)
             factors, *_ = np.linalg.lstsq(by_run[:, None] * terms[:, kept] / wanted[:, None], by_run, rcond=None)
             if factors.min() >= 0:
                 break

@@ -212,22 +212,19 @@ def _settled(
 ) -> tuple[Candidate, dict[str, Any]]:
     """Return the chosen shape with its batch, timed as it is trained, and what follows from the length of the run."""
     best = choice.settled(chosen, any_batch_size="batch_size" not in given)
-
-    def epochs() -> float:
-        return choice.epochs(choice.steps(best) * best.step_tokens)
-
-    of_text = choice.parameters_per_token(best)
-    values: dict[str, Any] = {"dropout": 0.0}
     best = choice.timed_again(best)  # all steps follow from this time
     best, compiles = choice.compiled(best, given.get("torch_compile"), log)
+    steps, of_text = choice.steps(best), choice.parameters_per_token(best)
+    epochs = choice.epochs(steps * best.step_tokens)
+    values: dict[str, Any] = {"dropout": 0.0}
     if compiles:
         values["torch_compile"] = True
     if _is_fast(given):
-        values["muon_momentum"] = momentum_for(choice.steps(best))
-        values["weight_decay"] = weight_decay_for(epochs(), of_text)
-        if (decay := ema_decay_for(epochs(), of_text, choice.steps(best))) is not None:
+        values["muon_momentum"] = momentum_for(steps)
+        values["weight_decay"] = weight_decay_for(epochs, of_text)
+        if (decay := ema_decay_for(epochs, of_text, steps)) is not None:
             values["ema_decay"] = decay
-    if epochs() >= MANY_EPOCHS:
+    if epochs >= MANY_EPOCHS:
         values["load_best_model_at_end"] = True
     return best, values
 
