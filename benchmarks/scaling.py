@@ -25,8 +25,7 @@ import torch
 from gpt_kit_hf import EncodingOptions, ModelOptions, OptimizerOptions, TextOptions, choose_encoding
 from gpt_kit_hf.data.text.corpus import prepare_corpus
 from gpt_kit_hf.evaluation.metrics import gzip_bits_per_byte, token_byte_lengths
-from gpt_kit_hf.options.training import recipe_options
-from gpt_kit_hf.training.planning.choice import FEW_STEPS, MANY_EPOCHS, ema_decay_for, momentum_for, weight_decay_for
+from gpt_kit_hf.training.planning.choice import FEW_STEPS, MANY_EPOCHS, ema_decay_for, recipe_for, weight_decay_for
 from gpt_kit_hf.training.planning.corpus_facts import NEAR_BITS
 from gpt_kit_hf.training.planning.law import Law, layer_parameters
 
@@ -102,9 +101,7 @@ def of_sweeps(results: studies.Results) -> Iterator[dict[str, Any]]:
     for plan in sweeps.find(study="plan"):
         for run in sweeps.find(study="sweep", text=plan["text"], budget=plan["budget"], seed=plan["seed"]):
             values = {**plan["values"], **run["changed"]}
-            if {"learning_rate", "muon_learning_rate", "encoding"} & run["changed"].keys():
-                continue
-            if run["changed"].get("muon_momentum") not in (None, momentum_for(run["steps"])):
+            if {"learning_rate", "muon_learning_rate", "muon_momentum", "encoding"} & run["changed"].keys():
                 continue
             yield {
                 "corpus": run["text"],
@@ -145,8 +142,7 @@ def run(corpus: str, layers: int, width: int, steps: int, options: argparse.Name
     seen = steps * work.batch * work.context
     of_text = (seen / len(read.train), layer_parameters(layers, width) / len(read.train))
     chosen = {"weight_decay": weight_decay_for(*of_text), "ema_decay": ema_decay_for(*of_text, steps)}
-    recipe = {**recipe_options("fast", vocab_size=work.vocabulary), "muon_momentum": momentum_for(steps)}
-    optimizer = OptimizerOptions(**recipe, **chosen)
+    optimizer = OptimizerOptions(**recipe_for(steps, vocab_size=work.vocabulary), **chosen)
     best = of_text[0] >= MANY_EPOCHS
     found = studies.trained(
         work, modern(layers, width, work.context), steps, 0, steps // 8 if best else None, optimizer, best=best

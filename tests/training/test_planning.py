@@ -505,14 +505,17 @@ def test_weight_decay_and_average_are_for_large_models_and_many_passes(
 
 
 @pytest.mark.usefixtures("second")
-@pytest.mark.parametrize(("budget", "momentum"), [("1590s", 0.85), ("1610s", 0.95)])
-def test_many_steps_have_more_momentum(budget: str, momentum: float, large: Path) -> None:
+@pytest.mark.parametrize(("budget", "momentum", "rate"), [("1590s", 0.85, 4e-3), ("1610s", 0.95, 2e-3)])
+def test_many_steps_have_more_momentum_and_half_of_the_rate(
+    budget: str, momentum: float, rate: float, large: Path
+) -> None:
     few_evaluations = ("--eval_max_tokens=512", "--batch_size=8", "--max_length=64", "--eval_steps=100000")
     arguments = [budget, *ONE_SHAPE, *few_evaluations]
     made = plan.make_plan(options(large, *arguments), print)
-    assert (made.steps >= 1600, made.values["muon_momentum"]) == (momentum == 0.95, momentum)
-    own = plan.make_plan(options(large, *arguments, "--muon_momentum=0.5"), print)
-    assert own.values["muon_momentum"] == 0.5
+    assert (made.steps >= 1600) == (momentum == 0.95)
+    assert (made.values["muon_momentum"], made.values["learning_rate"]) == (momentum, rate)
+    own = plan.make_plan(options(large, *arguments, "--muon_momentum=0.5", "--learning_rate=0.003"), print)
+    assert (own.values["muon_momentum"], own.values["learning_rate"]) == (0.5, 0.003)
 
 
 @pytest.mark.usefixtures("second")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.options.planning import Budget
-from gpt_kit_hf.options.training import TrainingOptions
+from gpt_kit_hf.options.training import TrainingOptions, recipe_options
 from gpt_kit_hf.storage.atomic_files import Report
 from gpt_kit_hf.text import duration
 from gpt_kit_hf.training.needs.due import due_in
@@ -40,6 +40,7 @@ _COMPILED_SECONDS, _SAVED = 240, 0.05
 _ALIKE = 0.015
 _NEAR = 0.05  # shapes with so many more bits per byte than the best are timed again
 MANY_EPOCHS = 4  # passes over the text, after which a model may know it by heart
+_LONG_RUN = 1600  # steps
 _LEAST_AVERAGED = 80  # steps; the decay rate of an average is 0.9 then
 _BYTES_PER_PARAMETER = 16  # weights, gradients and two means of them, in fp32
 
@@ -58,9 +59,15 @@ def ema_decay_for(epochs: float, parameters_per_token: float, steps: int) -> flo
     return round(1 - 8 / steps, 4) if many and steps > _LEAST_AVERAGED else None
 
 
-def momentum_for(steps: int) -> float:
-    """Return Muon's momentum with the recipe `fast` (benchmarks/README.md, "recipes.py")."""
-    return 0.95 if steps >= 1600 else 0.85
+def recipe_for(steps: int, *, vocab_size: int) -> dict[str, Any]:
+    """Return the options of the recipe `fast` as a plan of so many steps has them.
+
+    A long run has more momentum, and half of the rate for all but the matrices (benchmarks/README.md, "recipes.py").
+    """
+    recipe = recipe_options("fast", vocab_size=vocab_size)
+    if steps < _LONG_RUN:
+        return recipe
+    return {**recipe, "muon_momentum": 0.95, "learning_rate": recipe["learning_rate"] / 2}
 
 
 class Choice:

@@ -24,7 +24,7 @@ from gpt_kit_hf.storage.atomic_files import Report
 from gpt_kit_hf.text import short
 from gpt_kit_hf.training.needs.due import disk_bytes, due_in
 from gpt_kit_hf.training.planning.candidates import Candidate, Timing, allowed_shapes
-from gpt_kit_hf.training.planning.choice import MANY_EPOCHS, Choice, ema_decay_for, momentum_for, weight_decay_for
+from gpt_kit_hf.training.planning.choice import MANY_EPOCHS, Choice, ema_decay_for, recipe_for, weight_decay_for
 from gpt_kit_hf.training.planning.corpus_facts import CorpusFacts, corpus_facts
 from gpt_kit_hf.training.runtime.launch import create_accelerator
 from gpt_kit_hf.training.runtime.memory import reuse_freed_memory
@@ -185,7 +185,7 @@ def _planned(
         **_shape(best),
         "batch_size": best.batch_size,
         "max_steps": steps,
-        **_rates(given, corpus.encoding.n_vocab),
+        **(recipe_for(steps, vocab_size=corpus.encoding.n_vocab) if _is_fast(given) else {}),
         **settled,
     }
     kept = {name: value for name, value in given.items() if name not in _NOT_OF_THE_RUN}
@@ -220,7 +220,6 @@ def _settled(
     if compiles:
         values["torch_compile"] = True
     if _is_fast(given):
-        values["muon_momentum"] = momentum_for(steps)
         values["weight_decay"] = weight_decay_for(epochs, of_text)
         if (decay := ema_decay_for(epochs, of_text, steps)) is not None:
             values["ema_decay"] = decay
@@ -240,7 +239,8 @@ def _timing(options: RunOptions, given: Mapping[str, Any], vocab_size: int, cont
     if accelerator.device.type == "cpu":
         reuse_freed_memory()
     known = sections_of(RunOptions)["optimizer"].options
-    chosen = {**_rates(given, vocab_size), **{name: value for name, value in given.items() if name in known}}
+    recipe = recipe_options("fast", vocab_size=vocab_size) if _is_fast(given) else {}
+    chosen = {**recipe, **{name: value for name, value in given.items() if name in known}}
     return Timing(
         model=replace(options.model, n_layer=None, n_head=None, n_embd=None, max_position_embeddings=context),
         optimizer=OptimizerOptions(**chosen),
@@ -250,11 +250,6 @@ def _timing(options: RunOptions, given: Mapping[str, Any], vocab_size: int, cont
         context=context,
         micro_batch_size=options.training.per_device_train_batch_size,
     )
-
-
-def _rates(given: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
-    """Return the optimizer's options: those of the recipe `fast` for this vocabulary, if that is the run's."""
-    return recipe_options("fast", vocab_size=vocab_size) if _is_fast(given) else {}
 
 
 def _is_fast(given: Mapping[str, Any]) -> bool:
