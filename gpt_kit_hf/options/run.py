@@ -45,6 +45,8 @@ from gpt_kit_hf.options.training import (
 T = TypeVar("T")
 
 PLANNED_RUN = "runs/planned"  # the folder of a plan's run, if none is named
+# What the recipe `fast` sets by the length of a run and its text.
+_BY_LENGTH = ("learning_rate", "muon_momentum", "weight_decay", "ema_decay")
 CHANGED_TEXT = "text"  # in allow_changes: the text may differ, and the options that say where it comes from
 
 
@@ -52,12 +54,18 @@ def _recipe_values(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the recipe sets beside the options that are given."""
     recipe, optimizer = given.get("recipe", AUTO), given.get("optimizer")
     if recipe == AUTO:
-        return {} if optimizer or given.get("model_name_or_path") else _fast(given)
+        return _fast(given) if is_fast(given) else {}
     if recipe == "fast":
         if optimizer not in (None, "muon"):
             raise UsageError(f"recipe=fast has optimizer=muon, and optimizer={optimizer} is given: leave one out")
         return _fast(given)
     return recipe_options(recipe, vocab_size=DEFAULT_VOCAB_SIZE)
+
+
+def is_fast(given: Mapping[str, Any]) -> bool:
+    """Return whether the recipe is `fast`: it is given, or none, nor an optimizer or a model to train further."""
+    recipe = given.get("recipe", AUTO)
+    return recipe == "fast" or (recipe == AUTO and not given.get("optimizer") and not given.get("model_name_or_path"))
 
 
 def _fast(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,8 +87,9 @@ RECIPE = Recipe(
         metavar="NAME",
         resume="free",
         help="defaults of these options: fast is Muon with a linear schedule, and a learning_rate of 0.04, or of "
-        "0.004 with encoding bytes, a vocab_size below 1024 or model_name_or_path; plain is AdamW with a cosine "
-        "schedule; auto is plain if optimizer or model_name_or_path is given, else fast",
+        "0.004 with encoding bytes, a vocab_size below 1024 or model_name_or_path; for a new model it also sets "
+        "learning_rate, muon_momentum, weight_decay and ema_decay by the length of the run and the size of the text; "
+        "plain is AdamW with a cosine schedule; auto is plain if optimizer or model_name_or_path is given, else fast",
     ),
     section="optimizer",
     values=_recipe_values,
@@ -217,6 +226,22 @@ def stored_options(kind: type[T], stored: Mapping[str, Any]) -> T:
         return kind(**{section: hints[section](**values) for section, values in sections.items()})
     except (TypeError, KeyError, ValueError) as error:
         raise CheckpointError(f"these are not the options of a run of this version: {error}") from error
+
+
+def as_begun(options: OptionsOfRun, stored: Mapping[str, Any]) -> OptionsOfRun:
+    """Return the options of a run that is resumed: what the recipe set by text and length stays as it was `stored`."""
+    kept = {name: stored[f"optimizer.{name}"] for name in _BY_LENGTH if f"optimizer.{name}" in stored}
+    return with_recipe(options, kept)
+
+
+def with_recipe(options: OptionsOfRun, values: Mapping[str, Any]) -> OptionsOfRun:
+    """Return the options with these of the optimizer, but for those that were given, if the recipe is `fast`."""
+    if not isinstance(options, RunOptions) or not options.given or not is_fast(options.given):
+        return options
+    changed = {name: value for name, value in values.items() if name not in options.given}
+    chosen = dataclasses.replace(options, optimizer=dataclasses.replace(options.optimizer, **changed))
+    chosen.given.update(options.given)
+    return chosen
 
 
 def changed_options(stored: Mapping[str, Any], options: OptionsOfRun, run: Path) -> dict[str, list[Any]]:

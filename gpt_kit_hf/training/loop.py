@@ -14,7 +14,7 @@ import torch
 
 from gpt_kit_hf.errors import DataError, NonFiniteError, StoppedError, UsageError
 from gpt_kit_hf.evaluation.metrics import Evaluation
-from gpt_kit_hf.options.run import CHANGED_TEXT, OptionsOfRun, changed_options, flat_options
+from gpt_kit_hf.options.run import CHANGED_TEXT, OptionsOfRun, as_begun, changed_options, flat_options
 from gpt_kit_hf.options.training import steps_of
 from gpt_kit_hf.storage.atomic_files import load_json
 from gpt_kit_hf.storage.checkpoints import checkpoint_folder, checkpoint_step
@@ -81,7 +81,9 @@ def _begin_or_resume(
         lock = RunLock(folder, report=console.log)
         if resumes:
             decide_on_main(accelerator, lambda: _take_lock(stack, lock))
-            changes = changed_options(load_json(folder / OPTIONS_FILE), options, folder)
+            stored = load_json(folder / OPTIONS_FILE)
+            options = as_begun(options, stored)
+            changes = changed_options(stored, options, folder)
             longer = changes.keys() & {"training.max_steps", "training.num_train_epochs"}
             other_text = CHANGED_TEXT in (chosen.allow_changes or ())
             if not longer and not other_text and (result := finished_before(folder)) is not None:
@@ -102,6 +104,7 @@ def _begin_or_resume(
             remote=remote,
         )
         task = build_task(context)
+        options = options if resumes else task.with_recipe(options)
         set_attention(task.model, chosen.attn_implementation)
         new_data = None if checkpoint is None else data_change(task, checkpoint, folder, chosen.allow_changes)
         loop = _Loop(options, context, task, changes, new_data, lock)

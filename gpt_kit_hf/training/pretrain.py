@@ -7,6 +7,7 @@ import hashlib
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any, TextIO
 
 from gpt_kit_hf.data.order import BatchPlan, MixtureOrder, ShuffledOrder, StreamOrder
@@ -20,12 +21,15 @@ from gpt_kit_hf.data.text.windows import EpochWindows, collate_windows
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.evaluation.metrics import unigram_bits_per_byte
 from gpt_kit_hf.model.losses import Batch
-from gpt_kit_hf.options.run import CHANGED_TEXT, RunOptions
+from gpt_kit_hf.options.run import CHANGED_TEXT, OptionsOfRun, RunOptions, with_recipe
 from gpt_kit_hf.tokenization import encodings
 from gpt_kit_hf.training.log.console import Console
 from gpt_kit_hf.training.log.run_log import RunResult
 from gpt_kit_hf.training.loop import run_training
+from gpt_kit_hf.training.planning.law import layer_parameters
 from gpt_kit_hf.training.planning.page import planned_options
+from gpt_kit_hf.training.planning.recipe import recipe_for
+from gpt_kit_hf.training.steps import total_steps
 from gpt_kit_hf.training.task import RunContext, joined_position
 from gpt_kit_hf.training.text_task import TextTask
 
@@ -66,6 +70,31 @@ class PretrainingTask(TextTask):
             self.order = ShuffledOrder(samples=sizes[0], seed=seed, reshuffled=other_windows)
         else:
             self.order = MixtureOrder(sizes=sizes, weights=self.corpus.weights, seed=seed, reshuffled=other_windows)
+
+    def with_recipe(self, options: OptionsOfRun) -> OptionsOfRun:
+        """Return the options of a new run with what its recipe sets by the text and the length; log what that is."""
+        if self.base is not None:
+            return options
+        chosen, tokens, config = self.context.options, len(self.corpus.train), self.model.config
+        steps, step_tokens = total_steps(chosen, self.order.samples), chosen.batch_size * self.windows.length
+        found = with_recipe(
+            options,
+            recipe_for(
+                steps,
+                step_tokens=step_tokens,
+                text_tokens=tokens,
+                layer_parameters=layer_parameters(config.num_hidden_layers, config.hidden_size),
+                vocab_size=self.encoding.n_vocab,
+            ),
+        )
+        before = asdict(options.optimizer)
+        changed = [f"{name} {value}" for name, value in asdict(found.optimizer).items() if value != before[name]]
+        if changed:
+            passes = steps * step_tokens / tokens
+            self.context.console.log(
+                f"recipe   for {steps:,} steps, {passes:.1f} passes over the text: {', '.join(changed)}"
+            )
+        return found
 
     def _begins(self) -> bool:
         """Return whether texts are trained to follow the token that documents begin after: a single one is not."""

@@ -21,6 +21,7 @@ from gpt_kit_hf.data.order import BatchPlan
 from gpt_kit_hf.errors import DataError, RunError
 from gpt_kit_hf.model.losses import Batch
 from gpt_kit_hf.options.run import OptionsOfRun
+from gpt_kit_hf.options.training import TrainingOptions
 from gpt_kit_hf.training.optim.optimizer import create_optimizer, learning_rate_at, set_learning_rate
 from gpt_kit_hf.training.optim.weight_average import WeightAverage
 from gpt_kit_hf.training.runtime.available_memory import out_of_memory
@@ -73,6 +74,12 @@ class _Fetched:
     error: Exception | None = None
 
 
+def total_steps(options: TrainingOptions, samples: int) -> int:
+    """Return the length of a run on so many samples."""
+    epochs = options.num_train_epochs or 1.0
+    return options.max_steps or max(1, math.ceil(epochs * samples / options.batch_size))
+
+
 class Steps:
     """Computes the steps of a run one by one and holds its position: the number of steps done, `step`."""
 
@@ -88,8 +95,7 @@ class Steps:
             num_processes=processes,
             process_index=self._accelerator.process_index,
         )
-        epochs = self._chosen.num_train_epochs or 1.0
-        self.total = self._chosen.max_steps or max(1, math.ceil(epochs * task.order.samples / self.plan.batch_size))
+        self.total = total_steps(self._chosen, task.order.samples)
         if self._chosen.gradient_checkpointing:
             # Newer versions of transformers renamed the method, and warn under the old name.
             renamed = hasattr(task.model, "activation_checkpointing_enable")

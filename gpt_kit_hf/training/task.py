@@ -22,6 +22,7 @@ from gpt_kit_hf.errors import GPTKitError, UsageError
 from gpt_kit_hf.evaluation.metrics import Evaluation
 from gpt_kit_hf.generation.generate import context_length, generate_text_autoregressive
 from gpt_kit_hf.model.losses import Batch, evaluation_mode
+from gpt_kit_hf.options.run import OptionsOfRun
 from gpt_kit_hf.options.training import TrainingOptions
 from gpt_kit_hf.storage.remote_run import RemoteRun
 from gpt_kit_hf.storage.run_folder import publish_in_run
@@ -92,6 +93,10 @@ class Task(ABC):
     tokens_per_sample: float
     dataset: Dataset[Any]  # read by sample id, unless the task overrides `batches`
     collate: Callable[[Sequence[Any]], Batch]
+
+    def with_recipe(self, options: OptionsOfRun) -> OptionsOfRun:
+        """Return the options of a new run with what its recipe sets by the data."""
+        return options
 
     def batches(self, plan: BatchPlan, first_step: int, last_step: int, position: Any) -> Iterator[Batch]:
         """Yield this process's micro-batches of the steps first_step..last_step-1.

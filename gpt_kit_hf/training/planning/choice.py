@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.options.planning import Budget
-from gpt_kit_hf.options.training import TrainingOptions, recipe_options
+from gpt_kit_hf.options.training import TrainingOptions
 from gpt_kit_hf.storage.atomic_files import Report
 from gpt_kit_hf.text import duration
 from gpt_kit_hf.training.needs.due import due_in
 from gpt_kit_hf.training.planning.candidates import Candidate, Timing
 from gpt_kit_hf.training.planning.corpus_facts import CorpusFacts
 from gpt_kit_hf.training.planning.law import LAW, layer_parameters
+from gpt_kit_hf.training.planning.recipe import MANY_EPOCHS
 from gpt_kit_hf.training.runtime.available_memory import memory_left, out_of_memory
 from gpt_kit_hf.training.runtime.compilation import is_compiled
 
@@ -28,9 +29,8 @@ _STEP_TOKENS, _STEP_TOKENS_OF_A_GPU = 2048, 16_384
 FEW_STEPS, _MANY_STEPS = 150, 3000  # outside of these a step has fewer or more tokens
 _WORSE_IN_A_ROW = 2  # larger shapes that are worse, after which none is tried any more
 _FORWARD = 1 / 3  # of the time of a step: an evaluation has no backward pass
-# Parameters of the blocks for each token of text: the most, where the law was measured up to 28, and those from which
-# on a model can learn the text by heart. Smaller ones only lose by a strong weight decay.
-_PARAMETERS_PER_TOKEN, _MANY_PARAMETERS = 32, 1
+# The most parameters of the blocks for each token of text; the law was measured up to 28.
+_PARAMETERS_PER_TOKEN = 32
 # Steps that timing a shape takes, and the share of a budget in seconds, or the seconds, that this may take.
 _TIMED_STEPS, _TIMED_SHARE, _TIMED_SECONDS = 4, 0.03, 10.0
 # Seconds of a run on a CPU for which compiled blocks are tried, and the share of the time that they must save.
@@ -39,35 +39,7 @@ _COMPILED_SECONDS, _SAVED = 240, 0.05
 # layers are better then, as for Python's library in 10 minutes, whose tables they learn (benchmarks/README.md).
 _ALIKE = 0.015
 _NEAR = 0.05  # shapes with so many more bits per byte than the best are timed again
-MANY_EPOCHS = 4  # passes over the text, after which a model may know it by heart
-_LONG_RUN = 1600  # steps
-_LEAST_AVERAGED = 80  # steps; the decay rate of an average is 0.9 then
 _BYTES_PER_PARAMETER = 16  # weights, gradients and two means of them, in fp32
-
-
-def weight_decay_for(epochs: float, parameters_per_token: float) -> float:
-    """Return the weight decay by the passes over the text, and the parameters of the blocks for each token of it.
-
-    Measured with the recipe `fast` by benchmarks/passes.py, as is what `ema_decay_for` returns.
-    """
-    return 1.0 if epochs >= 3 and parameters_per_token >= _MANY_PARAMETERS else 0.1
-
-
-def ema_decay_for(epochs: float, parameters_per_token: float, steps: int) -> float | None:
-    """Return the decay rate of an average of the weights, over about an eighth of the steps, None for no average."""
-    many = epochs >= MANY_EPOCHS and parameters_per_token >= _MANY_PARAMETERS
-    return round(1 - 8 / steps, 4) if many and steps > _LEAST_AVERAGED else None
-
-
-def recipe_for(steps: int, *, vocab_size: int) -> dict[str, Any]:
-    """Return the options of the recipe `fast` as a plan of so many steps has them.
-
-    A long run has more momentum, and half of the rate for all but the matrices (benchmarks/README.md, "recipes.py").
-    """
-    recipe = recipe_options("fast", vocab_size=vocab_size)
-    if steps < _LONG_RUN:
-        return recipe
-    return {**recipe, "muon_momentum": 0.95, "learning_rate": recipe["learning_rate"] / 2}
 
 
 class Choice:
@@ -190,10 +162,6 @@ class Choice:
             middle = (low + high) // 2
             low, high = (middle, high) if self.seconds(candidate, middle, step_tokens) <= amount else (low, middle)
         return low
-
-    def parameters_per_token(self, candidate: Candidate) -> float:
-        """Return the parameters of the blocks for each token of the text."""
-        return candidate.layer_parameters / self._facts.tokens
 
     def epochs(self, tokens: int) -> float:
         """Return how often the text is read by a run of so many tokens."""

@@ -18,14 +18,15 @@ from gpt_kit_hf.options.data import DEFAULT_MAX_LENGTH, TRAINED_BPE, EncodingOpt
 from gpt_kit_hf.options.declare import changed_values, sections_of
 from gpt_kit_hf.options.parser import build_options
 from gpt_kit_hf.options.planning import parse_budget
-from gpt_kit_hf.options.run import RunOptions
-from gpt_kit_hf.options.training import AUTO, OptimizerOptions, recipe_options
+from gpt_kit_hf.options.run import RunOptions, is_fast
+from gpt_kit_hf.options.training import OptimizerOptions, recipe_options
 from gpt_kit_hf.storage.atomic_files import Report
 from gpt_kit_hf.text import short
 from gpt_kit_hf.training.needs.due import disk_bytes, due_in
 from gpt_kit_hf.training.planning.candidates import Candidate, Timing, allowed_shapes
-from gpt_kit_hf.training.planning.choice import MANY_EPOCHS, Choice, ema_decay_for, recipe_for, weight_decay_for
+from gpt_kit_hf.training.planning.choice import Choice
 from gpt_kit_hf.training.planning.corpus_facts import CorpusFacts, corpus_facts
+from gpt_kit_hf.training.planning.recipe import MANY_EPOCHS, recipe_for
 from gpt_kit_hf.training.runtime.launch import create_accelerator
 from gpt_kit_hf.training.runtime.memory import reuse_freed_memory
 
@@ -185,8 +186,8 @@ def _planned(
         **_shape(best),
         "batch_size": best.batch_size,
         "max_steps": steps,
-        **(recipe_for(steps, vocab_size=corpus.encoding.n_vocab) if _is_fast(given) else {}),
         **settled,
+        **(_recipe(best, steps, facts, corpus.encoding.n_vocab) if is_fast(given) else {}),
     }
     kept = {name: value for name, value in given.items() if name not in _NOT_OF_THE_RUN}
     return Plan(
@@ -214,16 +215,10 @@ def _settled(
     best = choice.settled(chosen, any_batch_size="batch_size" not in given)
     best = choice.timed_again(best)  # all steps follow from this time
     best, compiles = choice.compiled(best, given.get("torch_compile"), log)
-    steps, of_text = choice.steps(best), choice.parameters_per_token(best)
-    epochs = choice.epochs(steps * best.step_tokens)
     values: dict[str, Any] = {"dropout": 0.0}
     if compiles:
         values["torch_compile"] = True
-    if _is_fast(given):
-        values["weight_decay"] = weight_decay_for(epochs, of_text)
-        if (decay := ema_decay_for(epochs, of_text, steps)) is not None:
-            values["ema_decay"] = decay
-    if epochs >= MANY_EPOCHS:
+    if choice.epochs(choice.steps(best) * best.step_tokens) >= MANY_EPOCHS:
         values["load_best_model_at_end"] = True
     return best, values
 
@@ -239,7 +234,7 @@ def _timing(options: RunOptions, given: Mapping[str, Any], vocab_size: int, cont
     if accelerator.device.type == "cpu":
         reuse_freed_memory()
     known = sections_of(RunOptions)["optimizer"].options
-    recipe = recipe_options("fast", vocab_size=vocab_size) if _is_fast(given) else {}
+    recipe = recipe_options("fast", vocab_size=vocab_size) if is_fast(given) else {}
     chosen = {**recipe, **{name: value for name, value in given.items() if name in known}}
     return Timing(
         model=replace(options.model, n_layer=None, n_head=None, n_embd=None, max_position_embeddings=context),
@@ -252,10 +247,15 @@ def _timing(options: RunOptions, given: Mapping[str, Any], vocab_size: int, cont
     )
 
 
-def _is_fast(given: Mapping[str, Any]) -> bool:
-    """Return whether the run has the recipe `fast`: it was given, or neither it nor an optimizer."""
-    recipe = given.get("recipe", AUTO)
-    return recipe == "fast" or (recipe == AUTO and "optimizer" not in given)
+def _recipe(candidate: Candidate, steps: int, facts: CorpusFacts, vocab_size: int) -> dict[str, Any]:
+    """Return the optimizer's options for so many steps."""
+    return recipe_for(
+        steps,
+        step_tokens=candidate.step_tokens,
+        text_tokens=facts.tokens,
+        layer_parameters=candidate.layer_parameters,
+        vocab_size=vocab_size,
+    )
 
 
 def _changed_encoding(options: EncodingOptions) -> dict[str, Any]:
