@@ -25,9 +25,11 @@ import torch
 from gpt_kit_hf import EncodingOptions, ModelOptions, OptimizerOptions, TextOptions, choose_encoding
 from gpt_kit_hf.data.text.corpus import prepare_corpus
 from gpt_kit_hf.evaluation.metrics import gzip_bits_per_byte, token_byte_lengths
-from gpt_kit_hf.training.planning.choice import FEW_STEPS, MANY_EPOCHS, ema_decay_for, recipe_for, weight_decay_for
+from gpt_kit_hf.options.training import recipe_options
+from gpt_kit_hf.training.planning.choice import FEW_STEPS
 from gpt_kit_hf.training.planning.corpus_facts import NEAR_BITS
 from gpt_kit_hf.training.planning.law import Law, layer_parameters
+from gpt_kit_hf.training.planning.recipe import MANY_EPOCHS, ema_decay_for, recipe_by_length, weight_decay_for
 
 # Text, layers, width, steps. Parts of tinyshakespeare are read many times, with what a plan has then.
 RUNS = [
@@ -141,8 +143,14 @@ def run(corpus: str, layers: int, width: int, steps: int, options: argparse.Name
     bytes_per_token = float(counts @ token_byte_lengths(encoding) / counts.sum())
     seen = steps * work.batch * work.context
     of_text = (seen / len(read.train), layer_parameters(layers, width) / len(read.train))
-    chosen = {"weight_decay": weight_decay_for(*of_text), "ema_decay": ema_decay_for(*of_text, steps)}
-    optimizer = OptimizerOptions(**recipe_for(steps, vocab_size=work.vocabulary), **chosen)
+    by_length = recipe_by_length(
+        steps,
+        step_tokens=work.batch * work.context,
+        epochs=of_text[0],
+        parameters_per_token=of_text[1],
+        vocab_size=work.vocabulary,
+    )
+    optimizer = OptimizerOptions(**{**recipe_options("fast", vocab_size=work.vocabulary), **by_length})
     best = of_text[0] >= MANY_EPOCHS
     found = studies.trained(
         work, modern(layers, width, work.context), steps, 0, steps // 8 if best else None, optimizer, best=best
@@ -155,7 +163,8 @@ def run(corpus: str, layers: int, width: int, steps: int, options: argparse.Name
         "seen_tokens": seen,
         "layer_parameters": layer_parameters(layers, width),
         "dropout": 0.0,
-        **chosen,
+        "weight_decay": optimizer.weight_decay,
+        "ema_decay": optimizer.ema_decay,
     }
 
 

@@ -253,7 +253,8 @@ def sections_of(kind: Any) -> Mapping[str, Section]:
     if issubclass(kind, Options):
         return {"": Section(kind=kind, options=options_of(kind))}
     hints, sections = get_type_hints(kind), {}
-    for field in (field for field in dataclasses.fields(kind) if field.init):
+    # All that is compared: not what the options were built of.
+    for field in (field for field in dataclasses.fields(kind) if field.compare):
         section = hints[field.name]
         options = options_of(section)
         if field.default_factory not in (dataclasses.MISSING, section):

@@ -60,7 +60,7 @@ def _sections_shown(kind: type) -> Mapping[str, Section]:
     shown = {
         name: dataclasses.replace(each, shown=f"{found[name]}; {default_text(each)} with recipe plain")
         for name, each in section.options.items()
-        if name in found
+        if name in found and found[name] != each.default
     }
     options = {recipe.option.name: recipe.option, **section.options, **shown}
     return {**sections, recipe.section: dataclasses.replace(section, options=options)}

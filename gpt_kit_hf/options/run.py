@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from gpt_kit_hf.options.declare import (
 from gpt_kit_hf.options.files import check_options_of_ids
 from gpt_kit_hf.options.finetuning import AdapterOptions, BaseOptions
 from gpt_kit_hf.options.model import ModelOptions, check_no_shape
-from gpt_kit_hf.options.parser import parse_options
+from gpt_kit_hf.options.parser import build_options, parse_options
 from gpt_kit_hf.options.planning import BudgetOptions, PlanFileOptions
 from gpt_kit_hf.options.training import (
     AUTO,
@@ -46,7 +47,7 @@ T = TypeVar("T")
 
 PLANNED_RUN = "runs/planned"  # the folder of a plan's run, if none is named
 # What the recipe `fast` sets by the length of a run and its text.
-_BY_LENGTH = ("learning_rate", "muon_momentum", "weight_decay", "ema_decay")
+BY_LENGTH = ("learning_rate", "muon_momentum", "weight_decay", "ema_decay")
 CHANGED_TEXT = "text"  # in allow_changes: the text may differ, and the options that say where it comes from
 
 
@@ -76,7 +77,9 @@ def _fast(given: Mapping[str, Any]) -> dict[str, Any]:
         size = 0
     elif given.get("encoding", TRAINED_BPE) == TRAINED_BPE and isinstance(given.get("vocab_size"), int):
         size = given["vocab_size"]
-    return recipe_options("fast", vocab_size=size)
+    # At their defaults until the length of the run is known.
+    by_length = {name: getattr(OptimizerOptions, name) for name in BY_LENGTH}
+    return {**by_length, **recipe_options("fast", vocab_size=size)}
 
 
 RECIPE = Recipe(
@@ -87,8 +90,9 @@ RECIPE = Recipe(
         metavar="NAME",
         resume="free",
         help="defaults of these options: fast is Muon with a linear schedule, and a learning_rate of 0.04, or of "
-        "0.004 with encoding bytes, a vocab_size below 1024 or model_name_or_path; for a new model it also sets "
-        "learning_rate, muon_momentum, weight_decay and ema_decay by the length of the run and the size of the text; "
+        "0.004 with encoding bytes, a vocab_size below 1024 or model_name_or_path; for a new model "
+        "on stored text, learning_rate, muon_momentum, weight_decay and ema_decay follow from the "
+        "length of the run, the text and its vocabulary; "
         "plain is AdamW with a cosine schedule; auto is plain if optimizer or model_name_or_path is given, else fast",
     ),
     section="optimizer",
@@ -109,8 +113,8 @@ class RunOptions:
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     optimizer: OptimizerOptions = dataclasses.field(default_factory=OptimizerOptions)
     plan: BudgetOptions = dataclasses.field(default_factory=BudgetOptions)
-    # What was given, by name: a plan does not change it. The parser fills it.
-    given: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+    # What the parser built the options of, by name: neither a plan nor the recipe changes it.
+    given: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_allow_changes(self)
@@ -228,20 +232,40 @@ def stored_options(kind: type[T], stored: Mapping[str, Any]) -> T:
         raise CheckpointError(f"these are not the options of a run of this version: {error}") from error
 
 
+def given_of(options: RunOptions) -> dict[str, Any]:
+    """Return what was given, by name: what the options were built of, and what was replaced in them since.
+
+    Of options that were built without the parser, it is what is not the default.
+    """
+    sections = [getattr(options, name) for name in sections_of(type(options))]
+    if not options.given:
+        return dict(ChainMap(*map(changed_values, sections)))
+    built = flat_options(build_options(type(options), options.given))
+    replaced = {name: value for name, value in flat_options(options).items() if value != built[name]}
+    return {**options.given, **{name.partition(".")[2]: value for name, value in replaced.items()}}
+
+
 def as_begun(options: OptionsOfRun, stored: Mapping[str, Any]) -> OptionsOfRun:
-    """Return the options of a run that is resumed: what the recipe set by text and length stays as it was `stored`."""
-    kept = {name: stored[f"optimizer.{name}"] for name in _BY_LENGTH if f"optimizer.{name}" in stored}
+    """Return the options of a run that is resumed, with what follows from its length as it was `stored`.
+
+    What is given stays.
+    """
+    kept = {name: stored[f"optimizer.{name}"] for name in BY_LENGTH if f"optimizer.{name}" in stored}
     return with_recipe(options, kept)
 
 
-def with_recipe(options: OptionsOfRun, values: Mapping[str, Any]) -> OptionsOfRun:
-    """Return the options with these of the optimizer, but for those that were given, if the recipe is `fast`."""
-    if not isinstance(options, RunOptions) or not options.given or not is_fast(options.given):
+def with_recipe(options: OptionsOfRun, by_length: Mapping[str, Any]) -> OptionsOfRun:
+    """Return the options with what the recipe `fast` sets by the length of the run, if they have that recipe.
+
+    What is given stays, and so does all of options that were built without the parser.
+    """
+    if not isinstance(options, RunOptions) or not options.given:
         return options
-    changed = {name: value for name, value in values.items() if name not in options.given}
-    chosen = dataclasses.replace(options, optimizer=dataclasses.replace(options.optimizer, **changed))
-    chosen.given.update(options.given)
-    return chosen
+    given = given_of(options)
+    if not is_fast(given):
+        return options
+    changed = {name: value for name, value in by_length.items() if name not in given}
+    return dataclasses.replace(options, optimizer=dataclasses.replace(options.optimizer, **changed))
 
 
 def changed_options(stored: Mapping[str, Any], options: OptionsOfRun, run: Path) -> dict[str, list[Any]]:

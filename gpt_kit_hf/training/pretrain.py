@@ -26,9 +26,8 @@ from gpt_kit_hf.tokenization import encodings
 from gpt_kit_hf.training.log.console import Console
 from gpt_kit_hf.training.log.run_log import RunResult
 from gpt_kit_hf.training.loop import run_training
-from gpt_kit_hf.training.planning.law import layer_parameters
 from gpt_kit_hf.training.planning.page import planned_options
-from gpt_kit_hf.training.planning.recipe import recipe_for
+from gpt_kit_hf.training.planning.recipe import recipe_by_length
 from gpt_kit_hf.training.steps import total_steps
 from gpt_kit_hf.training.task import RunContext, joined_position
 from gpt_kit_hf.training.text_task import TextTask
@@ -75,25 +74,21 @@ class PretrainingTask(TextTask):
         """Return the options of a new run with what its recipe sets by the text and the length; log what that is."""
         if self.base is not None:
             return options
-        chosen, tokens, config = self.context.options, len(self.corpus.train), self.model.config
-        steps, step_tokens = total_steps(chosen, self.order.samples), chosen.batch_size * self.windows.length
-        found = with_recipe(
-            options,
-            recipe_for(
-                steps,
-                step_tokens=step_tokens,
-                text_tokens=tokens,
-                layer_parameters=layer_parameters(config.num_hidden_layers, config.hidden_size),
-                vocab_size=self.encoding.n_vocab,
-            ),
+        batch_size, n_vocab = self.context.options.batch_size, self.encoding.n_vocab
+        steps = total_steps(self.context.options, self.order.samples)
+        epochs = steps * batch_size / self.order.samples
+        by_length = recipe_by_length(
+            steps,
+            step_tokens=batch_size * self.windows.length,
+            epochs=epochs,
+            parameters_per_token=sum(p.numel() for p in self.model.model.layers.parameters()) / len(self.corpus.train),
+            vocab_size=n_vocab,
         )
-        before = asdict(options.optimizer)
+        found, before = with_recipe(options, by_length), asdict(options.optimizer)
         changed = [f"{name} {value}" for name, value in asdict(found.optimizer).items() if value != before[name]]
         if changed:
-            passes = steps * step_tokens / tokens
-            self.context.console.log(
-                f"recipe   for {steps:,} steps, {passes:.1f} passes over the text: {', '.join(changed)}"
-            )
+            run = f"{steps:,} steps, {epochs:.2f} epochs, a vocabulary of {n_vocab:,}"
+            self.context.console.log(f"recipe   for {run}: {', '.join(changed)}")
         return found
 
     def _begins(self) -> bool:

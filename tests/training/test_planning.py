@@ -25,7 +25,7 @@ from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.options import files
 from gpt_kit_hf.options.parser import parse_options
 from gpt_kit_hf.options.planning import Budget, BudgetOptions, parse_budget
-from gpt_kit_hf.options.run import PlanOptions, flat_options
+from gpt_kit_hf.options.run import PlanOptions, flat_options, given_of
 from gpt_kit_hf.tokenization import encodings
 from gpt_kit_hf.training.needs.cost import StepCost
 from gpt_kit_hf.training.needs.due import due_in
@@ -425,7 +425,7 @@ def second(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 ONE_SHAPE = ("--n_layer=1", "--n_head=1", "--n_embd=16")
-ONE_LARGE_SHAPE = ("--n_layer=1", "--n_head=1", "--n_embd=64")  # of more parameters than the text has tokens
+ONE_LARGE_SHAPE = ("--n_layer=1", "--n_head=1", "--n_embd=128")  # of six times the parameters of the text's tokens
 
 
 @pytest.mark.usefixtures("second")
@@ -761,7 +761,16 @@ def test_what_was_given_is_no_option_of_the_run(text: Path) -> None:
     assert made.given["budget"] == "9s"
     assert not [name for name in flat_options(made) if name.startswith("given")]
     assert made == replace(made)
-    assert replace(made).given == {}
+    assert replace(made).given == made.given
+
+
+def test_what_is_replaced_in_options_counts_as_given(text: Path) -> None:
+    made = options(text, "9s", "--seed=2")
+    assert given_of(made) == made.given
+    other = replace(made, training=replace(made.training, seed=3, output_dir="other"))
+    assert given_of(other) == {**made.given, "seed": 3, "output_dir": "other"}
+    built = RunOptions(training=TrainingOptions(output_dir="run", seed=5), text=TextOptions(text_files=[str(text)]))
+    assert given_of(built) == {"output_dir": "run", "seed": 5, "text_files": [str(text)], "max_length": 256}
 
 
 def test_plan_needs_no_output_dir(text: Path) -> None:

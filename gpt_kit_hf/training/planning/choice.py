@@ -163,6 +163,10 @@ class Choice:
             low, high = (middle, high) if self.seconds(candidate, middle, step_tokens) <= amount else (low, middle)
         return low
 
+    def parameters_per_token(self, candidate: Candidate) -> float:
+        """Return the parameters of the blocks for each token of the text."""
+        return candidate.layer_parameters / self._facts.tokens
+
     def epochs(self, tokens: int) -> float:
         """Return how often the text is read by a run of so many tokens."""
         return tokens / self._facts.tokens

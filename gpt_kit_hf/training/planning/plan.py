@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,10 +14,10 @@ from gpt_kit_hf.data.text.corpus import Corpus, choose_encoding, prepare_corpus
 from gpt_kit_hf.data.text.sources import train_sources
 from gpt_kit_hf.errors import DataError, UsageError
 from gpt_kit_hf.options.data import DEFAULT_MAX_LENGTH, TRAINED_BPE, EncodingOptions
-from gpt_kit_hf.options.declare import changed_values, sections_of
+from gpt_kit_hf.options.declare import sections_of
 from gpt_kit_hf.options.parser import build_options
 from gpt_kit_hf.options.planning import parse_budget
-from gpt_kit_hf.options.run import RunOptions, is_fast
+from gpt_kit_hf.options.run import RunOptions, given_of, is_fast
 from gpt_kit_hf.options.training import OptimizerOptions, recipe_options
 from gpt_kit_hf.storage.atomic_files import Report
 from gpt_kit_hf.text import short
@@ -26,7 +25,7 @@ from gpt_kit_hf.training.needs.due import disk_bytes, due_in
 from gpt_kit_hf.training.planning.candidates import Candidate, Timing, allowed_shapes
 from gpt_kit_hf.training.planning.choice import Choice
 from gpt_kit_hf.training.planning.corpus_facts import CorpusFacts, corpus_facts
-from gpt_kit_hf.training.planning.recipe import MANY_EPOCHS, recipe_for
+from gpt_kit_hf.training.planning.recipe import MANY_EPOCHS, recipe_by_length
 from gpt_kit_hf.training.runtime.launch import create_accelerator
 from gpt_kit_hf.training.runtime.memory import reuse_freed_memory
 
@@ -106,13 +105,8 @@ def make_plan(options: RunOptions, log: Report) -> Plan:
 
 
 def _given(options: RunOptions) -> dict[str, Any]:
-    """Return what was given on the command line; of options that were made without one, what is not the default.
-
-    None counts only where it turns something off that a plan may have.
-    """
-    changed = [changed_values(getattr(options, section)) for section in sections_of(RunOptions)]
-    given = options.given or dict(ChainMap(*changed))
-    return {name: value for name, value in given.items() if value is not None or name == "ema_decay"}
+    """Return what was given. None counts only where it turns something off that a plan may have."""
+    return {name: value for name, value in given_of(options).items() if value is not None or name == "ema_decay"}
 
 
 def _check_plannable(options: RunOptions, given: Mapping[str, Any]) -> None:
@@ -187,7 +181,7 @@ def _planned(
         "batch_size": best.batch_size,
         "max_steps": steps,
         **settled,
-        **(_recipe(best, steps, facts, corpus.encoding.n_vocab) if is_fast(given) else {}),
+        **(_rates(choice, best, corpus.encoding.n_vocab) if is_fast(given) else {}),
     }
     kept = {name: value for name, value in given.items() if name not in _NOT_OF_THE_RUN}
     return Plan(
@@ -247,15 +241,17 @@ def _timing(options: RunOptions, given: Mapping[str, Any], vocab_size: int, cont
     )
 
 
-def _recipe(candidate: Candidate, steps: int, facts: CorpusFacts, vocab_size: int) -> dict[str, Any]:
-    """Return the optimizer's options for so many steps."""
-    return recipe_for(
+def _rates(choice: Choice, candidate: Candidate, vocab_size: int) -> dict[str, Any]:
+    """Return the optimizer's options of the recipe `fast` for the run."""
+    steps = choice.steps(candidate)
+    by_length = recipe_by_length(
         steps,
         step_tokens=candidate.step_tokens,
-        text_tokens=facts.tokens,
-        layer_parameters=candidate.layer_parameters,
+        epochs=choice.epochs(steps * candidate.step_tokens),
+        parameters_per_token=choice.parameters_per_token(candidate),
         vocab_size=vocab_size,
     )
+    return {**recipe_options("fast", vocab_size=vocab_size), **by_length}
 
 
 def _changed_encoding(options: EncodingOptions) -> dict[str, Any]:
