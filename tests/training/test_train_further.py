@@ -221,6 +221,7 @@ def test_max_length_is_by_default_what_the_model_allows(folder: Path, tmp_path: 
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.usefixtures("gpt2_encoding")
 def test_token_files_of_another_tokenizer_are_refused(folder: Path, tmp_path: Path) -> None:
     """Its ids may all be in the model's vocabulary."""
     np.arange(2, 202, dtype=np.uint16).tofile(tmp_path / "a.ds")
