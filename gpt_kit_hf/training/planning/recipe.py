@@ -7,9 +7,9 @@ from typing import Any
 from gpt_kit_hf.options.training import recipe_options
 
 MANY_EPOCHS = 4  # passes over the text, after which a model may know it by heart
-# Passes over the text times the parameters of the blocks for each token of it, from which on a model learns it by
-# heart. With less it only loses by a strong weight decay.
-_BY_HEART = 24
+# Parameters of the blocks for each token of the text, from which on a model can learn it by heart. Smaller ones only
+# lose by a strong weight decay.
+_MANY_PARAMETERS = 3.5
 # Steps, and tokens of a step. Shorter runs, and such of 1,024 tokens a step, are worse with what a long run has.
 _LONG_RUN, _LARGE_STEP = 1600, 1536
 _LEAST_AVERAGED = 80  # steps; the decay rate of an average is 0.9 then
@@ -35,10 +35,10 @@ def recipe_by_length(
 
 def weight_decay_for(epochs: float, parameters_per_token: float) -> float:
     """Return the weight decay. Measured by benchmarks/passes.py, as is what `ema_decay_for` returns."""
-    return 1.0 if epochs >= 3 and epochs * parameters_per_token >= _BY_HEART else 0.1
+    return 1.0 if epochs >= 3 and parameters_per_token >= _MANY_PARAMETERS else 0.1
 
 
 def ema_decay_for(epochs: float, parameters_per_token: float, steps: int) -> float | None:
     """Return the decay rate of an average of the weights, over about an eighth of the steps, None for no average."""
-    many = epochs >= MANY_EPOCHS and epochs * parameters_per_token >= _BY_HEART
+    many = epochs >= MANY_EPOCHS and parameters_per_token >= _MANY_PARAMETERS
     return round(1 - 8 / steps, 4) if many and steps > _LEAST_AVERAGED else None
