@@ -90,10 +90,10 @@ RECIPE = Recipe(
         metavar="NAME",
         resume="free",
         help="defaults of these options: fast is Muon with a linear schedule, and a learning_rate of 0.04, or of "
-        "0.004 with encoding bytes, a vocab_size below 1024 or model_name_or_path; for a new model "
-        "on stored text, learning_rate, muon_momentum, weight_decay and ema_decay follow from the "
-        "length of the run, the text and its vocabulary; "
-        "plain is AdamW with a cosine schedule; auto is plain if optimizer or model_name_or_path is given, else fast",
+        "0.004 with encoding bytes, a vocab_size below 1024 or model_name_or_path; for a new model on stored text, "
+        "learning_rate, muon_momentum, weight_decay and ema_decay follow from the length of the run, the text and its "
+        "vocabulary; plain is AdamW with a cosine schedule; auto is plain if optimizer or model_name_or_path is "
+        "given, else fast",
     ),
     section="optimizer",
     values=_recipe_values,

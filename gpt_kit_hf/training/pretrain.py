@@ -7,7 +7,6 @@ import hashlib
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any, TextIO
 
 from gpt_kit_hf.data.order import BatchPlan, MixtureOrder, ShuffledOrder, StreamOrder
@@ -84,8 +83,9 @@ class PretrainingTask(TextTask):
             parameters_per_token=sum(p.numel() for p in self.model.model.layers.parameters()) / len(self.corpus.train),
             vocab_size=n_vocab,
         )
-        found, before = with_recipe(options, by_length), asdict(options.optimizer)
-        changed = [f"{name} {value}" for name, value in asdict(found.optimizer).items() if value != before[name]]
+        found, before = with_recipe(options, by_length), dataclasses.asdict(options.optimizer)
+        after = dataclasses.asdict(found.optimizer)
+        changed = [f"{name} {value}" for name, value in after.items() if value != before[name]]
         if changed:
             run = f"{steps:,} steps, {epochs:.2f} epochs, a vocabulary of {n_vocab:,}"
             self.context.console.log(f"recipe   for {run}: {', '.join(changed)}")

@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from gpt_kit_hf import ModelOptions, OptimizerOptions, RunOptions, TextOptions, TrainingOptions
+from gpt_kit_hf import ModelOptions, OptimizerOptions, RunOptions, TextOptions, TrainingOptions, train
 from gpt_kit_hf.commands.main import main
 from gpt_kit_hf.data.text.corpus import prepare_corpus
 from gpt_kit_hf.errors import UsageError
@@ -725,6 +725,9 @@ def test_train_plans_and_a_resumed_run_keeps_its_plan(
     monkeypatch.setattr(page, "make_plan", refuse)
     assert main([*command, "--resume"]) == 0
     assert "is complete" in capsys.readouterr().out
+    parsed = parse_options(RunOptions, command[1:], prog="")
+    again = train(replace(parsed, training=replace(parsed.training, resume=True)), stream=None)
+    assert again.steps == record["training.max_steps"]
     assert main([*command, "--resume", "--budget=40ktok"]) == 0
     assert "the run was begun planned for 20ktok, and goes on so" in capsys.readouterr().out
     # A run that is not complete writes its options again: those of the plan that was made.

@@ -11,7 +11,7 @@ from pathlib import Path
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.options.declare import sections_of
 from gpt_kit_hf.options.parser import build_options
-from gpt_kit_hf.options.run import RunOptions, stored_options
+from gpt_kit_hf.options.run import RunOptions, given_of, stored_options
 from gpt_kit_hf.storage.atomic_files import Report, load_json, replace_file
 from gpt_kit_hf.storage.run_folder import OPTIONS_FILE, holds_run
 from gpt_kit_hf.text import duration, file_size, short
@@ -35,7 +35,7 @@ def planned_options(options: RunOptions, log: Report) -> RunOptions:
         if stored.plan.budget != options.plan.budget:
             planned = "without a plan" if stored.plan.budget is None else f"planned for {stored.plan.budget}"
             log(f"note     the run was begun {planned}, and goes on so: a run is not planned again")
-        return build_options(RunOptions, {**dict(ChainMap(*kept)), **options.given, "budget": stored.plan.budget})
+        return build_options(RunOptions, {**dict(ChainMap(*kept)), **given_of(options), "budget": stored.plan.budget})
     plan = make_plan(options, log)
     for line in page_lines(plan):
         log(line)
