@@ -112,6 +112,16 @@ def test_the_needs_are_an_event_and_in_run_json(
     assert needs["checkpoint_bytes"] == pytest.approx(size, rel=0.05)
 
 
+def test_memory_counts_what_the_process_held_before(
+    text_file: str,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gpt_kit_hf.training.needs.run_needs.peak_memory", lambda _: 7 * GB)
+    train(options(tmp_path / "run", text_file), stream=None)
+    assert load_json(tmp_path / "run" / "run.json")["needs"]["memory_bytes"] == 7 * GB
+
+
 def test_micro_batches_that_do_not_fit_are_cut_at_once_kept_on_resume_and_replayed(
     text_file: str,  # noqa: F811
     tmp_path: Path,

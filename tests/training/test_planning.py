@@ -7,6 +7,7 @@ import gzip
 import json
 import math
 import re
+import weakref
 import zlib
 from collections import Counter
 from dataclasses import replace
@@ -18,7 +19,15 @@ import pytest
 import torch
 import yaml
 
-from gpt_kit_hf import ModelOptions, OptimizerOptions, RunOptions, TextOptions, TrainingOptions, train
+from gpt_kit_hf import (
+    GPTKitForCausalLM,
+    ModelOptions,
+    OptimizerOptions,
+    RunOptions,
+    TextOptions,
+    TrainingOptions,
+    train,
+)
 from gpt_kit_hf.commands.main import main
 from gpt_kit_hf.data.text.corpus import prepare_corpus
 from gpt_kit_hf.errors import UsageError
@@ -795,3 +804,21 @@ def test_a_run_without_a_command_line_is_planned(
     assert planned.training.max_steps is not None
     assert planned.text == made.text
     assert planned.training.use_cpu
+
+
+def test_shapes_that_were_timed_are_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, init = list[weakref.ref[GPTKitForCausalLM]](), GPTKitForCausalLM.__init__
+
+    def noted(self: GPTKitForCausalLM, *args: Any, **kwargs: Any) -> None:
+        made.append(weakref.ref(self))
+        init(self, *args, **kwargs)
+
+    monkeypatch.setattr(GPTKitForCausalLM, "__init__", noted)
+    timing = Timing(
+        model=ModelOptions(model="modern-xs"), optimizer=OptimizerOptions(optimizer="muon"),
+        accelerator=create_accelerator(use_cpu=True), mixed_precision="fp32", vocab_size=37, context=16,
+    )  # fmt: skip
+    for width in (16, 32, 48):
+        timing.candidate((1, 2, width), 2)
+    *before, _ = made  # the last one goes with the Accelerator, which has prepared it
+    assert [model() for model in before] == [None] * 2

@@ -18,6 +18,7 @@ from gpt_kit_hf.model.losses import Batch
 from gpt_kit_hf.options.run import OptionsOfRun
 from gpt_kit_hf.storage.checkpoints import checkpoint_step, list_checkpoints
 from gpt_kit_hf.text import duration, file_size
+from gpt_kit_hf.training.log.pace import peak_memory
 from gpt_kit_hf.training.needs.cost import Autocast, Probe, StepMemory, StepSeconds
 from gpt_kit_hf.training.needs.due import Due, disk_bytes
 from gpt_kit_hf.training.runtime.available_memory import memory_left
@@ -128,7 +129,8 @@ class _Measurement:
         needs = RunNeeds(
             seconds=None if seconds is None else self._seconds(size, self._step(size, seconds), checkpoint),
             step_seconds=None if seconds is None else self._step(size, seconds),
-            memory_bytes=self._probe.before + added + on_top,
+            # What came before, such as the larger shapes of a plan, may have taken more.
+            memory_bytes=max(self._probe.before + added + on_top, peak_memory(self._accelerator.device)),
             free_memory_bytes=None if available is None else self._probe.before + available,
             processes=self._accelerator.num_processes,
             disk_bytes=disk,

@@ -150,6 +150,7 @@ class Timing:
         return int(one + (layers - 1) * (two - one))
 
     def _trainer(self, shape: tuple[int, int, int]) -> tuple[GPTKitForCausalLM, AMPTrainer]:
+        self.accelerator.free_memory()  # of the shapes before, which it has prepared
         with torch.random.fork_rng(devices=[]):
             model = GPTKitForCausalLM(self._config(shape))
         optimizer = create_optimizer(model, self.optimizer)
