@@ -157,7 +157,8 @@ class ModelOptions(Options):
         if self.model_name_or_path is not None:
             changed = [name for name in SHAPE if getattr(self, name) != getattr(type(self), name)]
             check_no_shape(self.model_name_or_path, {name: getattr(self, name) for name in changed})
-        self._check_shape()
+        if (self.n_head is None) == (self.n_embd is None):  # a plan chooses the other one
+            self.check_shape()
 
     @property
     def context(self) -> int:
@@ -170,7 +171,7 @@ class ModelOptions(Options):
         layers, heads, width = (int(self._value(name)) for name in ("n_layer", "n_head", "n_embd"))
         return layers, heads, width
 
-    def _check_shape(self) -> None:
+    def check_shape(self) -> None:
         """Raise UsageError for numbers that do not fit each other; the configuration checks them again."""
         n_embd, n_head = int(self._value("n_embd")), int(self._value("n_head"))
         positions = self._value("position_embedding")

@@ -126,7 +126,10 @@ class RunOptions:
             return
         if self.windows.max_length is None:
             object.__setattr__(self, "windows", dataclasses.replace(self.windows, max_length=DEFAULT_MAX_LENGTH))
-        if self.windows.length > self.model.context:
+        planned = self.plan.budget is not None and not self.given.get("model")  # what is not given is chosen
+        if not planned:
+            self.model.check_shape()
+        if self.windows.length > self.model.context and not (planned and self.model.max_position_embeddings is None):
             raise UsageError(
                 f"max_length={self.windows.length} is above max_position_embeddings={self.model.context}: raise that, "
                 "or lower max_length"

@@ -248,9 +248,13 @@ class TrainingOptions(Options):
         def steps(given: float | None, parts: int, most: int) -> int:
             return min(most, max(10, total_steps // parts)) if given is None else steps_of(given, total_steps)
 
+        evaluation, saving = steps(self.eval_steps, 20, 250), steps(self.save_steps, 10, 500)
+        if all(given is None or 0 < given < 1 for given in (self.eval_steps, self.save_steps)):
+            # Shares, which need not be exact: a checkpoint that is compared is evaluated, just once.
+            saving = max(1, round(saving / evaluation)) * evaluation
         return Intervals(
-            evaluation=steps(self.eval_steps, 20, 250),
-            saving=steps(self.save_steps, 10, 500),
+            evaluation=evaluation,
+            saving=saving,
             logging=steps(self.logging_steps, 50, 50),
             sample=steps(self.sample_steps, 5, 500),
         )

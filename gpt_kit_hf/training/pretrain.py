@@ -27,6 +27,7 @@ from gpt_kit_hf.training.log.run_log import RunResult
 from gpt_kit_hf.training.loop import run_training
 from gpt_kit_hf.training.planning.page import planned_options
 from gpt_kit_hf.training.planning.recipe import recipe_by_length
+from gpt_kit_hf.training.runtime.signals import StopSignals
 from gpt_kit_hf.training.steps import total_steps
 from gpt_kit_hf.training.task import RunContext, joined_position
 from gpt_kit_hf.training.text_task import TextTask
@@ -42,7 +43,8 @@ def train(options: RunOptions, *, stream: TextIO | None = sys.stdout) -> RunResu
     Raises what `run_training` raises.
     """
     if options.plan.budget is not None:
-        options = planned_options(options, Console(stream, options.training.log_format).log)
+        with StopSignals():
+            options = planned_options(options, Console(stream, options.training.log_format).log)
     return run_training(options, lambda context: text_task(options, context), stream=stream)
 
 

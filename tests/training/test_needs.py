@@ -153,10 +153,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
 ) -> None:
     run = tmp_path / "run"
     with_memory(0.5 * GB, monkeypatch)
-    with pytest.raises(UsageError, match=r"one sequence takes more memory than the 500 MB .* lower max_length"):
+    with pytest.raises(UsageError, match=r"one sequence takes more memory than the 422 MB that .* lower max_length"):
         train(options(run, text_file), stream=None)
     with_memory(2.5 * GB, monkeypatch)
-    with pytest.raises(UsageError, match=r"micro-batches of 4 .* 4\.00 GB .* 2\.50 GB .*_train_batch_size 2"):
+    with pytest.raises(UsageError, match=r"micro-batches of 4 .* 4\.00 GB .* 2\.24 GB .*_train_batch_size 2"):
         train(options(run, text_file, out_of_memory="stop"), stream=None)
     with_memory(99 * GB, monkeypatch)
     monkeypatch.setattr("gpt_kit_hf.training.needs.run_needs.disk_left", lambda folder: 10**6)

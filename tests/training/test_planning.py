@@ -31,6 +31,7 @@ from gpt_kit_hf import (
 from gpt_kit_hf.commands.main import main
 from gpt_kit_hf.data.text.corpus import prepare_corpus
 from gpt_kit_hf.errors import UsageError
+from gpt_kit_hf.model.presets import build_config
 from gpt_kit_hf.options import files
 from gpt_kit_hf.options.parser import parse_options
 from gpt_kit_hf.options.planning import Budget, BudgetOptions, parse_budget
@@ -123,9 +124,15 @@ def test_budgets_are_times_operations_or_tokens(written: str, meant: tuple[Any, 
     assert parse_budget(written) == Budget(*meant)
 
 
-@pytest.mark.parametrize("wrong", ["20", "m", "-3m", "0h", "3 weeks", "1e3", "20M", "nan s", "1e999s", ""])
+@pytest.mark.parametrize("wrong", ["20", "m", "-3m", "0h", "3 weeks", "1e3", "20M", "nan s", "1e999s", "1e308d", ""])
 def test_other_budgets_are_refused_with_the_units_that_there_are(wrong: str) -> None:
     with pytest.raises(UsageError, match=r"budget=.* one of the units s, m, min, h, d, flop, tok"):
+        BudgetOptions(budget=wrong)
+
+
+@pytest.mark.parametrize("wrong", ["1e30h", "1e40flop", "1e12Btok"])
+def test_budgets_that_cannot_be_counted_are_refused(wrong: str) -> None:
+    with pytest.raises(UsageError, match=rf"budget='{wrong}' must be at most [0-9.e+]+ (seconds|flop|tokens)"):
         BudgetOptions(budget=wrong)
 
 
@@ -147,9 +154,17 @@ def test_facts_of_a_text(text: Path) -> None:
         seen.add(line)
     assert facts.repeated == repeated / total > 0.1
     held_out = bytes(i for i in corpus.eval.read(0, len(corpus.eval)) if i < 256)
-    near = zlib.compressobj(9, wbits=16 + 10)
-    assert facts.gzip_near == 8 * len(near.compress(held_out) + near.flush()) / len(held_out)
-    assert facts.gzip == 8 * len(gzip.compress(held_out)) / len(held_out) < facts.gzip_near
+    assert facts.gzip == 8 * len(gzip.compress(held_out)) / len(held_out)
+
+    def near(text: bytes) -> float:
+        packer = zlib.compressobj(9, wbits=16 + 10)
+        return 8 * len(packer.compress(text) + packer.flush()) / len(text)
+
+    # Little is held out here, and more if half of the text is.
+    assert facts.gzip_near == near(trained[:8192]) != near(held_out)
+    corpus = prepare_corpus(TextOptions(text_files=[str(text)], eval_fraction=0.5), encoding, seed=0)
+    held_out = bytes(i for i in corpus.eval.read(0, len(corpus.eval)) if i < 256)
+    assert corpus_facts(corpus).gzip_near == near(held_out)
 
 
 # --- the law
@@ -265,6 +280,67 @@ def test_many_tokens_are_for_a_model_in_proportion(large: Path, instant: list[tu
     best = sorted(shown)[:2]
     assert made.candidate.layer_parameters in [size for _, size in best]
     assert made.steps * made.candidate.step_tokens == pytest.approx(800e3, rel=0.01)
+
+
+def test_more_tokens_than_a_text_is_good_for_are_for_a_small_one_of_the_best_models(
+    large: Path, instant: list[tuple[int, int, int]]
+) -> None:
+    made = plan.make_plan(options(large, "300Mtok"), print)
+    seen, text = made.steps * made.candidate.step_tokens, made.facts.tokens
+    assert made.epochs == pytest.approx(LAW.most_epochs, abs=0.1)
+    sizes = [layer_parameters(layers, width) for layers, _, width in candidates.SHAPES]
+    bits = [LAW.bits_per_byte(made.facts.gzip_near, parameters=n, seen=seen, text=text) for n in sizes]
+    chosen = sizes.index(made.candidate.layer_parameters)
+    # The largest that was tried is hardly better, and a smaller one is worse.
+    assert bits[chosen] <= 1.015 * bits[made.tried - 1] < bits[chosen - 1]
+
+
+@pytest.mark.usefixtures("instant")
+def test_only_for_muon_the_law_is_certain(large: Path) -> None:
+    known, other = (plan.make_plan(options(large, "20s", *each), print) for each in ([], ["--recipe=plain"]))
+    assert known.is_known
+    assert not other.is_known
+    assert ["between" in "".join(page.page_lines(each)) for each in (known, other)] == [True, False]
+    assert "by Muon: outside of that the expectation is a guess" in "".join(page.page_lines(other))
+
+
+@pytest.mark.usefixtures("instant")
+def test_an_expectation_does_not_depend_on_how_much_is_held_out(large: Path) -> None:
+    much, little = (
+        plan.make_plan(options(large, "2e12flop", *each), print) for each in ([], ["--eval_max_tokens=300"])
+    )
+    assert little.facts.gzip_near == pytest.approx(much.facts.gzip_near, rel=0.03)
+    assert little.facts.gzip > 1.2 * much.facts.gzip  # of the held-out text, with nothing before it
+
+
+@pytest.mark.parametrize(
+    ("given", "shape"),
+    [
+        (["--max_length=512"], {"max_position_embeddings": 512}),
+        (["--n_head=6"], {"n_head": 6, "n_embd": 192}),
+        (["--n_embd=300"], {"n_embd": 300}),
+    ],
+)
+def test_a_plan_is_made_around_a_part_of_the_shape(
+    given: list[str], shape: dict[str, int], large: Path, instant: list[tuple[int, int, int]]
+) -> None:
+    made = plan.make_plan(options(large, "20s", *given), print)
+    assert shape.items() <= made.values.items()
+    config = build_config(made.run.model, vocab_size=258)
+    assert config.n_embd % (2 * config.n_head) == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--n_head=7"], "no shape of a plan has n_head=7 and heads of an even width: give n_layer, n_head, n_embd"),
+        (["--max_length=512", "--max_position_embeddings=256"], "max_length=512 is above max_position_embeddings=256"),
+        (["--model=modern-xs", "--n_head=7"], "n_embd must be divisible by n_head, got 128 and 7"),
+    ],
+)
+def test_parts_of_a_shape_that_do_not_fit_are_refused(given: list[str], message: str, large: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        plan.make_plan(options(large, "20s", *given), print)
 
 
 def test_runs_of_few_tokens_are_not_what_the_law_holds_for() -> None:

@@ -111,6 +111,7 @@ class _Measurement:
             accumulates=steps.plan.micro_steps > 1,
         )
         self._trained = sum(local_part(p).nbytes for p in self._model.parameters() if p.requires_grad)
+        self._weights = sum({p.data_ptr(): local_part(p).nbytes for p in self._model.parameters()}.values())
         self._average = 0 if options.optimizer.ema_decay is None else self._trained
 
     def needs(self) -> RunNeeds:
@@ -118,7 +119,8 @@ class _Measurement:
         splits = self._splits_before()
         wanted = -(-self._steps.plan.micro_batch_size // splits)
         available = memory_left(self._accelerator.device)
-        memory, seconds = self._measured(wanted, available)
+        usable = self._for_steps(available)
+        memory, seconds = self._measured(wanted, usable)
         added = memory.added + self._average
         self._check_together(added, available)
         size = wanted
@@ -137,7 +139,7 @@ class _Measurement:
             checkpoint_bytes=checkpoint,
             free_disk_bytes=disk_left(self._folder),
             splits=splits,
-            notes=self._notes(wanted, memory, available),
+            notes=self._notes(wanted, memory, usable),
         )
         decide_on_main(self._accelerator, lambda: self._check_disk(needs))
         return needs
@@ -150,6 +152,17 @@ class _Measurement:
         return int(splits) if size == self._steps.plan.micro_batch_size else 1
 
     # --- memory
+
+    def _for_steps(self, available: int | None) -> int | None:
+        """Return what is left for steps: on a CPU, without what the run takes beside them."""
+        if available is None or self._accelerator.device.type != "cpu":
+            return available
+        beside = self._average + beside_steps(weights=self._weights, passes=0, packed=self._packed())
+        return max(0, round((available - beside) / (1 + _HEAP_GROWTH)))
+
+    def _packed(self) -> int:
+        """Return how many copies of the weights decoding takes: one of a sample, which stays, and one at the end."""
+        return 0 if why_not(self._model) is not None else 1 + (self._due.samples_after(self._done) > 0)
 
     def _measured(self, wanted: int, available: int | None) -> tuple[StepMemory, StepSeconds | None]:
         """Return memory and time of a step with micro-batches of `wanted` rows, or of fewer that fit."""
@@ -170,14 +183,15 @@ class _Measurement:
         size, left = memory.micro_batch_size, "less" if available is None else file_size(available)
         if size == 0:
             raise UsageError(
-                f"a step with one sequence takes more memory than the {left} that are left; gradients and the state "
-                f"of the optimizer alone take {file_size(self._trained + memory.state)}: lower max_length or the "
-                "model's size"
+                f"a step with one sequence takes more memory than the {left} that are left for steps; gradients "
+                f"and the state of the optimizer alone take {file_size(self._trained + memory.state)}: lower "
+                "max_length or the model's size"
             )
         if size < wanted and not (self._alone and self._chosen.out_of_memory == "halve"):
             raise UsageError(
                 f"a step with micro-batches of {wanted} sequences takes {file_size(memory.asked)} of memory, and "
-                f"{left} are left: give --per_device_train_batch_size {size}, or lower max_length or the model's size"
+                f"{left} are left for steps: give --per_device_train_batch_size {size}, or lower max_length or the "
+                "model's size"
             )
 
     def _check_together(self, added: int, available: int | None) -> None:
@@ -202,12 +216,9 @@ class _Measurement:
 
     def _meanwhile(self, memory: StepMemory, seconds: StepSeconds | None, left: int | None) -> int:
         """Return the bytes that the run takes beside its steps: copies of the weights and of its state."""
-        # Samples pack the weights for decoding, and keep them; at the end they are packed again.
-        packed = 0 if why_not(self._model) is not None else 1 + (self._due.samples_after(self._done) > 0)
-        on_top = packed * memory.weights
         if self._accelerator.device.type != "cpu":
-            return on_top
-        on_top += round(_HEAP_GROWTH * memory.passes) + _LOADED_LATER
+            return self._packed() * memory.weights
+        on_top = beside_steps(weights=memory.weights, passes=memory.passes, packed=self._packed())
         state = self._trained + memory.state + self._average
         enough = left is None or left >= (1 + WRITING) * state
         saves = self._chosen.async_save and self._due.saves_after(self._done) > 1
@@ -223,7 +234,7 @@ class _Measurement:
             return ()
         return (
             f"micro-batches of {size} sequences instead of {wanted}, which take {file_size(memory.asked)} of memory: "
-            f"{file_size(available)} are left",
+            f"{file_size(available)} are left for steps",
         )
 
     # --- time
@@ -262,11 +273,7 @@ class _Measurement:
     def _disk_bytes(self, memory: StepMemory) -> tuple[int, int]:
         """Return the bytes of a checkpoint, and those by which output_dir grows at most."""
         parts = self._accelerator.num_processes if self._accelerator.is_fsdp2 else 1
-        weights = (
-            self._trained
-            if self._task.saves_trained_only
-            else sum({p.data_ptr(): local_part(p).nbytes for p in self._model.parameters()}.values())
-        )
+        weights = self._trained if self._task.saves_trained_only else self._weights
         checkpoint = parts * (weights + memory.state + self._average)
         there = len(list_checkpoints(self._folder)) if self._checkpoint is not None else 0
         grows = disk_bytes(
@@ -289,6 +296,11 @@ class _Measurement:
                 f"output_dir {str(self._folder)!r}: a checkpoint takes {file_size(needs.checkpoint_bytes)}, and "
                 f"{file_size(needs.free_disk_bytes)} are free there: name another folder, or lower the model's size"
             )
+
+
+def beside_steps(*, weights: int, passes: int, packed: int = 2) -> int:
+    """Return the bytes that a run on a CPU takes beside its steps; `packed` copies of the weights are for decoding."""
+    return packed * weights + round(_HEAP_GROWTH * passes) + _LOADED_LATER
 
 
 def disk_left(folder: Path) -> int:

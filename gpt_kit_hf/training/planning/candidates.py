@@ -23,6 +23,7 @@ from gpt_kit_hf.training.runtime.compilation import compile_blocks
 from gpt_kit_hf.training.trainer import AMPTrainer
 
 # Layers, heads and width of modern shapes, each about twice the work of the one before.
+SHAPE_OPTIONS = ("n_layer", "n_head", "n_embd")
 SHAPES = (
     (2, 2, 64), (2, 4, 128), (4, 4, 128), (4, 6, 192), (4, 4, 256), (6, 4, 256), (6, 6, 384), (8, 6, 384), (8, 8, 512),
     (12, 12, 768), (24, 16, 1024), (48, 25, 1600),
@@ -186,7 +187,7 @@ def allowed_shapes(given: Mapping[str, Any], blocks: tuple[int, int, int]) -> It
 
     `blocks` are those of the options: the only ones if a preset or all three were given.
     """
-    fixed = [given.get(name) for name in ("n_layer", "n_head", "n_embd")]
+    fixed = [given.get(name) for name in SHAPE_OPTIONS]
     if given.get("model") is not None or None not in fixed:
         yield blocks
         return

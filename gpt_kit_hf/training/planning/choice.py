@@ -92,14 +92,17 @@ class Choice:
         """Return the candidate to spend `times` the budget on, with `text` times the text.
 
         That with the fewest bits per byte, or with more layers if it is alike. With a number of tokens, where a larger
-        one is always better, that for which twice the parameters would bring as much as twice the tokens.
+        one is always better, that for which twice the parameters would bring as much as twice the tokens; if the text
+        is too small for so many, the smallest of those that are alike.
         """
-        if self._budget.kind != "tokens":
+        some = candidates[0]
+        if self._budget.kind != "tokens" or self.steps(some, times, text) < self.allowed(some, times):
             by_bits = sorted(candidates, key=lambda each: self.bits(each, times, text))
             most = (1 + _ALIKE) * self.bits(by_bits[0], times, text)
-            return max(
-                (each for each in by_bits if self.bits(each, times, text) <= most), key=lambda each: each.layers
-            )
+            alike = [each for each in by_bits if self.bits(each, times, text) <= most]
+            if self._budget.kind == "tokens":  # which says nothing of the time that a larger one takes
+                return min(alike, key=lambda each: each.parameters)
+            return max(alike, key=lambda each: each.layers)
 
         def imbalance(candidate: Candidate) -> float:
             size, length = LAW.gains(**self._run(candidate, times, text))

@@ -14,6 +14,8 @@ from gpt_kit_hf.evaluation.metrics import gzip_bits_per_byte, token_byte_lengths
 _BLOCK = 1 << 20  # tokens
 NEAR_BITS = 10  # of gzip with a window of 1 KB
 _LOOKED_AT = 1 << 26  # tokens of the training text in which lines are compared
+# Tokens of which gzip tells how difficult a text is, as the first ones have nothing before them to copy.
+_ENOUGH = 1 << 13
 _LONG_LINE = 32  # bytes of a line whose repetition is no accident
 
 
@@ -22,8 +24,8 @@ class CorpusFacts:
     """Sizes of a text without what is held out, the bits per byte of gzip on what is, and the share that repeats.
 
     `gzip_near` is that of gzip with a window of 1 KB: small models read about as much at once, and cannot copy from
-    farther back either. `repeated` is the share of the bytes in lines that stand earlier in the text, of lines of 32
-    bytes and more.
+    farther back either. It is of some of the training text if little is held out. `repeated` is the share of the bytes
+    in lines that stand earlier in the text, of lines of 32 bytes and more.
     """
 
     documents: int
@@ -37,6 +39,10 @@ class CorpusFacts:
 
 def corpus_facts(corpus: Corpus) -> CorpusFacts:
     """Return the facts of a corpus; all of it is read once."""
+    enough = min(_ENOUGH, len(corpus.train))
+    told = corpus.eval
+    if len(told) < enough:
+        told = TokenStream([corpus.train.read(0, enough)], np.zeros(1, np.int64))
     lengths = token_byte_lengths(corpus.encoding)
     return CorpusFacts(
         documents=corpus.documents,
@@ -44,7 +50,7 @@ def corpus_facts(corpus: Corpus) -> CorpusFacts:
         text_bytes=max(1, int(corpus.train.counts(corpus.encoding.n_vocab) @ lengths)),
         eval_tokens=len(corpus.eval),
         gzip=gzip_bits_per_byte(corpus.eval, corpus.encoding),
-        gzip_near=gzip_bits_per_byte(corpus.eval, corpus.encoding, window_bits=NEAR_BITS),
+        gzip_near=gzip_bits_per_byte(told, corpus.encoding, window_bits=NEAR_BITS),
         repeated=repeated_share(corpus.train, corpus.encoding),
     )
 

@@ -68,7 +68,7 @@ class Range:
         (smallest, largest), (least, most) = self.parameters, self.seen
         return (
             f"the law was measured with {short(smallest)} to {short(largest)} parameters in the layers and "
-            f"{short(least)} to {short(most)} tokens seen"
+            f"{short(least)} to {short(most)} tokens seen, by Muon"
         )
 
 

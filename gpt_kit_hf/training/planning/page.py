@@ -47,8 +47,7 @@ def page_lines(plan: Plan) -> list[str]:
     facts, chosen, run = plan.facts, plan.candidate, plan.run
     low, high = (plan.bits_per_byte * math.exp(sign * 2 * DEVIATION) for sign in (-1, 1))
     expected, low, high, *twice = (min(bits, _KNOWS_NOTHING) for bits in (plan.bits_per_byte, low, high, *plan.twice))
-    known = MEASURED.holds(chosen.layer_parameters, plan.steps * chosen.step_tokens)
-    between = f", between {low:.2f} and {high:.2f}" if known else ""
+    between = f", between {low:.2f} and {high:.2f}" if plan.is_known else ""
     rates = f"{run.optimizer.learning_rate:g}"
     if run.optimizer.optimizer == "muon":
         of_matrices = run.optimizer.muon_learning_rate or run.optimizer.learning_rate
@@ -71,7 +70,7 @@ def page_lines(plan: Plan) -> list[str]:
         f"expected {expected:.2f} bits per byte of the held-out text{between}; gzip -9 reaches {facts.gzip:.2f}",
         f"expected with twice the budget {twice[0]:.2f}, with twice the text {twice[1]:.2f}",
     ]
-    if not known:
+    if not plan.is_known:
         lines.append(f"note     {MEASURED.told()}: outside of that the expectation is a guess")
     return [*lines, *(f"note     {note}" for note in plan.notes)]
 

@@ -22,9 +22,11 @@ from gpt_kit_hf.options.training import OptimizerOptions, recipe_options
 from gpt_kit_hf.storage.atomic_files import Report
 from gpt_kit_hf.text import short
 from gpt_kit_hf.training.needs.due import disk_bytes, due_in
-from gpt_kit_hf.training.planning.candidates import Candidate, Timing, allowed_shapes
+from gpt_kit_hf.training.needs.run_needs import beside_steps
+from gpt_kit_hf.training.planning.candidates import SHAPE_OPTIONS, Candidate, Timing, allowed_shapes
 from gpt_kit_hf.training.planning.choice import Choice
 from gpt_kit_hf.training.planning.corpus_facts import CorpusFacts, corpus_facts
+from gpt_kit_hf.training.planning.law import MEASURED
 from gpt_kit_hf.training.planning.recipe import MANY_EPOCHS, recipe_by_length
 from gpt_kit_hf.training.runtime.launch import create_accelerator
 from gpt_kit_hf.training.runtime.memory import reuse_freed_memory
@@ -41,8 +43,9 @@ class Plan:
     """What to train, and what that takes and brings.
 
     `values` are the options of the run, by name, as in a file for `--config`. `seconds` includes evaluations;
-    `memory_before` is what the process held before it timed shapes; `bits_per_byte` is what the law says, `twice` what
-    it says for twice the budget, and for twice the text. `tried` is the number of shapes that were compared.
+    `memory_before` is what the process held before it timed shapes, `memory_beside` what the run takes beside its
+    steps; `bits_per_byte` is what the law says, `twice` what it says for twice the budget, and for twice the text.
+    That `is_known` for runs such as those that it was measured with. `tried` shapes were compared.
     """
 
     values: dict[str, Any]
@@ -52,7 +55,9 @@ class Plan:
     steps: int
     seconds: float
     memory_before: int
+    memory_beside: int
     bits_per_byte: float
+    is_known: bool
     twice: tuple[float, float]
     tried: int
     notes: tuple[str, ...]
@@ -70,7 +75,7 @@ class Plan:
     @property
     def memory_bytes(self) -> int:
         """The most memory that the process is expected to hold."""
-        return self.memory_before + self.candidate.cost.peak_bytes + self.average_bytes
+        return self.memory_before + self.candidate.cost.peak_bytes + self.average_bytes + self.memory_beside
 
     @property
     def disk_bytes(self) -> int:
@@ -165,7 +170,10 @@ def _planned(
     budget = parse_budget(options.plan.budget)
     choice = Choice(options.training, budget, facts, timing, timing.accelerator.device)
     before = psutil.Process().memory_info().rss
-    shapes = allowed_shapes(given, options.model.blocks)
+    shapes = list(allowed_shapes(given, options.model.blocks))
+    if not shapes:
+        shown = ", ".join(f"{name}={given[name]}" for name in SHAPE_OPTIONS if name in given)
+        raise UsageError(f"no shape of a plan has {shown} and heads of an even width: give {', '.join(SHAPE_OPTIONS)}")
     found, notes = choice.candidates(shapes, given.get("batch_size") or choice.first_batch_size, log)
     if not found:
         raise UsageError("no shape fits into the memory that is free: lower batch_size or max_length")
@@ -173,7 +181,8 @@ def _planned(
     chosen = choice.best(found)
     best, settled = _settled(choice, chosen, given, log)
     steps, bits = choice.steps(best), choice.bits(best)
-    epochs = choice.epochs(steps * best.step_tokens)
+    epochs, parameters = choice.epochs(steps * best.step_tokens), 4 * best.parameters
+    is_known = MEASURED.holds(best.layer_parameters, steps * best.step_tokens)
     planned = {
         "output_dir": options.training.output_dir,
         **({} if options.text.token_files else _changed_encoding(encoding_options)),
@@ -192,12 +201,18 @@ def _planned(
         steps=steps,
         seconds=choice.seconds(best, steps, best.step_tokens),
         memory_before=before,
+        memory_beside=(
+            beside_steps(weights=parameters, passes=best.cost.peak_bytes - parameters - best.cost.state_bytes)
+            if timing.accelerator.device.type == "cpu"
+            else 0
+        ),
         bits_per_byte=bits,
+        is_known=is_known and timing.optimizer.optimizer == "muon",
         twice=choice.twice(found, chosen, best),
         tried=len(found),
         notes=(
             *(notes if chosen is found[-1] else ()),
-            *_notes(facts, epochs, bits, shorter=steps < 0.9 * choice.allowed(best)),
+            *_notes(facts, epochs, bits if is_known else 0.0, shorter=steps < 0.9 * choice.allowed(best)),
         ),
     )
 
@@ -260,7 +275,10 @@ def _changed_encoding(options: EncodingOptions) -> dict[str, Any]:
 
 
 def _notes(facts: CorpusFacts, epochs: float, bits: float, *, shorter: bool) -> Iterator[str]:
-    """Yield what a person should know before training for so many epochs; `shorter` than the budget allows, or not."""
+    """Yield what a person should know before training for so many epochs; `shorter` than the budget allows, or not.
+
+    `bits` per byte are expected, 0 if that is a guess.
+    """
     if facts.text_bytes < _SMALL_TEXT:
         yield f"{short(facts.text_bytes)} bytes are too little text to learn a language from; 1M is a start"
     if facts.repeated > _MUCH_REPEATED:
@@ -272,4 +290,5 @@ def _notes(facts: CorpusFacts, epochs: float, bits: float, *, shorter: bool) -> 
     elif epochs > MANY_EPOCHS:
         yield f"the text is read {epochs:.0f} times: more text would help more than a longer run"
     if bits > facts.gzip:
-        yield "gzip compresses the text better than this model is expected to: give a larger budget, or more text"
+        more = "more text" if shorter else "a larger budget, or more text"
+        yield f"gzip compresses the text better than this model is expected to: give {more}"
