@@ -91,6 +91,11 @@ class InstructionTask(Task):
         longest = np.argsort(-self.dataset.lengths)
         return self.collate([self.dataset[index] for index in np.resize(longest, count).tolist()])
 
+    @property
+    def has_many_lengths(self) -> bool:
+        """Whether the rows of one batch are longer than those of another."""
+        return bool(np.ptp(self.dataset.lengths))
+
     def typical_rows(self, plan: BatchPlan, step: int, count: int) -> Batch:
         """Return rows of the micro-batch that comes closest to the average length of many."""
         planned = [ids for number in range(step, step + _STEPS_AVERAGED) for ids in plan.micro_batches(number)]

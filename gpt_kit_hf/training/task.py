@@ -116,6 +116,11 @@ class Task(ABC):
     def longest_rows(self, count: int) -> Batch:
         """Return a batch of so many rows, as long as any that is trained on."""
 
+    @property
+    def has_many_lengths(self) -> bool:
+        """Whether the rows of one batch are longer than those of another."""
+        return False
+
     def typical_rows(self, plan: BatchPlan, step: int, count: int) -> Batch:
         """Return so many rows, as long as those of the average micro-batch of the plan from this step on."""
         return self.longest_rows(count)

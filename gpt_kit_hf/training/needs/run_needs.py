@@ -38,6 +38,8 @@ _SAVED_PER_SECOND = 2e8
 # On a CPU: how much more the allocator takes for the passes after a while than for the first ones, and the code and
 # data that evaluations, samples, checkpoints and the curve load (benchmarks/README.md).
 _HEAP_GROWTH, _LOADED_LATER = 0.1, 36_000_000
+# And what oneDNN's kernels for rows of other lengths take in bfloat16, with the gaps that they leave.
+_KERNELS = 250_000_000
 # After the last step: the baselines, the curve, and the files of the model.
 _END_SECONDS = 2.0
 
@@ -157,8 +159,13 @@ class _Measurement:
         """Return what is left for steps: on a CPU, without what the run takes beside them."""
         if available is None or self._accelerator.device.type != "cpu":
             return available
-        beside = self._average + beside_steps(weights=self._weights, passes=0, packed=self._packed())
+        beside = self._average + self._beside(passes=0)
         return max(0, round((available - beside) / (1 + _HEAP_GROWTH)))
+
+    def _beside(self, passes: int) -> int:
+        """Return the bytes that the run takes on a CPU beside its steps, without copies of its state."""
+        many_kernels = self._steps.trainer.precision == "bf16" and self._task.has_many_lengths
+        return many_kernels * _KERNELS + beside_steps(weights=self._weights, passes=passes, packed=self._packed())
 
     def _packed(self) -> int:
         """Return how many copies of the weights decoding takes: one of a sample, which stays, and one at the end."""
@@ -218,7 +225,7 @@ class _Measurement:
         """Return the bytes that the run takes beside its steps: copies of the weights and of its state."""
         if self._accelerator.device.type != "cpu":
             return self._packed() * memory.weights
-        on_top = beside_steps(weights=memory.weights, passes=memory.passes, packed=self._packed())
+        on_top = self._beside(memory.passes)
         state = self._trained + memory.state + self._average
         enough = left is None or left >= (1 + WRITING) * state
         saves = self._chosen.async_save and self._due.saves_after(self._done) > 1
