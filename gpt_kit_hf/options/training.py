@@ -102,7 +102,8 @@ class TrainingOptions(Options):
     )
     save_steps: float | None = option(
         None,
-        "optimizer steps between checkpoints; below 1, the fraction of all steps",
+        "optimizer steps between checkpoints; below 1, the fraction of all steps. Where the best is kept, a share is "
+        "rounded to a multiple of the steps between evaluations, if it is above them and they are a share, too",
         above=0,
         unset="a tenth of all steps, from 10 to 500",
         resume="free",
@@ -249,9 +250,10 @@ class TrainingOptions(Options):
             return min(most, max(10, total_steps // parts)) if given is None else steps_of(given, total_steps)
 
         evaluation, saving = steps(self.eval_steps, 20, 250), steps(self.save_steps, 10, 500)
-        if all(given is None or 0 < given < 1 for given in (self.eval_steps, self.save_steps)):
-            # Shares, which need not be exact: a checkpoint that is compared is evaluated, just once.
-            saving = max(1, round(saving / evaluation)) * evaluation
+        are_shares = all(given is None or 0 < given < 1 for given in (self.eval_steps, self.save_steps))
+        if self.best_kept and are_shares and saving >= evaluation:
+            # Each checkpoint is evaluated, just once; a share need not be exact.
+            saving = round(saving / evaluation) * evaluation
         return Intervals(
             evaluation=evaluation,
             saving=saving,

@@ -94,7 +94,7 @@ class InstructionTask(Task):
     @property
     def has_many_lengths(self) -> bool:
         """Whether the rows of one batch are longer than those of another."""
-        return bool(np.ptp(self.dataset.lengths))
+        return any(len(np.unique(each.lengths)) > 1 for each in (self.dataset, PaddedRows(self.eval_rows)))
 
     def typical_rows(self, plan: BatchPlan, step: int, count: int) -> Batch:
         """Return rows of the micro-batch that comes closest to the average length of many."""

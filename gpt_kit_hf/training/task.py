@@ -118,7 +118,7 @@ class Task(ABC):
 
     @property
     def has_many_lengths(self) -> bool:
-        """Whether the rows of one batch are longer than those of another."""
+        """Whether the rows of one batch, trained on or evaluated, are longer than those of another."""
         return False
 
     def typical_rows(self, plan: BatchPlan, step: int, count: int) -> Batch:

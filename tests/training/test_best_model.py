@@ -173,9 +173,13 @@ def test_intervals_are_shares_of_the_steps() -> None:
     assert intervals(20) == (10, 10, 10, 10)
     assert intervals(1500) == (75, 150, 30, 300)
     assert intervals(1_000_000) == (250, 500, 50, 500)
+    assert intervals(178) == (10, 17, 10, 35)
     # A checkpoint that is compared is evaluated: just once.
-    assert intervals(178) == (10, 20, 10, 35)
-    assert intervals(713, eval_steps=0.05, save_steps=0.1)[:2] == (36, 72)
+    assert intervals(178, load_best_model_at_end=True) == (10, 20, 10, 35)
+    assert intervals(713, eval_steps=0.05, save_steps=0.1, keep_best=2)[:2] == (36, 71 + 1)
+    assert intervals(713, eval_steps=0.05, save_steps=0.1)[:2] == (36, 71)
+    assert intervals(10_000, eval_steps=0.5, save_steps=0.01, keep_best=2)[:2] == (5000, 100)
+    assert intervals(713, eval_steps=0.05, save_steps=71, keep_best=2)[:2] == (36, 71)
     given = {"eval_steps": 0.25, "save_steps": 7, "logging_steps": 0.001, "sample_steps": 0}
     assert intervals(100, **given) == (25, 7, 1, 0)
     with pytest.raises(UsageError, match=r"eval_steps=2\.5 must be a whole number of steps, or a fraction"):

@@ -6,6 +6,7 @@ import sys
 import time
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -74,9 +75,20 @@ def peak_memory(device: torch.device) -> int:
         return int(torch.mps.driver_allocated_memory())
     if device.type != "cpu":
         return int(torch.accelerator.max_memory_allocated(device))
+    if (most := _most_held()) is not None:
+        return most
     try:
         import resource
     except ImportError:  # on Windows, whose system keeps the peak itself
         found = psutil.Process().memory_info()._asdict()
         return int(found.get("peak_wset", found["rss"]))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _most_held() -> int | None:
+    """Return the peak of this process's memory by Linux, None elsewhere: its ru_maxrss may be that of the parent."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)

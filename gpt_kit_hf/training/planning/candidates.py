@@ -20,10 +20,11 @@ from gpt_kit_hf.training.needs.cost import StepCost, measure_cost, random_rows
 from gpt_kit_hf.training.optim.optimizer import create_optimizer
 from gpt_kit_hf.training.planning.law import layer_parameters
 from gpt_kit_hf.training.runtime.compilation import compile_blocks
+from gpt_kit_hf.training.runtime.memory import release_freed_memory
 from gpt_kit_hf.training.trainer import AMPTrainer
 
-# Layers, heads and width of modern shapes, each about twice the work of the one before.
 SHAPE_OPTIONS = ("n_layer", "n_head", "n_embd")
+# Layers, heads and width of modern shapes, each about twice the work of the one before.
 SHAPES = (
     (2, 2, 64), (2, 4, 128), (4, 4, 128), (4, 6, 192), (4, 4, 256), (6, 4, 256), (6, 6, 384), (8, 6, 384), (8, 8, 512),
     (12, 12, 768), (24, 16, 1024), (48, 25, 1600),
@@ -95,7 +96,16 @@ class Timing:
     micro_batch_size: int | None = None
 
     def candidate(self, shape: tuple[int, int, int], batch_size: int) -> Candidate:
-        """Return a shape with the cost of a step of `batch_size` sequences, computed a few times."""
+        """Return a shape with the cost of a step of `batch_size` sequences, computed a few times.
+
+        The memory that this takes is free afterwards.
+        """
+        try:
+            return self._measured(shape, batch_size)
+        finally:
+            self._release()
+
+    def _measured(self, shape: tuple[int, int, int], batch_size: int) -> Candidate:
         model, trainer = self._trainer(shape)
         micro, micro_steps = self._micro_batches(batch_size)
         cost = measure_cost(
@@ -110,6 +120,12 @@ class Timing:
 
     def compiled(self, candidate: Candidate) -> CompiledSeconds | None:
         """Return the time of a step of a shape with compiled blocks, None if the machine cannot compile them."""
+        try:
+            return self._compiled(candidate)
+        finally:
+            self._release()
+
+    def _compiled(self, candidate: Candidate) -> CompiledSeconds | None:
         model, trainer = self._trainer(candidate.shape)
         if not compile_blocks(model, wanted=True, device=self.accelerator.device, log=lambda _: None):
             return None
@@ -151,12 +167,16 @@ class Timing:
         return int(one + (layers - 1) * (two - one))
 
     def _trainer(self, shape: tuple[int, int, int]) -> tuple[GPTKitForCausalLM, AMPTrainer]:
-        self.accelerator.free_memory()  # of the shapes before, which it has prepared
         with torch.random.fork_rng(devices=[]):
             model = GPTKitForCausalLM(self._config(shape))
         optimizer = create_optimizer(model, self.optimizer)
         trainer = AMPTrainer(model, optimizer, mixed_precision=self.mixed_precision, accelerator=self.accelerator)
         return model, trainer
+
+    def _release(self) -> None:
+        """Free the model that was timed, which Accelerate keeps, and what the allocator keeps."""
+        self.accelerator.free_memory()
+        release_freed_memory()
 
     def _micro_batches(self, batch_size: int) -> tuple[int, int]:
         """Return the size of a micro-batch, and how many of them a step has."""
@@ -194,6 +214,7 @@ def allowed_shapes(given: Mapping[str, Any], blocks: tuple[int, int, int]) -> It
     found = dict[tuple[int, int, int], None]()
     for shape in SHAPES:
         layers, heads, width = (one or other for one, other in zip(fixed, shape, strict=True))
-        if width % (2 * heads) == 0:  # rotary positions need heads of an even width
+        is_even = given.get("head_dim") or width % (2 * heads) == 0  # as rotary positions need it
+        if is_even and heads % (given.get("num_key_value_heads") or heads) == 0:
             found[layers, heads, width] = None
     yield from found

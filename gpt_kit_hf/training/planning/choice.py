@@ -15,6 +15,7 @@ from gpt_kit_hf.options.training import TrainingOptions
 from gpt_kit_hf.storage.atomic_files import Report
 from gpt_kit_hf.text import duration
 from gpt_kit_hf.training.needs.due import due_in
+from gpt_kit_hf.training.needs.run_needs import beside_steps
 from gpt_kit_hf.training.planning.candidates import Candidate, Timing
 from gpt_kit_hf.training.planning.corpus_facts import CorpusFacts
 from gpt_kit_hf.training.planning.law import LAW, layer_parameters
@@ -93,7 +94,7 @@ class Choice:
 
         That with the fewest bits per byte, or with more layers if it is alike. With a number of tokens, where a larger
         one is always better, that for which twice the parameters would bring as much as twice the tokens; if the text
-        is too small for so many, the smallest of those that are alike.
+        is too small for so many, the smallest of those that are like the best of the candidates.
         """
         some = candidates[0]
         if self._budget.kind != "tokens" or self.steps(some, times, text) < self.allowed(some, times):
@@ -227,7 +228,8 @@ class Choice:
 
     def _candidate(self, shape: Shape, batch_size: int, found: Sequence[Candidate], log: Report) -> Candidate | None:
         """Return a shape with its cost, None if it does not fit into the memory."""
-        if _BYTES_PER_PARAMETER * self._timing.parameters(shape) > self._memory_left():
+        parameters = self._timing.parameters(shape)
+        if _BYTES_PER_PARAMETER * parameters + self._beside(4 * parameters, passes=0) > self._memory_left():
             return None
         if found:
             estimated = self._timing.estimated(shape, found[-1])
@@ -255,7 +257,15 @@ class Choice:
 
     def _does_not_fit(self, candidate: Candidate) -> bool:
         """Return whether a step would need more memory than there is: what it took to measure is free again."""
-        return candidate.cost.peak_bytes > self._memory_left()
+        return candidate.cost.peak_bytes + self.beside_steps(candidate) > self._memory_left()
+
+    def beside_steps(self, candidate: Candidate) -> int:
+        """Return the bytes that a run takes on a CPU beside its steps."""
+        weights = 4 * candidate.parameters
+        return self._beside(weights, passes=max(0, candidate.cost.peak_bytes - weights - candidate.cost.state_bytes))
+
+    def _beside(self, weights: int, passes: int) -> int:
+        return beside_steps(weights=weights, passes=passes) if self._device.type == "cpu" else 0
 
     def _memory_left(self) -> float:
         left = memory_left(self._device)

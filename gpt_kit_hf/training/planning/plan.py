@@ -22,7 +22,6 @@ from gpt_kit_hf.options.training import OptimizerOptions, recipe_options
 from gpt_kit_hf.storage.atomic_files import Report
 from gpt_kit_hf.text import short
 from gpt_kit_hf.training.needs.due import disk_bytes, due_in
-from gpt_kit_hf.training.needs.run_needs import beside_steps
 from gpt_kit_hf.training.planning.candidates import SHAPE_OPTIONS, Candidate, Timing, allowed_shapes
 from gpt_kit_hf.training.planning.choice import Choice
 from gpt_kit_hf.training.planning.corpus_facts import CorpusFacts, corpus_facts
@@ -172,7 +171,8 @@ def _planned(
     before = psutil.Process().memory_info().rss
     shapes = list(allowed_shapes(given, options.model.blocks))
     if not shapes:
-        shown = ", ".join(f"{name}={given[name]}" for name in SHAPE_OPTIONS if name in given)
+        named = [*SHAPE_OPTIONS, "head_dim", "num_key_value_heads"]
+        shown = ", ".join(f"{name}={given[name]}" for name in named if name in given)
         raise UsageError(f"no shape of a plan has {shown} and heads of an even width: give {', '.join(SHAPE_OPTIONS)}")
     found, notes = choice.candidates(shapes, given.get("batch_size") or choice.first_batch_size, log)
     if not found:
@@ -181,8 +181,8 @@ def _planned(
     chosen = choice.best(found)
     best, settled = _settled(choice, chosen, given, log)
     steps, bits = choice.steps(best), choice.bits(best)
-    epochs, parameters = choice.epochs(steps * best.step_tokens), 4 * best.parameters
-    is_known = MEASURED.holds(best.layer_parameters, steps * best.step_tokens)
+    epochs = choice.epochs(steps * best.step_tokens)
+    is_known = timing.optimizer.optimizer == "muon" and MEASURED.holds(best.layer_parameters, steps * best.step_tokens)
     planned = {
         "output_dir": options.training.output_dir,
         **({} if options.text.token_files else _changed_encoding(encoding_options)),
@@ -201,13 +201,9 @@ def _planned(
         steps=steps,
         seconds=choice.seconds(best, steps, best.step_tokens),
         memory_before=before,
-        memory_beside=(
-            beside_steps(weights=parameters, passes=best.cost.peak_bytes - parameters - best.cost.state_bytes)
-            if timing.accelerator.device.type == "cpu"
-            else 0
-        ),
+        memory_beside=choice.beside_steps(best),
         bits_per_byte=bits,
-        is_known=is_known and timing.optimizer.optimizer == "muon",
+        is_known=is_known,
         twice=choice.twice(found, chosen, best),
         tried=len(found),
         notes=(
@@ -247,7 +243,7 @@ def _timing(options: RunOptions, given: Mapping[str, Any], vocab_size: int, cont
     recipe = recipe_options("fast", vocab_size=vocab_size) if is_fast(given) else {}
     chosen = {**recipe, **{name: value for name, value in given.items() if name in known}}
     return Timing(
-        model=replace(options.model, n_layer=None, n_head=None, n_embd=None, max_position_embeddings=context),
+        model=replace(options.model, max_position_embeddings=context),
         optimizer=OptimizerOptions(**chosen),
         accelerator=accelerator,
         mixed_precision=options.training.mixed_precision,
