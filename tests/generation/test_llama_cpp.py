@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -288,7 +289,9 @@ def test_an_interrupt_ends_it_in_the_middle(tmp_path: Path) -> None:
     write_tiny_gguf(tmp_path / "long", tmp_path / "long.gguf")
     arguments = ["generate", str(tmp_path / "long.gguf"), "--prompt", "fox", "--max_new_tokens", "29000"]
     command = [sys.executable, "-m", "gpt_kit_hf.commands.main", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    # A shell's background jobs ignore SIGINT, and so do the processes that they start.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heard) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.read(20).startswith(b"fox")
