@@ -12,9 +12,9 @@ from gpt_kit_hf.options.declare import REQUIRED, Options, option
 
 _NUMBER = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*")
 _SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_TOKENS = {"tok": 1.0, "ktok": 1e3, "Mtok": 1e6, "Btok": 1e9}
 # More than any machine computes in a century; beyond, steps could not be counted.
 _MOST = {"seconds": 3.2e9, "flop": 1e32, "tokens": 1e18}
-_TOKENS = {"tok": 1.0, "ktok": 1e3, "Mtok": 1e6, "Btok": 1e9}
 BUDGETS = "a time such as 20m, 8h or 2d, compute such as 2e15flop, or tokens such as 300Mtok"
 
 

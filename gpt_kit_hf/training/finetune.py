@@ -93,7 +93,7 @@ class InstructionTask(Task):
 
     @property
     def has_many_lengths(self) -> bool:
-        """Whether the rows of one batch are longer than those of another."""
+        """Whether the rows of one batch, trained on or evaluated, are longer than those of another."""
         return any(len(np.unique(each.lengths)) > 1 for each in (self.dataset, PaddedRows(self.eval_rows)))
 
     def typical_rows(self, plan: BatchPlan, step: int, count: int) -> Batch:

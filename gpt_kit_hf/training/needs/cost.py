@@ -118,6 +118,11 @@ def random_rows(vocab_size: int, length: int) -> Rows:
     return rows
 
 
+def weight_bytes(model: nn.Module) -> int:
+    """Return the bytes of a model's weights in this process, tied ones once."""
+    return sum({t.data_ptr(): t.nbytes for t in map(local_part, model.parameters())}.values())
+
+
 def first_rows(batch: Batch, count: int) -> Batch:
     """Return the first rows of a batch."""
     positions = None if batch.position_ids is None else batch.position_ids[:count]
@@ -172,7 +177,7 @@ class Probe:
             tried.setdefault(size, self._gauge.risen())
         passes = _extrapolated(tried, max(size, 1))
         asked = _extrapolated(tried, micro_batch_size)
-        weights = sum({t.data_ptr(): t.nbytes for t in map(local_part, self._model.parameters())}.values())
+        weights = weight_bytes(self._model)
         if isinstance(self._optimizer, MuonWithAdamW) and tried:
             updating = self._optimizer.update_bytes()
             gradients = sum(p.nbytes for p in map(local_part, self._model.parameters()) if p.requires_grad)

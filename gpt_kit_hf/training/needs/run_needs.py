@@ -19,7 +19,7 @@ from gpt_kit_hf.options.run import OptionsOfRun
 from gpt_kit_hf.storage.checkpoints import checkpoint_step, list_checkpoints
 from gpt_kit_hf.text import duration, file_size
 from gpt_kit_hf.training.log.pace import peak_memory
-from gpt_kit_hf.training.needs.cost import Autocast, Probe, StepMemory, StepSeconds
+from gpt_kit_hf.training.needs.cost import Autocast, Probe, StepMemory, StepSeconds, weight_bytes
 from gpt_kit_hf.training.needs.due import Due, disk_bytes
 from gpt_kit_hf.training.runtime.available_memory import memory_left
 from gpt_kit_hf.training.runtime.compilation import is_compiled
@@ -113,7 +113,7 @@ class _Measurement:
             accumulates=steps.plan.micro_steps > 1,
         )
         self._trained = sum(local_part(p).nbytes for p in self._model.parameters() if p.requires_grad)
-        self._weights = sum({p.data_ptr(): local_part(p).nbytes for p in self._model.parameters()}.values())
+        self._weights = weight_bytes(self._model)
         self._average = 0 if options.optimizer.ema_decay is None else self._trained
 
     def needs(self) -> RunNeeds:
@@ -225,7 +225,7 @@ class _Measurement:
     def _meanwhile(self, memory: StepMemory, seconds: StepSeconds | None, left: int | None) -> int:
         """Return the bytes that the run takes beside its steps: copies of the weights and of its state."""
         if self._accelerator.device.type != "cpu":
-            return self._packed() * memory.weights
+            return self._packed() * self._weights
         on_top = self._beside(memory.passes)
         state = self._trained + memory.state + self._average
         enough = left is None or left >= (1 + WRITING) * state
