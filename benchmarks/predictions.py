@@ -1,15 +1,17 @@
 """How well a run predicts what it takes: time and peak memory said before the first step, beside those measured.
 
 `python benchmarks/predictions.py tinyshakespeare.txt --rows instructions.json` trains models of six shapes, and
-finetunes one of them in full and by LoRA, each with one thread and with two, each in a process of its own. Time is
-from the prediction to the end of the run; memory is the most that the process held, as the system counts it. Other
-work on the machine changes how long a run takes behind its prediction, so steps are also predicted and taken in turns,
-in one process for each shape. Runs that the file of results has are not made again.
+finetunes one of them in full, packed and padded, and by LoRA, each with one thread and with two, in each precision,
+and in a process of its own. Time is from the prediction to the end of the run; memory is the most that the process
+held, as the system counts it. Other work on the machine changes how long a run takes behind its prediction, so steps
+are also predicted and taken in turns, in fp32, in one process for each shape. Runs that the file of results has are
+not made again.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -48,7 +50,7 @@ SHAPES: dict[str, tuple[int, int, int, int, int, int, str, str, int]] = {
     "gpt2's vocabulary": (2, 128, 4, 128, 8, 4, "adamw", "gpt2", 80),
 }
 TURNS, STEPS_OF_A_TURN = 8, 6
-FINETUNED = {"in full": "0", "LoRA": "8"}
+FINETUNED = {"in full": (), "in full, padded": ("--packing", "false"), "LoRA": ("--lora_r", "8")}
 BASE = "small, bytes"
 
 
@@ -58,6 +60,7 @@ def main() -> None:
     parser.add_argument("--rows", help="instruction rows; without them nothing is finetuned")
     parser.add_argument("--results", default="runs/predictions.jsonl", help="file of the runs; those in it are kept")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], help="--mixed_precision of the runs")
     parser.add_argument("--only", nargs="+", choices=[*SHAPES, *FINETUNED], default=[*SHAPES, *FINETUNED])
     parser.add_argument("--worker", choices=SHAPES, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -66,22 +69,23 @@ def main() -> None:
         return
     results = studies.Results(options.results)
     print(f"machine  {measure.machine('cpu')}; {measure.versions('torch', 'transformers')}")
-    for threads in options.threads:
-        for name in options.only:
-            facts = {"study": "predictions", "run": name, "threads": threads}
-            if not results.find(**facts) and (name in SHAPES or options.rows):
+    for threads, name in itertools.product(options.threads, options.only):
+        facts = {"run": name, "threads": threads}
+        for precision in options.precisions if name in SHAPES or options.rows else []:
+            run = {"study": "predictions", **facts, "precision": precision}
+            if not results.find(**run):
                 with tempfile.TemporaryDirectory() as folder:
-                    results.add(facts, made(name, threads, options, Path(folder)))
-            step = {**facts, "study": "predicted steps"}
-            if name in SHAPES and not results.find(**step):
-                results.add(step, measure.in_a_process("--worker", name, "--threads", str(threads)))
+                    results.add(run, made(name, threads, precision, options, Path(folder)))
+        step = {"study": "predicted steps", **facts}
+        if name in SHAPES and not results.find(**step):
+            results.add(step, measure.in_a_process("--worker", name, "--threads", str(threads)))
     report(results)
 
 
-def made(name: str, threads: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def made(name: str, threads: int, precision: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Make one run; return what it predicted, and what it took."""
     if name in SHAPES:
-        return taken(training(name, options, folder / "run"), threads)
+        return taken([*training(name, options, folder / "run"), "--mixed_precision", precision], threads)
     base = folder / "base"
     command = training(BASE, options, base)
     command[command.index("--max_steps") + 1] = "2"
@@ -90,9 +94,9 @@ def made(name: str, threads: int, options: argparse.Namespace, folder: Path) -> 
     return taken(
         [
             *("finetune", "--model_name_or_path", str(base), "--rows", options.rows, "--max_length", "512"),
-            *("--lora_r", FINETUNED[name], "--batch_size", "4", "--max_steps", "60"),
-            *("--output_dir", str(folder / "run"), "--report_to", "none", "--mixed_precision", "fp32"),
-            *("--max_eval_samples", "32"),
+            *FINETUNED[name],
+            *("--batch_size", "4", "--max_steps", "200", "--max_eval_samples", "32"),
+            *("--output_dir", str(folder / "run"), "--report_to", "none", "--mixed_precision", precision),
         ],
         threads,
     )
@@ -138,7 +142,7 @@ def training(name: str, options: argparse.Namespace, folder: Path) -> list[str]:
         *("--model", "modern-xs", "--n_layer", str(layers), "--n_embd", str(width), "--n_head", str(heads)),
         *("--max_length", str(context), "--batch_size", str(batch), "--optimizer", optimizer),
         *("--per_device_train_batch_size", str(micro_batch), "--max_steps", str(steps), "--report_to", "none"),
-        *("--eval_fraction", "0.01", "--max_eval_samples", "32", "--mixed_precision", "fp32"),
+        *("--eval_fraction", "0.01", "--max_eval_samples", "32"),
     ]
 
 
@@ -165,7 +169,6 @@ def taken(command: list[str], threads: int) -> dict[str, Any]:
         "seconds": (ended - began).total_seconds(),
         "memory_bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
         "tokens_per_second": speeds,
-        "precision": at["begin"]["precision"],
         "versions": measure.versions("torch", "transformers"),
     }
 
@@ -182,6 +185,7 @@ def report(results: studies.Results) -> None:
             [
                 found["run"],
                 found["threads"],
+                found["precision"],
                 f"{predicted['seconds']:.0f} s",
                 f"{found['seconds']:.0f} s",
                 f"{ratios['seconds']:.2f}",
@@ -190,7 +194,7 @@ def report(results: studies.Results) -> None:
                 f"{ratios['memory_bytes']:.2f}",
             ]
         )
-    measure.show(rows, ["run", "threads", "predicted", "took", "ratio", "predicted", "took", "ratio"])
+    measure.show(rows, ["run", "threads", "precision", "predicted", "took", "ratio", "predicted", "took", "ratio"])
     for found in results.find(study="predicted steps"):
         predicted, took = (statistics.mean(found[name]) for name in ("predicted", "took"))
         steps.append([found["run"], found["threads"], f"{predicted:.3f}", f"{took:.3f}", f"{predicted / took:.2f}"])

@@ -61,6 +61,7 @@ class InstructionTask(Task):
 
     eval_name = "eval answers"
     eval_before_training = True
+    batches_vary = True
 
     def __init__(self, options: FinetuneOptions, context: RunContext, format_fn: FormatFn | None) -> None:
         self.options, self.context = options, context
@@ -91,24 +92,20 @@ class InstructionTask(Task):
         longest = np.argsort(-self.dataset.lengths)
         return self.collate([self.dataset[index] for index in np.resize(longest, count).tolist()])
 
-    @property
-    def has_many_lengths(self) -> bool:
-        """Whether the rows of one batch, trained on or evaluated, are longer than those of another."""
-        return any(len(np.unique(each.lengths)) > 1 for each in (self.dataset, PaddedRows(self.eval_rows)))
-
     def typical_rows(self, plan: BatchPlan, step: int, count: int) -> Batch:
         """Return rows of the micro-batch that comes closest to the average length of many."""
         planned = [ids for number in range(step, step + _STEPS_AVERAGED) for ids in plan.micro_batches(number)]
-        lengths = np.array([self.dataset.lengths[ids].max() for ids in planned])
+        lengths = np.array([self.dataset.batch_length(ids) for ids in planned])
         nearest = int(np.abs(lengths - lengths.mean()).argmin())
         batch = self.collate([self.dataset[index] for index in planned[nearest]])
         return first_rows(batch, count)
 
     def ids_evaluated(self, max_samples: int | None, batch_size: int) -> int:
         """Return the number of ids in the padded batches."""
-        lengths = PaddedRows(self.eval_rows).lengths[:max_samples]
-        batches = [lengths[first : first + batch_size] for first in range(0, len(lengths), batch_size)]
-        return sum(len(batch) * int(batch.max()) for batch in batches)
+        rows = PaddedRows(self.eval_rows)
+        indices = range(len(rows))[:max_samples]
+        batches = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
+        return sum(len(batch) * rows.batch_length(batch) for batch in batches)
 
     def evaluate(
         self, max_samples: int | None, batch_size: int, autocast: Callable[[], AbstractContextManager[object]]

@@ -15,7 +15,7 @@ from gpt_kit_hf.storage.run_folder import RECORD_FILE, check_run_folder, holds_r
 from gpt_kit_hf.training.log.trackers import chosen_trackers
 from gpt_kit_hf.training.runtime.attention import check_attention
 from gpt_kit_hf.training.runtime.launch import check_launch, create_accelerator
-from gpt_kit_hf.training.runtime.memory import keep_few_kernels, reuse_freed_memory
+from gpt_kit_hf.training.runtime.memory import reuse_freed_memory
 from gpt_kit_hf.training.trainer import resolve_precision
 
 
@@ -27,7 +27,6 @@ def run_accelerator(options: OptionsOfRun) -> Accelerator:
     check_launch(accelerator)
     if accelerator.device.type == "cpu":
         reuse_freed_memory()
-        keep_few_kernels()
     return accelerator
 
 

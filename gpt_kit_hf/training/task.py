@@ -84,6 +84,7 @@ class Task(ABC):
 
     eval_name: str  # of the evaluation data, in log lines
     eval_before_training = False
+    batches_vary = False  # in their length, or in how many tokens are trained
     saves_trained_only = False  # as an adapter is saved without its base
     data_name: str | None = None  # by which allow_changes allows other data when the run is resumed, None for never
     context: RunContext
@@ -115,11 +116,6 @@ class Task(ABC):
     @abstractmethod
     def longest_rows(self, count: int) -> Batch:
         """Return a batch of so many rows, as long as any that is trained on."""
-
-    @property
-    def has_many_lengths(self) -> bool:
-        """Whether the rows of one batch, trained on or evaluated, are longer than those of another."""
-        return False
 
     def typical_rows(self, plan: BatchPlan, step: int, count: int) -> Batch:
         """Return so many rows, as long as those of the average micro-batch of the plan from this step on."""

@@ -161,6 +161,30 @@ def test_rows_that_are_not_trained_cost_nothing_on_a_cpu() -> None:
     assert sum(rows for rows, _ in forward) == 5
 
 
+def test_untrained_rows_may_hold_anything() -> None:
+    hidden, weight, targets = operands(100, 30, 8, 0.4)
+    with torch.no_grad():
+        hidden[targets == IGNORED] = torch.nan
+    loss = summed_cross_entropy(hidden, weight, targets)
+    got = (loss, *torch.autograd.grad(loss, (hidden, weight)))
+    clean = hidden.detach().nan_to_num().requires_grad_()
+    for ours, exact in zip(got, reference(clean, weight, targets, 1.0), strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_products_have_few_sizes_whatever_the_number_of_trained_rows() -> None:
+    sizes = set()
+    for trained in range(1, 600):
+        hidden, weight, targets = operands(600, 3, 2, 0.0)
+        targets[trained:] = IGNORED
+        with Products() as products, torch.no_grad():
+            summed_cross_entropy(hidden, weight, targets)
+        rows = sum(rows for _, (rows, _) in products.shapes)
+        assert trained <= rows <= trained * 9 / 8
+        sizes.add(rows)
+    assert len(sizes) < 8 * 10
+
+
 # --- devices other than a CPU
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from gpt_kit_hf.data.instructions.tokenized import SupervisedRow, SupervisedRows, best_fit_decreasing
 from gpt_kit_hf.data.text.windows import IGNORED, collate_windows
 from gpt_kit_hf.errors import UsageError
+from gpt_kit_hf.model.chunked_loss import padded_size
 from gpt_kit_hf.model.losses import Batch
 
 
@@ -57,6 +57,10 @@ class PackedRows(Dataset[tuple[Tensor, Tensor, Tensor]]):
         positions[start:] = np.arange(self.max_length - start)
         return torch.from_numpy(ids), torch.from_numpy(targets), torch.from_numpy(positions)
 
+    def batch_length(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> int:
+        """Return the length of a batch of these sequences: `max_length`."""
+        return self.max_length
+
     def collate(self, items: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Batch:
         """Stack sequences to a batch, (B, max_length) each."""
         return collate_windows(items)
@@ -81,12 +85,22 @@ class PaddedRows(Dataset[tuple[Tensor, Tensor]]):
         return torch.from_numpy(ids), torch.from_numpy(targets)
 
     def collate(self, items: Sequence[tuple[Tensor, Tensor]]) -> Batch:
-        """Join rows to a batch (B, longest), padded on the right with EOS, untrained."""
-        ids, targets = [item[0] for item in items], [item[1] for item in items]
-        return Batch(
-            pad_sequence(ids, batch_first=True, padding_value=self.rows.eos_token_id),
-            pad_sequence(targets, batch_first=True, padding_value=IGNORED),
-        )
+        """Join rows to a batch (B, T), padded on the right with EOS, untrained; T as in `batch_length`."""
+        shape = len(items), self._padded(max(len(ids) for ids, _ in items))
+        batch = Batch(torch.full(shape, self.rows.eos_token_id), torch.full(shape, IGNORED))
+        for row, (ids, targets) in enumerate(items):
+            batch.input_ids[row, : len(ids)], batch.targets[row, : len(ids)] = ids, targets
+        return batch
+
+    def batch_length(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> int:
+        """Return the length of a batch of these rows: that of the longest, or up to an eighth more.
+
+        It is one of a few, so that batches are alike (`padded_size`), and not above `max_length` of the rows' options.
+        """
+        return self._padded(int(self.lengths[indices].max()))
+
+    def _padded(self, longest: int) -> int:
+        return max(longest, min(padded_size(longest), self.rows.options.max_length))
 
 
 def _shifted(row: SupervisedRow) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

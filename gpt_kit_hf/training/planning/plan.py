@@ -28,7 +28,7 @@ from gpt_kit_hf.training.planning.corpus_facts import CorpusFacts, corpus_facts
 from gpt_kit_hf.training.planning.law import MEASURED
 from gpt_kit_hf.training.planning.recipe import MANY_EPOCHS, recipe_by_length
 from gpt_kit_hf.training.runtime.launch import create_accelerator
-from gpt_kit_hf.training.runtime.memory import keep_few_kernels, reuse_freed_memory
+from gpt_kit_hf.training.runtime.memory import reuse_freed_memory
 
 _SHORTEST = 16  # tokens of a window
 # Bytes, the share of repeated lines, and bits per byte of gzip -9, of which a person should know.
@@ -238,7 +238,6 @@ def _timing(options: RunOptions, given: Mapping[str, Any], vocab_size: int, cont
     accelerator = create_accelerator(use_cpu=options.training.use_cpu)
     if accelerator.device.type == "cpu":
         reuse_freed_memory()
-        keep_few_kernels()
     known = sections_of(RunOptions)["optimizer"].options
     recipe = recipe_options("fast", vocab_size=vocab_size) if is_fast(given) else {}
     chosen = {**recipe, **{name: value for name, value in given.items() if name in known}}

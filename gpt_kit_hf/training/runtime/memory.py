@@ -1,10 +1,9 @@
-"""Memory of a training process: glibc's allocator, oneDNN's kernels, and Python's garbage collector."""
+"""Memory of a training process: glibc's allocator and Python's garbage collector."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,15 +21,6 @@ def reuse_freed_memory() -> bool:
     """
     libc = _glibc()
     return libc is not None and bool(libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
-
-
-def keep_few_kernels() -> None:
-    """Let oneDNN keep 64 kernels, not 1,024, unless the environment says how many; before its first product only.
-
-    It makes about twenty for each shape of a batch in bfloat16, so that rows of many lengths, as in finetuning, took
-    half a gigabyte more with every hundred steps (benchmarks/README.md).
-    """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 def release_freed_memory() -> None:

@@ -504,6 +504,23 @@ def test_each_target_is_trained_once_after_what_comes_before_it_in_its_row(seed:
     assert batch.position_ids is None
 
 
+@pytest.mark.parametrize("max_length", [3, 45, 97, 128, 333])
+def test_padded_batches_have_few_lengths(max_length: int) -> None:
+    texts = [{"prompt": "Q", "completion": "a" * count} for count in range(1, max_length - 1)]
+    rows = PaddedRows(encode(texts, max_length=max_length))
+    assert int(rows.lengths.max()) == max_length - 1
+    lengths = set()
+    for row, longest in enumerate(rows.lengths.tolist()):
+        batch = rows.collate([rows[0], rows[row]])
+        length = rows.batch_length([0, row])
+        assert batch.input_ids.shape == batch.targets.shape == (2, length)
+        assert longest <= length <= min(max_length, longest + longest // 8)
+        assert (batch.input_ids[1, longest:] == END).all()
+        assert (batch.targets[1, longest:] == -100).all()
+        lengths.add(length)
+    assert len(lengths) <= 8 * max_length.bit_length()
+
+
 def test_the_padding_of_a_sequence_is_an_untrained_document() -> None:
     rows = encode([PAIR, PAIR], max_length=11)
     ids, targets, positions = PackedRows(rows)[0]

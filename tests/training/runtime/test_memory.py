@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import platform
 import subprocess
 import sys
@@ -57,41 +56,3 @@ def test_only_what_is_new_is_collected() -> None:
         gc.collect()
         assert ended == [1]
     assert gc.get_freeze_count() == 0
-
-
-KERNELS = """
-import os, runpy, sys
-
-if sys.argv[1] == "few":
-    runpy.run_path(sys.argv[2])["keep_few_kernels"]()
-import psutil, torch
-
-layer = torch.nn.Linear(256, 256)
-for rows in range(1, 400):
-    with torch.autocast("cpu", torch.bfloat16):
-        layer(torch.ones(rows, 256)).sum().backward()
-    if rows == 20:
-        before = psutil.Process().memory_info().rss
-print(psutil.Process().memory_info().rss - before)
-"""
-
-
-def test_batches_of_many_shapes_take_little_memory() -> None:
-    command, file = [sys.executable, "-c", KERNELS], str(Path(memory.__file__))
-    # Without what runs of other tests have set in this process.
-    environment = {name: value for name, value in os.environ.items() if name != "ONEDNN_PRIMITIVE_CACHE_CAPACITY"}
-
-    def bytes_taken(way: str) -> int:
-        run = subprocess.run([*command, way, file], capture_output=True, text=True, check=True, env=environment)
-        return int(run.stdout)
-
-    taken = {way: bytes_taken(way) for way in ("as it is", "few")}
-    if taken["as it is"] < 200e6:
-        pytest.skip("this CPU's torch keeps no large kernels for bfloat16")
-    assert taken["few"] < 0.85 * taken["as it is"]
-
-
-def test_the_number_of_kernels_that_a_user_gives_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
-    memory.keep_few_kernels()
-    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"
