@@ -93,23 +93,14 @@ class Choice:
         """Return the candidate to spend `times` the budget on, with `text` times the text.
 
         That with the fewest bits per byte, or with more layers if it is alike. With a number of tokens, where a larger
-        one is always better, that for which twice the parameters would bring as much as twice the tokens; if the text
-        is too small for so many, the smallest of those that are like the best of the candidates.
+        one is always better, the smallest of those that are like the best of the candidates.
         """
-        some = candidates[0]
-        if self._budget.kind != "tokens" or self.steps(some, times, text) < self.allowed(some, times):
-            by_bits = sorted(candidates, key=lambda each: self.bits(each, times, text))
-            most = (1 + _ALIKE) * self.bits(by_bits[0], times, text)
-            alike = [each for each in by_bits if self.bits(each, times, text) <= most]
-            if self._budget.kind == "tokens":  # which says nothing of the time that a larger one takes
-                return min(alike, key=lambda each: each.parameters)
-            return max(alike, key=lambda each: each.layers)
-
-        def imbalance(candidate: Candidate) -> float:
-            size, length = LAW.gains(**self._run(candidate, times, text))
-            return abs(math.log(size / length))
-
-        return min(candidates, key=imbalance)
+        by_bits = sorted(candidates, key=lambda each: self.bits(each, times, text))
+        most = (1 + _ALIKE) * self.bits(by_bits[0], times, text)
+        alike = [each for each in by_bits if self.bits(each, times, text) <= most]
+        if self._budget.kind == "tokens":  # which says nothing of the time that a larger one takes
+            return min(alike, key=lambda each: each.parameters)
+        return max(alike, key=lambda each: each.layers)
 
     def settled(self, candidate: Candidate, *, any_batch_size: bool) -> Candidate:
         """Return the chosen candidate, timed, if any batch will do with one of neither few steps nor very many."""

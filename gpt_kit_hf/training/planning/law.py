@@ -35,11 +35,6 @@ class Law:
         """Return the bits per byte of held-out text; `seen` and `text` are tokens, trained on and different ones."""
         return float(gzip**self.gzip_power * sum(self.terms(parameters=parameters, seen=seen, text=text)))
 
-    def gains(self, *, parameters: float, seen: float, text: float) -> tuple[float, float]:
-        """Return by how much the sum falls if the parameters grow, and if new text seen grows, by a small factor."""
-        _, size, length = self.terms(parameters=parameters, seen=seen, text=text)
-        return self.size_power * size, self.length_power * length
-
     def terms(self, *, parameters: float, seen: float, text: float) -> tuple[float, float, float]:
         """Return the summands: floor, size, length."""
         again = max(0.0, seen / text - 1)

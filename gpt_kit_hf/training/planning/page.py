@@ -15,6 +15,7 @@ from gpt_kit_hf.options.run import RunOptions, given_of, stored_options
 from gpt_kit_hf.storage.atomic_files import Report, load_json, replace_file
 from gpt_kit_hf.storage.run_folder import OPTIONS_FILE, holds_run
 from gpt_kit_hf.text import duration, file_size, short
+from gpt_kit_hf.training.log.trackers import chosen_trackers
 from gpt_kit_hf.training.planning.law import DEVIATION, MEASURED
 from gpt_kit_hf.training.planning.plan import Plan, make_plan
 from gpt_kit_hf.training.runtime.available_memory import available_memory
@@ -25,7 +26,7 @@ _KNOWS_NOTHING = 8.0  # bits per byte of a model that knows nothing of a text: m
 def planned_options(options: RunOptions, log: Report) -> RunOptions:
     """Return the options of a run with a budget: planned, or those of the run that is resumed; `log` gets the plan.
 
-    Raises UsageError for a budget that cannot be planned, see `make_plan`.
+    Raises UsageError for a budget that cannot be planned, see `make_plan`, and for a tracker that is not installed.
     """
     assert options.plan.budget is not None
     folder = Path(options.training.output_dir)
@@ -36,6 +37,7 @@ def planned_options(options: RunOptions, log: Report) -> RunOptions:
             planned = "without a plan" if stored.plan.budget is None else f"planned for {stored.plan.budget}"
             log(f"note     the run was begun {planned}, and goes on so: a run is not planned again")
         return build_options(RunOptions, {**dict(ChainMap(*kept)), **given_of(options), "budget": stored.plan.budget})
+    chosen_trackers(options.training.report_to)  # refused here, not after a plan of minutes
     plan = make_plan(options, log)
     for line in page_lines(plan):
         log(line)
