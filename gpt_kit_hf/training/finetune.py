@@ -41,6 +41,8 @@ from gpt_kit_hf.training.state.sharded_state import gathered, replace_weights, u
 from gpt_kit_hf.training.task import RunContext, Sample, Task, check_max_length, generate_sample
 
 _STEPS_AVERAGED = 32  # whose batches show how long an average one is
+# Matrix products with other weights in a block, and about how many numbers of trained tokens the loss is computed for.
+_PRODUCTS, _LOSSES = 4, 20
 
 
 def finetune(
@@ -61,7 +63,6 @@ class InstructionTask(Task):
 
     eval_name = "eval answers"
     eval_before_training = True
-    batches_vary = True
 
     def __init__(self, options: FinetuneOptions, context: RunContext, format_fn: FormatFn | None) -> None:
         self.options, self.context = options, context
@@ -94,7 +95,7 @@ class InstructionTask(Task):
 
     def typical_rows(self, plan: BatchPlan, step: int, count: int) -> Batch:
         """Return rows of the micro-batch that comes closest to the average length of many."""
-        planned = [ids for number in range(step, step + _STEPS_AVERAGED) for ids in plan.micro_batches(number)]
+        planned = _planned(plan, step)
         lengths = np.array([self.dataset.batch_length(ids) for ids in planned])
         nearest = int(np.abs(lengths - lengths.mean()).argmin())
         batch = self.collate([self.dataset[index] for index in planned[nearest]])
@@ -102,10 +103,13 @@ class InstructionTask(Task):
 
     def ids_evaluated(self, max_samples: int | None, batch_size: int) -> int:
         """Return the number of ids in the padded batches."""
-        rows = PaddedRows(self.eval_rows)
-        indices = range(len(rows))[:max_samples]
-        batches = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
-        return sum(len(batch) * rows.batch_length(batch) for batch in batches)
+        return sum(rows * length for rows, length in self._evaluated(max_samples, batch_size))
+
+    def more_kernels(self, plan: BatchPlan) -> int:
+        """Return three for a weight and another length of a batch, one where it is only evaluated, and the loss's."""
+        trained = {self.dataset.batch_length(ids) for ids in _planned(plan, 0)}
+        evaluated = set(self._evaluated(None, plan.micro_batch_size))
+        return 3 * _PRODUCTS * (len(trained) - 1) + (_PRODUCTS + 1) * len(evaluated) + 3 * _LOSSES
 
     def evaluate(
         self, max_samples: int | None, batch_size: int, autocast: Callable[[], AbstractContextManager[object]]
@@ -179,6 +183,15 @@ class InstructionTask(Task):
         """Return the command that chats with the model."""
         return ["gpt-kit", "chat", str(run)]
 
+    # --- batches
+
+    def _evaluated(self, max_samples: int | None, batch_size: int) -> list[tuple[int, int]]:
+        """Return rows and length of each batch of the evaluation."""
+        rows = PaddedRows(self.eval_rows)
+        indices = range(len(rows))[:max_samples]
+        batches = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
+        return [(len(batch), rows.batch_length(batch)) for batch in batches]
+
     # --- preparation
 
     def _with_adapter(self, model: Any) -> Any:
@@ -242,3 +255,8 @@ class InstructionTask(Task):
         unsharded_model(model).save_pretrained(str(folder), state_dict=weights)
         self.tokenizer.save_pretrained(str(folder))
         save_json(folder / REPORT_FILE, self.report.to_dict())
+
+
+def _planned(plan: BatchPlan, step: int) -> list[list[int]]:
+    """Return the rows of the micro-batches of some steps from this one on."""
+    return [ids for number in range(step, step + _STEPS_AVERAGED) for ids in plan.micro_batches(number)]

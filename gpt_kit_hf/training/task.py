@@ -84,7 +84,6 @@ class Task(ABC):
 
     eval_name: str  # of the evaluation data, in log lines
     eval_before_training = False
-    batches_vary = False  # in their length, or in how many tokens are trained
     saves_trained_only = False  # as an adapter is saved without its base
     data_name: str | None = None  # by which allow_changes allows other data when the run is resumed, None for never
     context: RunContext
@@ -120,6 +119,10 @@ class Task(ABC):
     def typical_rows(self, plan: BatchPlan, step: int, count: int) -> Batch:
         """Return so many rows, as long as those of the average micro-batch of the plan from this step on."""
         return self.longest_rows(count)
+
+    def more_kernels(self, plan: BatchPlan) -> int:
+        """Return about how many kernels a CPU's library makes in bfloat16 for others than the longest batches."""
+        return 0
 
     @abstractmethod
     def ids_evaluated(self, max_samples: int | None, batch_size: int) -> int:

@@ -57,7 +57,7 @@ class PackedRows(Dataset[tuple[Tensor, Tensor, Tensor]]):
         positions[start:] = np.arange(self.max_length - start)
         return torch.from_numpy(ids), torch.from_numpy(targets), torch.from_numpy(positions)
 
-    def batch_length(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> int:
+    def batch_length(self, indices: Sequence[int]) -> int:
         """Return the length of a batch of these sequences: `max_length`."""
         return self.max_length
 
@@ -92,7 +92,7 @@ class PaddedRows(Dataset[tuple[Tensor, Tensor]]):
             batch.input_ids[row, : len(ids)], batch.targets[row, : len(ids)] = ids, targets
         return batch
 
-    def batch_length(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> int:
+    def batch_length(self, indices: Sequence[int]) -> int:
         """Return the length of a batch of these rows: that of the longest, or up to an eighth more.
 
         It is one of a few, so that batches are alike (`padded_size`), and not above `max_length` of the rows' options.

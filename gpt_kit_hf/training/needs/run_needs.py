@@ -38,8 +38,8 @@ _SAVED_PER_SECOND = 2e8
 # On a CPU: how much more the allocator takes for the passes after a while than for the first ones, and the code and
 # data that evaluations, samples, checkpoints and the curve load (benchmarks/README.md).
 _HEAP_GROWTH, _LOADED_LATER = 0.1, 36_000_000
-# And what oneDNN's kernels for rows of other lengths, or other numbers of trained tokens, take in bfloat16.
-_KERNELS = 70_000_000
+# And what a kernel of oneDNN takes in bfloat16, of which it makes others for each size of a batch.
+_KERNEL = 500_000
 # After the last step: the baselines, the curve, and the files of the model.
 _END_SECONDS = 2.0
 
@@ -165,8 +165,8 @@ class _Measurement:
 
     def _beside(self, passes: int) -> int:
         """Return the bytes that the run takes on a CPU beside its steps, without copies of its state."""
-        many_kernels = self._task.batches_vary and self._steps.trainer.precision == "bf16"
-        return many_kernels * _KERNELS + beside_steps(weights=self._weights, passes=passes, packed=self._packed())
+        kernels = self._task.more_kernels(self._steps.plan) if self._steps.trainer.precision == "bf16" else 0
+        return kernels * _KERNEL + beside_steps(weights=self._weights, passes=passes, packed=self._packed())
 
     def _packed(self) -> int:
         """Return how many copies of the weights decoding takes: one of a sample, which stays, and one at the end."""
