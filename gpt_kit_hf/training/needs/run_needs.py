@@ -39,7 +39,7 @@ _SAVED_PER_SECOND = 2e8
 # data that evaluations, samples, checkpoints and the curve load (benchmarks/README.md).
 _HEAP_GROWTH, _LOADED_LATER = 0.1, 36_000_000
 # And what a kernel of oneDNN takes in bfloat16, of which it makes others for each size of a batch.
-_KERNEL = 500_000
+_KERNEL = 700_000
 # After the last step: the baselines, the curve, and the files of the model.
 _END_SECONDS = 2.0
 
