@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--rows", help="instruction rows; without them nothing is finetuned")
     parser.add_argument("--results", default="runs/predictions.jsonl", help="file of the runs; those in it are kept")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], help="--mixed_precision of the runs")
+    parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     parser.add_argument("--only", nargs="+", choices=[*SHAPES, *FINETUNED], default=[*SHAPES, *FINETUNED])
     parser.add_argument("--worker", choices=SHAPES, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -90,7 +90,7 @@ def made(name: str, threads: int, precision: str, options: argparse.Namespace, f
     command = training(BASE, options, base)
     command[command.index("--max_steps") + 1] = "2"
     command[command.index("--max_length") + 1] = "512"
-    taken([*command, "--max_position_embeddings", "512"], threads)
+    taken([*command, "--max_position_embeddings", "512", "--mixed_precision", "fp32"], threads)
     return taken(
         [
             *("finetune", "--model_name_or_path", str(base), "--rows", options.rows, "--max_length", "512"),

@@ -93,18 +93,20 @@ def summed_cross_entropy(hidden_states: Tensor, weight: Tensor, targets: Tensor,
 
     (N, D), (V, D), (N,) -> (), in float32 or wider. The logits are computed in blocks of rows, and the gradients
     together with the loss; the backward pass only scales them, so it can run once. Products use autocast's dtype,
-    sums and softmax float32. On a CPU, untrained rows are skipped, but for those that make a `padded_size`.
+    sums and softmax float32. On a CPU, untrained rows are skipped; in half precision, the rest is filled up to a
+    `padded_size`.
     """
+    device = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
     if _on_cpu(targets):  # on other devices, reading the number of rows would wait for the device
         trained = targets != ignore_index
         if not trained.all():
             rows = trained.nonzero().flatten()
-            missing = padded_size(len(rows)) - len(rows)
+            size = min(padded_size(len(rows)), len(targets)) if dtype.itemsize == 2 else len(rows)
+            missing = size - len(rows)
             targets = nn.functional.pad(targets.index_select(0, rows), (0, missing), value=ignore_index)
-            # Rows that are trained, again: others may hold anything.
+            # With a trained row, untrained: the others may hold anything.
             hidden_states = hidden_states.index_select(0, torch.cat([rows, rows[:1].expand(missing)]))
-    device = hidden_states.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
     if not torch.is_grad_enabled():
         return _loss_and_gradients(hidden_states, weight, targets, ignore_index, dtype, (False, False))[0]
     total: Tensor = _SummedCrossEntropy.apply(  # type: ignore[no-untyped-call]
@@ -116,8 +118,8 @@ def summed_cross_entropy(hidden_states: Tensor, weight: Tensor, targets: Tensor,
 def padded_size(count: int) -> int:
     """Return the least of a few sizes, eight for each power of two, that is not below `count`.
 
-    oneDNN makes kernels for each size of a product in bfloat16, 0.7 MB each, and keeps a thousand of them. Tensors of
-    few sizes also find room in what the ones before them have left (benchmarks/README.md).
+    oneDNN makes kernels for each size of a product in bfloat16, 0.7 MB each, and keeps a thousand of them
+    (benchmarks/README.md).
     """
     unit = 1 << max(0, count.bit_length() - 4)
     return count + -count % unit

@@ -41,7 +41,7 @@ from gpt_kit_hf.training.state.sharded_state import gathered, replace_weights, u
 from gpt_kit_hf.training.task import RunContext, Sample, Task, check_max_length, generate_sample
 
 _STEPS_AVERAGED = 32  # whose batches show how long an average one is
-# Matrix products with other weights in a block, and about how many numbers of trained tokens the loss is computed for.
+# Matrix products of a block, and about how many sizes the loss is computed in, one by the number of trained tokens.
 _PRODUCTS, _LOSSES = 4, 20
 
 
@@ -106,10 +106,13 @@ class InstructionTask(Task):
         return sum(rows * length for rows, length in self._evaluated(max_samples, batch_size))
 
     def more_kernels(self, plan: BatchPlan) -> int:
-        """Return three for a weight and another length of a batch, one where it is only evaluated, and the loss's."""
-        trained = {self.dataset.batch_length(ids) for ids in _planned(plan, 0)}
-        evaluated = set(self._evaluated(None, plan.micro_batch_size))
-        return 3 * _PRODUCTS * (len(trained) - 1) + (_PRODUCTS + 1) * len(evaluated) + 3 * _LOSSES
+        """Return those for other sizes of batches: products forward and, where they are trained, two backward.
+
+        Products of attention, of adapters, and of a base that is not a GPT-Kit model are not told apart.
+        """
+        trained = {(len(ids), self.dataset.batch_length(ids)) for ids in _planned(plan, 0)}
+        evaluated = set(self._evaluated(self.context.options.max_eval_samples, plan.micro_batch_size)) - trained
+        return 3 * _PRODUCTS * (len(trained) - 1) + _PRODUCTS * len(evaluated) + 3 * _LOSSES
 
     def evaluate(
         self, max_samples: int | None, batch_size: int, autocast: Callable[[], AbstractContextManager[object]]

@@ -121,7 +121,7 @@ class Task(ABC):
         return self.longest_rows(count)
 
     def more_kernels(self, plan: BatchPlan) -> int:
-        """Return about how many kernels a CPU's library makes in bfloat16 for others than the longest batches."""
+        """Return about how many kernels oneDNN makes on a CPU in bfloat16 for batches other than the longest."""
         return 0
 
     @abstractmethod

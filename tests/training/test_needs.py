@@ -15,6 +15,7 @@ from test_pretrain import assert_same_run, options, text_file, update_lines  # n
 
 from gpt_kit_hf import AdapterOptions, SupervisionOptions, UsageError, finetune, train
 from gpt_kit_hf.commands.main import main
+from gpt_kit_hf.data.instructions.batches import PackedRows
 from gpt_kit_hf.data.order import BatchPlan
 from gpt_kit_hf.options.training import Intervals
 from gpt_kit_hf.storage.atomic_files import load_json
@@ -220,6 +221,39 @@ def test_the_rows_that_are_measured_are_the_longest_and_average_ones(
     assert abs(found.shape[1] - sum(each) / len(each)) == min(abs(one - sum(each) / len(each)) for one in each)
     assert packed.longest_rows(3).input_ids.shape == (3, 256)
     assert packed.longest_rows(3).position_ids is not None
+
+
+def test_kernels_of_other_sizes_of_batches_are_counted_in_bfloat16(
+    base: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found: list[_Measurement] = []
+    measured = _Measurement.needs
+
+    def needs(self: _Measurement) -> RunNeeds:
+        found.append(self)
+        return measured(self)
+
+    monkeypatch.setattr(_Measurement, "needs", needs)
+    rows = write_rows(tmp_path / "rows.json")
+    for precision in ("fp32", "bf16"):
+        run = finetune_options(tmp_path / precision, base, rows, mixed_precision=precision, max_steps=1)
+        finetune(run, stream=None)
+    exact, half = found
+    task = half._task
+    assert isinstance(task, InstructionTask)
+    evaluated = task._evaluated(None, 1)
+    assert {count for count, _ in evaluated} == {1}
+    task.dataset = PackedRows(task.dataset.rows, 256)  # of one length
+    whole = BatchPlan(order=task.order, batch_size=4, micro_batch_size=2)
+    parts = BatchPlan(order=task.order, batch_size=5, micro_batch_size=2)  # the last one has a row
+    of_evaluation = 4 * len(set(task._evaluated(None, 2)))
+    assert task.more_kernels(whole) == of_evaluation + 60
+    assert task.more_kernels(parts) == 12 + of_evaluation + 60
+    half._kernels += 10
+    assert half._beside(0) - exact._beside(0) == 800_000 * half._kernels
+    assert exact._kernels == 0
 
 
 @pytest.mark.parametrize("evaluates_saved", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +40,7 @@ class PackedRows(Dataset[tuple[Tensor, Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.sequences)
 
-    @property
+    @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
         """(sequences,) int64: what the model reads of each."""
         return np.full(len(self), self.max_length, np.int64)
@@ -75,7 +76,7 @@ class PaddedRows(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
+    @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
         """(rows,) int64: what the model reads of each."""
         return self.rows.lengths - 1
@@ -95,11 +96,12 @@ class PaddedRows(Dataset[tuple[Tensor, Tensor]]):
     def batch_length(self, indices: Sequence[int]) -> int:
         """Return the length of a batch of these rows: that of the longest, or up to an eighth more.
 
-        It is one of a few, so that batches are alike (`padded_size`), and not above `max_length` of the rows' options.
+        There are few such lengths (`padded_size`); none is above `max_length` of the rows' options.
         """
         return self._padded(int(self.lengths[indices].max()))
 
     def _padded(self, longest: int) -> int:
+        # Rows made by hand may be longer than their options say.
         return max(longest, min(padded_size(longest), self.rows.options.max_length))
 
 

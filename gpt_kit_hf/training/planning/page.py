@@ -37,7 +37,7 @@ def planned_options(options: RunOptions, log: Report) -> RunOptions:
             planned = "without a plan" if stored.plan.budget is None else f"planned for {stored.plan.budget}"
             log(f"note     the run was begun {planned}, and goes on so: a run is not planned again")
         return build_options(RunOptions, {**dict(ChainMap(*kept)), **given_of(options), "budget": stored.plan.budget})
-    chosen_trackers(options.training.report_to)  # refused here, not after a plan of minutes
+    chosen_trackers(options.training.report_to)  # refused now, as the run is made here
     plan = make_plan(options, log)
     for line in page_lines(plan):
         log(line)

@@ -19,9 +19,10 @@ _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 _FLASH = "FLASH_ATTENTION_DETERMINISTIC"  # read by transformers; the library's kernels do not know torch's setting
 # What must be equal for equal bits, on every device, and on a GPU in addition.
 _FACTS = (
-    *("processes", "micro_batch_size", "device", "precision", "torch", "compiled", "attention", "deterministic"),
+    *("processes", "micro_batch_size", "device", "precision", "compiled", "attention", "deterministic"),
     *("threads", "cpu_capability"),
 )
+_PACKAGES = ("torch", "gpt-kit-hf")
 _GPU_FACTS = ("gpu", "driver")
 
 
@@ -89,14 +90,14 @@ def computing_facts(
 
 
 def differing_facts(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return a line for each fact of `computing_facts`, and torch's version, that differs, and one for the unknown.
+    """Return a line for each fact of `computing_facts`, and version, that differs, and one for the unknown.
 
-    `then` is a session of run.json, which has the version among its `versions`. Sessions of earlier versions lack
-    some of the facts.
+    `then` is a session of run.json, which has the versions of torch and of this package among its `versions`.
+    Sessions of earlier versions lack some of the facts.
     """
-    before = {**then, "torch": then["versions"]["torch"]}
-    after = {**now, "torch": version("torch")}
-    names = [*_FACTS, *(_GPU_FACTS if "gpu" in before or "gpu" in after else ())]
+    before = {**then, **then["versions"]}
+    after = {**now, **{package: version(package) for package in _PACKAGES}}
+    names = [*_FACTS, *_PACKAGES, *(_GPU_FACTS if "gpu" in before or "gpu" in after else ())]
     unknown = [name for name in names if before.get(name) is None or after.get(name) is None]
     return [
         *(f"{n} was {before[n]}, is {after[n]}" for n in names if n not in unknown and before[n] != after[n]),

