@@ -118,7 +118,7 @@ def summed_cross_entropy(hidden_states: Tensor, weight: Tensor, targets: Tensor,
 def padded_size(count: int) -> int:
     """Return the least of a few sizes, eight for each power of two, that is not below `count`.
 
-    oneDNN makes kernels for each size of a product in bfloat16, 0.7 MB each, and keeps a thousand of them
+    oneDNN makes kernels for each size of a product in bfloat16, about 0.8 MB each, and keeps a thousand
     (benchmarks/README.md).
     """
     unit = 1 << max(0, count.bit_length() - 4)

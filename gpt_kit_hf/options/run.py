@@ -298,6 +298,9 @@ def changed_options(stored: Mapping[str, Any], options: OptionsOfRun, run: Path)
         by_recipe = isinstance(options, RunOptions) and "optimizer" not in options.given
         if by_recipe and changed.get("optimizer.optimizer") == ["adamw", "muon"]:
             remedy = f"for AdamW's defaults give --recipe plain, or {remedy}"
+        planned = before.get("plan.budget")
+        if planned is not None and given.get("plan.budget") is None:
+            remedy = f"for its plan give --budget {planned}, or {remedy}"
         raise UsageError(
             f"cannot resume {str(run)!r} with other options ({listed}): give them as they were, or {remedy}"
         )

@@ -801,6 +801,9 @@ def test_train_plans_and_a_resumed_run_keeps_its_plan(
     assert again.steps == record["training.max_steps"]
     assert main([*command, "--resume", "--budget=40ktok"]) == 0
     assert "the run was begun planned for 20ktok, and goes on so" in capsys.readouterr().out
+    without = [each for each in command if each not in ("--budget", "20ktok")]
+    assert main([*without, "--resume"]) == 2
+    assert "give them as they were, or for its plan give --budget 20ktok, or name" in capsys.readouterr().err
     # A run that is not complete writes its options again: those of the plan that was made.
     found = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({name: value for name, value in found.items() if name != "results"}))
