@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gzip
+import itertools
 import json
 import math
 import re
@@ -296,7 +297,8 @@ def test_an_expectation_does_not_depend_on_how_much_is_held_out(large: Path) -> 
     ("given", "shape"),
     [
         (["--max_length=512"], {"max_position_embeddings": 512}),
-        (["--n_head=6"], {"n_head": 6, "n_embd": 192}),
+        (["--n_head=6"], {"n_head": 6, "n_embd": 60}),  # near 64
+        (["--n_head=7"], {"n_head": 7}),
         (["--n_embd=300"], {"n_embd": 300}),
         (["--n_head=6", "--num_key_value_heads=3"], {"n_head": 6, "num_key_value_heads": 3}),
         (["--num_key_value_heads=4"], {"n_head": 4, "num_key_value_heads": 4}),
@@ -315,7 +317,7 @@ def test_a_plan_is_made_around_a_part_of_the_shape(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--n_head=7"], "no shape of a plan has n_head=7 and heads of an even width: give n_layer, n_head, n_embd"),
+        (["--n_embd=97"], "no shape of a plan has n_embd=97 and heads of an even width: give n_layer, n_head, n_embd"),
         (
             ["--n_head=6", "--num_key_value_heads=4"],
             "no shape of a plan has n_head=6, num_key_value_heads=4 and heads",
@@ -471,6 +473,17 @@ def test_shapes_have_heads_of_an_even_width() -> None:
             assert all(fixed.get(name, value) == value for name, value in zip(MODEL, shape, strict=True))
             assert shape[2] % (2 * shape[1]) == 0
     assert [*allowed_shapes({"model": "nano-xs"}, (4, 4, 128))] == [(4, 4, 128)]
+    assert tuple(allowed_shapes({}, (4, 4, 256))) == candidates.SHAPES
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"n_embd": 100}, {"n_embd": 96}, {"n_head": 5}, {"n_head": 3}, {"n_layer": 6}, {"n_head": 6, "head_dim": 20}],
+)
+def test_what_is_given_of_a_shape_leaves_many_others(given: dict[str, int]) -> None:
+    found = [layer_parameters(layers, width) for layers, _, width in allowed_shapes(given, (4, 4, 256))]
+    assert len(found) >= 7
+    assert all(1 < after / before < 5 for before, after in itertools.pairwise(found))
 
 
 def test_repeated_text_and_many_passes_are_noted(tmp_path: Path, instant: list[tuple[int, int, int]]) -> None:

@@ -205,16 +205,24 @@ class Timing:
 def allowed_shapes(given: Mapping[str, Any], blocks: tuple[int, int, int]) -> Iterator[tuple[int, int, int]]:
     """Yield layers, heads and width of shapes, the smallest first, with what was given of them.
 
-    `blocks` are those of the options: the only ones if a preset or all three were given.
+    `blocks` are those of the options: the only ones if a preset or all three were given. Where one of heads and width
+    was given, the other is the nearest that fits it.
     """
     fixed = [given.get(name) for name in SHAPE_OPTIONS]
     if given.get("model") is not None or None not in fixed:
         yield blocks
         return
-    found = dict[tuple[int, int, int], None]()
+    _, own_heads, own_width = fixed
+    even = 1 if given.get("head_dim") else 2  # heads of an even width, as rotary positions need it
+    grouped = given.get("num_key_value_heads") or 1
+    found = dict[tuple[int, int], int]()  # the heads by layers and width
     for shape in SHAPES:
         layers, heads, width = (one or other for one, other in zip(fixed, shape, strict=True))
-        is_even = given.get("head_dim") or width % (2 * heads) == 0  # as rotary positions need it
-        if is_even and heads % (given.get("num_key_value_heads") or heads) == 0:
-            found[layers, heads, width] = None
-    yield from found
+        if own_heads and not own_width and even == 2:
+            width = even * heads * max(1, round(width / (even * heads)))
+        fits = [n for n in range(grouped, width + 1, grouped) if even == 1 or width % (even * n) == 0]
+        if own_heads:
+            fits = [n for n in fits if n == own_heads]
+        if fits:
+            found.setdefault((layers, width), min(fits, key=lambda n: abs(n - heads)))
+    yield from ((layers, heads, width) for (layers, width), heads in found.items())
