@@ -50,6 +50,20 @@ def a_gigabyte_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpt_kit_hf.training.needs.cost._Gauge.risen", lambda self: GB * max(passes))
 
 
+@pytest.fixture
+def measurements(monkeypatch: pytest.MonkeyPatch) -> list[_Measurement]:
+    """The measurements of all runs so far."""
+    found: list[_Measurement] = []
+    measured = _Measurement.needs
+
+    def needs(self: _Measurement) -> RunNeeds:
+        found.append(self)
+        return measured(self)
+
+    monkeypatch.setattr(_Measurement, "needs", needs)
+    return found
+
+
 def with_memory(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpt_kit_hf.training.needs.run_needs.memory_left", lambda device: int(size))
 
@@ -190,17 +204,8 @@ def test_less_disk_than_all_checkpoints_take_is_noted(
 def test_the_rows_that_are_measured_are_the_longest_and_average_ones(
     base: Path,  # noqa: F811
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    measurements: list[_Measurement],
 ) -> None:
-    tasks: list[InstructionTask] = []
-    measured = _Measurement.needs
-
-    def needs(self: _Measurement) -> RunNeeds:
-        assert isinstance(self._task, InstructionTask)
-        tasks.append(self._task)
-        return measured(self)
-
-    monkeypatch.setattr(_Measurement, "needs", needs)
     rows = write_rows(tmp_path / "rows.json")
     many = json.loads(rows.read_text())
     many[3]["instruction"] *= 5
@@ -211,7 +216,9 @@ def test_the_rows_that_are_measured_are_the_longest_and_average_ones(
             tmp_path / str(packing), base, rows, supervision=replace(supervision, packing=packing), max_steps=1
         )
         finetune(run, stream=None)
-    padded, packed = tasks
+    padded, packed = (each._task for each in measurements)
+    assert isinstance(padded, InstructionTask)
+    assert isinstance(packed, InstructionTask)
     length = padded.dataset.batch_length
     assert padded.longest_rows(40).input_ids.shape == (40, length(range(len(padded.dataset))))
     plan = BatchPlan(order=padded.order, batch_size=6, micro_batch_size=3)
@@ -226,21 +233,13 @@ def test_the_rows_that_are_measured_are_the_longest_and_average_ones(
 def test_kernels_of_other_sizes_of_batches_are_counted_in_bfloat16(
     base: Path,  # noqa: F811
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    measurements: list[_Measurement],
 ) -> None:
-    found: list[_Measurement] = []
-    measured = _Measurement.needs
-
-    def needs(self: _Measurement) -> RunNeeds:
-        found.append(self)
-        return measured(self)
-
-    monkeypatch.setattr(_Measurement, "needs", needs)
     rows = write_rows(tmp_path / "rows.json")
     for precision in ("fp32", "bf16"):
         run = finetune_options(tmp_path / precision, base, rows, mixed_precision=precision, max_steps=1)
         finetune(run, stream=None)
-    exact, half = found
+    exact, half = measurements
     task = half._task
     assert isinstance(task, InstructionTask)
     evaluated = task._evaluated(None, 1)
